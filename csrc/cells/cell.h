@@ -1,0 +1,50 @@
+// The cell contract: one time step of a recurrent cell, element by element, forward and backward.
+//
+// A cell is a struct of constants and pure functions, templated on a value type V (a scalar in CUDA, a vector
+// of lanes on the CPU). It sees the values of one unit and one sample; it holds no pointer, index, thread or
+// data-dependent branch. The drivers own products, memory and time. Each line names its equation in
+// docs/derivations.md.
+//
+//   kName    registry name                       kGates   blocks of H rows in W_ih and W_hh, in torch.nn's order
+//   kStates  1: h, 2: h and c                    kSaved   values kept a unit for the backward pass
+//   kFirst   gates [0, kFirst) multiply h_{t-1}. If kFirst < kGates, the other gates multiply q, a function of
+//            the first gates and h_{t-1} (GRU with the reset gate applied before the product).
+//   kSplit   the last kSplit gates have drec != dx; for all others drec is dx and is not stored twice.
+//
+//   forward (x, rec, state, saved)              x[g] = (W_ih x_t + b_ih)_g, rec[g] = (W_hh h_{t-1} + b_hh)_g;
+//                                               state: in t-1, out t
+//   backward(saved, prev, cur, d, dx, drec)     prev, cur: states at t-1 and t. d: in dL/d(state t), all paths;
+//                                               out the direct (product-free) path to dL/d(state t-1).
+//                                               dx, drec: out, gradients of x and rec.
+// A cell with kFirst < kGates adds
+//   forward_first (x, rec, prev, saved, q)      the first gates into saved, and q
+//   backward_first(saved, prev, dq, d, dx, drec) after dq = W_hh[rest]^T drec[rest]: gradients of the first gates
+//   recurrent_operand(saved, prev)              q again, for the weight gradient
+// A cell that may be projected (LSTM) adds
+//   output(saved, cur)                          the unprojected output again, for the weight gradient
+#pragma once
+
+#include <cmath>
+
+#if defined(__CUDACC__)
+#define FUSEDRNN_INLINE __host__ __device__ __forceinline__
+#else
+#define FUSEDRNN_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace fusedrnn {
+
+template <class V, int N>
+using Values = V[N > 0 ? N : 1];  // N may be 0: a cell that saves nothing
+
+// Activations of plain scalars; vector types bring their own, found by argument-dependent lookup.
+FUSEDRNN_INLINE float sigmoid(float v) { return 1.0f / (1.0f + std::exp(-v)); }
+FUSEDRNN_INLINE double sigmoid(double v) { return 1.0 / (1.0 + std::exp(-v)); }
+FUSEDRNN_INLINE float tanh(float v) { return std::tanh(v); }
+FUSEDRNN_INLINE double tanh(double v) { return std::tanh(v); }
+FUSEDRNN_INLINE float relu(float v) { return v < 0.0f ? 0.0f : v; }  // NaN stays NaN
+FUSEDRNN_INLINE double relu(double v) { return v < 0.0 ? 0.0 : v; }
+FUSEDRNN_INLINE float positive(float v) { return v > 0.0f ? 1.0f : 0.0f; }  // 1 where v > 0
+FUSEDRNN_INLINE double positive(double v) { return v > 0.0 ? 1.0 : 0.0; }
+
+}  // namespace fusedrnn

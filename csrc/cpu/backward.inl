@@ -1,0 +1,459 @@
+// Back-propagation through time of every cell: one parallel region for the whole layer. Included after forward.inl.
+//
+// A team goes back through an item in chunks of steps. Per step: dL/dh = dy + the product of the later step's gate
+// gradients with W_hh, in register tiles, with the cell's backward on each tile; one barrier. dG of a chunk stays in
+// cache and is used up before the next chunk: dx = dG W_ih, and the weight gradients, one product over all rows of
+// the chunk. dG of all T is never stored. Slices of the batch accumulate apart and are added in a fixed order, so
+// the same number of threads gives the same bits.
+//
+// Columns of dG: drec of all gates, then dx of the last kSplit gates; [k][H].
+
+template <class Cell, class T>
+class BackwardPass {
+  using S = typename ComputeType<T>::Type;
+  using V = Vec<S>;
+  static constexpr int L = V::kLanes, G = Cell::kGates, F = Cell::kFirst, K = Cell::kSaved, Z = Cell::kStates;
+  static constexpr int kSplit = Cell::kSplit, C = G + kSplit;
+  static constexpr bool kTwoStage = F < G, kConvert = sizeof(T) != sizeof(S);
+  static_assert(!kTwoStage || kSplit == 0, "the second stage's products read drec and dx as one");
+  static constexpr int64_t kChunkBytes = 1 << 20;  // of dG: it stays in cache between its three uses
+  static constexpr int64_t kLeastRows = 64, kMostRows = 512;
+
+  struct Shared {
+    Plan plan;
+    int64_t bounds[kMaxThreads + 1];
+    int threads;
+    char* block;
+    int64_t shared_bytes, team_bytes;
+    int64_t most_samples, chunk_rows, most_rows;
+    bool direct;  // weight gradients accumulate in the result itself
+    S *w_ih[2], *w_hh[2], *w_rest[2], *w_hr[2];
+    S *dw_ih, *dw_hh, *dw_hr, *db;  // [items][...], db: [items][C*H]
+    Flag* flags;
+  };
+  struct Row {  // where a row of the chunk finds what forward kept
+    const S* saved;
+    const T *y, *h_prev, *dy;  // h_prev, dy: null for zeros
+    const S* c_prev;
+  };
+  struct TeamBuffers {
+    S *dg, *dh;        // [chunk rows][C*H], [chunk rows][R] (dh: projection only)
+    S *x, *h, *m;      // [chunk rows][I], [R], [H]: right operands of the weight gradients
+    S *carry_h, *carry_c, *c0;  // [samples][R], [H], [H]
+    Row* rows;         // [members][chunk rows]
+  };
+
+ public:
+  static bool run(const BackwardProblem& p) {
+    Shared shared;
+    shared.block = nullptr;
+#pragma omp parallel num_threads(p.threads < kMaxThreads ? p.threads : kMaxThreads)
+    {
+#pragma omp master
+      prepare(p, shared, omp_get_num_threads());
+#pragma omp barrier
+      if (shared.block) {
+        BackwardPass pass(p, shared, omp_get_thread_num());
+        pass.pack();
+#pragma omp barrier
+        pass.run_items();
+#pragma omp barrier
+        if (p.weight_gradients) pass.add_slices();
+      }
+    }
+    if (shared.block) release_scratch();
+    return shared.block != nullptr;
+  }
+
+ private:
+  static void prepare(const BackwardProblem& p, Shared& s, int threads) {
+    s.plan = make_plan(p.size, G, L, threads);
+    s.threads = threads;
+    slice_batch(p.size, s.plan.slices, s.bounds);
+    s.most_samples = 0;
+    for (int k = 0; k < s.plan.slices; ++k) s.most_samples = max64(s.most_samples, s.bounds[k + 1] - s.bounds[k]);
+    s.chunk_rows = kChunkBytes / (row_stride<S>(C * p.size.H) * static_cast<int64_t>(sizeof(S)));
+    s.chunk_rows = min64(kMostRows, max64(kLeastRows, s.chunk_rows));
+    s.most_rows = min64(p.size.N, s.chunk_rows + s.most_samples);
+    s.direct = !kConvert && s.plan.slices == 1;
+    Carver shared(nullptr), team(nullptr);
+    carve_shared(p, s, shared);
+    carve_team(p, s, team);
+    s.shared_bytes = shared.used();
+    s.team_bytes = team.used();
+    s.block = static_cast<char*>(acquire_scratch(s.shared_bytes + s.plan.teams * s.team_bytes));
+    if (!s.block) return;
+    Carver pieces(s.block);
+    carve_shared(p, s, pieces);
+    for (int i = 0; i < s.plan.teams * s.plan.members; ++i) s.flags[i].epoch = 0;
+  }
+
+  static void carve_shared(const BackwardProblem& p, Shared& s, Carver& carver) {
+    const LayerSizes& z = p.size;
+    const int64_t inputs = ceil_div(z.I, L) * L, units = ceil_div(z.H, L) * L, outputs = ceil_div(z.R, L) * L;
+    s.flags = carver.take<Flag>(s.plan.teams * s.plan.members);
+    for (int d = 0; d < z.D; ++d) {
+      s.w_ih[d] = carver.take<S>(p.dx ? G * z.H * inputs : 0);
+      s.w_hh[d] = carver.take<S>(F * z.H * outputs);
+      s.w_rest[d] = carver.take<S>((G - F) * z.H * outputs);
+      s.w_hr[d] = carver.take<S>(z.projected ? z.R * units : 0);
+    }
+    const int64_t items = p.weight_gradients ? z.D * s.plan.slices : 0, own = s.direct ? 0 : items;
+    s.dw_ih = carver.take<S>(own * G * z.H * z.I);
+    s.dw_hh = carver.take<S>(own * G * z.H * z.R);
+    s.dw_hr = carver.take<S>(z.projected ? own * z.R * z.H : 0);
+    s.db = carver.take<S>(items * C * z.H);
+  }
+
+  static TeamBuffers carve_team(const BackwardProblem& p, const Shared& s, Carver& carver) {
+    const LayerSizes& z = p.size;
+    const int64_t rows = s.most_rows, samples = s.most_samples;
+    const int64_t kept = p.weight_gradients ? rows : 0;
+    TeamBuffers b;
+    b.dg = carver.take<S>(rows * row_stride<S>(C * z.H));
+    b.dh = carver.take<S>(z.projected ? rows * row_stride<S>(z.R) : 0);
+    b.x = carver.take<S>(kept * row_stride<S>(z.I));
+    b.h = carver.take<S>(kept * row_stride<S>(z.R));
+    b.m = carver.take<S>(kTwoStage || z.projected ? kept * row_stride<S>(z.H) : 0);
+    b.carry_h = carver.take<S>(samples * row_stride<S>(z.R));
+    b.carry_c = carver.take<S>(Z > 1 ? samples * row_stride<S>(z.H) : 0);
+    b.c0 = carver.take<S>(Z > 1 ? samples * row_stride<S>(z.H) : 0);
+    b.rows = carver.take<Row>(rows * s.plan.members);
+    return b;
+  }
+
+  BackwardPass(const BackwardProblem& p, const Shared& shared, int thread)
+      : p_(p), z_(p.size), s_(shared), thread_(thread), index_(thread / shared.plan.members),
+        team_(shared.flags + index_ * shared.plan.members, thread % shared.plan.members, shared.plan.members),
+        ldg_(row_stride<S>(C * z_.H)), ldx_(row_stride<S>(z_.I)), ldh_(row_stride<S>(z_.R)),
+        ldm_(row_stride<S>(z_.H)) {
+    if (index_ >= s_.plan.teams) return;
+    Carver carver(s_.block + s_.shared_bytes + index_ * s_.team_bytes);
+    b_ = carve_team(p_, s_, carver);
+    b_.rows += team_.me * s_.most_rows;
+    units_ = part(ceil_div(z_.H, L), team_.me, team_.members);
+    outputs_ = part(ceil_div(z_.R, L), team_.me, team_.members);
+  }
+
+  void pack() {
+    Packing packing{s_.plan, thread_, s_.threads};
+    const auto columns = [&](int d, const void* w, int64_t rows, int64_t n, S* panels) {
+      packing.panels(d, n, L, kGroupVectors<1>, [&](int64_t v0, int nv) {
+        pack_columns(static_cast<const T*>(w), rows, n, n, v0, nv, panels);
+      });
+    };
+    for (int d = 0; d < z_.D; ++d) {
+      const LayerWeights& w = p_.weights[d];
+      columns(d, w.w_hh, F * z_.H, z_.R, s_.w_hh[d]);
+      if (kTwoStage) columns(d, static_cast<const T*>(w.w_hh) + F * z_.H * z_.R, (G - F) * z_.H, z_.R, s_.w_rest[d]);
+      if (z_.projected) columns(d, w.w_hr, z_.R, z_.H, s_.w_hr[d]);
+      if (!p_.dx) continue;
+      // Read by every member, for rows of its own: panels from vector 0 on, whoever packs them.
+      const int64_t vectors = ceil_div(z_.I, L);
+      for (int64_t v0 = 0; v0 < vectors; v0 += kGroupVectors<1>) {
+        if (packing.turn++ % s_.threads != thread_) continue;
+        const int nv = static_cast<int>(min64(kGroupVectors<1>, vectors - v0));
+        pack_columns(static_cast<const T*>(w.w_ih), G * z_.H, z_.I, z_.I, v0, nv, s_.w_ih[d]);
+      }
+    }
+  }
+
+  void run_items() {
+    if (index_ >= s_.plan.teams) return;
+    for (int i = index_; i < z_.D * s_.plan.slices; i += s_.plan.teams) run_item({z_, s_.bounds, s_.plan.slices, i}, i);
+  }
+
+  // Step s of the way back: the forward direction ends at its last step, the reverse direction at time 0.
+  FUSEDRNN_INLINE static int64_t time_of(const Item& item, int64_t s) { return item.d ? s : item.steps - 1 - s; }
+
+  void run_item(const Item& item, int index) {
+    initial_carries(item, index);
+    team_.meet();
+    for (int64_t s0 = 0, s1 = 0; s0 < item.steps; s0 = s1) {
+      int64_t rows = 0;
+      for (; s1 < item.steps && rows < s_.chunk_rows; ++s1) rows = list_rows(item, time_of(item, s1), rows);
+      int64_t row = 0, later = 0;  // `later`: rows of the step worked on before, which end at `row`
+      for (int64_t s = s0; s < s1; ++s) {
+        const int64_t now = item.rows(time_of(item, s));
+        step(item.d, row - later, later, row, now);
+        row += now;
+        later = now;
+      }
+      step(item.d, row - later, later, row, 0);  // dL/dh_{t-1} of the chunk's last step, into the carry
+      if (p_.weight_gradients) weight_gradients(item, index, s0, s1, rows, s0 > 0);
+      if (p_.dx) input_gradient(item, s0, s1, rows);
+      team_.meet();  // before the next chunk's dG
+    }
+    final_carries(item);
+    team_.meet();
+  }
+
+  void initial_carries(const Item& item, int index) {
+    const auto read = [&](const void* from, int64_t at, int64_t u, int64_t n) {
+      return from ? load<S>(static_cast<const T*>(from) + at + u, n - u) : V(0);
+    };
+    for (int64_t b = 0; b < item.samples(); ++b) {
+      const int64_t sample = item.d * z_.B + item.first + b;
+      for (int64_t v = outputs_.begin; v < outputs_.end; ++v) {
+        store(b_.carry_h + b * ldh_ + v * L, read(p_.dh_n, sample * z_.R, v * L, z_.R));
+      }
+      for (int64_t v = units_.begin; Z > 1 && v < units_.end; ++v) {
+        store(b_.carry_c + b * ldm_ + v * L, read(p_.dc_n, sample * z_.H, v * L, z_.H));
+        store(b_.c0 + b * ldm_ + v * L, read(p_.c0, sample * z_.H, v * L, z_.H));
+      }
+    }
+    if (!p_.weight_gradients) return;
+    for (int c = 0; c < C; ++c) {
+      for (int64_t u = units_.begin * L; u < min64(z_.H, units_.end * L); ++u) s_.db[(index * C + c) * z_.H + u] = S(0);
+    }
+  }
+
+  // Appends the rows of step t to the chunk's list; returns the number of rows so far.
+  int64_t list_rows(const Item& item, int64_t t, int64_t rows) {
+    const int64_t n = item.rows(t), pitch = (K + Z - 1) * z_.H, width = z_.D * z_.R;
+    const int64_t before = item.d ? t + 1 : t - 1;  // the step whose states this one started from
+    const int64_t known = before >= 0 && before < item.steps ? item.rows(before) : 0;
+    const S* saved = static_cast<const S*>(p_.saved) + item.d * z_.N * pitch;
+    const T *y = static_cast<const T*>(p_.y) + item.d * z_.R, *h0 = static_cast<const T*>(p_.h0);
+    for (int64_t b = 0; b < n; ++b, ++rows) {
+      const int64_t at = z_.offset[t] + item.first + b;
+      Row& row = b_.rows[rows];
+      row.saved = saved + at * pitch;
+      row.y = y + at * width;
+      row.dy = p_.dy.data ? row_at<T>(p_.dy, z_.offset, t, item.first + b) + item.d * z_.R : nullptr;
+      if (b < known) {
+        const int64_t earlier = z_.offset[before] + item.first + b;
+        row.h_prev = y + earlier * width;
+        row.c_prev = saved + earlier * pitch + K * z_.H;
+      } else {
+        row.h_prev = h0 ? h0 + (item.d * z_.B + item.first + b) * z_.R : nullptr;
+        row.c_prev = Z > 1 ? b_.c0 + b * ldm_ : nullptr;
+      }
+    }
+    return rows;
+  }
+
+  FUSEDRNN_INLINE V previous_h(const Row& row, int64_t u) const {
+    return row.h_prev ? load<S>(row.h_prev + u, z_.R - u) : V(0);
+  }
+
+  // Samples [0, later) have gate gradients of the step worked on before at chunk row `later_row` on, samples [0, now)
+  // are active at this step, chunk rows from `row` on. A sample in one set only starts or ends here.
+  void step(int d, int64_t later_row, int64_t later, int64_t row, int64_t now) {
+    const int64_t both = min64(later, now);
+    const auto dg_row = [&](int64_t r) { return b_.dg + (later_row + r) * ldg_; };
+    const auto arrive = [&](int64_t r, int64_t u, V dh) {  // dL/dh_t but for dy: the cell, or the projection first
+      const Row& at = b_.rows[row + r];
+      if (at.dy) dh = dh + load<S>(at.dy + u, z_.R - u);
+      if (z_.projected) store(b_.dh + (row + r) * ldh_ + u, dh), store(b_.carry_h + r * ldh_ + u, V(0));
+      else cell_backward(r, row + r, u, dh);
+    };
+    const auto carried = [&](int64_t r, int64_t u) { return load(b_.carry_h + r * ldh_ + u); };
+    const Inner gates{F * z_.H};
+    product<1>(s_.w_hh[d], gates, outputs_, {0, both}, dg_row, [&](int64_t r, int64_t v, const V* acc, int) {
+      arrive(r, v * L, acc[0] + carried(r, v * L));
+    });
+    product<1>(s_.w_hh[d], gates, outputs_, {both, later}, dg_row, [&](int64_t r, int64_t v, const V* acc, int) {
+      store(b_.carry_h + r * ldh_ + v * L, acc[0] + carried(r, v * L));
+    });
+    for (int64_t v = outputs_.begin; v < outputs_.end; ++v) {
+      for (int64_t r = both; r < now; ++r) arrive(r, v * L, carried(r, v * L));
+    }
+    if (now == 0) return;
+    if (z_.projected) {
+      team_.meet();
+      product<1>(s_.w_hr[d], Inner{z_.R}, units_, {0, now}, [&](int64_t r) { return b_.dh + (row + r) * ldh_; },
+                 [&](int64_t r, int64_t v, const V* acc, int) { cell_backward(r, row + r, v * L, acc[0]); });
+    }
+    if constexpr (kTwoStage) {
+      team_.meet();
+      product<1>(s_.w_rest[d], Inner{(G - F) * z_.H}, outputs_, {0, now},
+                 [&](int64_t r) { return b_.dg + (row + r) * ldg_ + F * z_.H; },
+                 [&](int64_t r, int64_t v, const V* acc, int) { first_stage_backward(r, row + r, v * L, acc[0]); });
+    }
+    team_.meet();
+  }
+
+  // The cell at sample r, chunk row `row`, units from u on. dh: dL/dh_t, or of the unprojected output.
+  FUSEDRNN_INLINE void cell_backward(int64_t r, int64_t row, int64_t u, V dh) {
+    const Row& at = b_.rows[row];
+    const int64_t H = z_.H, n = H - u;
+    Values<V, K> saved;
+    Values<V, Z> prev, cur, d;
+    Values<V, G> dx, drec;
+    for (int g = 0; g < G; ++g) dx[g] = drec[g] = V(0);
+    for (int k = 0; k < K; ++k) saved[k] = load<S>(at.saved + k * H + u, n);
+    prev[0] = z_.projected ? V(0) : previous_h(at, u);
+    cur[0] = z_.projected ? V(0) : load<S>(at.y + u, n);
+    d[0] = dh;
+    if constexpr (Z > 1) {
+      prev[1] = load<S>(at.c_prev + u, n);
+      cur[1] = load<S>(at.saved + K * H + u, n);
+      d[1] = load(b_.carry_c + r * ldm_ + u);
+    }
+    Cell::backward(saved, prev, cur, d, dx, drec);
+    S* dg = b_.dg + row * ldg_ + u;
+    for (int g = 0; g < G; ++g) store(dg + g * H, drec[g], n);
+    for (int g = G - kSplit; g < G; ++g) store(dg + (g + kSplit) * H, dx[g], n);
+    if (!z_.projected) store(b_.carry_h + r * ldh_ + u, d[0]);
+    if constexpr (Z > 1) store(b_.carry_c + r * ldm_ + u, d[1]);
+  }
+
+  FUSEDRNN_INLINE void first_stage_backward(int64_t r, int64_t row, int64_t u, V dq) {
+    const Row& at = b_.rows[row];
+    const int64_t H = z_.H, n = H - u;
+    S* dg = b_.dg + row * ldg_ + u;
+    Values<V, K> saved;
+    Values<V, Z> prev, d;
+    Values<V, G> dx, drec;
+    for (int k = 0; k < K; ++k) saved[k] = load<S>(at.saved + k * H + u, n);
+    for (int g = 0; g < G; ++g) dx[g] = drec[g] = load<S>(dg + g * H, n);
+    prev[0] = previous_h(at, u);
+    d[0] = load(b_.carry_h + r * ldh_ + u);
+    Cell::backward_first(saved, prev, dq, d, dx, drec);
+    for (int g = 0; g < F; ++g) store(dg + g * H, drec[g], n);
+    store(b_.carry_h + r * ldh_ + u, d[0]);
+  }
+
+  // Calls body(t, first chunk row of t, samples [begin, end) of t) for the part of the chunk in `own`.
+  template <class Body>
+  FUSEDRNN_INLINE static void for_steps(const Item& item, int64_t s0, int64_t s1, Range own, const Body& body) {
+    int64_t row = 0;
+    for (int64_t s = s0; s < s1; ++s) {
+      const int64_t t = time_of(item, s), n = item.rows(t);
+      body(t, row, Range{max64(0, own.begin - row), min64(n, own.end - row)});
+      row += n;
+    }
+  }
+
+  void weight_gradients(const Item& item, int index, int64_t s0, int64_t s1, int64_t rows, bool add) {
+    gather_operands(item, s0, s1, part(rows, team_.me, team_.members));
+    team_.meet();
+    const int64_t H = z_.H, I = z_.I, R = z_.R;
+    const int64_t u0 = units_.begin * L, un = min64(H, units_.end * L) - u0;
+    const WeightGradients& result = p_.dw[item.d];
+    S* dw_ih = s_.direct ? static_cast<S*>(result.w_ih) : s_.dw_ih + index * G * H * I;
+    S* dw_hh = s_.direct ? static_cast<S*>(result.w_hh) : s_.dw_hh + index * G * H * R;
+    for (int g = 0; g < G; ++g) {
+      const S* dx = b_.dg + (g < G - kSplit ? g : g + kSplit) * H + u0;
+      const S* drec = b_.dg + g * H + u0;
+      const S* operand = g < F ? b_.h : b_.m;
+      outer_product(dx, ldg_, b_.x, ldx_, rows, un, I, dw_ih + (g * H + u0) * I, I, add);
+      outer_product(drec, ldg_, operand, g < F ? ldh_ : ldm_, rows, un, R, dw_hh + (g * H + u0) * R, R, add);
+    }
+    if (z_.projected) {
+      const int64_t p0 = outputs_.begin * L, pn = min64(R, outputs_.end * L) - p0;
+      S* dw_hr = s_.direct ? static_cast<S*>(result.w_hr) : s_.dw_hr + index * R * H;
+      outer_product(b_.dh + p0, ldh_, b_.m, ldm_, rows, pn, H, dw_hr + p0 * H, H, add);
+    }
+    for (int c = 0; c < C; ++c) {
+      for (int64_t u = u0; u < u0 + un; u += L) {
+        S* db = s_.db + (index * C + c) * H + u;
+        V sum(0);
+        for (int64_t r = 0; r < rows; ++r) sum = sum + load(b_.dg + r * ldg_ + c * H + u);
+        store(db, load<S>(db, H - u) + sum, H - u);
+      }
+    }
+  }
+
+  // The right operands of the chunk's weight gradients, row by row beside dG: x, h_{t-1}, and q or the unprojected
+  // output where the cell has them.
+  void gather_operands(const Item& item, int64_t s0, int64_t s1, Range own) {
+    for_steps(item, s0, s1, own, [&](int64_t t, int64_t first, Range samples) {
+      for (int64_t b = samples.begin; b < samples.end; ++b) {
+        const int64_t r = first + b;
+        const T* x = row_at<T>(p_.x, z_.offset, t, item.first + b);
+        const Row& at = b_.rows[r];
+        for (int64_t i = 0; i < z_.I; i += L) store(b_.x + r * ldx_ + i, load<S>(x + i, z_.I - i), z_.I - i);
+        for (int64_t u = 0; u < z_.R; u += L) store(b_.h + r * ldh_ + u, previous_h(at, u), z_.R - u);
+        if (kTwoStage || z_.projected) {
+          for (int64_t u = 0; u < z_.H; u += L) store(b_.m + r * ldm_ + u, second_operand(at, u), z_.H - u);
+        }
+      }
+    });
+  }
+
+  FUSEDRNN_INLINE V second_operand(const Row& at, int64_t u) const {
+    const int64_t n = z_.H - u;
+    Values<V, K> saved;
+    for (int k = 0; k < K; ++k) saved[k] = load<S>(at.saved + k * z_.H + u, n);
+    Values<V, Z> state;
+    if constexpr (kTwoStage) {
+      state[0] = previous_h(at, u);
+      return Cell::recurrent_operand(saved, state);
+    } else if constexpr (Z > 1) {
+      state[0] = V(0);
+      state[1] = load<S>(at.saved + K * z_.H + u, n);
+      return Cell::output(saved, state);
+    }
+    return V(0);  // no such operand: not reached
+  }
+
+  void input_gradient(const Item& item, int64_t s0, int64_t s1, int64_t rows) {
+    const Range own = part(rows, team_.me, team_.members);
+    S** out = reinterpret_cast<S**>(b_.rows);  // the list of rows is not needed any more
+    S* dx = static_cast<S*>(p_.dx) + item.d * z_.N * z_.I;
+    for_steps(item, s0, s1, own, [&](int64_t t, int64_t first, Range samples) {
+      for (int64_t b = samples.begin; b < samples.end; ++b) {
+        out[first + b] = dx + (z_.offset[t] + item.first + b) * z_.I;
+      }
+    });
+    product<1>(s_.w_ih[item.d], Inner{(G - kSplit) * z_.H, kSplit * z_.H, G * z_.H}, {0, ceil_div(z_.I, L)}, own,
+               [&](int64_t r) { return b_.dg + r * ldg_; },
+               [&](int64_t r, int64_t v, const V* acc, int) { store(out[r] + v * L, acc[0], z_.I - v * L); });
+  }
+
+  void final_carries(const Item& item) {
+    for (int64_t b = 0; b < item.samples(); ++b) {
+      const int64_t sample = item.d * z_.B + item.first + b;
+      T* dh0 = static_cast<T*>(p_.dh0) + sample * z_.R;
+      for (int64_t u = outputs_.begin * L; u < min64(z_.R, outputs_.end * L); u += L) {
+        store(dh0 + u, load(b_.carry_h + b * ldh_ + u), z_.R - u);
+      }
+      if constexpr (Z > 1) {
+        T* dc0 = static_cast<T*>(p_.dc0) + sample * z_.H;
+        for (int64_t u = units_.begin * L; u < min64(z_.H, units_.end * L); u += L) {
+          store(dc0 + u, load(b_.carry_c + b * ldm_ + u), z_.H - u);
+        }
+      }
+    }
+  }
+
+  // After all items: the slices' accumulators, added in order, into the results.
+  void add_slices() {
+    for (int d = 0; d < z_.D; ++d) {
+      const WeightGradients& dw = p_.dw[d];
+      const int64_t H = z_.H, biases = C * H;
+      const S* db = s_.db + d * s_.plan.slices * biases;
+      add_slices_of(db, biases, G * H, dw.b_hh);
+      add_slices_of(db, biases, (G - kSplit) * H, dw.b_ih);
+      if (kSplit && dw.b_ih) {
+        add_slices_of(db + G * H, biases, kSplit * H, static_cast<T*>(dw.b_ih) + (G - kSplit) * H);
+      }
+      if (s_.direct) continue;
+      const int64_t first = d * s_.plan.slices;
+      add_slices_of(s_.dw_ih + first * G * H * z_.I, G * H * z_.I, G * H * z_.I, dw.w_ih);
+      add_slices_of(s_.dw_hh + first * G * H * z_.R, G * H * z_.R, G * H * z_.R, dw.w_hh);
+      if (z_.projected) add_slices_of(s_.dw_hr + first * z_.R * H, z_.R * H, z_.R * H, dw.w_hr);
+    }
+  }
+
+  void add_slices_of(const S* slices, int64_t stride, int64_t n, void* result) {
+    if (!result) return;
+    const Range own = part(ceil_div(n, L), thread_, s_.threads);
+    for (int64_t i = own.begin * L; i < min64(n, own.end * L); i += L) {
+      V sum = load<S>(slices + i, n - i);
+      for (int k = 1; k < s_.plan.slices; ++k) sum = sum + load<S>(slices + k * stride + i, n - i);
+      store(static_cast<T*>(result) + i, sum, n - i);
+    }
+  }
+
+  const BackwardProblem& p_;
+  const LayerSizes& z_;
+  const Shared& s_;
+  const int thread_, index_;  // index of the team
+  Team team_;
+  TeamBuffers b_;
+  Range units_, outputs_;  // own vectors of H and of R
+  const int64_t ldg_, ldx_, ldh_, ldm_;
+};

@@ -1,0 +1,121 @@
+// See dispatch.h.
+#include "dispatch.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "../cells/registry.h"
+
+namespace fusedrnn {
+namespace {
+
+constexpr const KernelTable* kTables[] = {
+#if defined(__x86_64__)
+    &kTableAvx512, &kTableAvx2,
+#endif
+    &kTableBase};
+
+template <class... Cells>
+constexpr int count(CellList<Cells...>) {
+  return sizeof...(Cells);
+}
+constexpr int kCells = count(Registry{});
+static_assert(kCells <= kMaxCells);
+
+template <class... Cells>
+const CellConstants* constants(CellList<Cells...>) {
+  static constexpr CellConstants table[] = {
+      {Cells::kName, Cells::kGates, Cells::kStates, Cells::kSaved, Cells::kFirst, Cells::kSplit}...};
+  return table;
+}
+
+const KernelTable* choose() {
+  if (const char* forced = std::getenv("FUSEDRNN_CPU_ISA"); forced && *forced) {
+    return isa_error() ? &kTableBase : find_isa(forced);
+  }
+  for (const KernelTable* table : kTables) {
+    if (isa_supported(table->name)) return table;
+  }
+  return &kTableBase;
+}
+
+struct Scratch {
+  static constexpr int64_t kKeep = int64_t{256} << 20;  // a larger one is given back after the call
+  void* data = nullptr;
+  int64_t bytes = 0;
+  void drop() {
+    std::free(data);
+    data = nullptr;
+    bytes = 0;
+  }
+  ~Scratch() { drop(); }
+};
+thread_local Scratch scratch;
+
+}  // namespace
+
+bool isa_supported(const char* name) {
+#if defined(__x86_64__)
+  if (!std::strcmp(name, "avx512")) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  }
+  if (!std::strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return !std::strcmp(name, "base");
+}
+
+const KernelTable* find_isa(const char* name) {
+  for (const KernelTable* table : kTables) {
+    if (!std::strcmp(table->name, name)) return table;
+  }
+  return nullptr;
+}
+
+const char* isa_error() {
+  static const std::string error = [] {
+    const char* forced = std::getenv("FUSEDRNN_CPU_ISA");
+    if (!forced || !*forced) return std::string();
+    if (!find_isa(forced)) {
+      std::string known;
+      for (const KernelTable* table : kTables) known += std::string(known.empty() ? "" : ", ") + table->name;
+      return "FUSEDRNN_CPU_ISA must be one of " + known + ", got '" + forced + "'";
+    }
+    if (!isa_supported(forced)) return "FUSEDRNN_CPU_ISA=" + std::string(forced) + ": this CPU does not have it";
+    return std::string();
+  }();
+  return error.empty() ? nullptr : error.c_str();
+}
+
+const KernelTable& kernels() {
+  static const KernelTable* const table = choose();
+  return *table;
+}
+
+int cells() { return kCells; }
+
+const CellConstants& cell_constants(int cell) { return constants(Registry{})[cell]; }
+
+int find_cell(const char* name) {
+  for (int cell = 0; cell < kCells; ++cell) {
+    if (!std::strcmp(cell_constants(cell).name, name)) return cell;
+  }
+  return -1;
+}
+
+void* acquire_scratch(int64_t bytes) {
+  if (bytes > scratch.bytes) {
+    scratch.drop();
+    const int64_t rounded = (bytes + 4095) / 4096 * 4096;
+    scratch.data = std::aligned_alloc(4096, rounded);
+    if (scratch.data) scratch.bytes = rounded;
+  }
+  return bytes <= scratch.bytes ? scratch.data : nullptr;
+}
+
+void release_scratch() {
+  if (scratch.bytes > Scratch::kKeep) scratch.drop();
+}
+
+}  // namespace fusedrnn

@@ -1,0 +1,49 @@
+// The one door from the ops to the CPU kernels: an instruction set is chosen once, a table of functions follows.
+#pragma once
+
+#include "../problem.h"
+
+namespace fusedrnn {
+
+using ForwardKernel = bool (*)(const ForwardProblem&);    // false: out of memory, nothing was computed
+using BackwardKernel = bool (*)(const BackwardProblem&);  // likewise
+
+constexpr int kMaxCells = 16;
+
+struct KernelTable {
+  const char* name;
+  int vector_bytes;
+  ForwardKernel forward[kMaxCells][kDTypes];
+  BackwardKernel backward[kMaxCells][kDTypes];
+  // y[i] = f(x[i]) with the vector activations, for the accuracy tests. function: 0 sigmoid, 1 tanh.
+  void (*activation_f32)(int function, const float* x, float* y, int64_t n);
+  void (*activation_f64)(int function, const double* x, double* y, int64_t n);
+};
+
+// Tables compiled into this build, best first; a null name ends the list. Defined one per isa_*.cpp.
+extern const KernelTable kTableBase;
+#if defined(__x86_64__)
+extern const KernelTable kTableAvx2;
+extern const KernelTable kTableAvx512;
+#endif
+
+bool isa_supported(const char* name);
+const KernelTable* find_isa(const char* name);  // null: no such instruction set in this build
+const KernelTable& kernels();                   // in use; FUSEDRNN_CPU_ISA forces one, else the best supported
+// Read and check FUSEDRNN_CPU_ISA: null if fine, else what is wrong with it.
+const char* isa_error();
+
+struct CellConstants {
+  const char* name;
+  int gates, states, saved, first, split;
+};
+int find_cell(const char* name);  // -1: unknown
+const CellConstants& cell_constants(int cell);
+int cells();
+
+// Scratch memory of the calling thread, 4096-byte aligned, contents undefined; kept for the next call up to a limit.
+// One lease a thread at a time. Null if there is no memory.
+void* acquire_scratch(int64_t bytes);
+void release_scratch();
+
+}  // namespace fusedrnn

@@ -1,0 +1,344 @@
+// The forward time loop of every cell: one parallel region for the whole layer. Included after team.h.
+//
+// A team takes an item (direction, slice of the batch) and goes through time in chunks. For a chunk it first makes
+// x W_ih^T + b_ih of all its rows (each member its own units), then steps: the product with h_{t-1} in register
+// tiles, the cell on each tile while it is in the first-level cache, one barrier. With `saved`, the projection is
+// written straight into the rows that the activated gates will overwrite.
+//
+// Layouts: gates and saved rows [k][H] for k in [0, kSaved), then c; h double-buffered [2][samples][R].
+
+template <class Cell, class T>
+class ForwardPass {
+  using S = typename ComputeType<T>::Type;
+  using V = Vec<S>;
+  static constexpr int L = V::kLanes, G = Cell::kGates, F = Cell::kFirst, K = Cell::kSaved, Z = Cell::kStates;
+  static constexpr bool kTwoStage = F < G, kConvert = sizeof(T) != sizeof(S);
+  static_assert(K == 0 || K >= G, "the projection is written where the saved gates go");
+  static constexpr int64_t kChunkRows = 192;  // of projected gates: they stay in the second-level cache
+
+  struct Shared {
+    Plan plan;
+    int64_t bounds[kMaxThreads + 1];
+    int threads;
+    char* block;
+    int64_t shared_bytes, team_bytes;
+    int64_t most_samples, most_rows;
+    // panels of each direction
+    S *w_ih[2], *w_hh[2], *w_rest[2], *w_hr[2], *b_ih[2], *b_hh[2];
+    Flag* flags;
+  };
+  struct TeamBuffers {
+    S *h[2], *c, *m;  // [samples][row_stride]
+    S* gates;         // [chunk rows][G*H], unless they live in `saved`
+    S* x;             // [chunk rows][I], if x must be converted
+    const S** x_row;  // [members][chunk rows]
+    S** gate_row;     // [members][chunk rows]
+    S** saved_row;    // [members][chunk rows], null without saved
+  };
+
+ public:
+  static bool run(const ForwardProblem& p) {
+    Shared shared;
+    shared.block = nullptr;
+#pragma omp parallel num_threads(p.threads < kMaxThreads ? p.threads : kMaxThreads)
+    {
+#pragma omp master
+      prepare(p, shared, omp_get_num_threads());
+#pragma omp barrier
+      if (shared.block) {
+        ForwardPass pass(p, shared, omp_get_thread_num());
+        pass.pack();
+#pragma omp barrier
+        pass.run_items();
+      }
+    }
+    if (shared.block) release_scratch();
+    return shared.block != nullptr;
+  }
+
+ private:
+  static void prepare(const ForwardProblem& p, Shared& s, int threads) {
+    s.plan = make_plan(p.size, G, L, threads);
+    s.threads = threads;
+    slice_batch(p.size, s.plan.slices, s.bounds);
+    s.most_samples = 0;
+    for (int k = 0; k < s.plan.slices; ++k) s.most_samples = max64(s.most_samples, s.bounds[k + 1] - s.bounds[k]);
+    s.most_rows = min64(p.size.N, kChunkRows + s.most_samples);
+    Carver shared(nullptr), team(nullptr);
+    carve_shared(p, s, shared);
+    carve_team(p, s, team);
+    s.shared_bytes = shared.used();
+    s.team_bytes = team.used();
+    s.block = static_cast<char*>(acquire_scratch(s.shared_bytes + s.plan.teams * s.team_bytes));
+    if (!s.block) return;
+    Carver pieces(s.block);
+    carve_shared(p, s, pieces);
+    for (int i = 0; i < s.plan.teams * s.plan.members; ++i) s.flags[i].epoch = 0;
+  }
+
+  static void carve_shared(const ForwardProblem& p, Shared& s, Carver& carver) {
+    const LayerSizes& z = p.size;
+    const int64_t units = ceil_div(z.H, L) * L, outputs = ceil_div(z.R, L) * L;
+    s.flags = carver.take<Flag>(s.plan.teams * s.plan.members);
+    for (int d = 0; d < z.D; ++d) {
+      s.w_ih[d] = carver.take<S>(z.I * G * units);
+      s.w_hh[d] = carver.take<S>(z.R * F * units);
+      s.w_rest[d] = carver.take<S>(z.R * (G - F) * units);
+      s.w_hr[d] = carver.take<S>(z.projected ? z.H * outputs : 0);
+      s.b_ih[d] = carver.take<S>(G * z.H);
+      s.b_hh[d] = carver.take<S>(G * z.H);
+    }
+  }
+
+  static TeamBuffers carve_team(const ForwardProblem& p, const Shared& s, Carver& carver) {
+    const LayerSizes& z = p.size;
+    const int64_t rows = s.most_rows, members = s.plan.members, samples = s.most_samples;
+    TeamBuffers b;
+    b.h[0] = carver.take<S>(samples * row_stride<S>(z.R));
+    b.h[1] = carver.take<S>(samples * row_stride<S>(z.R));
+    b.c = carver.take<S>(Z > 1 ? samples * row_stride<S>(z.H) : 0);
+    b.m = carver.take<S>(kTwoStage || z.projected ? samples * row_stride<S>(z.H) : 0);
+    b.gates = carver.take<S>(p.saved && K ? 0 : rows * G * z.H);
+    b.x = carver.take<S>(kConvert ? rows * row_stride<S>(z.I) : 0);
+    b.x_row = carver.take<const S*>(rows * members);
+    b.gate_row = carver.take<S*>(rows * members);
+    b.saved_row = carver.take<S*>(p.saved ? rows * members : 0);
+    return b;
+  }
+
+  ForwardPass(const ForwardProblem& p, const Shared& shared, int thread)
+      : p_(p), z_(p.size), s_(shared), thread_(thread), index_(thread / shared.plan.members),
+        team_(shared.flags + index_ * shared.plan.members, thread % shared.plan.members, shared.plan.members),
+        ldh_(row_stride<S>(z_.R)), ldm_(row_stride<S>(z_.H)) {
+    if (index_ >= s_.plan.teams) return;
+    Carver carver(s_.block + s_.shared_bytes + index_ * s_.team_bytes);
+    b_ = carve_team(p_, s_, carver);
+    b_.x_row += team_.me * s_.most_rows;
+    b_.gate_row += team_.me * s_.most_rows;
+    if (p_.saved) b_.saved_row += team_.me * s_.most_rows;
+    units_ = part(ceil_div(z_.H, L), team_.me, team_.members);
+    outputs_ = part(ceil_div(z_.R, L), team_.me, team_.members);
+  }
+
+  void pack() {
+    Packing packing{s_.plan, thread_, s_.threads};
+    for (int d = 0; d < z_.D; ++d) {
+      const LayerWeights& w = p_.weights[d];
+      const T* w_hh = static_cast<const T*>(w.w_hh);
+      packing.panels(d, z_.H, L, kGroupVectors<G>, [&](int64_t v0, int nv) {
+        pack_rows<G>(static_cast<const T*>(w.w_ih), z_.H, z_.I, z_.I, v0, nv, s_.w_ih[d]);
+      });
+      packing.panels(d, z_.H, L, kGroupVectors<F>, [&](int64_t v0, int nv) {
+        pack_rows<F>(w_hh, z_.H, z_.R, z_.R, v0, nv, s_.w_hh[d]);
+      });
+      if constexpr (kTwoStage) {
+        packing.panels(d, z_.H, L, kGroupVectors<G - F>, [&](int64_t v0, int nv) {
+          pack_rows<G - F>(w_hh + F * z_.H * z_.R, z_.H, z_.R, z_.R, v0, nv, s_.w_rest[d]);
+        });
+      }
+      if (z_.projected) {
+        packing.panels(d, z_.R, L, kGroupVectors<1>, [&](int64_t v0, int nv) {
+          pack_rows<1>(static_cast<const T*>(w.w_hr), z_.R, z_.H, z_.H, v0, nv, s_.w_hr[d]);
+        });
+      }
+      if (packing.turn++ % s_.threads == thread_) {
+        for (int64_t i = 0; i < G * z_.H; ++i) {
+          s_.b_ih[d][i] = w.b_ih ? to_compute(static_cast<const T*>(w.b_ih)[i]) : S(0);
+          s_.b_hh[d][i] = w.b_hh ? to_compute(static_cast<const T*>(w.b_hh)[i]) : S(0);
+        }
+      }
+    }
+  }
+
+  void run_items() {
+    if (index_ >= s_.plan.teams) return;
+    for (int i = index_; i < z_.D * s_.plan.slices; i += s_.plan.teams) run_item({z_, s_.bounds, s_.plan.slices, i});
+  }
+
+  // Step s of an item is time t: the reverse direction starts at the last step that has active samples, each
+  // sample with its initial state.
+  FUSEDRNN_INLINE static int64_t time_of(const Item& item, int64_t s) { return item.d ? item.steps - 1 - s : s; }
+
+  void run_item(const Item& item) {
+    initial_states(item);
+    team_.meet();
+    for (int64_t s0 = 0, s1 = 0; s0 < item.steps; s0 = s1) {
+      int64_t rows = 0;
+      for (; s1 < item.steps && rows < kChunkRows; ++s1) rows = list_rows(item, time_of(item, s1), rows);
+      if constexpr (kConvert) {
+        const Range own = part(rows, team_.me, team_.members);
+        convert_x(item, s0, s1, own);
+        team_.meet();
+      }
+      project(item.d, rows);
+      for (int64_t s = s0, row = 0; s < s1; ++s) {
+        const int64_t t = time_of(item, s);
+        step(item, t, row, b_.h[s & 1], b_.h[(s + 1) & 1]);
+        row += item.rows(t);
+      }
+    }
+    final_states(item);
+    team_.meet();  // before the next item's initial states
+  }
+
+  void initial_states(const Item& item) {
+    for (int64_t b = 0; b < item.samples(); ++b) {
+      const int64_t sample = item.d * z_.B + item.first + b;
+      for (int64_t v = outputs_.begin; v < outputs_.end; ++v) {
+        const V h = p_.h0 ? load<S>(static_cast<const T*>(p_.h0) + sample * z_.R + v * L, z_.R - v * L) : V(0);
+        store(b_.h[0] + b * ldh_ + v * L, h);
+        store(b_.h[1] + b * ldh_ + v * L, h);  // a sample that starts late finds it in either buffer
+      }
+      if constexpr (Z > 1) {
+        for (int64_t v = units_.begin; v < units_.end; ++v) {
+          const V c = p_.c0 ? load<S>(static_cast<const T*>(p_.c0) + sample * z_.H + v * L, z_.H - v * L) : V(0);
+          store(b_.c + b * ldm_ + v * L, c);
+        }
+      }
+    }
+  }
+
+  // Appends the rows of step t to the chunk's lists; returns the number of rows so far.
+  int64_t list_rows(const Item& item, int64_t t, int64_t rows) {
+    const int64_t n = item.rows(t), pitch = (K + Z - 1) * z_.H;
+    for (int64_t b = 0; b < n; ++b, ++rows) {
+      if constexpr (kConvert) b_.x_row[rows] = b_.x + rows * row_stride<S>(z_.I);
+      else b_.x_row[rows] = row_at<S>(p_.x, z_.offset, t, item.first + b);
+      b_.gate_row[rows] = b_.gates + rows * G * z_.H;
+      if (p_.saved) {
+        S* saved = static_cast<S*>(p_.saved) + (item.d * z_.N + z_.offset[t] + item.first + b) * pitch;
+        b_.saved_row[rows] = saved;
+        if (K) b_.gate_row[rows] = saved;
+      }
+    }
+    return rows;
+  }
+
+  void convert_x(const Item& item, int64_t s0, int64_t s1, Range own) {
+    int64_t row = 0;
+    for (int64_t s = s0; s < s1; ++s) {
+      const int64_t t = time_of(item, s), n = item.rows(t);
+      for (int64_t b = max64(0, own.begin - row); b < min64(n, own.end - row); ++b) {
+        const T* from = row_at<T>(p_.x, z_.offset, t, item.first + b);
+        S* to = b_.x + (row + b) * row_stride<S>(z_.I);
+        for (int64_t i = 0; i < z_.I; i += L) store(to + i, load<S>(from + i, z_.I - i), z_.I - i);
+      }
+      row += n;
+    }
+  }
+
+  void project(int d, int64_t rows) {
+    product<G>(
+        s_.w_ih[d], Inner{z_.I}, units_, {0, rows}, [&](int64_t r) { return b_.x_row[r]; },
+        [&](int64_t r, int64_t v, const V* acc, int stride) {
+          const int64_t u = v * L;
+          for (int g = 0; g < G; ++g) {
+            store(b_.gate_row[r] + g * z_.H + u, acc[g * stride] + load(s_.b_ih[d] + g * z_.H + u), z_.H - u);
+          }
+        });
+  }
+
+  // One time step of the rows [row, row + n) of the chunk: h_prev in, h_next out.
+  void step(const Item& item, int64_t t, int64_t row, const S* h_prev, S* h_next) {
+    const int64_t n = item.rows(t), H = z_.H;
+    const S* b_hh = s_.b_hh[item.d];
+    T* y = static_cast<T*>(p_.y) + ((z_.offset[t] + item.first) * z_.D + item.d) * z_.R;
+    const int64_t ldy = z_.D * z_.R;
+    const auto h_row = [&](int64_t r) { return h_prev + r * ldh_; };
+    const auto m_row = [&](int64_t r) { return b_.m + r * ldm_; };
+    const auto put_h = [&](int64_t r, int64_t u, V h) {
+      store(h_next + r * ldh_ + u, h);
+      store(y + r * ldy + u, h, z_.R - u);
+    };
+    // Gates [first, first + count) of the product, the cell, and its results to memory.
+    const auto inputs = [&](int first, int count, const S* gates, int64_t u, const V* acc, int stride,
+                            Values<V, G>& x, Values<V, G>& rec) {
+      for (int g = first; g < first + count; ++g) {
+        x[g] = load<S>(gates + g * H + u, H - u);
+        rec[g] = acc[(g - first) * stride] + load(b_hh + g * H + u);
+      }
+    };
+    const auto finish = [&](int64_t r, int64_t u, int done, const Values<V, G>& x, const Values<V, G>& rec,
+                            Values<V, K>& saved) {
+      Values<V, Z> state;
+      state[0] = z_.projected ? V(0) : load(h_prev + r * ldh_ + u);
+      if constexpr (Z > 1) state[1] = load(b_.c + r * ldm_ + u);
+      Cell::forward(x, rec, state, saved);
+      if (z_.projected) store(b_.m + r * ldm_ + u, state[0]);
+      else put_h(r, u, state[0]);
+      if constexpr (Z > 1) store(b_.c + r * ldm_ + u, state[1]);
+      if (!p_.saved) return;
+      S* kept = b_.saved_row[row + r];
+      for (int k = done; k < K; ++k) store(kept + k * H + u, saved[k], H - u);
+      if constexpr (Z > 1) store(kept + K * H + u, state[1], H - u);
+    };
+
+    if constexpr (kTwoStage) {
+      product<F>(s_.w_hh[item.d], Inner{z_.R}, units_, {0, n}, h_row,
+                 [&](int64_t r, int64_t v, const V* acc, int stride) {
+                   const int64_t u = v * L;
+                   S* gates = b_.gate_row[row + r];
+                   Values<V, G> x, rec;
+                   Values<V, K> saved;
+                   inputs(0, F, gates, u, acc, stride, x, rec);
+                   Values<V, Z> prev;
+                   prev[0] = load(h_prev + r * ldh_ + u);
+                   V q;
+                   Cell::forward_first(x, rec, prev, saved, q);
+                   for (int k = 0; k < F; ++k) store(gates + k * H + u, saved[k], H - u);
+                   store(b_.m + r * ldm_ + u, q);
+                 });
+      team_.meet();
+      product<G - F>(s_.w_rest[item.d], Inner{z_.R}, units_, {0, n}, m_row,
+                     [&](int64_t r, int64_t v, const V* acc, int stride) {
+                       const int64_t u = v * L;
+                       const S* gates = b_.gate_row[row + r];
+                       Values<V, G> x, rec;
+                       Values<V, K> saved;
+                       for (int k = 0; k < F; ++k) saved[k] = load<S>(gates + k * H + u, H - u);
+                       inputs(F, G - F, gates, u, acc, stride, x, rec);
+                       finish(r, u, F, x, rec, saved);
+                     });
+    } else {
+      product<G>(s_.w_hh[item.d], Inner{z_.R}, units_, {0, n}, h_row,
+                 [&](int64_t r, int64_t v, const V* acc, int stride) {
+                   const int64_t u = v * L;
+                   Values<V, G> x, rec;
+                   Values<V, K> saved;
+                   inputs(0, G, b_.gate_row[row + r], u, acc, stride, x, rec);
+                   finish(r, u, 0, x, rec, saved);
+                 });
+      if (z_.projected) {
+        team_.meet();
+        product<1>(s_.w_hr[item.d], Inner{H}, outputs_, {0, n}, m_row,
+                   [&](int64_t r, int64_t v, const V* acc, int) { put_h(r, v * L, acc[0]); });
+      }
+    }
+    team_.meet();
+  }
+
+  void final_states(const Item& item) {
+    const Range own = part(item.samples(), team_.me, team_.members);
+    for (int64_t t = 0; t < item.steps; ++t) {  // the samples whose last step is step t
+      const int64_t next = t + 1 < item.steps ? item.rows(t + 1) : 0;
+      for (int64_t b = max64(next, own.begin); b < min64(item.rows(t), own.end); ++b) {
+        const int64_t sample = item.d * z_.B + item.first + b, steps = item.d ? item.steps : t + 1;
+        copy_row(b_.h[steps & 1] + b * ldh_, static_cast<T*>(p_.h_n) + sample * z_.R, z_.R);
+        if constexpr (Z > 1) copy_row(b_.c + b * ldm_, static_cast<T*>(p_.c_n) + sample * z_.H, z_.H);
+      }
+    }
+  }
+
+  FUSEDRNN_INLINE static void copy_row(const S* from, T* to, int64_t n) {
+    for (int64_t i = 0; i < n; i += L) store(to + i, load(from + i), n - i);
+  }
+
+  const ForwardProblem& p_;
+  const LayerSizes& z_;
+  const Shared& s_;
+  const int thread_, index_;  // index of the team
+  Team team_;
+  TeamBuffers b_;
+  Range units_, outputs_;  // own vectors of H and of R
+  const int64_t ldh_, ldm_;
+};

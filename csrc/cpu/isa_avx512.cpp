@@ -1,0 +1,27 @@
+// The CPU kernels for AVX-512 (F, BW, DQ, VL). See kernels.inl.
+#if defined(__x86_64__)
+#include <omp.h>
+#include <sched.h>
+
+#include <cmath>
+#include <cstdint>
+
+#include "dispatch.h"
+#include "plan.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+#endif
+#include "../cells/registry.h"
+
+#define FUSEDRNN_VECTOR_BYTES 64
+#define FUSEDRNN_TABLE kTableAvx512
+#define FUSEDRNN_ISA_NAME "avx512"
+#include "kernels.inl"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,16 @@
+// The CPU kernels for the compiler's default target: runs anywhere, NEON on Arm. See kernels.inl.
+#include <omp.h>
+#include <sched.h>
+
+#include <cmath>
+#include <cstdint>
+
+#include "dispatch.h"
+#include "plan.h"
+
+#include "../cells/registry.h"
+
+#define FUSEDRNN_VECTOR_BYTES 16
+#define FUSEDRNN_TABLE kTableBase
+#define FUSEDRNN_ISA_NAME "base"
+#include "kernels.inl"

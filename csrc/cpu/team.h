@@ -1,0 +1,112 @@
+// What the forward and backward passes share: scratch memory, the team barrier, row lookup. Included after gemm.h.
+
+template <class T>
+struct ComputeType {
+  using Type = T;
+};
+template <>
+struct ComputeType<BFloat16> {  // stored in 16 bits, computed in float32
+  using Type = float;
+};
+
+// Hands out pieces of one block. With a null base it only measures. Each piece starts on a cache line and may be
+// read up to a tile's width past its end.
+class Carver {
+ public:
+  explicit Carver(char* base) : base_(base) {}
+  template <class P>
+  P* take(int64_t n) {
+    P* piece = base_ ? reinterpret_cast<P*>(base_ + used_) : nullptr;
+    used_ += ceil_div(n * static_cast<int64_t>(sizeof(P)) + kTileWidth * FUSEDRNN_VECTOR_BYTES, 64) * 64;
+    return piece;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+// Elements between rows of n: an odd number of cache lines, so that a column of rows spreads over all cache sets.
+template <class S>
+FUSEDRNN_INLINE int64_t row_stride(int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(S);
+  return (ceil_div(n, kLine) | 1) * kLine;
+}
+
+struct alignas(64) Flag {
+  int64_t epoch;
+};
+
+// A few threads that meet. Each writes its own flag and waits for the others': one cache line a member.
+class Team {
+ public:
+  Team(Flag* flags, int me, int members) : me(me), members(members), flags_(flags) {}
+
+  void meet() {
+    if (members == 1) return;
+    ++epoch_;
+    __atomic_store_n(&flags_[me].epoch, epoch_, __ATOMIC_RELEASE);
+    for (int other = 0; other < members; ++other) {
+      for (int spins = 0; __atomic_load_n(&flags_[other].epoch, __ATOMIC_ACQUIRE) < epoch_; ++spins) {
+        if (spins < kSpins) pause();
+        else sched_yield();  // more threads than cores: let the late one run
+      }
+    }
+  }
+
+  const int me, members;
+
+ private:
+  static constexpr int kSpins = 4000;
+  FUSEDRNN_INLINE static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+  Flag* flags_;
+  int64_t epoch_ = 0;
+};
+
+template <class T>
+FUSEDRNN_INLINE const T* row_at(const RowView& view, const int64_t* offset, int64_t t, int64_t b) {
+  const int64_t step = view.time < 0 ? offset[t] * view.batch : t * view.time;
+  return static_cast<const T*>(view.data) + step + b * view.batch;
+}
+
+// One direction of one slice of the batch: what a team works through.
+struct Item {
+  int d;
+  int64_t first, last;  // samples [first, last)
+  int64_t steps;        // steps with at least one active sample
+  const int64_t* active;
+
+  Item(const LayerSizes& size, const int64_t* bounds, int slices, int index)
+      : d(index / slices), first(bounds[index % slices]), last(bounds[index % slices + 1]), steps(0),
+        active(size.active) {
+    while (steps < size.T && active[steps] > first) ++steps;
+  }
+  FUSEDRNN_INLINE int64_t samples() const { return last - first; }
+  FUSEDRNN_INLINE int64_t rows(int64_t t) const { return min64(active[t], last) - first; }  // active at step t
+};
+
+// A share of the threads' work that all of them prepare: with teams of one, panels go round; in a larger team each
+// member packs what it will read itself.
+struct Packing {
+  const Plan& plan;
+  int thread, threads;
+  int64_t turn = 0;
+
+  template <class Pack>
+  FUSEDRNN_INLINE void panels(int d, int64_t units, int lanes, int group_vectors, const Pack& pack) {
+    const int64_t vectors = ceil_div(units, lanes);
+    for (int m = 0; m < plan.members; ++m) {
+      const Range own = part(vectors, m, plan.members);
+      for (int64_t v0 = own.begin; v0 < own.end; v0 += group_vectors) {
+        const bool mine = plan.members == 1 ? turn++ % threads == thread
+                                            : m == thread % plan.members && d % plan.teams == thread / plan.members;
+        if (mine) pack(v0, static_cast<int>(min64(group_vectors, own.end - v0)));
+      }
+    }
+  }
+};

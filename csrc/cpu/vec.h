@@ -1,0 +1,174 @@
+// A vector of FUSEDRNN_VECTOR_BYTES bytes on the compiler's vector extensions: one source for every instruction
+// set. Included inside the unnamed namespace of each isa_*.cpp; no intrinsics, no library calls.
+// Accuracy of the activations, measured against a wider type over all floats (tests/test_activations.py):
+//   sigmoid 2.5 ulp for |x| <= 87, tanh 2.5 ulp for all x (float); sigmoid 3 ulp, tanh 3 ulp (double).
+// NaN comes out as NaN, +-inf as the limit.
+
+template <class S>
+struct Raw;
+template <>
+struct Raw<float> {
+  typedef float Type __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
+  typedef float Unaligned __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES), aligned(4), may_alias));
+  typedef int32_t Int __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
+};
+template <>
+struct Raw<double> {
+  typedef double Type __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
+  typedef double Unaligned __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES), aligned(8), may_alias));
+  typedef int64_t Int __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
+};
+
+template <class S>
+struct Vec {
+  using Scalar = S;
+  using Type = typename Raw<S>::Type;
+  static constexpr int kLanes = FUSEDRNN_VECTOR_BYTES / sizeof(S);
+  Type v;
+
+  Vec() = default;
+  FUSEDRNN_INLINE explicit Vec(S s) : v(s - Type{}) {}
+  FUSEDRNN_INLINE explicit Vec(int s) : Vec(static_cast<S>(s)) {}
+  FUSEDRNN_INLINE Vec(Type raw) : v(raw) {}
+  FUSEDRNN_INLINE friend Vec operator+(Vec a, Vec b) { return a.v + b.v; }
+  FUSEDRNN_INLINE friend Vec operator-(Vec a, Vec b) { return a.v - b.v; }
+  FUSEDRNN_INLINE friend Vec operator*(Vec a, Vec b) { return a.v * b.v; }
+  FUSEDRNN_INLINE friend Vec operator/(Vec a, Vec b) { return a.v / b.v; }
+};
+
+// ---- memory -----------------------------------------------------------------------------------------------------
+
+template <class S>
+FUSEDRNN_INLINE Vec<S> load(const S* p) {
+  return typename Raw<S>::Type(*reinterpret_cast<const typename Raw<S>::Unaligned*>(p));
+}
+
+template <class S>
+FUSEDRNN_INLINE void store(S* p, Vec<S> a) {
+  *reinterpret_cast<typename Raw<S>::Unaligned*>(p) = a.v;
+}
+
+typedef uint16_t HalfWords __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES / 2)));
+typedef uint16_t HalfWordsUnaligned __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES / 2), aligned(2), may_alias));
+typedef uint32_t Words __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
+
+FUSEDRNN_INLINE Vec<float> load(const BFloat16* p) {
+  const HalfWords h = *reinterpret_cast<const HalfWordsUnaligned*>(p);
+  return (Raw<float>::Type)(__builtin_convertvector(h, Words) << 16);
+}
+
+FUSEDRNN_INLINE void store(BFloat16* p, Vec<float> a) {  // to nearest, ties to even; NaN stays NaN
+  const Words bits = (Words)a.v;
+  const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Words quiet = (bits >> 16) | 0x40u;
+  const HalfWords h = __builtin_convertvector((Words)(a.v != a.v ? quiet : rounded), HalfWords);
+  *reinterpret_cast<HalfWordsUnaligned*>(p) = h;
+}
+
+// The first n lanes only, n <= kLanes; the others load as zero. Full vectors take the fast road.
+template <class S, class T>
+FUSEDRNN_INLINE Vec<S> load(const T* p, int64_t n) {
+  if (__builtin_expect(n >= Vec<S>::kLanes, 1)) return load(p);
+  T lanes[Vec<S>::kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+}
+
+template <class S, class T>
+FUSEDRNN_INLINE void store(T* p, Vec<S> a, int64_t n) {
+  if (__builtin_expect(n >= Vec<S>::kLanes, 1)) return store(p, a);
+  T lanes[Vec<S>::kLanes];
+  store(lanes, a);
+  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+FUSEDRNN_INLINE float to_compute(BFloat16 s) {
+  const uint32_t bits = static_cast<uint32_t>(s.bits) << 16;
+  float f;
+  __builtin_memcpy(&f, &bits, sizeof f);
+  return f;
+}
+FUSEDRNN_INLINE float to_compute(float s) { return s; }
+FUSEDRNN_INLINE double to_compute(double s) { return s; }
+
+// ---- activations ------------------------------------------------------------------------------------------------
+
+template <class S>
+struct Exp;
+template <>
+struct Exp<float> {
+  static constexpr float kLog2e = 1.44269504088896341f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  static constexpr int32_t kRoundBits = 0x4b400000, kBias = 127;
+  static constexpr int kMantissa = 23;
+  static constexpr float kSigmoidLimit = 87.3f, kTanhLimit = 9.1f;  // beyond: the limit value to the last bit
+  // (e^r - 1 - r) / r^2 on |r| <= ln(2)/2 (Cephes expf)
+  static constexpr float kPoly[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
+                                    4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+};
+template <>
+struct Exp<double> {
+  static constexpr double kLog2e = 1.4426950408889634074, kLn2High = 6.93145751953125e-1,
+                          kLn2Low = 1.42860682030941723212e-6;
+  static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr int64_t kRoundBits = 0x4338000000000000, kBias = 1023;
+  static constexpr int kMantissa = 52;
+  static constexpr double kSigmoidLimit = 708.0, kTanhLimit = 19.1;
+  // Taylor: 1/13! ... 1/2!; the remainder on |r| <= ln(2)/2 is below 2^-57
+  static constexpr double kPoly[] = {1.6059043836821613e-10, 2.0876756987868099e-09, 2.5052108385441720e-08,
+                                     2.7557319223985893e-07, 2.7557319223985888e-06, 2.4801587301587302e-05,
+                                     1.9841269841269841e-04, 1.3888888888888889e-03, 8.3333333333333332e-03,
+                                     4.1666666666666664e-02, 1.6666666666666666e-01, 5.0000000000000000e-01};
+};
+
+// x = n ln 2 + r: returns e^r - 1 and 2^n. |x| must be small enough that 2^n is a normal number.
+template <class S>
+FUSEDRNN_INLINE Vec<S> expm1_reduced(Vec<S> x, Vec<S>& two_n) {
+  using E = Exp<S>;
+  using Int = typename Raw<S>::Int;
+  const Vec<S> shifted = x * Vec<S>(E::kLog2e) + Vec<S>(E::kRound);
+  const Vec<S> n = shifted - Vec<S>(E::kRound);
+  const Vec<S> r = (x - n * Vec<S>(E::kLn2High)) - n * Vec<S>(E::kLn2Low);
+  Vec<S> p(E::kPoly[0]);
+  for (unsigned i = 1; i < sizeof(E::kPoly) / sizeof(S); ++i) p = p * r + Vec<S>(E::kPoly[i]);
+  const Int exponent = (Int)shifted.v - E::kRoundBits + E::kBias;
+  two_n = (typename Raw<S>::Type)(exponent << E::kMantissa);
+  return p * (r * r) + r;
+}
+
+template <class S>
+FUSEDRNN_INLINE Vec<S> sigmoid(Vec<S> x) {
+  const Vec<S> hi(Exp<S>::kSigmoidLimit), lo(-Exp<S>::kSigmoidLimit);
+  Vec<S> u = Vec<S>(0) - x;
+  u = Vec<S>(u.v > hi.v ? hi.v : u.v);  // comparisons are false for NaN, which passes
+  u = Vec<S>(u.v < lo.v ? lo.v : u.v);
+  Vec<S> two_n;
+  const Vec<S> m = expm1_reduced(u, two_n);
+  return Vec<S>(1) / (Vec<S>(1) + (m * two_n + two_n));
+}
+
+template <class S>
+FUSEDRNN_INLINE Vec<S> tanh(Vec<S> x) {  // t = e^(2|x|) - 1, tanh|x| = t / (t + 2)
+  using Int = typename Raw<S>::Int;
+  const Int sign = (Int)Vec<S>(S(-0.0)).v;
+  const Vec<S> limit(Exp<S>::kTanhLimit);
+  Vec<S> a = (typename Raw<S>::Type)((Int)x.v & ~sign);
+  a = Vec<S>(a.v > limit.v ? limit.v : a.v);
+  Vec<S> two_n;
+  const Vec<S> m = expm1_reduced(a + a, two_n);
+  const Vec<S> t = m * two_n + (two_n - Vec<S>(1));
+  const Vec<S> result = t / (t + Vec<S>(2));
+  return (typename Raw<S>::Type)((Int)result.v | ((Int)x.v & sign));
+}
+
+template <class S>
+FUSEDRNN_INLINE Vec<S> relu(Vec<S> x) {
+  const Vec<S> zero(0);
+  return Vec<S>(x.v < zero.v ? zero.v : x.v);
+}
+
+template <class S>
+FUSEDRNN_INLINE Vec<S> positive(Vec<S> x) {
+  const Vec<S> zero(0), one(1);
+  return Vec<S>(x.v > zero.v ? one.v : zero.v);
+}

@@ -1,0 +1,81 @@
+// One recurrent layer as the backends see it: sizes, strides and raw pointers. No torch, no allocation.
+// T time, B batch, I input, H hidden, R = P with a projection and H without, D directions, N = rows of all steps.
+// Ragged input: step t holds active[t] samples, not increasing with t; its rows begin at offset[t].
+// All checks were made before a problem is filled in (csrc/ops.cpp).
+#pragma once
+
+#include <cstdint>
+
+namespace fusedrnn {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+enum class DType : int { kFloat32, kFloat64, kBFloat16 };
+constexpr int kDTypes = 3;
+
+struct LayerSizes {
+  int64_t T, B, I, H, R, N;
+  int D;
+  bool projected;
+  const int64_t* active;  // [T]
+  const int64_t* offset;  // [T]
+};
+
+// Rows of a [T, B, *] (dense) or [N, *] (packed) tensor whose last dimension has stride 1.
+struct RowView {
+  const void* data;
+  int64_t time;   // elements between steps; < 0: packed, step t begins at offset[t] * batch
+  int64_t batch;  // elements between samples
+};
+
+struct LayerWeights {   // one direction, contiguous
+  const void* w_ih;     // [G*H, I]
+  const void* w_hh;     // [G*H, R]
+  const void* b_ih;     // [G*H] or null
+  const void* b_hh;     // [G*H] or null
+  const void* w_hr;     // [R, H] or null
+};
+
+struct ForwardProblem {
+  LayerSizes size;
+  LayerWeights weights[2];
+  RowView x;       // [T, B, I] or [N, I]
+  const void* h0;  // [D, B, R] or null: zeros
+  const void* c0;  // [D, B, H] or null: zeros
+  void* y;         // [N, D*R]
+  void* h_n;       // [D, B, R]
+  void* c_n;       // [D, B, H], cells with two states
+  void* saved;     // [D, N, (kSaved + kStates - 1) * H] in the compute type, or null: nothing is kept
+  int threads;
+};
+
+struct WeightGradients {  // one direction, contiguous, written in full
+  void* w_ih;             // [G*H, I]
+  void* w_hh;             // [G*H, R]
+  void* b_ih;             // [G*H] or null
+  void* b_hh;             // [G*H] or null
+  void* w_hr;             // [R, H] or null
+};
+
+struct BackwardProblem {
+  LayerSizes size;
+  LayerWeights weights[2];
+  RowView x;          // [T, B, I] or [N, I]
+  RowView dy;         // [T, B, D*R] or [N, D*R]; data null: zeros
+  const void* h0;     // [D, B, R] or null
+  const void* c0;     // [D, B, H] or null
+  const void* y;      // [N, D*R]
+  const void* saved;  // as written by forward
+  const void* dh_n;   // [D, B, R] or null: zeros
+  const void* dc_n;   // [D, B, H] or null: zeros
+  void* dx;           // [D, N, I] in the compute type, or null: not wanted
+  void* dh0;          // [D, B, R]
+  void* dc0;          // [D, B, H], cells with two states
+  WeightGradients dw[2];
+  bool weight_gradients;
+  int threads;
+};
+
+}  // namespace fusedrnn

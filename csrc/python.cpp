@@ -1,0 +1,100 @@
+// The module fusedrnn._C: loading it registers the ops (ops.cpp); it tells what was built and what is in use.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/dispatch.h"
+#include "cpu/plan.h"
+
+namespace py = pybind11;
+using namespace fusedrnn;
+
+namespace {
+
+const char* const kIsas[] = {"base", "avx2", "avx512"};
+
+std::vector<std::string> isas(bool on_this_cpu) {
+  std::vector<std::string> names;
+  for (const char* name : kIsas) {
+    if (find_isa(name) && (!on_this_cpu || isa_supported(name))) names.push_back(name);
+  }
+  return names;
+}
+
+std::vector<py::dict> cell_list() {
+  std::vector<py::dict> list;
+  for (int i = 0; i < cells(); ++i) {
+    const CellConstants& c = cell_constants(i);
+    py::dict entry;
+    entry["name"] = c.name;
+    entry["gates"] = c.gates;
+    entry["states"] = c.states;
+    entry["saved"] = c.saved;
+    entry["first"] = c.first;
+    entry["split"] = c.split;
+    list.push_back(entry);
+  }
+  return list;
+}
+
+// Sizes of a layer of given lengths (not increasing), for the plan's tests.
+struct Lengths {
+  std::vector<int64_t> active, offset;
+  LayerSizes size{};
+  Lengths(const std::vector<int64_t>& batch_sizes, int64_t I, int64_t H, int directions)
+      : active(batch_sizes), offset(batch_sizes.size()) {
+    for (size_t t = 0; t < active.size(); ++t) {
+      offset[t] = size.N;
+      size.N += active[t];
+    }
+    size.T = active.size();
+    size.B = active.empty() ? 0 : active[0];
+    size.I = I;
+    size.H = size.R = H;
+    size.D = directions;
+    size.active = active.data();
+    size.offset = offset.data();
+  }
+};
+
+py::dict plan(const std::vector<int64_t>& batch_sizes, int64_t I, int64_t H, int directions, int gates, int lanes,
+              int threads) {
+  const Lengths lengths(batch_sizes, I, H, directions);
+  const Plan p = make_plan(lengths.size, gates, lanes, threads);
+  std::vector<int64_t> bounds(p.slices + 1);
+  slice_batch(lengths.size, p.slices, bounds.data());
+  py::dict result;
+  result["teams"] = p.teams;
+  result["members"] = p.members;
+  result["slices"] = p.slices;
+  result["bounds"] = bounds;
+  return result;
+}
+
+template <class S>
+py::array_t<S> activation(const std::string& isa, const std::string& function, py::array_t<S, py::array::c_style> x) {
+  const KernelTable* table = find_isa(isa.c_str());
+  if (!table || !isa_supported(isa.c_str())) throw py::value_error("instruction set not available: " + isa);
+  if (function != "sigmoid" && function != "tanh") throw py::value_error("function must be 'sigmoid' or 'tanh'");
+  py::array_t<S> y(x.size());
+  const int which = function == "sigmoid" ? 0 : 1;
+  if constexpr (sizeof(S) == 4) table->activation_f32(which, x.data(), y.mutable_data(), x.size());
+  else table->activation_f64(which, x.data(), y.mutable_data(), x.size());
+  return y;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  if (const char* error = isa_error()) throw py::import_error(error);
+  m.doc() = "Compiled part of fusedrnn: registers torch.ops.fusedrnn, tells what was built.";
+  m.def("isa", [] { return kernels().name; }, "Instruction set in use.");
+  m.def("vector_bytes", [] { return kernels().vector_bytes; });
+  m.def("built_isas", [] { return isas(false); }, "Instruction sets in this build.");
+  m.def("supported_isas", [] { return isas(true); }, "Instruction sets of this build that this CPU has.");
+  m.def("cells", cell_list, "Constants of the compiled cells, in registry order.");
+  m.def("plan", plan, py::arg("batch_sizes"), py::arg("I"), py::arg("H"), py::arg("directions"), py::arg("gates"),
+        py::arg("lanes"), py::arg("threads"), "How a layer would be shared among threads.");
+  m.def("activation", activation<float>, py::arg("isa"), py::arg("function"), py::arg("x").noconvert());
+  m.def("activation", activation<double>, py::arg("isa"), py::arg("function"), py::arg("x").noconvert());
+}

@@ -1,0 +1,32 @@
+"""fusedrnn: the recurrent layers of PyTorch with hand-derived, fused forward and backward kernels.
+
+>>> import torch, fusedrnn
+>>> lstm = fusedrnn.LSTM(10, 20, num_layers=2)      # in the place of torch.nn.LSTM, nothing else changes
+>>> output, (h_n, c_n) = lstm(torch.randn(5, 3, 10))
+>>> output.shape
+torch.Size([5, 3, 20])
+"""
+
+from . import functional, ops
+from .cells import CELLS, CellInfo
+from .convert import ConversionReport, convert, revert
+from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, ResidualRNN, RNNCell
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CELLS",
+    "CellInfo",
+    "ConversionReport",
+    "GRU",
+    "GRUCell",
+    "LSTM",
+    "LSTMCell",
+    "RNN",
+    "RNNCell",
+    "ResidualRNN",
+    "convert",
+    "functional",
+    "ops",
+    "revert",
+]

@@ -1,0 +1,42 @@
+"""The cells fusedrnn knows: names, gates and states, mirrored by the constants of ``csrc/cells``.
+
+A test holds this table equal to the compiled one (``fusedrnn._C.cells()``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["CELLS", "CellInfo"]
+
+
+@dataclass(frozen=True)
+class CellInfo:
+    """What Python needs to know of a cell.
+
+    Attributes:
+        name: registry name, the ``cell`` argument of the ops.
+        gates: gate names in the order of the rows of ``weight_ih`` and ``weight_hh`` (torch.nn's order).
+        states: names of the states carried through time, ``h`` first.
+        saved: values kept for the backward pass per unit, sample and step, beside the states.
+        projectable: whether ``h`` may be a projection ``W_hr m`` of the cell's output ``m``.
+    """
+
+    name: str
+    gates: tuple[str, ...]
+    states: tuple[str, ...] = ("h",)
+    saved: int = 0
+    projectable: bool = False
+
+
+CELLS: dict[str, CellInfo] = {
+    cell.name: cell
+    for cell in (
+        CellInfo("rnn_tanh", gates=("h",)),
+        CellInfo("rnn_relu", gates=("h",)),
+        CellInfo("residual_rnn", gates=("g",), saved=1),
+        CellInfo("lstm", gates=("i", "f", "g", "o"), states=("h", "c"), saved=4, projectable=True),
+        CellInfo("gru", gates=("r", "z", "n"), saved=4),
+        CellInfo("gru_reset_before", gates=("r", "z", "n"), saved=3),
+    )
+}

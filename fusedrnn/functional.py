@@ -1,0 +1,390 @@
+"""Recurrent layers as functions, for people who hold their own weights, and the autograd Functions behind them.
+
+:func:`lstm`, :func:`gru`, :func:`rnn` run stacked layers over sequences; :func:`recurrent` does so for any cell of
+:data:`fusedrnn.cells.CELLS`; :func:`lstm_cell`, :func:`gru_cell`, :func:`rnn_cell` make one step. Equations and their
+derivation: ``docs/derivations.md``. Below them :class:`RecurrentLayer` is one call of the fused kernel, forward and
+backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import dropout as _dropout
+from torch.nn.utils.rnn import PackedSequence
+
+from .cells import CELLS
+from .ops import layer_backward, layer_forward
+
+__all__ = [
+    "RecurrentLayer",
+    "gru",
+    "gru_cell",
+    "lstm",
+    "lstm_cell",
+    "recurrent",
+    "recurrent_cell",
+    "rnn",
+    "rnn_cell",
+]
+
+
+class RecurrentLayer(torch.autograd.Function):
+    """One layer, all its directions: ``apply(cell, bidirectional, x, batch_sizes, h0, c0, *weights)``.
+
+    Returns ``y, h_n, c_n, saved``. Shapes as in :func:`recurrent` for a single layer; ``c_n`` is empty for cells
+    without ``c``.
+
+    *Saved for backward*: the inputs, ``y`` (which holds every h_t), and one buffer ``saved`` with, for each unit,
+    sample and step, the activated gates (LSTM i, f, g, o; GRU r, z, n and, with the reset gate after the product,
+    W_hn h + b_hn; residual RNN g; RNN nothing) and c_t: 5 values for the LSTM, 4 for the GRU (3 with
+    ``reset_after=False``), 1 for the residual RNN, none for the RNN. bfloat16 layers save float32.
+
+    *Recomputed in backward*: tanh(c_t), the operands r * h_{t-1} (GRU with ``reset_after=False``) and
+    o * tanh(c_t) (projected LSTM). The gradients of the gates are never stored for all steps.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(cell, bidirectional, x, batch_sizes, h0, c0, *weights):  # noqa: D102
+        return layer_forward(x, batch_sizes, h0, c0, weights, cell, bidirectional, True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # noqa: D102
+        ctx.cell, ctx.bidirectional, x, batch_sizes, h0, c0, *weights = inputs
+        y, _, c_n, saved = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*([saved] if len(CELLS[ctx.cell].states) == 2 else [c_n, saved]))
+        ctx.save_for_backward(x, batch_sizes, h0, c0, y, saved, *weights)
+
+    @staticmethod
+    def backward(ctx, dy, dh_n, dc_n, _):  # noqa: D102
+        x, batch_sizes, h0, c0, y, saved, *weights = ctx.saved_tensors
+        _, _, need_x, _, need_h0, need_c0, *need_weights = ctx.needs_input_grad
+        if dy is None and dh_n is None and dc_n is None:
+            return (None,) * len(ctx.needs_input_grad)
+        dx, dh0, dc0, *dweights = RecurrentLayerBackward.apply(
+            ctx.cell, ctx.bidirectional, need_x, any(need_weights), dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved,
+            *weights,
+        )  # fmt: skip
+        dweights = dweights or [None] * len(weights)
+        return (
+            None,
+            None,
+            dx if need_x else None,
+            None,
+            dh0 if need_h0 else None,
+            dc0 if need_c0 else None,
+            *(dw if need else None for dw, need in zip(dweights, need_weights, strict=True)),
+        )
+
+
+class RecurrentLayerBackward(torch.autograd.Function):
+    """The hand-derived gradients of :class:`RecurrentLayer`, themselves not differentiable yet."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(cell, bidirectional, need_x, need_weights, dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *weights):  # noqa: D102
+        dx, dh0, dc0, dweights = layer_backward(
+            dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, cell, bidirectional, need_x, need_weights
+        )
+        return dx, dh0, dc0, *dweights
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # noqa: D102
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *_):  # noqa: D102
+        raise NotImplementedError(
+            "fusedrnn: double backward (create_graph=True through a recurrent layer) is not supported; "
+            "use fusedrnn.revert(model) for that computation"
+        )
+
+
+def _layer(
+    cell: str,
+    bidirectional: bool,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer; what backward needs is kept only if some gradient is wanted."""
+    tensors = [x, *weights, *(state for state in (h0, c0) if state is not None)]
+    if any(tensor.device != x.device for tensor in tensors):
+        devices = ", ".join(sorted({str(tensor.device) for tensor in tensors}))
+        raise RuntimeError(f"input, hidden state and weights must be on one device, got {devices}")
+    if x.device.type not in ("cpu", "meta"):
+        raise NotImplementedError(f"fusedrnn runs on the CPU, got tensors on {x.device}")
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return RecurrentLayer.apply(cell, bidirectional, x, batch_sizes, h0, c0, *weights)[:3]
+    return layer_forward(x, batch_sizes, h0, c0, weights, cell, bidirectional, False)[:3]
+
+
+def _stack(
+    cell: str,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    states: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    num_layers: int,
+    bidirectional: bool,
+    dropout: float,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Stacked layers on time-major or packed rows: the output and the final states, (L*D, B, *) each."""
+    directions, per_layer = 2 if bidirectional else 1, len(weights) // num_layers
+    finals: list[tuple[Tensor, ...]] = []
+    for layer in range(num_layers):
+        own = slice(layer * directions, (layer + 1) * directions)
+        h0, c0 = (None if s is None else s if num_layers == 1 else s[own] for s in (*states, None)[:2])
+        x, h_n, c_n = _layer(
+            cell, bidirectional, x, batch_sizes, h0, c0, weights[layer * per_layer : (layer + 1) * per_layer]
+        )
+        finals.append((h_n, c_n)[: len(CELLS[cell].states)])
+        if dropout and layer + 1 < num_layers:
+            x = _dropout(x, dropout, training=True)
+    return x, finals[0] if num_layers == 1 else tuple(torch.cat(state) for state in zip(*finals, strict=True))
+
+
+def _autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Everything in autocast's dtype where autocast is on for the device of x."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        return tuple(t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in (x, *tensors))
+    return (x, *tensors)
+
+
+def recurrent(
+    cell: str,
+    input: Tensor | PackedSequence,
+    hx: Tensor | Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    batch_first: bool = False,
+) -> tuple[Tensor | PackedSequence, tuple[Tensor, ...]]:
+    """Stacked recurrent layers of any registered cell.
+
+    Args:
+        cell: a name of :data:`fusedrnn.cells.CELLS`.
+        input: (T, B, I), or (B, T, I) if ``batch_first``, or (T, I) unbatched, or a PackedSequence.
+        hx: the initial states, one tensor for each state of the cell: h_0 (L*D, B, R) and, for the LSTM, c_0
+            (L*D, B, H); without the B dimension for unbatched input; None for zeros. R is H, or P with a projection.
+        weights: for each layer and direction w_ih (G*H, I or D*R), w_hh (G*H, R)[, b_ih (G*H), b_hh (G*H)]
+            [, w_hr (P, H)], in the order of ``torch.nn.LSTM._flat_weights``; gates in torch.nn's order.
+        dropout: probability, on the output of every layer but the last, if ``training``.
+
+    Returns:
+        The output, (T, B, D*R) laid out as the input, and the final states, shaped as the initial ones.
+
+    Raises:
+        RuntimeError, ValueError, TypeError: a shape, device or dtype that does not fit; the message names the argument.
+    """
+    if cell not in CELLS:
+        raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
+    names = CELLS[cell].states
+    states: Sequence[Tensor | None] = (hx,) if isinstance(hx, Tensor) else (None,) * len(names) if hx is None else hx
+    if len(states) != len(names):
+        raise ValueError(f"hx of cell {cell} must hold {', '.join(names)}, got {len(states)} tensor(s)")
+    directions = 2 if bidirectional else 1
+    if num_layers < 1 or len(weights) % (num_layers * directions):
+        raise ValueError(
+            f"weights must hold the same number of tensors for each of {num_layers} layer(s) x {directions} "
+            f"direction(s), got {len(weights)} tensors"
+        )
+    packed = input if isinstance(input, PackedSequence) else None
+    x = input.data if packed is not None else input
+    unbatched = packed is None and x.dim() == 2
+    if packed is None:
+        x = x.unsqueeze(1) if unbatched else x.transpose(0, 1) if batch_first else x
+        if unbatched:
+            states = [None if s is None else s.unsqueeze(1) for s in states]
+    elif packed.sorted_indices is not None:
+        states = [None if s is None else s.index_select(1, packed.sorted_indices) for s in states]
+
+    x, *rest = _autocast(x, *states, *weights)
+    y, finals = _stack(
+        cell,
+        x,
+        None if packed is None else packed.batch_sizes,
+        rest[: len(names)],
+        rest[len(names) :],
+        num_layers,
+        bidirectional,
+        dropout if training else 0.0,
+    )
+    if packed is not None:
+        if packed.unsorted_indices is not None:
+            finals = tuple(s.index_select(1, packed.unsorted_indices) for s in finals)
+        return PackedSequence(y, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices), finals
+    if unbatched:
+        return y.squeeze(1), tuple(s.squeeze(1) for s in finals)
+    return y.transpose(0, 1) if batch_first else y, finals
+
+
+def lstm(
+    input: Tensor | PackedSequence,
+    hx: Sequence[Tensor] | None,
+    weights: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    batch_first: bool = False,
+) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+    """Long short-term memory, with projection where ``w_hr`` is given. Gates i, f, g, o.
+
+    c_t = f * c_{t-1} + i * g,  h_t = o * tanh(c_t)  [then h_t = W_hr h_t]
+
+    ``hx`` is (h_0, c_0) or None; returns ``output, (h_n, c_n)``. The rest as in :func:`recurrent`.
+    """
+    return recurrent(
+        "lstm", input, hx, weights, num_layers=num_layers, bidirectional=bidirectional, dropout=dropout,
+        training=training, batch_first=batch_first,
+    )  # fmt: skip
+
+
+def gru(
+    input: Tensor | PackedSequence,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    batch_first: bool = False,
+    reset_after: bool = True,
+) -> tuple[Tensor | PackedSequence, Tensor]:
+    """Gated recurrent unit. Gates r, z, n; h_t = (1 - z) * n + z * h_{t-1}.
+
+    ``reset_after=True`` (torch.nn): n = tanh(x_n + r * (W_hn h_{t-1} + b_hn)).
+    ``reset_after=False`` (the original paper): n = tanh(x_n + W_hn (r * h_{t-1}) + b_hn).
+
+    ``hx`` is h_0 or None; returns ``output, h_n``. The rest as in :func:`recurrent`.
+    """
+    y, (h_n,) = recurrent(
+        "gru" if reset_after else "gru_reset_before", input, hx, weights, num_layers=num_layers,
+        bidirectional=bidirectional, dropout=dropout, training=training, batch_first=batch_first,
+    )  # fmt: skip
+    return y, h_n
+
+
+def rnn(
+    input: Tensor | PackedSequence,
+    hx: Tensor | None,
+    weights: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    nonlinearity: str = "tanh",
+    bidirectional: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    batch_first: bool = False,
+) -> tuple[Tensor | PackedSequence, Tensor]:
+    """Simple recurrent network, h_t = g(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), g = tanh or relu.
+
+    ``hx`` is h_0 or None; returns ``output, h_n``. The rest as in :func:`recurrent`.
+    """
+    y, (h_n,) = recurrent(
+        _rnn_cell_name(nonlinearity), input, hx, weights, num_layers=num_layers, bidirectional=bidirectional,
+        dropout=dropout, training=training, batch_first=batch_first,
+    )  # fmt: skip
+    return y, h_n
+
+
+def _rnn_cell_name(nonlinearity: str) -> str:
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
+    return f"rnn_{nonlinearity}"
+
+
+def recurrent_cell(
+    cell: str,
+    input: Tensor,
+    hx: Sequence[Tensor | None],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """One step of any registered cell: input (B, I), each state (B, H) or None for zeros -> the next states (B, H).
+
+    Raises:
+        RuntimeError: sizes or dtypes that do not fit, with the messages of torch.nn's cells.
+    """
+    if (b_ih is None) != (b_hh is None):
+        raise ValueError("b_ih and b_hh must be given together")
+    weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
+    x, *rest = _autocast(input, *hx, *weights)
+    hx, weights = rest[: len(hx)], rest[len(hx) :]
+    if x.size(1) != w_ih.size(1):
+        raise RuntimeError(f"input has inconsistent input_size: got {x.size(1)} expected {w_ih.size(1)}")
+    for index, state in enumerate(hx):
+        if state is None:
+            continue
+        if state.size(0) != x.size(0):
+            raise RuntimeError(
+                f"Input batch size {x.size(0)} doesn't match hidden{index} batch size {state.size(0)}"
+            )
+        if state.size(1) != w_hh.size(1):
+            raise RuntimeError(
+                f"hidden{index} has inconsistent hidden_size: got {state.size(1)}, expected {w_hh.size(1)}"
+            )
+    for tensor in (*hx, *weights):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise RuntimeError(f"input, hidden state and weights must have one dtype, got {x.dtype} and {tensor.dtype}")
+    h0, c0 = (None if s is None else s.unsqueeze(0) for s in (*hx, None)[:2])
+    _, h, c = _layer(cell, False, x.unsqueeze(0), None, h0, c0, weights)
+    return tuple(s.squeeze(0) for s in (h, c)[: len(CELLS[cell].states)])
+
+
+def lstm_cell(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One LSTM step: input (B, I), hx = (h, c) of (B, H) each -> (h, c). Equations: :func:`lstm`."""
+    return recurrent_cell("lstm", input, (None, None) if hx is None else hx, w_ih, w_hh, b_ih, b_hh)
+
+
+def gru_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    reset_after: bool = True,
+) -> Tensor:
+    """One GRU step: input (B, I), hx (B, H) -> h (B, H). Equations: :func:`gru`."""
+    return recurrent_cell("gru" if reset_after else "gru_reset_before", input, (hx,), w_ih, w_hh, b_ih, b_hh)[0]
+
+
+def rnn_cell(
+    input: Tensor,
+    hx: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    nonlinearity: str = "tanh",
+) -> Tensor:
+    """One RNN step: input (B, I), hx (B, H) -> h (B, H). Equation: :func:`rnn`."""
+    return recurrent_cell(_rnn_cell_name(nonlinearity), input, (hx,), w_ih, w_hh, b_ih, b_hh)[0]

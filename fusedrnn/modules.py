@@ -1,0 +1,216 @@
+"""Modules in the place of torch.nn's: same constructors, parameters, state_dict and errors, fused kernels inside.
+
+``RNN``, ``LSTM``, ``GRU`` and the cells are subclasses of torch.nn's classes, so that code which asks
+``isinstance(m, torch.nn.LSTM)`` goes on working. ``ResidualRNN`` and ``GRU(reset_after=False)`` have no counterpart
+there. Nothing here computes: the modules check as torch.nn does and call :mod:`fusedrnn.functional`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from .cells import CELLS
+from .functional import recurrent, recurrent_cell
+
+__all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell", "ResidualRNN"]
+
+
+def _forward(
+    module: torch.nn.RNNBase, cell: str, name: str, input: Tensor | PackedSequence, states: Sequence[Tensor] | None
+) -> tuple[Tensor | PackedSequence, tuple[Tensor, ...]]:
+    """What the sequence modules share: torch.nn's checks, in its order and words, then the layers."""
+    module._update_flat_weights()
+    two_states = len(CELLS[cell].states) == 2
+    if isinstance(input, PackedSequence):
+        # The caller's hx is checked before it is permuted: a larger batch would be cut down silently.
+        _check_args(module, input.data, input.batch_sizes, states, two_states)
+    else:
+        if input.dim() not in (2, 3):
+            noun = "D tensor instead" if name == "RNN" else "D instead"
+            raise ValueError(f"{name}: Expected input to be 2D or 3D, got {input.dim()}{noun}")
+        dim, kind = input.dim(), "batched 3-D" if input.dim() == 3 else "unbatched 2-D"
+        if states is not None and any(state.dim() != dim for state in states):
+            ranks = ", ".join(f"{state.dim()}-D" for state in states)
+            what, got = ("hx and cx", f"({ranks}) tensors") if two_states else ("hx", f"{ranks} tensor")
+            raise RuntimeError(f"For {kind} input, {what} should also be {dim}-D but got {got}")
+        batched = input if dim == 3 else input.unsqueeze(0 if module.batch_first else 1)
+        _check_args(module, batched, None, states and [s if dim == 3 else s.unsqueeze(1) for s in states], two_states)
+    return recurrent(
+        cell,
+        input,
+        states,
+        [getattr(module, weight) for weight in module._flat_weights_names],
+        num_layers=module.num_layers,
+        bidirectional=module.bidirectional,
+        dropout=module.dropout,
+        training=module.training,
+        batch_first=module.batch_first,
+    )
+
+
+def _check_args(
+    module: torch.nn.RNNBase,
+    input: Tensor,
+    batch_sizes: Tensor | None,
+    states: Sequence[Tensor] | None,
+    two_states: bool,
+) -> None:
+    module.check_input(input, batch_sizes)
+    if states is None:
+        return
+    if two_states:
+        h_size = module.get_expected_hidden_size(input, batch_sizes)
+        module.check_hidden_size(states[0], h_size, "Expected hidden[0] size {}, got {}")
+        c_size = module.get_expected_cell_size(input, batch_sizes)
+        module.check_hidden_size(states[1], c_size, "Expected hidden[1] size {}, got {}")
+    else:
+        module.check_hidden_size(states[0], module.get_expected_hidden_size(input, batch_sizes))
+
+
+class _SequenceModule:
+    """What our sequence modules do not share with torch.nn's."""
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: the kernels read the parameters where they are. Kept because callers use it."""
+
+
+class RNN(_SequenceModule, torch.nn.RNN):
+    """Simple recurrent network in the place of :class:`torch.nn.RNN`, nonlinearity 'tanh' or 'relu'.
+
+    h_t = g(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)
+
+    Arguments, parameters, shapes and errors are torch.nn.RNN's: input (T, B, I) or PackedSequence, h_0 (L*D, B, H)
+    -> output (T, B, D*H), h_n (L*D, B, H). Derivation: docs/derivations.md, section R.
+    """
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        cell = "rnn_relu" if self.mode == "RNN_RELU" else "rnn_tanh"
+        output, (h_n,) = _forward(self, cell, "RNN", input, None if hx is None else (hx,))
+        return output, h_n
+
+
+class LSTM(_SequenceModule, torch.nn.LSTM):
+    """Long short-term memory in the place of :class:`torch.nn.LSTM`, with ``proj_size``.
+
+    i, f, o = sigmoid(...), g = tanh(...) of W_ih x_t + b_ih + W_hh h_{t-1} + b_hh;
+    c_t = f * c_{t-1} + i * g,  h_t = o * tanh(c_t), projected: h_t = W_hr (o * tanh(c_t))
+
+    Arguments, parameters, shapes and errors are torch.nn.LSTM's: input (T, B, I) or PackedSequence, (h_0, c_0) of
+    (L*D, B, R), (L*D, B, H) -> output (T, B, D*R), (h_n, c_n); R is proj_size, or H without.
+    Derivation: docs/derivations.md, section L.
+    """
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+        return _forward(self, "lstm", "LSTM", input, hx)
+
+
+class GRU(_SequenceModule, torch.nn.GRU):
+    """Gated recurrent unit in the place of :class:`torch.nn.GRU`, and with ``reset_after=False`` as first published.
+
+    r, z = sigmoid(...), h_t = (1 - z) * n + z * h_{t-1} with
+    n = tanh(W_in x_t + b_in + r * (W_hn h_{t-1} + b_hn))      (reset_after=True, torch.nn)
+    n = tanh(W_in x_t + b_in + W_hn (r * h_{t-1}) + b_hn)      (reset_after=False, Cho et al. 2014)
+
+    The other arguments, parameters, shapes and errors are torch.nn.GRU's: input (T, B, I) or PackedSequence,
+    h_0 (L*D, B, H) -> output (T, B, D*H), h_n (L*D, B, H). Derivation: docs/derivations.md, sections G and H.
+    """
+
+    reset_after: bool = True  # also for instances made by torch.nn.GRU's constructor or an old pickle
+
+    def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
+        torch.nn.GRU.__init__(self, *args, **kwargs)
+        self.reset_after = reset_after
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        cell = "gru" if self.reset_after else "gru_reset_before"
+        output, (h_n,) = _forward(self, cell, "GRU", input, None if hx is None else (hx,))
+        return output, h_n
+
+    def extra_repr(self) -> str:
+        return torch.nn.GRU.extra_repr(self) + ("" if self.reset_after else ", reset_after=False")
+
+
+class ResidualRNN(_SequenceModule, torch.nn.RNNBase):
+    """Residual recurrent network: h_t = h_{t-1} + tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh).
+
+    Arguments, parameters and shapes as :class:`torch.nn.GRU`'s, with one gate: W_ih (H, I), W_hh (H, H).
+    Derivation, and why it can explode: docs/derivations.md, section S.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        torch.nn.RNNBase.__init__(self, "RNN_TANH", *args, **kwargs)  # the parameters of one gate
+        self.mode = "RESIDUAL_RNN"
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        output, (h_n,) = _forward(self, "residual_rnn", "ResidualRNN", input, None if hx is None else (hx,))
+        return output, h_n
+
+
+def _forward_cell(
+    module: torch.nn.RNNCellBase, cell: str, name: str, input: Tensor, states: Sequence[Tensor] | None
+) -> tuple[Tensor, ...]:
+    """What the single-step modules share."""
+    if input.dim() not in (1, 2):
+        raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+    count = len(CELLS[cell].states)
+    for index, state in enumerate(states or ()):
+        if state.dim() not in (1, 2):
+            what = f"hx[{index}]" if count == 2 else "hidden"
+            raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {state.dim()}D instead")
+    batched = input.dim() == 2
+    if states is not None:
+        states = [state if batched else state.unsqueeze(0) for state in states[:count]]
+    result = recurrent_cell(
+        cell,
+        input if batched else input.unsqueeze(0),
+        states or (None,) * count,
+        module.weight_ih,
+        module.weight_hh,
+        module.bias_ih,
+        module.bias_hh,
+    )
+    return result if batched else tuple(state.squeeze(0) for state in result)
+
+
+class RNNCell(torch.nn.RNNCell):
+    """One step of :class:`RNN`, in the place of :class:`torch.nn.RNNCell`: input (B, I), h (B, H) -> h (B, H)."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        cell = f"rnn_{self.nonlinearity}"
+        return _forward_cell(self, cell, "RNNCell", input, None if hx is None else (hx,))[0]
+
+
+class LSTMCell(torch.nn.LSTMCell):
+    """One step of :class:`LSTM`, in the place of :class:`torch.nn.LSTMCell`: input (B, I), (h, c) -> (h, c)."""
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        return _forward_cell(self, "lstm", "LSTMCell", input, hx)
+
+
+class GRUCell(torch.nn.GRUCell):
+    """One step of :class:`GRU`, in the place of :class:`torch.nn.GRUCell`: input (B, I), h (B, H) -> h (B, H)."""
+
+    reset_after: bool = True
+
+    def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
+        torch.nn.GRUCell.__init__(self, *args, **kwargs)
+        self.reset_after = reset_after
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        cell = "gru" if self.reset_after else "gru_reset_before"
+        return _forward_cell(self, cell, "GRUCell", input, None if hx is None else (hx,))[0]

@@ -1,0 +1,86 @@
+"""The compiled ops and their shapes: ``torch.ops.fusedrnn.layer_forward`` and ``layer_backward``.
+
+Importing this module loads the extension, which registers the ops and holds every check (``csrc/ops.cpp``). Here are
+only the fake kernels, which give torch.compile, torch.export and the meta device the shapes of the results.
+The ops do not differentiate themselves: :mod:`fusedrnn.functional` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _C  # noqa: F401  (registers the ops; torch must be loaded first)
+from .cells import CELLS
+
+__all__ = ["layer_backward", "layer_forward"]
+
+layer_forward = torch.ops.fusedrnn.layer_forward.default
+layer_backward = torch.ops.fusedrnn.layer_backward.default
+
+
+def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.bfloat16 else dtype
+
+
+@torch.library.register_fake("fusedrnn::layer_forward")
+def _(
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    cell: str,
+    bidirectional: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    info, directions = CELLS[cell], 2 if bidirectional else 1
+    hidden = weights[1].size(0) // len(info.gates)
+    out = weights[1].size(1)  # R: H, or P with a projection
+    if h0 is not None:
+        batch = h0.size(1)
+    elif batch_sizes is None:
+        batch = x.size(1)
+    else:
+        batch = torch.library.get_ctx().new_dynamic_size()
+    rows = x.size(0) if batch_sizes is not None else x.size(0) * x.size(1)
+    two_states = len(info.states) == 2
+    y = x.new_empty((*x.shape[:-1], directions * out))
+    h_n = x.new_empty((directions, batch, out))
+    c_n = x.new_empty((directions if two_states else 0, batch, hidden))
+    width = (info.saved + len(info.states) - 1) * hidden
+    saved = x.new_empty((directions, rows if save else 0, width), dtype=_compute_dtype(x.dtype))
+    return y, h_n, c_n, saved
+
+
+@torch.library.register_fake("fusedrnn::layer_backward")
+def _(
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    y: Tensor,
+    saved: Tensor,
+    cell: str,
+    bidirectional: bool,
+    need_x: bool,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    info, directions = CELLS[cell], 2 if bidirectional else 1
+    hidden = weights[1].size(0) // len(info.gates)
+    if h0 is not None:
+        batch = h0.size(1)
+    elif batch_sizes is None:
+        batch = x.size(1)
+    else:
+        batch = torch.library.get_ctx().new_dynamic_size()
+    dx = x.new_empty(x.shape if need_x else (0,))
+    dh0 = x.new_empty((directions, batch, weights[1].size(1)))
+    dc0 = x.new_empty((directions if len(info.states) == 2 else 0, batch, hidden))
+    return dx, dh0, dc0, [w.new_empty(w.shape) for w in weights] if need_weights else []
