@@ -33,7 +33,10 @@ struct Layer {
 
   const CellConstants& constants() const { return cell_constants(cell); }
   at::ScalarType compute_type() const { return dtype == at::kBFloat16 ? at::kFloat : dtype; }
-  int64_t saved_width() const { return (constants().saved + constants().states - 1) * size.H; }
+  int64_t saved_width() const {
+    const int64_t width = (constants().saved + constants().states - 1) * size.H;
+    return spread_stride(width, at::elementSize(compute_type()));
+  }
 };
 
 void check_tensor(const Tensor& t, const Tensor& x, const char* name, at::IntArrayRef shape) {
@@ -187,6 +190,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_forward(const Tensor& x, const 
     p.h_n = result(h_n);
     p.c_n = result(c_n);
     p.saved = saved.numel() > 0 ? result(saved) : nullptr;
+    p.saved_stride = layer.saved_width();
     check_memory(kernels().forward[layer.cell][static_cast<int>(kernel_dtype(layer.dtype))](p));
   }
   return {y, h_n, c_n, saved};
@@ -200,7 +204,6 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> layer_backward(
   const Layer layer = read_layer(x, batch_sizes, h0, c0, weights, cell, bidirectional);
   const LayerSizes& z = layer.size;
   const bool two_states = layer.constants().states == 2;
-  Tensor y_shape = layer.packed ? at::empty({0}) : Tensor();
   std::vector<int64_t> y_sizes = layer.packed ? std::vector<int64_t>{z.N, z.D * z.R}
                                               : std::vector<int64_t>{z.T, z.B, z.D * z.R};
   check_tensor(y, x, "y", y_sizes);
@@ -232,6 +235,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> layer_backward(
     p.dy = rows(dy_rows, layer.packed);
     p.y = pointer(y_rows);
     p.saved = pointer(saved_rows);
+    p.saved_stride = layer.saved_width();
     p.dh_n = pointer(dh);
     p.dc_n = two_states ? pointer(dc) : nullptr;
     p.dx = need_x ? result(dx) : nullptr;

@@ -15,6 +15,13 @@ struct BFloat16 {
 enum class DType : int { kFloat32, kFloat64, kBFloat16 };
 constexpr int kDTypes = 3;
 
+// Elements between rows of n elements of `bytes` each: an odd number of cache lines, so that a column of rows
+// spreads over all cache sets. Short rows, which do not collide, stay as they are.
+constexpr int64_t spread_stride(int64_t n, int64_t bytes) {
+  const int64_t line = 64 / bytes;
+  return n < 4 * line ? n : ((n + line - 1) / line | 1) * line;
+}
+
 struct LayerSizes {
   int64_t T, B, I, H, R, N;
   int D;
@@ -47,7 +54,8 @@ struct ForwardProblem {
   void* y;         // [N, D*R]
   void* h_n;       // [D, B, R]
   void* c_n;       // [D, B, H], cells with two states
-  void* saved;     // [D, N, (kSaved + kStates - 1) * H] in the compute type, or null: nothing is kept
+  void* saved;     // [D, N, saved_stride] in the compute type, or null: nothing is kept
+  int64_t saved_stride;  // >= (kSaved + kStates - 1) * H
   int threads;
 };
 
@@ -68,6 +76,7 @@ struct BackwardProblem {
   const void* c0;     // [D, B, H] or null
   const void* y;      // [N, D*R]
   const void* saved;  // as written by forward
+  int64_t saved_stride;
   const void* dh_n;   // [D, B, R] or null: zeros
   const void* dc_n;   // [D, B, H] or null: zeros
   void* dx;           // [D, N, I] in the compute type, or null: not wanted

@@ -21,8 +21,10 @@ layer_forward = torch.ops.fusedrnn.layer_forward.default
 layer_backward = torch.ops.fusedrnn.layer_backward.default
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype == torch.bfloat16 else dtype
+def _spread_stride(n: int, itemsize: int) -> int:
+    """Width of a row of ``saved``: ``spread_stride`` of csrc/problem.h."""
+    line = 64 // itemsize
+    return n if n < 4 * line else (-(-n // line) | 1) * line
 
 
 @torch.library.register_fake("fusedrnn::layer_forward")
@@ -50,8 +52,9 @@ def _(
     y = x.new_empty((*x.shape[:-1], directions * out))
     h_n = x.new_empty((directions, batch, out))
     c_n = x.new_empty((directions if two_states else 0, batch, hidden))
-    width = (info.saved + len(info.states) - 1) * hidden
-    saved = x.new_empty((directions, rows if save else 0, width), dtype=_compute_dtype(x.dtype))
+    dtype = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
+    width = _spread_stride((info.saved + len(info.states) - 1) * hidden, dtype.itemsize)
+    saved = x.new_empty((directions, rows if save else 0, width), dtype=dtype)
     return y, h_n, c_n, saved
 
 

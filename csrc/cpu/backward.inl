@@ -38,7 +38,7 @@ class BackwardPass {
   };
   struct TeamBuffers {
     S *dg, *dh;        // [chunk rows][C*H], [chunk rows][R] (dh: projection only)
-    S *x, *h, *m;      // [chunk rows][I], [R], [H]: right operands of the weight gradients
+    Strips<S> x, h, m;  // [chunk rows][I], [R], [H]: right operands of the weight gradients
     S *carry_h, *carry_c, *c0;  // [samples][R], [H], [H]
     Row* rows;         // [members][chunk rows]
   };
@@ -112,9 +112,12 @@ class BackwardPass {
     TeamBuffers b;
     b.dg = carver.take<S>(rows * row_stride<S>(C * z.H));
     b.dh = carver.take<S>(z.projected ? rows * row_stride<S>(z.R) : 0);
-    b.x = carver.take<S>(kept * row_stride<S>(z.I));
-    b.h = carver.take<S>(kept * row_stride<S>(z.R));
-    b.m = carver.take<S>(kTwoStage || z.projected ? kept * row_stride<S>(z.H) : 0);
+    const auto strips = [&](int64_t n, int64_t most) {
+      return Strips<S>{carver.take<S>(Strips<S>::elements(n, most)), n, most};
+    };
+    b.x = strips(z.I, kept);
+    b.h = strips(z.R, kept);
+    b.m = strips(z.H, kTwoStage || z.projected ? kept : 0);
     b.carry_h = carver.take<S>(samples * row_stride<S>(z.R));
     b.carry_c = carver.take<S>(Z > 1 ? samples * row_stride<S>(z.H) : 0);
     b.c0 = carver.take<S>(Z > 1 ? samples * row_stride<S>(z.H) : 0);
@@ -125,8 +128,7 @@ class BackwardPass {
   BackwardPass(const BackwardProblem& p, const Shared& shared, int thread)
       : p_(p), z_(p.size), s_(shared), thread_(thread), index_(thread / shared.plan.members),
         team_(shared.flags + index_ * shared.plan.members, thread % shared.plan.members, shared.plan.members),
-        ldg_(row_stride<S>(C * z_.H)), ldx_(row_stride<S>(z_.I)), ldh_(row_stride<S>(z_.R)),
-        ldm_(row_stride<S>(z_.H)) {
+        ldg_(row_stride<S>(C * z_.H)), ldh_(row_stride<S>(z_.R)), ldm_(row_stride<S>(z_.H)) {
     if (index_ >= s_.plan.teams) return;
     Carver carver(s_.block + s_.shared_bytes + index_ * s_.team_bytes);
     b_ = carve_team(p_, s_, carver);
@@ -210,7 +212,7 @@ class BackwardPass {
 
   // Appends the rows of step t to the chunk's list; returns the number of rows so far.
   int64_t list_rows(const Item& item, int64_t t, int64_t rows) {
-    const int64_t n = item.rows(t), pitch = (K + Z - 1) * z_.H, width = z_.D * z_.R;
+    const int64_t n = item.rows(t), pitch = p_.saved_stride, width = z_.D * z_.R;
     const int64_t before = item.d ? t + 1 : t - 1;  // the step whose states this one started from
     const int64_t known = before >= 0 && before < item.steps ? item.rows(before) : 0;
     const S* saved = static_cast<const S*>(p_.saved) + item.d * z_.N * pitch;
@@ -337,14 +339,13 @@ class BackwardPass {
     for (int g = 0; g < G; ++g) {
       const S* dx = b_.dg + (g < G - kSplit ? g : g + kSplit) * H + u0;
       const S* drec = b_.dg + g * H + u0;
-      const S* operand = g < F ? b_.h : b_.m;
-      outer_product(dx, ldg_, b_.x, ldx_, rows, un, I, dw_ih + (g * H + u0) * I, I, add);
-      outer_product(drec, ldg_, operand, g < F ? ldh_ : ldm_, rows, un, R, dw_hh + (g * H + u0) * R, R, add);
+      outer_product(dx, ldg_, rows, un, b_.x, dw_ih + (g * H + u0) * I, I, add);
+      outer_product(drec, ldg_, rows, un, g < F ? b_.h : b_.m, dw_hh + (g * H + u0) * R, R, add);
     }
     if (z_.projected) {
       const int64_t p0 = outputs_.begin * L, pn = min64(R, outputs_.end * L) - p0;
       S* dw_hr = s_.direct ? static_cast<S*>(result.w_hr) : s_.dw_hr + index * R * H;
-      outer_product(b_.dh + p0, ldh_, b_.m, ldm_, rows, pn, H, dw_hr + p0 * H, H, add);
+      outer_product(b_.dh + p0, ldh_, rows, pn, b_.m, dw_hr + p0 * H, H, add);
     }
     for (int c = 0; c < C; ++c) {
       for (int64_t u = u0; u < u0 + un; u += L) {
@@ -364,10 +365,10 @@ class BackwardPass {
         const int64_t r = first + b;
         const T* x = row_at<T>(p_.x, z_.offset, t, item.first + b);
         const Row& at = b_.rows[r];
-        for (int64_t i = 0; i < z_.I; i += L) store(b_.x + r * ldx_ + i, load<S>(x + i, z_.I - i), z_.I - i);
-        for (int64_t u = 0; u < z_.R; u += L) store(b_.h + r * ldh_ + u, previous_h(at, u), z_.R - u);
+        for (int64_t i = 0; i < z_.I; i += L) store(b_.x.at(r, i), load<S>(x + i, z_.I - i));
+        for (int64_t u = 0; u < z_.R; u += L) store(b_.h.at(r, u), previous_h(at, u));
         if (kTwoStage || z_.projected) {
-          for (int64_t u = 0; u < z_.H; u += L) store(b_.m + r * ldm_ + u, second_operand(at, u), z_.H - u);
+          for (int64_t u = 0; u < z_.H; u += L) store(b_.m.at(r, u), second_operand(at, u));
         }
       }
     });
@@ -455,5 +456,5 @@ class BackwardPass {
   Team team_;
   TeamBuffers b_;
   Range units_, outputs_;  // own vectors of H and of R
-  const int64_t ldg_, ldx_, ldh_, ldm_;
+  const int64_t ldg_, ldh_, ldm_;
 };

@@ -29,7 +29,7 @@ class ForwardPass {
   };
   struct TeamBuffers {
     S *h[2], *c, *m;  // [samples][row_stride]
-    S* gates;         // [chunk rows][G*H], unless they live in `saved`
+    S* gates;         // [chunk rows][row_stride of G*H], unless they live in `saved`
     S* x;             // [chunk rows][I], if x must be converted
     const S** x_row;  // [members][chunk rows]
     S** gate_row;     // [members][chunk rows]
@@ -98,7 +98,7 @@ class ForwardPass {
     b.h[1] = carver.take<S>(samples * row_stride<S>(z.R));
     b.c = carver.take<S>(Z > 1 ? samples * row_stride<S>(z.H) : 0);
     b.m = carver.take<S>(kTwoStage || z.projected ? samples * row_stride<S>(z.H) : 0);
-    b.gates = carver.take<S>(p.saved && K ? 0 : rows * G * z.H);
+    b.gates = carver.take<S>(p.saved && K ? 0 : rows * row_stride<S>(G * z.H));
     b.x = carver.take<S>(kConvert ? rows * row_stride<S>(z.I) : 0);
     b.x_row = carver.take<const S*>(rows * members);
     b.gate_row = carver.take<S*>(rows * members);
@@ -200,13 +200,13 @@ class ForwardPass {
 
   // Appends the rows of step t to the chunk's lists; returns the number of rows so far.
   int64_t list_rows(const Item& item, int64_t t, int64_t rows) {
-    const int64_t n = item.rows(t), pitch = (K + Z - 1) * z_.H;
+    const int64_t n = item.rows(t), gate_stride = row_stride<S>(G * z_.H);
     for (int64_t b = 0; b < n; ++b, ++rows) {
       if constexpr (kConvert) b_.x_row[rows] = b_.x + rows * row_stride<S>(z_.I);
       else b_.x_row[rows] = row_at<S>(p_.x, z_.offset, t, item.first + b);
-      b_.gate_row[rows] = b_.gates + rows * G * z_.H;
+      b_.gate_row[rows] = b_.gates + rows * gate_stride;
       if (p_.saved) {
-        S* saved = static_cast<S*>(p_.saved) + (item.d * z_.N + z_.offset[t] + item.first + b) * pitch;
+        S* saved = static_cast<S*>(p_.saved) + (item.d * z_.N + z_.offset[t] + item.first + b) * p_.saved_stride;
         b_.saved_row[rows] = saved;
         if (K) b_.gate_row[rows] = saved;
       }

@@ -1,24 +1,27 @@
 // Register tiles of the matrix products, and the packed panels they read. Included after vec.h.
 //
-// A panel holds nv vectors of output units for kGroup gates over the whole inner dimension K:
-//   [K][kGroup][nv][lanes], nv <= kGroupVectors<kGroup>, so a tile is at most four vectors wide.
-// A panel that begins at vector v0 begins at element v0 * K * kGroup * lanes: panels of any widths follow
-// one another without a table. Lanes past the last unit are zero.
+// A panel holds the weights of a few output vectors: nv vectors of units for each of kGroup gates, W = kGroup * nv
+// vectors numbered g * nv + v, nv <= kGroupVectors<kGroup>. It is cut into strips as wide as a register tile:
+//   strip [K][width][lanes], width = kTileWidth, the last one narrower if W is odd.
+// A panel that begins at vector v0 begins at element v0 * K * kGroup * lanes: panels of any widths follow one
+// another without a table. Lanes past the last unit are zero.
+//
+// Tile sizes: a strip is read from the second-level cache once for each block of rows, so rows count more than
+// width: 6 x 2 vectors beats 3 x 4 by a quarter with 16 registers (docs/performance.md).
 
-constexpr int kTileWidth = 4;  // vectors
-constexpr int kTileRows = 8;   // at most
+#if FUSEDRNN_VECTOR_BYTES == 64  // 32 registers
+constexpr int kTileWidth = 4;    // vectors
+constexpr int kTileRows = 8;
+constexpr int max_rows(int nr) { return nr == 4 ? 6 : 8; }
+#else  // 16 registers: accumulators, one broadcast and a row of the strip
+constexpr int kTileWidth = 2;
+constexpr int kTileRows = 6;
+constexpr int max_rows(int) { return 6; }
+#endif
 
 template <int kGroup>
-constexpr int kGroupVectors = kGroup >= kTileWidth ? 1 : kTileWidth / kGroup;
-
-// Rows of a tile of nr vectors: accumulators, one broadcast and the row of the panel fill the register file.
-constexpr int max_rows(int nr) {
-#if FUSEDRNN_VECTOR_BYTES == 64  // 32 registers
-  return nr == 4 ? 6 : 8;
-#else  // 16 registers
-  return nr == 4 ? 3 : nr == 3 ? 4 : 6;
-#endif
-}
+constexpr int kGroupVectors = kGroup >= 4 ? 1 : kGroup == 3 ? (kTileWidth == 2 ? 2 : 1) : 4 / kGroup;
+constexpr int kPanelWidth = 6;  // the widest panel, in vectors
 
 struct Range {
   int64_t begin, end;
@@ -32,13 +35,13 @@ FUSEDRNN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b;
 FUSEDRNN_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 FUSEDRNN_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// out[m][v] (+)= sum_k a[m][k] * b[k][v].      b: [K][NR] vectors
+// out[m * ldo + v] (+)= sum_k a[m][k] * b[k][v].      b: [K][NR] vectors
 template <class S, int MR, int NR>
-void row_tile(const S* const* a, int64_t K, const S* b, Vec<S>* out, bool accumulate) {
+void row_tile(const S* const* a, int64_t K, const S* b, Vec<S>* out, int ldo, bool accumulate) {
   using Type = typename Raw<S>::Type;
   constexpr int L = Vec<S>::kLanes;
-  // A single row has too few accumulators to hide the latency of the FMA units: two sums, of even and odd k.
-  constexpr int kSums = MR * NR <= 4 ? 2 : 1;
+  // Eight sums or more hide the latency of the FMA units: few rows make several sums over k.
+  constexpr int kSums = MR * NR <= 2 ? 4 : MR * NR <= 6 ? 2 : 1;
   Type acc[kSums][MR][NR];
   const S* row[MR];
 #pragma GCC unroll 8
@@ -46,8 +49,8 @@ void row_tile(const S* const* a, int64_t K, const S* b, Vec<S>* out, bool accumu
     row[m] = a[m];
 #pragma GCC unroll 4
     for (int v = 0; v < NR; ++v) {
-      acc[0][m][v] = accumulate ? out[m * NR + v].v : Type{};
-      if constexpr (kSums == 2) acc[1][m][v] = Type{};
+#pragma GCC unroll 4
+      for (int i = 0; i < kSums; ++i) acc[i][m][v] = accumulate && i == 0 ? out[m * ldo + v].v : Type{};
     }
   }
   const auto step = [&](int64_t k, Type(&sum)[MR][NR]) __attribute__((always_inline)) {
@@ -63,23 +66,27 @@ void row_tile(const S* const* a, int64_t K, const S* b, Vec<S>* out, bool accumu
     b += NR * L;
   };
   int64_t k = 0;
-  if constexpr (kSums == 2) {
-    for (; k + 2 <= K; k += 2) step(k, acc[0]), step(k + 1, acc[1]);
+  for (; k + kSums <= K; k += kSums) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kSums; ++i) step(k + i, acc[i]);
   }
-  for (; k < K; ++k) step(k, acc[0]);
+  if constexpr (kSums > 1) {
+    for (; k < K; ++k) step(k, acc[0]);
+  }
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
     for (int v = 0; v < NR; ++v) {
-      if constexpr (kSums == 2) acc[0][m][v] += acc[1][m][v];
-      out[m * NR + v].v = acc[0][m][v];
+#pragma GCC unroll 4
+      for (int i = 1; i < kSums; ++i) acc[0][m][v] += acc[i][m][v];
+      out[m * ldo + v].v = acc[0][m][v];
     }
   }
 }
 
-// out[m][v] = sum_k a[k][m] * b[k][v], for weight gradients: k runs over rows.
+// out[m][v] = sum_k a[k][m] * b[k][v], for weight gradients: k runs over rows. a: [K][MR], b: [K][NR] vectors
 template <class S, int MR, int NR>
-void outer_tile(const S* a, int64_t lda, const S* b, int64_t ldb, int64_t K, Vec<S>* out) {
+void outer_tile(const S* a, const S* b, int64_t K, Vec<S>* out) {
   using Type = typename Raw<S>::Type;
   constexpr int L = Vec<S>::kLanes;
   Type acc[MR][NR];
@@ -88,7 +95,7 @@ void outer_tile(const S* a, int64_t lda, const S* b, int64_t ldb, int64_t K, Vec
 #pragma GCC unroll 4
     for (int v = 0; v < NR; ++v) acc[m][v] = Type{};
   }
-  for (int64_t k = 0; k < K; ++k, a += lda, b += ldb) {
+  for (int64_t k = 0; k < K; ++k, a += MR, b += NR * L) {
     Type bv[NR];
 #pragma GCC unroll 4
     for (int v = 0; v < NR; ++v) bv[v] = load(b + v * L).v;
@@ -106,42 +113,57 @@ void outer_tile(const S* a, int64_t lda, const S* b, int64_t ldb, int64_t K, Vec
   }
 }
 
+// to: [K][MR], the first MR columns of a, together. (A copy of mr columns would become a call of memcpy a row.)
+template <class S, int MR>
+void copy_columns(const S* a, int64_t lda, int64_t K, S* to) {
+  for (int64_t k = 0; k < K; ++k, a += lda, to += MR) {
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) to[m] = a[m];
+  }
+}
+
 // The tile functions for every size, [nr - 1][mr - 1].
 template <class S>
 struct Tiles {
-  using RowTile = void (*)(const S* const*, int64_t, const S*, Vec<S>*, bool);
-  using OuterTile = void (*)(const S*, int64_t, const S*, int64_t, int64_t, Vec<S>*);
+  using RowTile = void (*)(const S* const*, int64_t, const S*, Vec<S>*, int, bool);
+  using OuterTile = void (*)(const S*, const S*, int64_t, Vec<S>*);
 
   template <int MR, int NR>
   static constexpr RowTile row() {
-    if constexpr (MR <= max_rows(NR)) return row_tile<S, MR, NR>;
+    if constexpr (NR <= kTileWidth && MR <= max_rows(NR)) return row_tile<S, MR, NR>;
     return nullptr;
   }
   template <int MR, int NR>
   static constexpr OuterTile outer() {
-    if constexpr (MR <= max_rows(NR)) return outer_tile<S, MR, NR>;
+    if constexpr (NR <= kTileWidth && MR <= max_rows(NR)) return outer_tile<S, MR, NR>;
     return nullptr;
   }
-#define FUSEDRNN_TILES(KIND, NR)                                                                    \
+#define FUSEDRNN_TILES(KIND, NR)                                                                  \
   {KIND<1, NR>(), KIND<2, NR>(), KIND<3, NR>(), KIND<4, NR>(), KIND<5, NR>(), KIND<6, NR>(), KIND<7, NR>(), \
    KIND<8, NR>()}
   static RowTile row_tile_of(int nr, int mr) {
-    static constexpr RowTile table[kTileWidth][kTileRows] = {FUSEDRNN_TILES(row, 1), FUSEDRNN_TILES(row, 2),
-                                                             FUSEDRNN_TILES(row, 3), FUSEDRNN_TILES(row, 4)};
+    static constexpr RowTile table[4][8] = {FUSEDRNN_TILES(row, 1), FUSEDRNN_TILES(row, 2), FUSEDRNN_TILES(row, 3),
+                                            FUSEDRNN_TILES(row, 4)};
     return table[nr - 1][mr - 1];
   }
   static OuterTile outer_tile_of(int nr, int mr) {
-    static constexpr OuterTile table[kTileWidth][kTileRows] = {FUSEDRNN_TILES(outer, 1), FUSEDRNN_TILES(outer, 2),
-                                                               FUSEDRNN_TILES(outer, 3), FUSEDRNN_TILES(outer, 4)};
+    static constexpr OuterTile table[4][8] = {FUSEDRNN_TILES(outer, 1), FUSEDRNN_TILES(outer, 2),
+                                              FUSEDRNN_TILES(outer, 3), FUSEDRNN_TILES(outer, 4)};
     return table[nr - 1][mr - 1];
   }
 #undef FUSEDRNN_TILES
+  static auto copy_of(int mr) {
+    static constexpr void (*table[8])(const S*, int64_t, int64_t, S*) = {
+        copy_columns<S, 1>, copy_columns<S, 2>, copy_columns<S, 3>, copy_columns<S, 4>,
+        copy_columns<S, 5>, copy_columns<S, 6>, copy_columns<S, 7>, copy_columns<S, 8>};
+    return table[mr - 1];
+  }
 };
 
 // body(first row, rows) over blocks of nearly equal size, none above max_rows(nr).
 template <class Body>
-FUSEDRNN_INLINE void for_row_blocks(Range rows, int nr, const Body& body) {
-  const int64_t blocks = ceil_div(rows.size(), max_rows(nr));
+FUSEDRNN_INLINE void for_row_blocks(Range rows, int64_t nr, const Body& body) {
+  const int64_t blocks = ceil_div(rows.size(), max_rows(static_cast<int>(nr)));
   for (int64_t i = 0; i < blocks; ++i) {
     const Range r = part(rows.size(), i, blocks);
     body(rows.begin + r.begin, static_cast<int>(r.size()));
@@ -163,87 +185,117 @@ template <int kGroup, class S, class RowPointer, class Epilogue>
 FUSEDRNN_INLINE void product(const S* panels, Inner inner, Range vectors, Range rows, const RowPointer& a,
                              const Epilogue& epilogue) {
   constexpr int U = kGroupVectors<kGroup>, L = Vec<S>::kLanes;
-  Vec<S> out[kTileRows * kTileWidth];
+  Vec<S> out[kTileRows * kPanelWidth];
+  const int64_t K = inner.size();
   for (int64_t v0 = vectors.begin; v0 < vectors.end; v0 += U) {
-    const int nv = static_cast<int>(min64(U, vectors.end - v0)), nr = kGroup * nv;
-    const S* panel = panels + v0 * inner.size() * kGroup * L;
-    for_row_blocks(rows, nr, [&](int64_t r, int mr) {
-      const S* row[kTileRows];
-      for (int m = 0; m < mr; ++m) row[m] = a(r + m);
-      const auto tile = Tiles<S>::row_tile_of(nr, mr);
-      tile(row, inner.first, panel, out, false);
-      if (inner.second) {
-        for (int m = 0; m < mr; ++m) row[m] += inner.second_at;
-        tile(row, inner.second, panel + inner.first * nr * L, out, true);
+    const int nv = static_cast<int>(min64(U, vectors.end - v0)), width = kGroup * nv;
+    const S* panel = panels + v0 * K * kGroup * L;
+    for_row_blocks(rows, min64(width, kTileWidth), [&](int64_t r, int mr) {
+      const S* row[2][kTileRows];
+      for (int m = 0; m < mr; ++m) {
+        row[0][m] = a(r + m);
+        row[1][m] = row[0][m] + inner.second_at;
+      }
+      for (int w = 0; w < width; w += kTileWidth) {
+        const int nr = min64(kTileWidth, width - w);
+        const auto tile = Tiles<S>::row_tile_of(nr, mr);
+        const S* strip = panel + w * K * L;
+        tile(row[0], inner.first, strip, out + w, width, false);
+        if (inner.second) tile(row[1], inner.second, strip + inner.first * nr * L, out + w, width, true);
       }
       for (int m = 0; m < mr; ++m) {
-        for (int v = 0; v < nv; ++v) epilogue(r + m, v0 + v, out + m * nr + v, nv);
+        for (int v = 0; v < nv; ++v) epilogue(r + m, v0 + v, out + m * width + v, nv);
       }
     });
   }
 }
 
-// Weight gradients: out[m][n] (+)= sum_k a[k][m] * b[k][n] for m in [0, M), n in [0, N).
-// b's rows are readable to a multiple of kTileWidth vectors. Blocks of k keep b's panel in the first-level cache.
+// Element of vector w of a panel of `width` vectors, at inner index k.
 template <class S>
-void outer_product(const S* a, int64_t lda, const S* b, int64_t ldb, int64_t K, int64_t M, int64_t N, S* out,
-                   int64_t ldo, bool accumulate) {
-  constexpr int L = Vec<S>::kLanes;
-  constexpr int64_t kBlock = 512 / sizeof(S);
-  Vec<S> tile[kTileRows * kTileWidth];
-  for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
-    const int64_t kn = min64(kBlock, K - k0);
-    const bool add = accumulate || k0 > 0;
-    for (int64_t n0 = 0; n0 < N; n0 += kTileWidth * L) {
-      const int64_t n_end = min64(N, n0 + kTileWidth * L);
-      const int nr = static_cast<int>(ceil_div(n_end - n0, L));
-      for_row_blocks({0, M}, nr, [&](int64_t m0, int mr) {
-        Tiles<S>::outer_tile_of(nr, mr)(a + k0 * lda + m0, lda, b + k0 * ldb + n0, ldb, kn, tile);
-        for (int m = 0; m < mr; ++m) {
-          for (int v = 0; v < nr; ++v) {
-            S* p = out + (m0 + m) * ldo + n0 + v * L;
-            const int64_t n = n_end - n0 - v * L;
-            const Vec<S> t = tile[m * nr + v];
-            store(p, add ? load<S>(p, n) + t : t, n);
-          }
-        }
-      });
-    }
-  }
+FUSEDRNN_INLINE S* panel_at(S* panel, int64_t K, int width, int w, int64_t k) {
+  const int strip = w / kTileWidth * kTileWidth;
+  return panel + (strip * K + k * min64(kTileWidth, width - strip) + (w - strip)) * Vec<S>::kLanes;
 }
 
 // Panels of output units, from W [kGroup * units, ldw] whose rows are the outputs:
-//   panel[k][g][u] = w[(g * units + u) * ldw + k]
+//   vector (g, v), lane u, inner index k  =  w[(g * units + v * lanes + u) * ldw + k]
 template <int kGroup, class S, class T>
 void pack_rows(const T* w, int64_t units, int64_t K, int64_t ldw, int64_t v0, int nv, S* panels) {
   constexpr int L = Vec<S>::kLanes;
-  S* panel = panels + v0 * K * kGroup * L;
-  const int64_t width = static_cast<int64_t>(nv) * L, u0 = v0 * L, n = min64(width, units - u0);
   constexpr int64_t kBlock = 16;  // columns read from each row before the next: one cache line of float
+  S* panel = panels + v0 * K * kGroup * L;
   for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
     const int64_t k1 = min64(K, k0 + kBlock);
     for (int g = 0; g < kGroup; ++g) {
-      for (int64_t u = 0; u < n; ++u) {
-        const T* row = w + (g * units + u0 + u) * ldw;
-        for (int64_t k = k0; k < k1; ++k) panel[(k * kGroup + g) * width + u] = to_compute(row[k]);
-      }
-      for (int64_t k = k0; k < k1; ++k) {
-        for (int64_t u = n; u < width; ++u) panel[(k * kGroup + g) * width + u] = S(0);
+      for (int v = 0; v < nv; ++v) {
+        S* to = panel_at(panel, K, kGroup * nv, g * nv + v, 0);
+        const int64_t pitch = panel_at(panel, K, kGroup * nv, g * nv + v, 1) - to, u0 = (v0 + v) * L;
+        for (int u = 0; u < L; ++u) {
+          const T* row = w + (g * units + u0 + u) * ldw;
+          for (int64_t k = k0; k < k1; ++k) to[k * pitch + u] = u0 + u < units ? to_compute(row[k]) : S(0);
+        }
       }
     }
   }
 }
 
-// Panels of output columns, from W [K, ldw] whose rows are the inner dimension: panel[k][u] = w[k * ldw + u].
+// Panels of output columns, from W [K, ldw] whose rows are the inner dimension:
+//   vector v, lane u, inner index k  =  w[k * ldw + v * lanes + u]
 template <class S, class T>
 void pack_columns(const T* w, int64_t K, int64_t columns, int64_t ldw, int64_t v0, int nv, S* panels) {
   constexpr int L = Vec<S>::kLanes;
   S* panel = panels + v0 * K * L;
-  const int64_t u0 = v0 * L;
   for (int64_t k = 0; k < K; ++k) {
     for (int v = 0; v < nv; ++v) {
-      const int64_t u = u0 + v * L;
-      store(panel + (k * nv + v) * L, load<S>(w + k * ldw + u, columns - u));
+      const int64_t u = (v0 + v) * L;
+      store(panel_at(panel, K, nv, v, k), load<S>(w + k * ldw + u, columns - u));
     }
+  }
+}
+
+// ---- weight gradients: sums over rows ---------------------------------------------------------------------------
+
+// Right operand of a weight gradient: rows of n columns, kept as strips [rows][kTileWidth][lanes].
+template <class S>
+struct Strips {
+  S* data;
+  int64_t n, most_rows;
+  static constexpr int64_t kColumns = kTileWidth * Vec<S>::kLanes;
+  static int64_t elements(int64_t n, int64_t most_rows) { return ceil_div(n, kColumns) * kColumns * most_rows; }
+  // Where columns [i, i + lanes) of a row are; i a multiple of lanes.
+  FUSEDRNN_INLINE S* at(int64_t row, int64_t i) const {
+    const int64_t strip = i / kColumns;
+    return data + (strip * most_rows + row) * kColumns + (i - strip * kColumns);
+  }
+};
+
+// out[m * ldo + n] (+)= sum_k a[k * lda + m] * b(k, n) for m in [0, M), n in [0, b.n), k in [0, K).
+// A block of a few columns of `a` is copied together and meets every strip of b.
+template <class S>
+void outer_product(const S* a, int64_t lda, int64_t K, int64_t M, const Strips<S>& b, S* out, int64_t ldo,
+                   bool accumulate) {
+  constexpr int L = Vec<S>::kLanes;
+  constexpr int64_t kBlock = 1024 / sizeof(S), kColumns = Strips<S>::kColumns;
+  alignas(64) S columns[kBlock * kTileRows];
+  Vec<S> tile[kTileRows * kTileWidth];
+  for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
+    const int64_t kn = min64(kBlock, K - k0);
+    const bool add = accumulate || k0 > 0;
+    for_row_blocks({0, M}, kTileWidth, [&](int64_t m0, int mr) {
+      Tiles<S>::copy_of(mr)(a + k0 * lda + m0, lda, kn, columns);
+      const auto outer = Tiles<S>::outer_tile_of(kTileWidth, mr);
+      for (int64_t n0 = 0; n0 < b.n; n0 += kColumns) {
+        outer(columns, b.at(k0, n0), kn, tile);
+        const bool whole = n0 + kColumns <= b.n;
+        for (int m = 0; m < mr; ++m) {
+          for (int v = 0; v < kTileWidth && n0 + v * L < b.n; ++v) {
+            S* p = out + (m0 + m) * ldo + n0 + v * L;
+            const int64_t n = whole ? L : b.n - n0 - v * L;
+            const Vec<S> t = tile[m * kTileWidth + v];
+            store(p, add ? load<S>(p, n) + t : t, n);
+          }
+        }
+      }
+    });
   }
 }

@@ -27,11 +27,11 @@ class Carver {
   int64_t used_ = 0;
 };
 
-// Elements between rows of n: an odd number of cache lines, so that a column of rows spreads over all cache sets.
+// Elements between rows of scratch memory: whole vectors may be stored at the end of a row.
 template <class S>
 FUSEDRNN_INLINE int64_t row_stride(int64_t n) {
   constexpr int64_t kLine = 64 / sizeof(S);
-  return (ceil_div(n, kLine) | 1) * kLine;
+  return spread_stride(ceil_div(n, kLine) * kLine, sizeof(S));
 }
 
 struct alignas(64) Flag {
