@@ -27,7 +27,8 @@ struct Layer {
   int cell;
   LayerSizes size;
   at::ScalarType dtype;
-  Tensor x, h0, c0, active, offset;  // h0, c0 may be undefined
+  Tensor x, h0, c0;  // h0, c0 may be undefined
+  std::vector<int64_t> active, offset;  // what size.active and size.offset point to
   std::vector<DirectionWeights> weights;
   bool packed;
 
@@ -62,29 +63,30 @@ void read_steps(Layer& layer, const OptionalTensor& batch_sizes) {
     TORCH_CHECK(sizes.device().is_cpu() && sizes.scalar_type() == at::kLong && sizes.dim() == 1,
                 "batch_sizes must be a 1-D int64 tensor on the CPU, got ", sizes.dim(), "-D ", sizes.scalar_type(),
                 " on ", sizes.device());
-    layer.active = sizes.contiguous();
     z.T = sizes.size(0);
+    const Tensor values = sizes.contiguous();
+    const int64_t* first = values.const_data_ptr<int64_t>();
+    layer.active.assign(first, first + z.T);
   } else {
     TORCH_CHECK(layer.x.dim() == 3, "input must have 3 dimensions, got ", layer.x.dim());
     z.T = layer.x.size(0);
-    layer.active = at::full({z.T}, layer.x.size(1), at::kLong);
+    layer.active.assign(z.T, layer.x.size(1));
   }
   TORCH_CHECK(z.T > 0, "Expected sequence length to be larger than 0 in RNN");
-  layer.offset = at::empty({z.T}, at::kLong);
-  const int64_t* active = layer.active.const_data_ptr<int64_t>();
-  int64_t* offset = layer.offset.mutable_data_ptr<int64_t>();
+  layer.offset.resize(z.T);
   z.N = 0;
   for (int64_t t = 0; t < z.T; ++t) {
-    TORCH_CHECK(!layer.packed || (active[t] > 0 && (t == 0 || active[t] <= active[t - 1])),
-                "batch_sizes must be positive and not increase, got ", active[t], " at step ", t);
-    offset[t] = z.N;
-    z.N += active[t];
+    const int64_t rows = layer.active[t];
+    TORCH_CHECK(!layer.packed || (rows > 0 && (t == 0 || rows <= layer.active[t - 1])),
+                "batch_sizes must be positive and not increase, got ", rows, " at step ", t);
+    layer.offset[t] = z.N;
+    z.N += rows;
   }
   TORCH_CHECK(!layer.packed || z.N == layer.x.size(0), "batch_sizes must add up to the rows of the input, ",
               layer.x.size(0), ", got ", z.N);
-  z.B = active[0];
-  z.active = active;
-  z.offset = offset;
+  z.B = layer.active[0];
+  z.active = layer.active.data();
+  z.offset = layer.offset.data();
 }
 
 void read_weights(Layer& layer, at::TensorList weights, int directions) {
@@ -222,7 +224,8 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> layer_backward(
   const Tensor y_rows = y.contiguous(), saved_rows = saved.contiguous();
 
   const auto compute = x.options().dtype(layer.compute_type());
-  Tensor dx = at::empty({z.D, need_x ? z.N : 0, z.I}, compute);
+  Tensor dx;  // the directions apart: they are worked on at the same time
+  if (need_x) dx = z.D == 2 ? at::empty({2, z.N, z.I}, compute) : at::empty(x.sizes(), compute);
   Tensor dh0 = at::empty({z.D, z.B, z.R}, x.options());
   Tensor dc0 = at::empty({two_states ? z.D : 0, z.B, z.H}, x.options());
   std::vector<Tensor> dw;
@@ -238,7 +241,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> layer_backward(
     p.saved_stride = layer.saved_width();
     p.dh_n = pointer(dh);
     p.dc_n = two_states ? pointer(dc) : nullptr;
-    p.dx = need_x ? result(dx) : nullptr;
+    p.dx = result(dx);
     p.dh0 = result(dh0);
     p.dc0 = two_states ? result(dc0) : nullptr;
     p.weight_gradients = need_weights;
@@ -251,13 +254,12 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> layer_backward(
     }
     check_memory(kernels().backward[layer.cell][static_cast<int>(kernel_dtype(layer.dtype))](p));
   }
-  if (need_x) {
-    dx = (z.D == 2 ? dx[0].add_(dx[1]) : dx[0]).to(layer.dtype);
-    if (!layer.packed) dx = dx.view({z.T, z.B, z.I});
-  } else {
+  if (!need_x) {
     dx = at::empty({0}, x.options());
+  } else if (z.D == 2) {
+    dx = at::add(dx[0], dx[1]).view(x.sizes());
   }
-  return {dx, dh0, dc0, dw};
+  return {dx.to(layer.dtype), dh0, dc0, dw};
 }
 
 }  // namespace

@@ -44,7 +44,7 @@ def _forward(
         cell,
         input,
         states,
-        [getattr(module, weight) for weight in module._flat_weights_names],
+        module._flat_weights,  # as torch.nn does: each look-up of a parametrized weight computes it anew
         num_layers=module.num_layers,
         bidirectional=module.bidirectional,
         dropout=module.dropout,
@@ -149,6 +149,8 @@ class ResidualRNN(_SequenceModule, torch.nn.RNNBase):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not ResidualRNN")
         torch.nn.RNNBase.__init__(self, "RNN_TANH", *args, **kwargs)  # the parameters of one gate
         self.mode = "RESIDUAL_RNN"
 
@@ -214,3 +216,6 @@ class GRUCell(torch.nn.GRUCell):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         cell = "gru" if self.reset_after else "gru_reset_before"
         return _forward_cell(self, cell, "GRUCell", input, None if hx is None else (hx,))[0]
+
+    def extra_repr(self) -> str:
+        return torch.nn.GRUCell.extra_repr(self) + ("" if self.reset_after else ", reset_after=False")

@@ -44,7 +44,8 @@ FUSEDRNN_INLINE float tanh(float v) { return std::tanh(v); }
 FUSEDRNN_INLINE double tanh(double v) { return std::tanh(v); }
 FUSEDRNN_INLINE float relu(float v) { return v < 0.0f ? 0.0f : v; }  // NaN stays NaN
 FUSEDRNN_INLINE double relu(double v) { return v < 0.0 ? 0.0 : v; }
-FUSEDRNN_INLINE float positive(float v) { return v > 0.0f ? 1.0f : 0.0f; }  // 1 where v > 0
-FUSEDRNN_INLINE double positive(double v) { return v > 0.0 ? 1.0 : 0.0; }
+// d * relu'(a), from h = relu(a): d, but 0 where h = 0 (also for infinite d). A NaN in h lets d pass, as in torch.
+FUSEDRNN_INLINE float relu_gradient(float h, float d) { return h <= 0.0f ? 0.0f : d; }
+FUSEDRNN_INLINE double relu_gradient(double h, double d) { return h <= 0.0 ? 0.0 : d; }
 
 }  // namespace fusedrnn

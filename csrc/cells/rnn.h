@@ -36,8 +36,8 @@ struct RnnRelu {
   template <class V>
   FUSEDRNN_INLINE static void backward(const Values<V, 0>&, const Values<V, 1>&, const Values<V, 1>& cur,
                                        Values<V, 1>& d, Values<V, 1>& dx, Values<V, 1>& drec) {
-    dx[0] = drec[0] = d[0] * positive(cur[0]);  // (R4)
-    d[0] = V(0);                                // (R5)
+    dx[0] = drec[0] = relu_gradient(cur[0], d[0]);  // (R4)
+    d[0] = V(0);                                    // (R5)
   }
 };
 

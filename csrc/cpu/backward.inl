@@ -351,7 +351,11 @@ class BackwardPass {
       for (int64_t u = u0; u < u0 + un; u += L) {
         S* db = s_.db + (index * C + c) * H + u;
         V sum(0);
-        for (int64_t r = 0; r < rows; ++r) sum = sum + load(b_.dg + r * ldg_ + c * H + u);
+        for (int64_t r0 = 0; r0 < rows; r0 += 16) {  // sums of sums: the rounding error grows more slowly
+          V block(0);
+          for (int64_t r = r0; r < min64(rows, r0 + 16); ++r) block = block + load(b_.dg + r * ldg_ + c * H + u);
+          sum = sum + block;
+        }
         store(db, load<S>(db, H - u) + sum, H - u);
       }
     }

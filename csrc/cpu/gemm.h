@@ -85,31 +85,35 @@ void row_tile(const S* const* a, int64_t K, const S* b, Vec<S>* out, int ldo, bo
 }
 
 // out[m][v] = sum_k a[k][m] * b[k][v], for weight gradients: k runs over rows. a: [K][MR], b: [K][NR] vectors
+// A sum of sums over kSumRows: the rounding error of one long sum would exceed torch.nn's.
+constexpr int64_t kSumRows = 32;
 template <class S, int MR, int NR>
 void outer_tile(const S* a, const S* b, int64_t K, Vec<S>* out) {
   using Type = typename Raw<S>::Type;
   constexpr int L = Vec<S>::kLanes;
-  Type acc[MR][NR];
-#pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 4
-    for (int v = 0; v < NR; ++v) acc[m][v] = Type{};
-  }
-  for (int64_t k = 0; k < K; ++k, a += MR, b += NR * L) {
-    Type bv[NR];
-#pragma GCC unroll 4
-    for (int v = 0; v < NR; ++v) bv[v] = load(b + v * L).v;
+  for (int64_t k0 = 0; k0 < K; k0 += kSumRows) {
+    Type acc[MR][NR];
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
-      const Type am = Vec<S>(a[m]).v;
 #pragma GCC unroll 4
-      for (int v = 0; v < NR; ++v) acc[m][v] += am * bv[v];
+      for (int v = 0; v < NR; ++v) acc[m][v] = Type{};
     }
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < MR; ++m) {
+    for (int64_t k = k0; k < min64(K, k0 + kSumRows); ++k, a += MR, b += NR * L) {
+      Type bv[NR];
 #pragma GCC unroll 4
-    for (int v = 0; v < NR; ++v) out[m * NR + v].v = acc[m][v];
+      for (int v = 0; v < NR; ++v) bv[v] = load(b + v * L).v;
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; ++m) {
+        const Type am = Vec<S>(a[m]).v;
+#pragma GCC unroll 4
+        for (int v = 0; v < NR; ++v) acc[m][v] += am * bv[v];
+      }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 4
+      for (int v = 0; v < NR; ++v) out[m * NR + v].v = k0 ? out[m * NR + v].v + acc[m][v] : acc[m][v];
+    }
   }
 }
 

@@ -168,7 +168,7 @@ FUSEDRNN_INLINE Vec<S> relu(Vec<S> x) {
 }
 
 template <class S>
-FUSEDRNN_INLINE Vec<S> positive(Vec<S> x) {
-  const Vec<S> zero(0), one(1);
-  return Vec<S>(x.v > zero.v ? one.v : zero.v);
+FUSEDRNN_INLINE Vec<S> relu_gradient(Vec<S> h, Vec<S> d) {
+  const Vec<S> zero(0);
+  return Vec<S>(h.v <= zero.v ? zero.v : d.v);
 }

@@ -1,0 +1,80 @@
+# The commands of the README. Each sets up what it needs (a virtual environment in .venv with torch and the
+# packages of requirements-dev.txt, then the extension, built in place) and skips what is done already.
+# The last line of a step's recipe writes its stamp, so a failed step runs again. Settings: see `make help`.
+
+TORCH   ?= 2.13.0
+PYTHON  ?= python3
+VENV    ?= .venv
+ARGS    ?=
+PIPARGS ?=
+
+BIN     := $(VENV)/bin/python
+BASE    := $(if $(wildcard $(BIN)),$(BIN),$(PYTHON))
+SETUP   := $(VENV)/stamp-torch-$(TORCH)
+BUILD   := build/stamp$(subst /,-,$(VENV))
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: help demo test bench build clean distclean check force
+.NOTPARALLEL:
+
+help:
+	@echo 'make demo       train a character model with torch.nn.LSTM, then with fusedrnn.LSTM, and compare the two'
+	@echo 'make test       run every test'
+	@echo 'make bench      time fusedrnn against torch.nn, layer by layer'
+	@echo 'make build      set up and compile only (the others do so by themselves)'
+	@echo 'make clean      delete what was compiled; make distclean: the virtual environment too'
+	@echo
+	@echo 'ARGS=...        arguments of the command: make demo ARGS="--cell gru", make test ARGS="-k lstm"'
+	@echo 'TORCH=$(TORCH)    version of torch;  PYTHON=$(PYTHON)  the Python to set up with;  VENV=$(VENV)  where'
+	@echo 'PIPARGS=...     arguments of pip install, such as an index that has torch without CUDA'
+
+demo: $(BUILD)
+	@$(BIN) examples/char_lm.py $(ARGS)
+
+test: $(BUILD)
+	@$(BIN) -m pytest $(ARGS)
+
+bench: $(BUILD)
+	@$(BIN) -m benchmarks --plot out/benchmarks.png $(ARGS)
+
+build: $(BUILD)
+	@echo 'built: fusedrnn for $(BIN)'
+
+check:
+ifneq ($(origin PYTHON),file)
+	@test ! -x $(BIN) || test "$$($(PYTHON) -V)" = "$$($(BIN) -V)" || { echo \
+	  "error: $(VENV) has $$($(BIN) -V), not that of $(PYTHON): name another VENV=... or make distclean" >&2; exit 1; }
+endif
+
+# Another TORCH or requirements-dev.txt means a new installation and a new build.
+$(SETUP): requirements-dev.txt | check
+	@command -v $(BASE) >/dev/null || { echo 'error: no $(BASE) here; name a Python with PYTHON=...' >&2; exit 1; }
+	@$(BASE) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo \
+	  "error: Python >= 3.10 needed, $(BASE) is $$($(BASE) -V 2>&1); name another with PYTHON=..." >&2; exit 1; }
+	@test -f "$$($(BASE) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || { echo \
+	  'error: no Python.h for $(BASE): install its development headers (python3-dev, python3-devel)' >&2; exit 1; }
+	@echo 'int main() { if constexpr (true) return 0; }' | $${CXX:-c++} -std=c++17 -x c++ -fsyntax-only - || { echo \
+	  "error: $${CXX:-c++} compiles no C++17: install g++ or name a compiler with CXX=..." >&2; exit 1; }
+	@rm -f $(VENV)/stamp-*
+	@$(BIN) -m pip --version >/dev/null 2>&1 || { echo 'setting up $(VENV)'; $(PYTHON) -m venv --clear $(VENV); } || { \
+	  echo 'error: $(PYTHON) makes no virtual environment (is python3-venv missing?)' >&2; rm -rf $(VENV); exit 1; }
+	@echo 'installing torch $(TORCH) and requirements-dev.txt'
+	@$(BIN) -m pip install --quiet --disable-pip-version-check $(PIPARGS) torch==$(TORCH) -r requirements-dev.txt
+	@echo '$(CURDIR)' > "$$($(BIN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fusedrnn-checkout.pth"
+	@rm -rf build fusedrnn/_C*.so
+	@touch $@
+
+# build/ keeps the objects, and ninja compiles only what changed. The compiler's output is in build/log.
+$(BUILD): $(SETUP) $(SOURCES) $(if $(wildcard fusedrnn/_C*.so),,force) | check
+	@echo 'building the extension (minutes the first time)'
+	@mkdir -p build && rm -f build/stamp*
+	@PATH="$(abspath $(VENV)/bin):$$PATH" $(BIN) setup.py egg_info build_ext --inplace >build/log 2>&1 || { \
+	  tail -n 60 build/log; echo 'error: the build failed; all of its output is in build/log' >&2; exit 1; }
+	@grep -A 4 '$(CURDIR)/csrc/.*warning:' build/log || true
+	@touch $@
+
+clean:
+	rm -rf build dist out fusedrnn/_C*.so fusedrnn.egg-info
+
+distclean: clean
+	rm -rf $(VENV)

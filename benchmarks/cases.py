@@ -1,0 +1,115 @@
+"""The registry: every case that is timed, and the number of operations it needs.
+
+A case says what a layer is and what is done with it; measure.py does it. CASES holds all, by name. T time,
+B batch, I input, H hidden, G gates, L layers, D directions, P size of a projection (0: none).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from fusedrnn.cells import CELLS
+
+__all__ = ["CASES", "CELL_NAMES", "DTYPES", "Case"]
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+CELL_NAMES = {  # as the command line and the tables name them -> as fusedrnn.cells does
+    "lstm": "lstm",
+    "gru": "gru",
+    "rnn": "rnn_tanh",
+    "rnn_relu": "rnn_relu",
+    "gru_before": "gru_reset_before",
+    "residual": "residual_rnn",
+}
+WITHOUT_TORCH = {"gru_before", "residual"}  # torch.nn has no such cell
+MODES = ("infer", "train")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: a cell, a shape and a mode.
+
+    Attributes:
+        cell: a key of CELL_NAMES.
+        mode: ``infer`` (forward in inference mode) or ``train`` (forward and backward, gradients of the input
+            and of every parameter).
+        shape: (T, B, I, H).
+        layers, directions, projection, dtype: as in torch.nn; ``projection`` is ``proj_size``.
+        ragged: lengths fall evenly from T to T / B, in a PackedSequence.
+        main: one of the default set.
+    """
+
+    cell: str
+    mode: str
+    shape: tuple[int, int, int, int]
+    layers: int = 1
+    directions: int = 1
+    projection: int = 0
+    dtype: str = "float32"
+    ragged: bool = False
+    main: bool = False
+
+    @property
+    def name(self) -> str:
+        """Unique, and what ``--only`` looks in: ``lstm-train-T100-B32-I128-H128-P64-bfloat16``."""
+        parts = [self.cell, self.mode, *(f"{letter}{size}" for letter, size in zip("TBIH", self.shape))]
+        parts += [f"L{self.layers}"] * (self.layers > 1) + [f"P{self.projection}"] * (self.projection > 0)
+        parts += ["bidirectional"] * (self.directions > 1) + ["ragged"] * self.ragged
+        return "-".join(parts + [self.dtype] * (self.dtype != "float32"))
+
+    @property
+    def has_torch(self) -> bool:
+        """Whether torch.nn has the cell."""
+        return self.cell not in WITHOUT_TORCH
+
+    def lengths(self) -> list[int]:
+        """The length of each sequence of the batch, longest first."""
+        T, B = self.shape[:2]
+        return [max(1, round(T * (B - b) / B)) if self.ragged else T for b in range(B)]
+
+    def flops(self) -> int:
+        """Floating point operations of the matrix products alone; those of a training step count three times.
+
+        One step of one sample takes 2 G H (I + R) in W_ih x and W_hh h, R = P or H being the size of h, and
+        2 H P more in a projection. The backward pass computes the gradient of both operands of each product.
+        """
+        _, _, I, H = self.shape
+        G, R = len(CELLS[CELL_NAMES[self.cell]].gates), self.projection or H
+        step = 0
+        for layer in range(self.layers):
+            inputs = I if layer == 0 else self.directions * R
+            step += self.directions * (2 * G * H * (inputs + R) + 2 * H * self.projection)
+        return sum(self.lengths()) * step * (3 if self.mode == "train" else 1)
+
+
+def _registry() -> Iterator[Case]:
+    three = ("lstm", "gru", "rnn")
+    middle = (100, 32, 128, 128)
+
+    def each(cells: tuple[str, ...], shape: tuple[int, int, int, int], **options) -> Iterator[Case]:
+        return (Case(cell, mode, shape, **options) for cell in cells for mode in MODES)
+
+    yield from each(three, middle, main=True)
+    yield from each(three, (50, 64, 256, 256), main=True)
+    yield from each(three, (1000, 8, 64, 64), main=True)
+    yield from each(three, (100, 1, 64, 64))  # one sequence
+    yield from each(three, (100, 1, 256, 256))
+    yield from each(three, (20, 128, 512, 512))  # large products
+    yield from each(three, (61, 17, 37, 83))  # nothing a multiple of a vector
+    yield from each(three, middle, layers=2)
+    yield from each(three, middle, directions=2)
+    yield from each(three, middle, ragged=True)
+    yield from each(three, middle, dtype="bfloat16")
+    yield from each(three, middle, dtype="float64")
+    yield from each(("lstm",), middle, projection=64)
+    yield from each(("lstm",), middle, layers=2, directions=2, ragged=True)
+    yield from each(("rnn_relu", "gru_before", "residual"), middle)
+    for cell in three:
+        yield Case(cell, "infer", (1, 1, 128, 128))  # one step, states handed on by the caller
+        yield Case(cell, "infer", (1, 256, 128, 128))
+
+
+CASES: dict[str, Case] = {case.name: case for case in _registry()}

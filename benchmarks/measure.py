@@ -1,0 +1,210 @@
+"""Builds a case for torch.nn and for fusedrnn from the same weights, checks that both agree, and times them.
+
+The two are timed in turn within one process, round by round, so that both see the same state of the machine: the
+figure that counts is the median of the ratios of the rounds. torch.nn runs with one thread or with all that are
+given, whichever is faster for it; fusedrnn always with all. Times are of wall clocks, in seconds inside, in
+milliseconds outside.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import fusedrnn
+
+from .cases import DTYPES, Case
+
+__all__ = ["Disagreement", "Result", "check", "matmul_gflops", "measure"]
+
+# The largest deviation from the same layer in float64, over the largest value of the tensor. Seen over 100 steps:
+# 7e-15, 1e-6 (1e-4 for the residual cell, which magnifies) and 6e-3. A wrong term deviates by far more.
+TOLERANCE = {"float64": 1e-12, "float32": 1e-3, "bfloat16": 3e-2}
+SAMPLE_SECONDS = 0.02  # a call shorter than this is repeated
+MIN_ROUNDS, MAX_ROUNDS = 7, 101
+
+Call = Callable[[], Sequence[Tensor]]
+
+
+class Disagreement(RuntimeError):
+    """fusedrnn and the reference computed different things: there is nothing to time."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured. ``ratio`` is torch.nn's time over ours: the median of the rounds and its quartiles."""
+
+    case: Case
+    rounds: int
+    threads: int
+    ours_ms: float
+    gflops: float
+    deviation: float
+    torch_ms: float | None = None
+    torch_threads: int | None = None
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+
+
+def _layer(library, case: Case, dtype: torch.dtype) -> nn.Module:
+    """The layer of a case from torch.nn or fusedrnn."""
+    _, _, inputs, hidden = case.shape
+    options = {"num_layers": case.layers, "bidirectional": case.directions == 2, "dtype": dtype}
+    if case.cell == "lstm":
+        return library.LSTM(inputs, hidden, proj_size=case.projection, **options)
+    if case.cell == "gru":
+        return library.GRU(inputs, hidden, **options)
+    if case.cell == "gru_before":
+        return library.GRU(inputs, hidden, reset_after=False, **options)
+    if case.cell == "residual":
+        return library.ResidualRNN(inputs, hidden, **options)
+    return library.RNN(inputs, hidden, nonlinearity={"rnn": "tanh", "rnn_relu": "relu"}[case.cell], **options)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """The data of a case: input, initial state, gradient of the output; and how a layer is called with them."""
+
+    case: Case
+    x: Tensor  # [T, B, I]
+    hx: tuple[Tensor, ...]  # each [L * D, B, H or P]
+    dy: Tensor  # [rows, D * (P or H)]
+
+    @staticmethod
+    def of(case: Case) -> _Problem:
+        generator = torch.Generator().manual_seed(1)
+        T, B, I, H = case.shape
+        out = case.projection or H
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        x = draw(T, B, I)
+        sizes = (out, H) if case.cell == "lstm" else (out,)
+        hx = tuple(draw(case.layers * case.directions, B, size) for size in sizes)
+        return _Problem(case, x, hx, draw(sum(case.lengths()), case.directions * out))
+
+    def call(self, layer: nn.Module, dtype: torch.dtype, mode: str) -> Call:
+        """A function of no arguments that runs the layer once: its outputs (infer) or its gradients (train)."""
+        hx = tuple(state.to(dtype) for state in self.hx)
+        hx = hx if len(hx) == 2 else hx[0]
+        x, dy = self.x.to(dtype), self.dy.to(dtype)
+        packed = pack_padded_sequence(x, self.case.lengths()) if self.case.ragged else None
+        leaf = (packed.data if packed else x).requires_grad_(mode == "train")
+        argument = PackedSequence(leaf, packed.batch_sizes) if packed else leaf
+
+        def forward() -> tuple[Tensor, ...]:
+            output, state = layer(argument, hx)
+            output = output.data if packed else output
+            return (output, *state) if isinstance(state, tuple) else (output, state)
+
+        if mode == "infer":
+            return torch.inference_mode()(forward)
+        wanted = [leaf, *layer.parameters()]
+        return lambda: torch.autograd.grad(forward()[0].flatten(0, -2), wanted, dy)
+
+
+def check(case: Case, ours: nn.Module, problem: _Problem) -> float:
+    """Compare outputs, and gradients if the case trains, with the same layer in float64; the largest deviation.
+
+    The reference is torch.nn's layer, or our own where torch.nn has none. Raises Disagreement.
+    """
+    reference = _layer(nn if case.has_torch else fusedrnn, case, torch.float64)
+    reference.load_state_dict(ours.state_dict())
+    parameters = ["d" + name for name, _ in ours.named_parameters()]
+    deviation = 0.0
+    for mode, names in (("infer", ["output", "h_n", "c_n"]), ("train", ["dx", *parameters])):
+        if mode == "train" and case.mode == "infer":
+            continue
+        got = problem.call(ours, DTYPES[case.dtype], mode)()
+        want = problem.call(reference, torch.float64, mode)()
+        for name, a, b in zip(names, got, want):
+            worst = ((a.double() - b).abs().max() / b.abs().max()).item()
+            if not worst <= TOLERANCE[case.dtype]:  # catches NaN
+                raise Disagreement(
+                    f"{case.name}: {name} deviates by {worst:.1e} of its largest value,"
+                    f" allowed {TOLERANCE[case.dtype]:.0e} for {case.dtype}"
+                )
+            deviation = max(deviation, worst)
+    return deviation
+
+
+class _Timer:
+    """Times a call with its number of threads; a sample is the mean of enough calls to be measurable."""
+
+    def __init__(self, call: Call, threads: int) -> None:
+        self.call, self.threads, self.repeats = call, threads, 1
+        self.sample()
+        self.repeats = max(1, math.ceil(SAMPLE_SECONDS / min(self.sample() for _ in range(2))))
+
+    def sample(self) -> float:
+        if torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)
+            self.call()  # wakes the threads
+        start = time.perf_counter()
+        for _ in range(self.repeats):
+            self.call()
+        return (time.perf_counter() - start) / self.repeats
+
+
+def measure(case: Case, threads: int, seconds: float, min_rounds: int = MIN_ROUNDS) -> Result:
+    """Check, then time a case for about ``seconds``, and at least ``min_rounds`` rounds. Raises Disagreement."""
+    dtype = DTYPES[case.dtype]
+    torch.manual_seed(1)
+    torch.set_num_threads(threads)
+    problem = _Problem.of(case)
+    ours = _layer(fusedrnn, case, dtype)
+    deviation = check(case, ours, problem)
+    timers = [_Timer(problem.call(ours, dtype, case.mode), threads)]
+    if case.has_torch:
+        theirs = _layer(nn, case, dtype)
+        theirs.load_state_dict(ours.state_dict())
+        call = problem.call(theirs, dtype, case.mode)
+        choices = [_Timer(call, n) for n in sorted({1, threads})]
+        timers.append(min(choices, key=lambda timer: min(timer.sample() for _ in range(3))))
+    rounds = _rounds(timers, seconds, min_rounds)
+    torch.set_num_threads(threads)
+    ours_seconds = float(np.median(rounds[:, 0]))
+    result = {
+        "case": case,
+        "rounds": len(rounds),
+        "threads": threads,
+        "ours_ms": 1e3 * ours_seconds,
+        "gflops": case.flops() / ours_seconds / 1e9,
+        "deviation": deviation,
+    }
+    if case.has_torch:
+        low, ratio, high = np.quantile(rounds[:, 1] / rounds[:, 0], [0.25, 0.5, 0.75]).tolist()
+        result |= {"torch_ms": 1e3 * float(np.median(rounds[:, 1])), "torch_threads": timers[1].threads}
+        result |= {"ratio": ratio, "ratio_low": low, "ratio_high": high}
+    return Result(**result)
+
+
+def _rounds(timers: Sequence[_Timer], seconds: float, min_rounds: int) -> np.ndarray:
+    """Seconds a call, [rounds, timers]: each round times every timer once, in alternating order."""
+    rounds: list[list[float]] = []
+    gc.disable()
+    end = time.perf_counter() + seconds
+    while len(rounds) < min_rounds or (time.perf_counter() < end and len(rounds) < MAX_ROUNDS):
+        order = range(len(timers)) if len(rounds) % 2 == 0 else reversed(range(len(timers)))
+        times = {i: timers[i].sample() for i in order}
+        rounds.append([times[i] for i in range(len(timers))])
+    gc.enable()
+    return np.array(rounds)
+
+
+def matmul_gflops(threads: int, size: int = 1024) -> float:
+    """torch.matmul of two float32 matrices in GFLOP/s, the best of a few: a yardstick for the products."""
+    torch.set_num_threads(threads)
+    a, b = torch.randn(2, size, size).unbind()
+    timer = _Timer(lambda: (a @ b,), threads)
+    return 2 * size**3 / min(timer.sample() for _ in range(5)) / 1e9

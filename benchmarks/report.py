@@ -1,0 +1,124 @@
+"""Writes results: the machine they hold for, lines on the terminal, a Markdown table, JSON, a README's table.
+
+A README keeps the table between the lines BEGIN and END, which ``update_readme`` finds and fills in.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import fusedrnn
+
+from .measure import Result, matmul_gflops
+
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+HEADER = f"{'case':54} {'torch.nn':>15} {'fusedrnn':>10} {'ratio (quartiles)':>22} {'GFLOP/s':>8}"
+HOW_TO_READ = (
+    "Ratio: torch.nn's time over ours, the median of interleaved rounds, with quartiles; below 1 we are slower."
+    " torch.nn has the better of 1 and all threads (in brackets). GFLOP/s: ours, the matrix products alone."
+)
+
+
+def machine(threads: int) -> dict[str, str | int | float]:
+    """Processor, instruction set in use, versions, threads, date and the yardstick of the products."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "isa": fusedrnn._C.isa(),
+        "threads": threads,
+        "fusedrnn": fusedrnn.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "date": datetime.date.today().isoformat(),
+        "matmul_gflops": round(matmul_gflops(threads), 1),
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def describe(info: dict) -> str:
+    """The machine in one line."""
+    return (
+        f"{info['cpu']}, {info['cores']} core(s), {info['isa']}, {info['threads']} thread(s); fusedrnn"
+        f" {info['fusedrnn']}, torch {info['torch']}, Python {info['python']}, {info['system']}; {info['date']};"
+        f" torch.matmul of 1024x1024 float32: {info['matmul_gflops']:.0f} GFLOP/s"
+    )
+
+
+def _short(value: float) -> str:
+    """Three digits, or the whole number."""
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+def line(result: Result) -> str:
+    """One line of the terminal's table, below HEADER."""
+    torch_time, ratio = "none", ""
+    if result.ratio is not None:
+        torch_time = f"{_short(result.torch_ms)} ms ({result.torch_threads}t)"
+        ratio = f"{result.ratio:.2f} ({result.ratio_low:.2f}-{result.ratio_high:.2f})"
+    ours = f"{_short(result.ours_ms)} ms"
+    return f"{result.case.name:54} {torch_time:>15} {ours:>10} {ratio:>22} {_short(result.gflops):>8}"
+
+
+def summary(results: Sequence[Result]) -> str:
+    """How many cases are faster and slower, and which is the slowest."""
+    compared = [result for result in results if result.ratio is not None]
+    if not compared:
+        return f"{len(results)} case(s), none that torch.nn has"
+    worst = min(compared, key=lambda result: result.ratio)
+    slower = sum(result.ratio < 1 for result in compared)
+    return (
+        f"{len(compared)} case(s) against torch.nn: {len(compared) - slower} faster, {slower} slower;"
+        f" lowest ratio {worst.ratio:.2f} ({worst.case.name})"
+    )
+
+
+def markdown(results: Sequence[Result], info: dict) -> str:
+    """The table with a paragraph on how to read it."""
+    rows = [
+        f"{describe(info)}.",
+        "",
+        HOW_TO_READ,
+        "",
+        "| case | torch.nn, ms | fusedrnn, ms | ratio | GFLOP/s |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for result in results:
+        torch_time, ratio = "not there", ""
+        if result.ratio is not None:
+            torch_time = f"{_short(result.torch_ms)} ({result.torch_threads})"
+            ratio = f"**{result.ratio:.2f}** ({result.ratio_low:.2f}-{result.ratio_high:.2f})"
+        rows.append(
+            f"| {result.case.name} | {torch_time} | {_short(result.ours_ms)} | {ratio} | {_short(result.gflops)} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def update_readme(file: Path, table: str) -> None:
+    """Put ``table`` between the markers of ``file``; ValueError if they are not there, once and in order."""
+    text = file.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{file} must have the line {BEGIN} once and {END} once after it")
+    head, rest = text.split(BEGIN)
+    file.write_text(f"{head}{BEGIN}\n{table}{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+def write_json(file: Path, results: Sequence[Result], info: dict) -> None:
+    """Machine and results, one object a case: the fields of Case and Result, the case's name and its operations."""
+    rows = [asdict(result) | {"name": result.case.name, "flops": result.case.flops()} for result in results]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"machine": info, "results": rows}, indent=1) + "\n", encoding="utf-8")

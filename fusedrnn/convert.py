@@ -1,0 +1,153 @@
+"""Exchange torch.nn's recurrent modules for fusedrnn's inside a model, in place, and back again.
+
+A module keeps its identity: only its class changes. So its Parameters are the very same objects, and optimizers, tied
+weights, hooks, parametrizations and references held elsewhere go on working. Nothing is copied and no module is
+called. Modules that cannot be exchanged stay as they are, and the report says why.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from . import modules
+
+__all__ = ["ConversionEntry", "ConversionReport", "convert", "revert"]
+
+_FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    getattr(nn, name): getattr(modules, name) for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
+}
+_TORCH = {ours: theirs for theirs, ours in _FUSED.items()}
+_OURS = (*_TORCH, modules.ResidualRNN)
+_DTYPES = {"cpu": (torch.float32, torch.float64, torch.bfloat16)}  # what the kernels take; a test holds it so
+
+
+@dataclass(frozen=True)
+class ConversionEntry:
+    """One recurrent module: its dotted name in the model ("" is the model itself), its class before, and why."""
+
+    name: str
+    class_name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name or '(the model itself)'}: {self.class_name}: {self.reason}"
+
+
+@dataclass
+class ConversionReport:
+    """What :func:`convert` or :func:`revert` replaced and what it left, one entry a module; ``str()`` reads well."""
+
+    replaced: list[ConversionEntry] = field(default_factory=list)
+    left: list[ConversionEntry] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        parts = (("replaced", self.replaced), ("left alone", self.left))
+        return "\n".join(
+            f"{len(entries)} recurrent module{'' if len(entries) == 1 else 's'} {title}"
+            + "".join(f"\n  {entry}" for entry in entries)
+            for title, entries in parts
+        )
+
+
+def convert(model: nn.Module) -> ConversionReport:
+    """Make fusedrnn modules of all torch.nn RNN, LSTM, GRU, RNNCell, LSTMCell and GRUCell in ``model``, in place.
+
+    ``model`` itself may be one. Left alone, with the reason in the report: subclasses with code of their own, modules
+    whose ``forward`` was replaced on the instance, TorchScript modules, dtypes or devices without a kernel. A module
+    under ``torch.nn.utils.parametrize`` is converted with its parametrizations. A second call changes nothing.
+
+    Raises:
+        TypeError: ``model`` is not a torch.nn.Module.
+    """
+    _check_model(model)
+    report = ConversionReport()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            if module.original_name in {cls.__name__ for cls in _FUSED}:
+                reason = "compiled by TorchScript: convert the model before scripting or tracing it"
+                report.left.append(ConversionEntry(name, f"TorchScript {module.original_name}", reason))
+        elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and not isinstance(module, _OURS):
+            _exchange(name, module, _FUSED, _obstacle_to_convert(module), report)
+    return report
+
+
+def revert(model: nn.Module) -> ConversionReport:
+    """Undo :func:`convert`: make torch.nn modules of fusedrnn's in ``model``, in place, same Parameter objects.
+
+    Left alone, with the reason in the report: what torch.nn lacks (GRU and GRUCell with ``reset_after=False``,
+    ResidualRNN), and subclasses with code of their own.
+
+    Raises:
+        TypeError: ``model`` is not a torch.nn.Module.
+    """
+    _check_model(model)
+    report = ConversionReport()
+    for name, module in model.named_modules():
+        if isinstance(module, _OURS):
+            _exchange(name, module, _TORCH, _obstacle_to_revert(module), report)
+    return report
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def _exchange(
+    name: str,
+    module: nn.Module,
+    table: dict[type[nn.Module], type[nn.Module]],
+    obstacle: str | None,
+    report: ConversionReport,
+) -> None:
+    before = _own_class(module)
+    if obstacle is not None:
+        report.left.append(ConversionEntry(name, _title(before), obstacle))
+        return
+    after = table[before]
+    report.replaced.append(ConversionEntry(name, _title(before), f"now {_title(after)}"))
+    if type(module) is not before:  # the class in front holds the properties that compute the parametrized weights
+        after = type(f"Parametrized{after.__name__}", (after,), dict(vars(type(module))))
+    vars(module).pop("reset_after", None)  # True here, as the class says
+    module.__class__ = after
+
+
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of ``module``, behind the one that ``torch.nn.utils.parametrize`` puts in front of it."""
+    cls = type(module)
+    in_front = parametrize.is_parametrized(module) and cls.__name__ == f"Parametrized{cls.__base__.__name__}"
+    return cls.__base__ if in_front and len(cls.__bases__) == 1 else cls
+
+
+def _obstacle_to_convert(module: nn.Module) -> str | None:
+    if _own_class(module) not in _FUSED:
+        return "a subclass with code of its own"
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance"
+    for name, parameter in module.named_parameters():
+        device, dtype = parameter.device.type, parameter.dtype
+        if device not in ("meta", *_DTYPES):
+            return f"{name} is on device {parameter.device}, fusedrnn runs on {', '.join(_DTYPES)}"
+        if dtype not in _DTYPES.get(device, _DTYPES["cpu"]):
+            names = ", ".join(str(dtype) for dtype in _DTYPES["cpu"])
+            return f"{name} has dtype {dtype}, fusedrnn computes in {names}"
+    return None
+
+
+def _obstacle_to_revert(module: nn.Module) -> str | None:
+    cls = _own_class(module)
+    if cls is modules.ResidualRNN or not getattr(module, "reset_after", True):
+        return "torch.nn has no such cell"
+    if cls not in _TORCH:
+        return "a subclass with code of its own"
+    return None
+
+
+def _title(cls: type[nn.Module]) -> str:
+    if cls in _FUSED:
+        return f"torch.nn.{cls.__name__}"
+    return f"fusedrnn.{cls.__name__}" if cls in _OURS else f"{cls.__module__}.{cls.__qualname__}"

@@ -1,0 +1,204 @@
+"""One time step of each cell, forward and backward, in NumPy: docs/derivations.md line by line.
+
+Layout, torch.nn's: samples are rows. x is (B, I), a state (B, H) or, projected, (B, R), W_ih (G*H, I),
+W_hh (G*H, R or H), a bias (G*H,) or None. Arithmetic is float64, whatever comes in.
+Each ``*_forward`` returns the new states and a cache; each ``*_backward`` takes the gradients of the new states,
+all paths summed, and the cache. It returns a dictionary: ``dx``, ``dh_prev``, (``dc_prev``), ``dW_ih``, ``dW_hh``,
+``db_ih`` and ``db_hh`` where there are biases, ``dW_hr`` where there is a projection, and the gate gradients
+``da_ih`` and ``da_hh`` (B, G*H), the gradients of W_ih x + b_ih and of W_hh h + b_hh.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+__all__ = [
+    "gru_cell_backward",
+    "gru_cell_forward",
+    "lstm_cell_backward",
+    "lstm_cell_forward",
+    "residual_rnn_cell_backward",
+    "residual_rnn_cell_forward",
+    "rnn_cell_backward",
+    "rnn_cell_forward",
+]
+
+Array = np.ndarray
+Gradients = dict[str, Array]
+
+
+def sigmoid(a: Array) -> Array:
+    """1 / (1 + exp(-a)), in the form that cannot overflow."""
+    return 0.5 * (1.0 + np.tanh(0.5 * a))
+
+
+def linear(v: Array, W: Array, b: Array | None) -> Array:
+    """W v + b for each row v: (B, I) -> (B, G*H), in float64."""
+    product = np.asarray(v, np.float64) @ np.asarray(W, np.float64).T
+    return product if b is None else product + b
+
+
+def linear_backward(da: Array, v: Array, W: Array) -> tuple[Array, Array, Array]:
+    """dv, dW and db of ``linear`` from da, by (C1); sums over the rows are sums over the samples."""
+    return da @ W, da.T @ v, da.sum(axis=0)
+
+
+def through_weights(da_ih: Array, da_hh: Array, x: Array, h_prev: Array, weights: tuple) -> Gradients:
+    """The gradients of a step's inputs and parameters from those of its two affine maps: (R5), (R8) to (R11)."""
+    W_ih, W_hh, b_ih, b_hh = weights
+    dx, dW_ih, db_ih = linear_backward(da_ih, x, W_ih)
+    dh_prev, dW_hh, db_hh = linear_backward(da_hh, h_prev, W_hh)
+    grads = {"dx": dx, "dh_prev": dh_prev, "dW_ih": dW_ih, "dW_hh": dW_hh, "da_ih": da_ih, "da_hh": da_hh}
+    if b_ih is not None:
+        grads["db_ih"] = db_ih
+    if b_hh is not None:
+        grads["db_hh"] = db_hh
+    return grads
+
+
+def rnn_cell_forward(
+    x: Array,
+    h_prev: Array,
+    W_ih: Array,
+    W_hh: Array,
+    b_ih: Array | None = None,
+    b_hh: Array | None = None,
+    nonlinearity: str = "tanh",
+) -> tuple[Array, tuple]:
+    """h_t = phi(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), phi tanh or relu. Returns (h_t, cache)."""
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
+    a = linear(x, W_ih, b_ih) + linear(h_prev, W_hh, b_hh)  # (R1)
+    h = np.tanh(a) if nonlinearity == "tanh" else np.maximum(a, 0.0)  # (R2), (R3)
+    return h, (x, h_prev, h, nonlinearity, (W_ih, W_hh, b_ih, b_hh))
+
+
+def rnn_cell_backward(dh: Array, cache: tuple) -> Gradients:
+    """Gradients of one step from dh (B, H) = dL/dh_t."""
+    x, h_prev, h, nonlinearity, weights = cache
+    da = dh * (1.0 - h * h) if nonlinearity == "tanh" else dh * (h > 0.0)  # (R4)
+    return through_weights(da, da, x, h_prev, weights)  # (R5)
+
+
+def residual_rnn_cell_forward(
+    x: Array, h_prev: Array, W_ih: Array, W_hh: Array, b_ih: Array | None = None, b_hh: Array | None = None
+) -> tuple[Array, tuple]:
+    """h_t = h_{t-1} + tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh). Returns (h_t, cache)."""
+    g = np.tanh(linear(x, W_ih, b_ih) + linear(h_prev, W_hh, b_hh))  # (S1)
+    return h_prev + g, (x, h_prev, g, (W_ih, W_hh, b_ih, b_hh))  # (S2)
+
+
+def residual_rnn_cell_backward(dh: Array, cache: tuple) -> Gradients:
+    """Gradients of one step from dh (B, H) = dL/dh_t."""
+    x, h_prev, g, weights = cache
+    da = dh * (1.0 - g * g)  # (S3)
+    grads = through_weights(da, da, x, h_prev, weights)
+    grads["dh_prev"] = grads["dh_prev"] + dh  # (S4)
+    return grads
+
+
+def lstm_cell_forward(
+    x: Array,
+    h_prev: Array,
+    c_prev: Array,
+    W_ih: Array,
+    W_hh: Array,
+    b_ih: Array | None = None,
+    b_hh: Array | None = None,
+    W_hr: Array | None = None,
+) -> tuple[Array, Array, tuple]:
+    """One step of the LSTM, gates i, f, g, o; with W_hr (R, H) the output is projected. Returns (h_t, c_t, cache)."""
+    a = linear(x, W_ih, b_ih) + linear(h_prev, W_hh, b_hh)
+    a_i, a_f, a_g, a_o = np.split(a, 4, axis=1)
+    i = sigmoid(a_i)  # (L1)
+    f = sigmoid(a_f)  # (L2)
+    g = np.tanh(a_g)  # (L3)
+    o = sigmoid(a_o)  # (L4)
+    c = f * c_prev + i * g  # (L5)
+    m = o * np.tanh(c)  # (L6)
+    h = m if W_hr is None else linear(m, W_hr, None)  # (L7)
+    return h, c, (x, h_prev, c_prev, i, f, g, o, c, m, (W_ih, W_hh, b_ih, b_hh), W_hr)
+
+
+def lstm_cell_backward(dh: Array, dc: Array, cache: tuple) -> Gradients:
+    """Gradients of one step from dh (B, R or H) = dL/dh_t and dc (B, H), what reaches c_t other than by h_t."""
+    x, h_prev, c_prev, i, f, g, o, c, m, weights, W_hr = cache
+    dm = dh if W_hr is None else dh @ W_hr  # (L15)
+    tanh_c = np.tanh(c)
+    dc = dc + dm * o * (1.0 - tanh_c * tanh_c)  # (L8)
+    da_i = dc * g * i * (1.0 - i)  # (L9)
+    da_f = dc * c_prev * f * (1.0 - f)  # (L10)
+    da_g = dc * i * (1.0 - g * g)  # (L11)
+    da_o = dm * tanh_c * o * (1.0 - o)  # (L12)
+    da = np.concatenate([da_i, da_f, da_g, da_o], axis=1)
+    grads = through_weights(da, da, x, h_prev, weights)  # (L14)
+    grads["dc_prev"] = dc * f  # (L13)
+    if W_hr is not None:
+        grads["dW_hr"] = dh.T @ m  # (L16)
+    return grads
+
+
+def gru_cell_forward(
+    x: Array,
+    h_prev: Array,
+    W_ih: Array,
+    W_hh: Array,
+    b_ih: Array | None = None,
+    b_hh: Array | None = None,
+    reset_after: bool = True,
+) -> tuple[Array, tuple]:
+    """One step of the GRU, gates r, z, n. Returns (h_t, cache).
+
+    ``reset_after`` True is torch.nn's form, n = tanh(W_in x + b_in + r * (W_hn h + b_hn)); False is the original
+    paper's, n = tanh(W_in x + b_in + W_hn (r * h) + b_hn).
+    """
+    H = W_hh.shape[1]
+    a_ih = linear(x, W_ih, b_ih)
+    a_hh = linear(h_prev, W_hh, b_hh)
+    r = sigmoid(a_ih[:, :H] + a_hh[:, :H])  # (G1), (H1)
+    z = sigmoid(a_ih[:, H : 2 * H] + a_hh[:, H : 2 * H])  # (G2), (H2)
+    if reset_after:
+        rec_n = a_hh[:, 2 * H :]
+        n = np.tanh(a_ih[:, 2 * H :] + r * rec_n)  # (G3)
+    else:
+        q = r * h_prev  # (H3)
+        rec_n = linear(q, W_hh[2 * H :], None if b_hh is None else b_hh[2 * H :])
+        n = np.tanh(a_ih[:, 2 * H :] + rec_n)  # (H4)
+    h = (1.0 - z) * n + z * h_prev  # (G4), (H5)
+    return h, (x, h_prev, r, z, n, rec_n, reset_after, (W_ih, W_hh, b_ih, b_hh))
+
+
+def gru_cell_backward(dh: Array, cache: tuple) -> Gradients:
+    """Gradients of one step from dh (B, H) = dL/dh_t, either form."""
+    *_, reset_after, _ = cache
+    return _reset_after_backward(dh, cache) if reset_after else _reset_before_backward(dh, cache)
+
+
+def _reset_after_backward(dh: Array, cache: tuple) -> Gradients:
+    x, h_prev, r, z, n, rec_n, _, weights = cache
+    da_n = dh * (1.0 - z) * (1.0 - n * n)  # (G5)
+    drec_n = da_n * r  # (G6)
+    da_r = da_n * rec_n * r * (1.0 - r)  # (G7)
+    da_z = dh * (h_prev - n) * z * (1.0 - z)  # (G8)
+    da_ih = np.concatenate([da_r, da_z, da_n], axis=1)
+    da_hh = np.concatenate([da_r, da_z, drec_n], axis=1)
+    grads = through_weights(da_ih, da_hh, x, h_prev, weights)
+    grads["dh_prev"] = grads["dh_prev"] + dh * z  # (G9), (G10)
+    return grads
+
+
+def _reset_before_backward(dh: Array, cache: tuple) -> Gradients:
+    x, h_prev, r, z, n, _, _, weights = cache
+    W_hh = weights[1]
+    H = W_hh.shape[1]
+    W_rz, W_hn = W_hh[: 2 * H], W_hh[2 * H :]
+    da_n = dh * (1.0 - z) * (1.0 - n * n)  # (H6)
+    da_z = dh * (h_prev - n) * z * (1.0 - z)  # (H7)
+    dq = da_n @ W_hn  # (H9)
+    da_r = dq * h_prev * r * (1.0 - r)  # (H10)
+    da_rz = np.concatenate([da_r, da_z], axis=1)
+    da = np.concatenate([da_rz, da_n], axis=1)
+    grads = through_weights(da, da, x, h_prev, weights)
+    grads["dh_prev"] = dh * z + dq * r + da_rz @ W_rz  # (H8), (H11), (H12)
+    grads["dW_hh"] = np.concatenate([da_rz.T @ h_prev, da_n.T @ (r * h_prev)])  # (H13)
+    return grads

@@ -1,0 +1,42 @@
+"""What every test shares: hypothesis profiles, the marker of the tests run under each instruction set, threads.
+
+Tests run on one thread unless they ask for more; ``threads`` sets the number and the old one comes back afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import hypothesis
+import pytest
+import torch
+
+import fusedrnn
+
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=80, print_blob=True)
+hypothesis.settings.register_profile("explore", derandomize=False, deadline=None, max_examples=2000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "isa: run once more under each instruction set that the processor has")
+
+
+def pytest_report_header() -> str:
+    sets = ", ".join(fusedrnn._C.supported_isas())
+    return f"fusedrnn: instruction set {fusedrnn._C.isa()} of {sets}; torch {torch.__version__}"
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """A function that sets the number of threads for the rest of the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_fixed_seed(threads: Callable[[int], None]) -> None:
+    threads(1)
+    torch.manual_seed(0)

@@ -1,0 +1,150 @@
+"""The reference: each cell as one plain torch expression a step, and a loop over layers, directions and time.
+
+Everything here is differentiable by torch.autograd and shares nothing with the code under test. TWINS says, for each
+cell of the registry, its step, our module classes and torch.nn's (None where there is no such class). Shapes:
+x [B, I], states [B, H] each, w_ih [G H, I], w_hh [G H, H or P], b_ih and b_hh [G H] or None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+import fusedrnn
+
+States = tuple[Tensor, ...]
+
+
+def _rnn(x, states, w_ih, w_hh, b_ih, b_hh, *, activation) -> States:
+    return (activation(linear(x, w_ih, b_ih) + linear(states[0], w_hh, b_hh)),)
+
+
+def _residual_rnn(x, states, w_ih, w_hh, b_ih, b_hh) -> States:
+    return (states[0] + torch.tanh(linear(x, w_ih, b_ih) + linear(states[0], w_hh, b_hh)),)
+
+
+def _lstm(x, states, w_ih, w_hh, b_ih, b_hh) -> States:
+    h, c = states
+    i, f, g, o = (linear(x, w_ih, b_ih) + linear(h, w_hh, b_hh)).chunk(4, dim=1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+def _gru(x, states, w_ih, w_hh, b_ih, b_hh) -> States:
+    (h,) = states
+    x_r, x_z, x_n = linear(x, w_ih, b_ih).chunk(3, dim=1)
+    h_r, h_z, h_n = linear(h, w_hh, b_hh).chunk(3, dim=1)
+    z = torch.sigmoid(x_z + h_z)
+    n = torch.tanh(x_n + torch.sigmoid(x_r + h_r) * h_n)
+    return ((1 - z) * n + z * h,)
+
+
+def _gru_reset_before(x, states, w_ih, w_hh, b_ih, b_hh) -> States:
+    (h,) = states
+    x_r, x_z, x_n = linear(x, w_ih, b_ih).chunk(3, dim=1)
+    w_r, w_z, w_n = w_hh.chunk(3)
+    b_r, b_z, b_n = (None, None, None) if b_hh is None else b_hh.chunk(3)
+    r = torch.sigmoid(x_r + linear(h, w_r, b_r))
+    z = torch.sigmoid(x_z + linear(h, w_z, b_z))
+    n = torch.tanh(x_n + linear(r * h, w_n, b_n))
+    return ((1 - z) * n + z * h,)
+
+
+@dataclass(frozen=True)
+class Twin:
+    """What stands opposite a cell of the registry."""
+
+    step: Callable[..., States]
+    layer: Callable[..., nn.Module]
+    cell: Callable[..., nn.Module] | None = None
+    torch_layer: Callable[..., nn.Module] | None = None
+    torch_cell: Callable[..., nn.Module] | None = None
+
+
+def _both(name: str, **options) -> dict[str, Callable[..., nn.Module]]:
+    ours, theirs = partial(getattr(fusedrnn, name), **options), partial(getattr(nn, name), **options)
+    our_cell, their_cell = getattr(fusedrnn, name + "Cell"), getattr(nn, name + "Cell")
+    return {
+        "layer": ours,
+        "cell": partial(our_cell, **options),
+        "torch_layer": theirs,
+        "torch_cell": partial(their_cell, **options),
+    }
+
+
+TWINS: dict[str, Twin] = {
+    "rnn_tanh": Twin(partial(_rnn, activation=torch.tanh), **_both("RNN", nonlinearity="tanh")),
+    "rnn_relu": Twin(partial(_rnn, activation=torch.relu), **_both("RNN", nonlinearity="relu")),
+    "residual_rnn": Twin(_residual_rnn, fusedrnn.ResidualRNN),
+    "lstm": Twin(_lstm, **_both("LSTM")),
+    "gru": Twin(_gru, **_both("GRU")),
+    "gru_reset_before": Twin(
+        _gru_reset_before, partial(fusedrnn.GRU, reset_after=False), partial(fusedrnn.GRUCell, reset_after=False)
+    ),
+}
+
+
+SINGLES = [name for name, twin in TWINS.items() if twin.cell]  # cells with a single-step module
+
+
+def layer_loop(cell: str, module: nn.Module, input: Tensor | PackedSequence, hx=None):
+    """What ``module(input, hx)`` has to return, for a batched tensor or a PackedSequence, without dropout."""
+    if isinstance(input, PackedSequence):
+        x, lengths = pad_packed_sequence(input)
+    else:
+        x = input.transpose(0, 1) if module.batch_first else input
+        lengths = torch.full((x.shape[1],), x.shape[0])
+    hx = _states(module, hx, x, cell)
+    active = torch.arange(x.shape[0])[:, None, None] < lengths[:, None]
+    finals = []
+    for layer in range(module.num_layers):
+        outputs = []
+        for direction in range(2 if module.bidirectional else 1):
+            suffix = f"_l{layer}" + ("_reverse" if direction else "")
+            start = tuple(state[len(finals)] for state in hx)
+            output, final = _run(cell, module, suffix, x, start, active, reverse=bool(direction))
+            outputs.append(output)
+            finals.append(final)
+        x = torch.cat(outputs, dim=2)
+    last = tuple(torch.stack(states) for states in zip(*finals, strict=True))
+    if isinstance(input, PackedSequence):
+        output = pack_padded_sequence(x, lengths, enforce_sorted=input.sorted_indices is None)
+    else:
+        output = x.transpose(0, 1) if module.batch_first else x
+    return output, last if cell == "lstm" else last[0]
+
+
+def cell_loop(cell: str, module: nn.Module, input: Tensor, hx=None):
+    """What the cell module ``module(input, hx)`` has to return for a batched input."""
+    zeros = input.new_zeros(input.shape[0], module.hidden_size)
+    states = (hx if cell == "lstm" else (hx,)) if hx is not None else ((zeros, zeros) if cell == "lstm" else (zeros,))
+    new = TWINS[cell].step(input, states, module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh)
+    return new if cell == "lstm" else new[0]
+
+
+def _states(module: nn.Module, hx, x: Tensor, cell: str) -> States:
+    if hx is not None:
+        return tuple(hx) if cell == "lstm" else (hx,)
+    rows = module.num_layers * (2 if module.bidirectional else 1)
+    h0 = x.new_zeros(rows, x.shape[1], module.proj_size or module.hidden_size)
+    return (h0, x.new_zeros(rows, x.shape[1], module.hidden_size)) if cell == "lstm" else (h0,)
+
+
+def _run(cell, module, suffix, x, states, active, *, reverse):
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    weights = [getattr(module, name + suffix, None) for name in names]
+    projection = getattr(module, "weight_hr" + suffix, None)
+    outputs = [None] * len(x)
+    for t in reversed(range(len(x))) if reverse else range(len(x)):
+        new = TWINS[cell].step(x[t], states, *weights)
+        if projection is not None:
+            new = (linear(new[0], projection), *new[1:])
+        states = tuple(torch.where(active[t], after, before) for after, before in zip(new, states, strict=True))
+        outputs[t] = torch.where(active[t], states[0], torch.zeros_like(states[0]))
+    return torch.stack(outputs), states

@@ -1,0 +1,163 @@
+"""The benchmark command: its registry, its count of operations, what it writes, and that it refuses wrong results.
+
+Times are never asserted; every run here is far too short to mean anything.
+"""
+
+import json
+
+import pytest
+import torch
+
+import fusedrnn
+from benchmarks import __main__ as command
+from benchmarks import cases, measure, report
+from benchmarks.cases import CASES, CELL_NAMES, Case
+
+TINY = (3, 2, 5, 7)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A registry of tiny cases, one of each kind, and samples of a single call."""
+    chosen = [Case(cell, mode, TINY) for cell in CELL_NAMES for mode in cases.MODES]
+    chosen += [
+        Case("lstm", "train", TINY, layers=2, directions=2, projection=3),
+        Case("gru", "train", (6, 4, 5, 7), ragged=True, main=True),
+        Case("lstm", "infer", TINY, dtype="bfloat16"),
+        Case("rnn", "train", TINY, dtype="float64"),
+    ]
+    monkeypatch.setattr(measure, "SAMPLE_SECONDS", 1e-9)
+    monkeypatch.setattr(command, "CASES", {case.name: case for case in chosen})
+    return chosen
+
+
+def test_names_are_unique():
+    assert len(list(cases._registry())) == len(CASES)
+
+
+def test_every_cell_has_cases():
+    assert set(CELL_NAMES.values()) == set(fusedrnn.CELLS)
+    timed = {(case.cell, case.mode) for case in CASES.values()}
+    assert timed == {(cell, mode) for cell in CELL_NAMES for mode in cases.MODES}
+
+
+def test_the_default_set_is_three_shapes_of_three_cells_in_two_modes():
+    main = [case for case in CASES.values() if case.main]
+    shapes = {(100, 32, 128, 128), (50, 64, 256, 256), (1000, 8, 64, 64)}
+    assert {(case.cell, case.mode, case.shape) for case in main} == {
+        (cell, mode, shape) for cell in ("lstm", "gru", "rnn") for mode in cases.MODES for shape in shapes
+    }
+    assert command.choose(command.parser().parse_args([])) == main
+
+
+@pytest.mark.parametrize("case, flops", [
+    (Case("lstm", "infer", TINY), 6 * (2 * 28 * 5 + 2 * 28 * 7)),  # 6 rows; W_ih is 28 x 5, W_hh 28 x 7
+    (Case("lstm", "train", TINY), 3 * 4032),
+    (Case("gru", "infer", TINY), 6 * 2 * 21 * 12),
+    (Case("rnn", "infer", TINY), 6 * 2 * 7 * 12),
+    (Case("lstm", "infer", TINY, projection=3), 6 * (2 * 28 * 5 + 2 * 28 * 3 + 2 * 3 * 7)),
+    (Case("rnn", "infer", TINY, layers=2, directions=2), 6 * 2 * 2 * (7 * 5 + 7 * 7 + 7 * 14 + 7 * 7)),
+    (Case("rnn", "infer", (6, 4, 5, 7), ragged=True), (6 + 4 + 3 + 2) * 2 * 7 * 12),
+])  # fmt: skip
+def test_flops(case, flops):
+    assert case.flops() == flops
+
+
+@pytest.mark.parametrize("case", [case for case in CASES.values() if case.ragged], ids=lambda case: case.name)
+def test_ragged_lengths_never_increase(case):
+    lengths = case.lengths()
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] == case.shape[0] and lengths[-1] >= 1 and len(set(lengths)) > 1
+
+
+def test_every_output_of_the_command(tiny, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    files = {name: tmp_path / "out" / name for name in ("r.json", "r.png")}
+    options = ["--all", "--quick", "--threads", "1", "--markdown", "--readme", str(readme)]
+    options += ["--json", str(files["r.json"]), "--plot", str(files["r.png"])]
+    assert command.main(options) == 0
+
+    printed = capsys.readouterr().out
+    assert all(case.name in printed for case in tiny)
+    text = readme.read_text()
+    assert text.startswith(f"before\n{report.BEGIN}\n") and text.endswith(f"{report.END}\nafter\n")
+    assert "old" not in text and all(f"| {case.name} |" in text for case in tiny)
+    assert files["r.png"].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+    found = json.loads(files["r.json"].read_text())
+    assert found["machine"]["isa"] == fusedrnn._C.isa() and found["machine"]["torch"] == torch.__version__
+    assert [row["name"] for row in found["results"]] == [case.name for case in tiny]
+    for row, case in zip(found["results"], tiny):
+        assert row["rounds"] == 3 and row["ours_ms"] > 0
+        assert row["gflops"] == pytest.approx(case.flops() / row["ours_ms"] / 1e6)
+        assert row["deviation"] <= measure.TOLERANCE[case.dtype]
+        if case.has_torch:
+            assert 0 < row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+            assert row["torch_ms"] > 0 and row["torch_threads"] == 1
+        else:
+            assert row["ratio"] is None and row["torch_ms"] is None
+
+
+class WrongGradient(fusedrnn.GRU):
+    """The right values, but gradients one percent too large."""
+
+    def forward(self, x, hx=None):
+        output, state = super().forward(x, hx)
+        return 1.01 * output - 0.01 * output.detach(), state
+
+
+def test_a_wrong_result_is_not_timed(tiny, monkeypatch, capsys):
+    monkeypatch.setattr(fusedrnn, "GRU", WrongGradient)
+    assert command.main(["--only", "^gru-infer", "--quick"]) == 0
+    assert command.main(["--only", "^gru-train-T3", "--quick"]) == 1
+    error = capsys.readouterr().err
+    assert "gru-train-T3-B2-I5-H7: dx deviates by 1.0e-02" in error
+
+
+def test_both_sides_start_each_round_in_turn():
+    calls = []
+    timers = [measure._Timer(lambda i=i: calls.append(i), torch.get_num_threads()) for i in (0, 1)]
+    calls.clear()
+    for timer in timers:
+        timer.repeats = 1
+    assert measure._rounds(timers, 0.0, 3).shape == (3, 2)
+    assert calls == [0, 1, 1, 0, 0, 1]
+
+
+def test_the_summary_counts_losses():
+    case = Case("rnn", "infer", TINY)
+    results = [
+        measure.Result(case, 3, 1, 1.0, 1.0, 0.0, torch_ms=r, torch_threads=1, ratio=r, ratio_low=r, ratio_high=r)
+        for r in (0.5, 2.0, 3.0)
+    ]
+    assert "2 faster, 1 slower; lowest ratio 0.50" in report.summary(results)
+
+
+@pytest.mark.parametrize("text", ["", f"{report.END}\n{report.BEGIN}", f"{report.BEGIN}{report.BEGIN}{report.END}"])
+def test_a_readme_without_markers_is_an_error(tmp_path, text):
+    file = tmp_path / "README.md"
+    file.write_text(text)
+    with pytest.raises(ValueError, match="once"):
+        report.update_readme(file, "table\n")
+    assert file.read_text() == text
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--cells", "lstm,peephole"], "unknown peephole"),
+    (["--only", "("], "no regular expression"),
+    (["--only", "nothing-has-this"], "no case matches"),
+    (["--threads", "0"], "must be at least 1"),
+])  # fmt: skip
+def test_bad_options_are_errors(capsys, options, message):
+    with pytest.raises(SystemExit) as error:
+        command.main(options)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_list_prints_names_only(capsys):
+    assert command.main(["--list", "--cells", "gru", "--only", "ragged"]) == 0
+    assert capsys.readouterr().out.split() == [
+        name for name, case in CASES.items() if case.cell == "gru" and case.ragged
+    ]

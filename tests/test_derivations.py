@@ -1,0 +1,111 @@
+"""docs/derivations.md and the code agree on the numbers of the equations, and its Jacobians are right.
+
+A number is defined where the document sets it as \\text{(X1)}, once and in order; csrc/cells and fusedrnn/reference
+name only numbers that are defined, and every line of csrc/cells that computes something names one. The Jacobians,
+which no kernel needs, are written out here and held to the reference's backward functions.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tolerances import TOLERANCE
+
+from fusedrnn import reference
+
+ROOT = Path(__file__).parents[1]
+EQUATIONS = re.findall(r"\\text\{\(([A-Z]\d+)\)\}", (ROOT / "docs/derivations.md").read_text(encoding="utf-8"))
+# Lines that only name, load or keep a value.
+PLUMBING = r"constexpr|one = V\(1\)|= saved\[|^\s*saved\[\d\] = [\w\[\]]+[,;]|state\[1\] = c;"
+
+
+def test_equations_are_numbered_once_and_in_order() -> None:
+    for letter in {number[0] for number in EQUATIONS}:
+        numbers = [int(number[1:]) for number in EQUATIONS if number[0] == letter]
+        assert numbers == list(range(1, len(numbers) + 1)), letter
+
+
+@pytest.mark.parametrize(
+    "file", sorted([*ROOT.glob("csrc/cells/*.h"), *ROOT.glob("fusedrnn/reference/*.py")]), ids=lambda f: f.name
+)
+def test_every_number_in_the_code_is_an_equation(file: Path) -> None:
+    assert set(re.findall(r"\(([A-Z]\d+)\)", file.read_text(encoding="utf-8"))) <= set(EQUATIONS)
+
+
+def test_every_line_of_the_cells_names_its_equation() -> None:
+    """Each statement that computes carries a number: an assignment, constants and the plumbing of ``saved`` apart."""
+    for name in ("rnn", "lstm", "gru"):
+        for line in (ROOT / f"csrc/cells/{name}.h").read_text(encoding="utf-8").splitlines():
+            if " = " in line and not re.search(PLUMBING, line):
+                assert re.search(r"\([A-Z]\d+\)", line), f"{name}.h: {line.strip()}"
+
+
+# --- the Jacobians: state t by state t-1 of one sample, H = 5 ---
+
+H, I = 5, 3
+
+
+def problem(gates: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """A step's arguments but for the states, and a state; each the same for H samples."""
+    rng = np.random.default_rng(gates)
+    weights = {"W_ih": (gates * H, I), "W_hh": (gates * H, H), "b_ih": (gates * H,), "b_hh": (gates * H,)}
+    arguments = {name: rng.standard_normal(shape) for name, shape in weights.items()}
+    return arguments | {"x": np.tile(rng.standard_normal(I), (H, 1))}, rng.standard_normal(H)
+
+
+def assert_equal(ours: np.ndarray, formula: np.ndarray) -> None:
+    np.testing.assert_allclose(ours, formula, rtol=0, atol=TOLERANCE[torch.float64])
+
+
+ROWS = np.eye(H)  # sample k gets the gradient e_k, so its gradient of the earlier state is row k of the Jacobian
+diag = np.diag
+
+
+def test_jacobian_of_the_simple_cell() -> None:
+    arguments, h_prev = problem(1)
+    h, cache = reference.rnn_cell_forward(h_prev=np.tile(h_prev, (H, 1)), **arguments)
+    J = reference.rnn_cell_backward(ROWS, cache)["dh_prev"]
+    assert_equal(J, diag(1 - h[0] ** 2) @ arguments["W_hh"])  # (R13)
+
+
+def test_jacobian_of_the_residual_cell() -> None:
+    arguments, h_prev = problem(1)
+    h, cache = reference.residual_rnn_cell_forward(h_prev=np.tile(h_prev, (H, 1)), **arguments)
+    J = reference.residual_rnn_cell_backward(ROWS, cache)["dh_prev"]
+    assert_equal(J, np.eye(H) + diag(1 - (h[0] - h_prev) ** 2) @ arguments["W_hh"])  # (S5)
+
+
+def test_jacobian_of_the_lstm() -> None:
+    arguments, h_prev = problem(4)
+    c_prev = np.random.default_rng(0).standard_normal(H)
+    states = {"h_prev": np.tile(h_prev, (H, 1)), "c_prev": np.tile(c_prev, (H, 1))}
+    _, c, cache = reference.lstm_cell_forward(**states, **arguments)
+    i, f, g, o = (gate[0] for gate in cache[3:7])
+    W_hi, W_hf, W_hg, W_ho = np.split(arguments["W_hh"], 4)
+    K = diag(g * i * (1 - i)) @ W_hi + diag(c_prev * f * (1 - f)) @ W_hf + diag(i * (1 - g**2)) @ W_hg  # (L19)
+    tanh_c = np.tanh(c[0])
+    E = diag(o * (1 - tanh_c**2))
+    from_c = reference.lstm_cell_backward(0 * ROWS, ROWS, cache)
+    assert_equal(from_c["dc_prev"], diag(f))  # (L20)
+    assert_equal(from_c["dh_prev"], K)
+    from_h = reference.lstm_cell_backward(ROWS, 0 * ROWS, cache)
+    assert_equal(from_h["dc_prev"], E @ diag(f))  # (L21)
+    assert_equal(from_h["dh_prev"], E @ K + diag(tanh_c * o * (1 - o)) @ W_ho)
+
+
+@pytest.mark.parametrize("reset_after", [True, False])
+def test_jacobian_of_the_gru(reset_after: bool) -> None:
+    arguments, h_prev = problem(3)
+    _, cache = reference.gru_cell_forward(h_prev=np.tile(h_prev, (H, 1)), **arguments, reset_after=reset_after)
+    r, z, n, v_n = (value[0] for value in cache[2:6])
+    W_hr, W_hz, W_hn = np.split(arguments["W_hh"], 3)
+    if reset_after:
+        candidate = diag(r) @ W_hn + diag(v_n * r * (1 - r)) @ W_hr  # (G12)
+    else:
+        candidate = W_hn @ (diag(r) + diag(h_prev * r * (1 - r)) @ W_hr)  # (H14)
+    J = diag(z) + diag((1 - z) * (1 - n**2)) @ candidate + diag((h_prev - n) * z * (1 - z)) @ W_hz
+    assert_equal(reference.gru_cell_backward(ROWS, cache)["dh_prev"], J)

@@ -1,0 +1,173 @@
+"""How exact the numbers are, and what becomes of numbers that are not ordinary.
+
+The error of our float32 and bfloat16 against float64 on the same values is no larger than torch.nn's own (the plain
+loop's for a cell that torch.nn lacks). NaN and Inf come out where torch's do; denormals, saturated gates and constant
+input give no NaN of our own. ``pytest -s`` prints the measured table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusedrnn.cells import CELLS
+from parity import Case, ragged, reference_results, results, run_ours, run_twin
+from tolerances import assert_all_close, assert_close
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+SEEDS = range(8)
+MARGIN_ALL, MARGIN_EACH = 1.2, 1.5  # a mean over 8 seeds is itself random, good to 5 in a hundred, a single name to 20
+ERROR_CASES = {
+    "T20 B4 I16 H32": {"T": 20, "B": 4, "I": 16, "H": 32},
+    "T40 B3 I24 H40, 2 layers": {"T": 40, "B": 3, "I": 24, "H": 40, "num_layers": 2},
+    "T12 B6 I33 H65, ragged": {"T": 12, "B": 6, "I": 33, "H": 65},
+}
+
+
+def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """The relative error of each name, in the 2-norm."""
+    return {name: ((found[name].double() - t).norm() / t.norm()).item() for name, t in exact.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("shape", ERROR_CASES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_error_is_no_larger_than_torch_nns(
+    cell: str, shape: str, dtype: torch.dtype, record_property: Callable[[str, object], None]
+) -> None:
+    """Geometric means over the seeds: of both errors, for the table, and of their ratio, which is judged."""
+    logs: dict[str, list[tuple[float, float]]] = {}
+    for seed in SEEDS:
+        case = Case(cell, dtype=dtype, seed=seed, **ERROR_CASES[shape])
+        case = ragged(case) if "ragged" in shape else case
+        exact = run_twin(case, torch.float64)
+        ours, theirs = errors(run_ours(case), exact), errors(run_twin(case), exact)
+        for name in exact:
+            logs.setdefault(name, []).append((math.log(ours[name]), math.log(theirs[name])))
+    table = {name: torch.tensor(pairs).mean(dim=0).exp().tolist() for name, pairs in logs.items()}
+    ratio = {name: ours / theirs for name, (ours, theirs) in table.items()}
+    print(f"\n{cell}, {shape}, {dtype}: relative error against float64, {len(SEEDS)} seeds")
+    for name, (ours, theirs) in table.items():
+        print(f"  {name:16} ours {ours:.2e}  torch {theirs:.2e}  ratio {ratio[name]:.2f}")
+        record_property(name, f"ours {ours:.2e} torch {theirs:.2e}")
+    together = math.exp(sum(math.log(r) for r in ratio.values()) / len(ratio))
+    print(f"  {'all':16} ratio {together:.2f}")
+    assert together <= MARGIN_ALL
+    assert max(ratio.values()) <= MARGIN_EACH, ratio
+
+
+def special_inputs(x: Tensor) -> dict[str, Tensor]:
+    """x with a not so ordinary number in one place."""
+    found = {}
+    for name, value in (("nan", math.nan), ("inf", math.inf), ("minus inf", -math.inf)):
+        for place in ((0, 0, 0), (2, 1, 3), (-1, -1, -1)):
+            dirty = x.detach().clone()
+            dirty[place] = value
+            found[f"{name} at {place}"] = dirty
+    found["inf and minus inf"] = x.detach().clone()
+    found["inf and minus inf"][1, 0, :2] = torch.tensor([math.inf, -math.inf])
+    found["a row of nan"] = x.detach().clone()
+    found["a row of nan"][1] = math.nan
+    return found
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_nan_and_inf_come_out_as_torchs(cell: str, dtype: torch.dtype) -> None:
+    """Outputs alike in every place. Gradients not finite in the same places, and alike wherever they are finite.
+
+    Whether such a gradient is NaN or Inf hangs on a gate being 0 or merely the smallest number: both are right.
+    """
+    case = Case(cell, T=4, B=3, I=6, H=19, num_layers=2, bidirectional=True, dtype=dtype)
+    module = case.module()
+    for label, x in special_inputs(case.tensors()["x"]).items():
+        found = results(module, {"x": x.requires_grad_()}, dict(module.named_parameters()))
+        expected = reference_results(cell, module, {"x": x})
+        assert not expected["y"].isfinite().all() or "inf" in label
+        for name in expected:
+            a, b = found[name], expected[name]
+            if name.startswith("d"):
+                a, b = a.where(a.isfinite(), math.nan), b.where(b.isfinite(), math.nan)
+            assert_close(f"{label}: {name}", a, b, dtype)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_nan_stays_in_its_row(cell: str) -> None:
+    """A sick sample says nothing about the others in its batch, and nothing about earlier steps."""
+    case = Case(cell, T=5, B=4, H=19, dtype=torch.float32)
+    module, x = case.module(), case.tensors()["x"].detach()
+    clean = module(x)[0]
+    x[2, 1] = math.nan
+    y = module(x)[0]
+    assert y[2:, 1].isnan().all()
+    y[2:, 1] = clean[2:, 1]
+    torch.testing.assert_close(y, clean)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", [name for name in CELLS if name != "rnn_relu"])
+def test_saturated_gates(cell: str, dtype: torch.dtype) -> None:
+    """Gate inputs of +-1e4, by x and by the biases: the limits of the activations, no NaN, gradients that vanish."""
+    case = Case(cell, T=5, B=4, I=3, H=19, dtype=dtype)
+    module = case.module()
+    signs = torch.tensor([-1.0, 1.0, 1.0])
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.startswith("bias"):
+                parameter.copy_(5e3 * signs[torch.arange(parameter.numel()) % 3])
+    tensors = case.tensors()
+    tensors["x"] = (tensors["x"].detach() * 10).requires_grad_()
+    found = results(module, tensors, dict(module.named_parameters()))
+    assert all(t.isfinite().all() for t in found.values())
+    assert_all_close(found, reference_results(cell, module, tensors), dtype)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_denormal_huge_and_constant_input(cell: str, dtype: torch.dtype) -> None:
+    case = Case(cell, T=5, B=4, I=3, H=19, dtype=dtype)
+    module = case.module()
+    tiny = torch.finfo(dtype).smallest_normal
+    shape = case.tensors()["x"].shape
+    for value in (tiny / 4, -tiny / 2, 1.0, -1.0, 0.0, 1e4, -1e4):
+        tensors = {"x": torch.full(shape, value, dtype=dtype).requires_grad_()}
+        found = results(module, tensors, dict(module.named_parameters()))
+        assert all(t.isfinite().all() for t in found.values()), value
+        assert_all_close(found, reference_results(cell, module, tensors), dtype)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activations_over_their_whole_range(dtype: torch.dtype) -> None:
+    """One unit with weight 1: h is tanh of x itself, within the rounding of the dtype, odd and bounded."""
+    module = Case("rnn_tanh", T=1, I=1, H=1, bias=False, dtype=dtype).module().requires_grad_(False)
+    module.weight_ih_l0.fill_(1.0)
+    x = torch.cat([torch.logspace(-44, 4, 4801, dtype=torch.float64), torch.linspace(0, 30, 3001, dtype=torch.float64)])
+    x = torch.cat([x, -x]).to(dtype)
+    h = module(x[None, :, None])[0].flatten()
+    exact = torch.tanh(x.double())
+    ulp = 2.0 ** (exact.abs().clamp_min(torch.finfo(dtype).smallest_normal).log2().floor()) * torch.finfo(dtype).eps
+    assert ((h.double() - exact).abs() / ulp).max() <= 4
+    assert h.abs().max() <= 1
+    half = len(h) // 2
+    assert torch.equal(h[:half], -h[half:])
+
+
+def test_residual_rnn_keeps_what_it_adds() -> None:
+    """With zero weights h_t = h_{t-1}: the identity path is exact over any number of steps, and so is its gradient."""
+    case = Case("residual_rnn", T=500, B=3, H=9, dtype=torch.float32)
+    module, tensors = case.module(), case.tensors()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    y, last = module(tensors["x"], tensors["h0"])
+    assert torch.equal(y, tensors["h0"].expand_as(y)) and torch.equal(last, tensors["h0"])
+    (dh0,) = torch.autograd.grad(last.sum(), tensors["h0"])
+    assert torch.equal(dh0, torch.ones_like(dh0))

@@ -1,0 +1,46 @@
+"""How a layer is shared among threads: the plan is a pure function, checked here for any sizes without running one."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fusedrnn import _C
+
+lengths = st.lists(st.integers(1, 200), min_size=1, max_size=40)
+
+
+def batch_sizes(lengths: list[int]) -> list[int]:
+    return [sum(length > t for length in lengths) for t in range(max(lengths))]
+
+
+def plan(batch_sizes, I=64, H=64, directions=1, gates=4, lanes=8, threads=2):
+    return _C.plan(batch_sizes, I, H, directions, gates, lanes, threads)
+
+
+@given(lengths, st.integers(1, 300), st.integers(1, 2), st.sampled_from([2, 4, 8, 16]), st.integers(1, 300))
+def test_plan_uses_threads_it_has_and_cuts_the_batch_into_slices(lengths, H, directions, lanes, threads):
+    result = plan(batch_sizes(lengths), H=H, directions=directions, lanes=lanes, threads=threads)
+    assert 1 <= result["teams"] * result["members"] <= max(1, min(threads, 256))
+    assert result["members"] <= -(-H // lanes)  # every member owns at least one vector of units
+    assert result["members"] == 1 or result["slices"] == 1
+    bounds = result["bounds"]
+    assert bounds[0] == 0 and bounds[-1] == len(lengths) and len(bounds) == result["slices"] + 1
+    assert all(low < high for low, high in zip(bounds, bounds[1:], strict=False))  # no slice is empty
+
+
+@given(st.integers(2, 64), st.integers(2, 8))
+def test_slices_of_a_ragged_batch_have_nearly_equal_sums_of_lengths(batch, threads):
+    own = sorted((10 + 17 * b % 91 for b in range(batch * threads)), reverse=True)
+    result = plan(batch_sizes(own), I=256, threads=threads)
+    assert result["slices"] == threads
+    sums = [sum(own[low:high]) for low, high in zip(result["bounds"], result["bounds"][1:], strict=False)]
+    assert max(sums) - min(sums) <= 2 * max(own)
+
+
+def test_rules_by_size():
+    assert plan([32] * 100, I=128, H=64) == {"teams": 2, "members": 1, "slices": 2, "bounds": [0, 16, 32]}
+    assert plan([1] * 100, I=512, H=512) == {"teams": 1, "members": 2, "slices": 1, "bounds": [0, 1]}
+    # Directions side by side, whatever their size: no barrier between threads.
+    assert plan([1] * 100, I=512, H=512, directions=2) == {"teams": 2, "members": 1, "slices": 1, "bounds": [0, 1]}
+    assert plan([1] * 100, I=512, H=512, directions=2, threads=4)["members"] == 2
+    # Too little work to wake a second thread.
+    assert plan([1], I=16, H=16) == {"teams": 1, "members": 1, "slices": 1, "bounds": [0, 1]}
