@@ -47,10 +47,16 @@ class BackwardPass {
   static bool run(const BackwardProblem& p) {
     Shared shared;
     shared.block = nullptr;
-#pragma omp parallel num_threads(p.threads < kMaxThreads ? p.threads : kMaxThreads)
+    shared.plan = make_plan(p.size, G, L, p.threads);
+    const int threads = shared.plan.teams * shared.plan.members;
+#pragma omp parallel num_threads(threads) if (threads > 1)
     {
 #pragma omp master
-      prepare(p, shared, omp_get_num_threads());
+      {
+        shared.threads = omp_get_num_threads();  // may be fewer than asked for
+        if (shared.threads != threads) shared.plan = make_plan(p.size, G, L, shared.threads);
+        prepare(p, shared);
+      }
 #pragma omp barrier
       if (shared.block) {
         BackwardPass pass(p, shared, omp_get_thread_num());
@@ -66,9 +72,7 @@ class BackwardPass {
   }
 
  private:
-  static void prepare(const BackwardProblem& p, Shared& s, int threads) {
-    s.plan = make_plan(p.size, G, L, threads);
-    s.threads = threads;
+  static void prepare(const BackwardProblem& p, Shared& s) {
     slice_batch(p.size, s.plan.slices, s.bounds);
     s.most_samples = 0;
     for (int k = 0; k < s.plan.slices; ++k) s.most_samples = max64(s.most_samples, s.bounds[k + 1] - s.bounds[k]);
