@@ -79,6 +79,8 @@ void read_steps(Layer& layer, const OptionalTensor& batch_sizes) {
     const int64_t rows = layer.active[t];
     TORCH_CHECK(!layer.packed || (rows > 0 && (t == 0 || rows <= layer.active[t - 1])),
                 "batch_sizes must be positive and not increase, got ", rows, " at step ", t);
+    TORCH_CHECK(!layer.packed || rows <= layer.x.size(0) - z.N, "batch_sizes must add up to the rows of the input, ",
+                layer.x.size(0), ", got more by step ", t);
     layer.offset[t] = z.N;
     z.N += rows;
   }

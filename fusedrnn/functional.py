@@ -46,8 +46,6 @@ class RecurrentLayer(torch.autograd.Function):
     o * tanh(c_t) (projected LSTM). The gradients of the gates are never stored for all steps.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(cell, bidirectional, x, batch_sizes, h0, c0, *weights):  # noqa: D102
         return layer_forward(x, batch_sizes, h0, c0, weights, cell, bidirectional, True)
@@ -84,8 +82,6 @@ class RecurrentLayer(torch.autograd.Function):
 
 class RecurrentLayerBackward(torch.autograd.Function):
     """The hand-derived gradients of :class:`RecurrentLayer`, themselves not differentiable yet."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(cell, bidirectional, need_x, need_weights, dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *weights):  # noqa: D102
@@ -161,6 +157,22 @@ def _autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return (x, *tensors)
 
 
+def _check_states(
+    names: Sequence[str],
+    states: Sequence[Tensor | None],
+    rows: int,
+    batch: tuple[int, ...],
+    weights: Sequence[Tensor],
+    gates: int,
+) -> None:
+    """The initial states' shapes, before anything is cut out of them."""
+    hidden, out = weights[1].size(0) // gates, weights[1].size(1)  # H, and R: H or P
+    for name, state in zip(names, states, strict=True):
+        expected = (rows, *batch, out if name == "h" else hidden)
+        if state is not None and state.shape != expected:
+            raise RuntimeError(f"{name}0 must have shape {list(expected)}, got {list(state.shape)}")
+
+
 def recurrent(
     cell: str,
     input: Tensor | PackedSequence,
@@ -195,9 +207,9 @@ def recurrent(
     names = CELLS[cell].states
     states: Sequence[Tensor | None] = (hx,) if isinstance(hx, Tensor) else (None,) * len(names) if hx is None else hx
     if len(states) != len(names):
-        raise ValueError(f"hx of cell {cell} must hold {', '.join(names)}, got {len(states)} tensor(s)")
+        raise RuntimeError(f"{cell} expects {len(names)} hidden state(s) ({', '.join(names)}), got {len(states)}")
     directions = 2 if bidirectional else 1
-    if num_layers < 1 or len(weights) % (num_layers * directions):
+    if num_layers < 1 or not weights or len(weights) % (num_layers * directions):
         raise ValueError(
             f"weights must hold the same number of tensors for each of {num_layers} layer(s) x {directions} "
             f"direction(s), got {len(weights)} tensors"
@@ -206,10 +218,15 @@ def recurrent(
     x = input.data if packed is not None else input
     unbatched = packed is None and x.dim() == 2
     if packed is None:
+        if x.dim() not in (2, 3):
+            raise ValueError(f"input must have 2 (unbatched) or 3 dimensions, got {x.dim()}")
         x = x.unsqueeze(1) if unbatched else x.transpose(0, 1) if batch_first else x
-        if unbatched:
-            states = [None if s is None else s.unsqueeze(1) for s in states]
-    elif packed.sorted_indices is not None:
+    if any(s is not None for s in states):
+        batch = () if unbatched else (int(packed.batch_sizes[0]) if packed is not None else x.size(1),)
+        _check_states(names, states, num_layers * directions, batch, weights, len(CELLS[cell].gates))
+    if unbatched:
+        states = [None if s is None else s.unsqueeze(1) for s in states]
+    elif packed is not None and packed.sorted_indices is not None:
         states = [None if s is None else s.index_select(1, packed.sorted_indices) for s in states]
 
     x, *rest = _autocast(x, *states, *weights)
@@ -324,8 +341,14 @@ def recurrent_cell(
     Raises:
         RuntimeError: sizes or dtypes that do not fit, with the messages of torch.nn's cells.
     """
+    if len(hx) != len(CELLS[cell].states):
+        raise RuntimeError(f"{cell} expects {len(CELLS[cell].states)} hidden state(s), got {len(hx)}")
     if (b_ih is None) != (b_hh is None):
         raise ValueError("b_ih and b_hh must be given together")
+    named = {"input": input, "w_ih": w_ih, "w_hh": w_hh, **{f"hidden{i}": state for i, state in enumerate(hx)}}
+    for name, tensor in named.items():
+        if tensor is not None and tensor.dim() != 2:
+            raise RuntimeError(f"{name} must have 2 dimensions, got {tensor.dim()}")
     weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
     x, *rest = _autocast(input, *hx, *weights)
     hx, weights = rest[: len(hx)], rest[len(hx) :]

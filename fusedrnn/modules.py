@@ -26,6 +26,7 @@ def _forward(
     """What the sequence modules share: torch.nn's checks, in its order and words, then the layers."""
     module._update_flat_weights()
     two_states = len(CELLS[cell].states) == 2
+    states = _as_states(states, cell)
     if isinstance(input, PackedSequence):
         # The caller's hx is checked before it is permuted: a larger batch would be cut down silently.
         _check_args(module, input.data, input.batch_sizes, states, two_states)
@@ -51,6 +52,18 @@ def _forward(
         training=module.training,
         batch_first=module.batch_first,
     )
+
+
+def _as_states(states: Sequence[Tensor] | None, cell: str) -> Sequence[Tensor] | None:
+    """The caller's hx, the right number of tensors."""
+    count = len(CELLS[cell].states)
+    if states is None:
+        return None
+    if isinstance(states, Tensor):
+        raise TypeError(f"hx of {cell} must be a tuple of {count} tensors, got a tensor")
+    if len(states) != count:
+        raise RuntimeError(f"{cell} expects {'two hidden states' if count == 2 else 'one hidden state'}")
+    return states
 
 
 def _check_args(
@@ -167,14 +180,14 @@ def _forward_cell(
     """What the single-step modules share."""
     if input.dim() not in (1, 2):
         raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
-    count = len(CELLS[cell].states)
+    count, states = len(CELLS[cell].states), _as_states(states, cell)
     for index, state in enumerate(states or ()):
         if state.dim() not in (1, 2):
             what = f"hx[{index}]" if count == 2 else "hidden"
             raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {state.dim()}D instead")
     batched = input.dim() == 2
     if states is not None:
-        states = [state if batched else state.unsqueeze(0) for state in states[:count]]
+        states = [state if batched else state.unsqueeze(0) for state in states]
     result = recurrent_cell(
         cell,
         input if batched else input.unsqueeze(0),

@@ -354,3 +354,38 @@ def test_functional_arguments() -> None:
         functional.lstm_cell(x, (x[0], x[0]), *weights[:4])
     with pytest.raises(wrong):
         functional.gru_cell(x[0], torch.zeros(2, 5), *weights[:4])
+
+
+def test_functional_checks_initial_states_before_cutting_them() -> None:
+    """Slices by layer and a packed batch's permutation would hide a wrong size."""
+    layer = fusedrnn.GRU(4, 3, num_layers=2)
+    weights, x = layer._flat_weights, torch.randn(5, 2, 4)
+    for shape in ((5, 2, 3), (1, 2, 3), (2, 7, 3), (2, 2, 4)):
+        with pytest.raises(RuntimeError, match=r"h0 must have shape \[2, 2, 3\], got"):
+            fusedrnn.functional.gru(x, torch.randn(shape), weights, num_layers=2)
+    packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([3, 5]), enforce_sorted=False)
+    with pytest.raises(RuntimeError, match=r"h0 must have shape \[2, 2, 3\], got \[2, 7, 3\]"):
+        fusedrnn.functional.gru(packed, torch.randn(2, 7, 3), weights, num_layers=2)
+    with pytest.raises(RuntimeError, match=r"h0 must have shape \[2, 3\], got \[2, 1, 3\]"):
+        fusedrnn.functional.gru(x[:, 0], torch.randn(2, 1, 3), weights, num_layers=2)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_wrong_number_of_states(count: int) -> None:
+    states = [torch.zeros(2, 3)] * count
+    with pytest.raises(RuntimeError, match="lstm expects two hidden states"):
+        fusedrnn.LSTMCell(4, 3)(torch.randn(2, 4), states)
+    with pytest.raises(RuntimeError, match="lstm expects two hidden states"):
+        fusedrnn.LSTM(4, 3)(torch.randn(5, 2, 4), [s[None] for s in states])
+    with pytest.raises(TypeError, match="must be a tuple"):
+        fusedrnn.LSTM(4, 3)(torch.randn(5, 2, 4), torch.zeros(2, 1, 2, 3))
+    layer = fusedrnn.LSTMCell(4, 3)
+    with pytest.raises(RuntimeError, match="expects 2 hidden state"):
+        fusedrnn.functional.lstm_cell(torch.randn(2, 4), states, layer.weight_ih, layer.weight_hh)
+
+
+def test_batch_sizes_that_overflow() -> None:
+    weights = [torch.zeros(3, 4), torch.zeros(3, 3)]
+    with pytest.raises(RuntimeError, match="batch_sizes must add up"):
+        sizes = torch.full((4,), 2**62)
+        fusedrnn.ops.layer_forward(torch.zeros(0, 4), sizes, None, None, weights, "rnn_tanh", False, False)

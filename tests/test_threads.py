@@ -5,9 +5,12 @@ That torch.set_num_threads is honoured at all, test_build.py tests.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from fusedrnn.cells import CELLS
 from parity import Case, Results, ragged, results, run_ours, run_twin
 from tolerances import assert_all_close
 
+ROOT = Path(__file__).parent.parent
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 CASES = {
     "small": {"T": 3, "B": 2, "H": 5},
@@ -75,3 +79,14 @@ def test_called_from_several_python_threads_at_once(cell: str, threads: Callable
         found = list(pool.map(train, range(12)))
     for each in found:
         assert all(torch.equal(each[name], expected[name]) for name in expected)
+
+
+def test_little_work_wakes_no_other_thread() -> None:
+    """One step of a small cell runs where it was called: waking a team would cost a hundred times its arithmetic."""
+    code = (
+        "import os, torch, fusedrnn; torch.set_num_threads(2); cell = fusedrnn.GRUCell(16, 16); x = torch.randn(1, 16)\n"
+        "before = len(os.listdir('/proc/self/task')); cell(x).sum().backward()\n"
+        "print(len(os.listdir('/proc/self/task')) - before)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert int(out) == 0

@@ -354,15 +354,21 @@ class BackwardPass {
     for (int c = 0; c < C; ++c) {
       for (int64_t u = u0; u < u0 + un; u += L) {
         S* db = s_.db + (index * C + c) * H + u;
-        V sum(0);
-        for (int64_t r0 = 0; r0 < rows; r0 += 16) {  // sums of sums: the rounding error grows more slowly
-          V block(0);
-          for (int64_t r = r0; r < min64(rows, r0 + 16); ++r) block = block + load(b_.dg + r * ldg_ + c * H + u);
-          sum = sum + block;
-        }
+        const V sum = pairwise_sum(b_.dg + c * H + u, rows);
         store(db, load<S>(db, H - u) + sum, H - u);
       }
     }
+  }
+
+  // Sum over rows of dG of the vector at `column`; its rounding error grows with the logarithm of the rows.
+  V pairwise_sum(const S* column, int64_t rows) const {
+    if (rows > 16) {
+      const int64_t half = rows / 2;
+      return pairwise_sum(column, half) + pairwise_sum(column + half * ldg_, rows - half);
+    }
+    V sum(0);
+    for (int64_t r = 0; r < rows; ++r) sum = sum + load(column + r * ldg_);
+    return sum;
   }
 
   // The right operands of the chunk's weight gradients, row by row beside dG: x, h_{t-1}, and q or the unprojected

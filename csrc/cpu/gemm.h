@@ -189,6 +189,7 @@ template <int kGroup, class S, class RowPointer, class Epilogue>
 FUSEDRNN_INLINE void product(const S* panels, Inner inner, Range vectors, Range rows, const RowPointer& a,
                              const Epilogue& epilogue) {
   constexpr int U = kGroupVectors<kGroup>, L = Vec<S>::kLanes;
+  static_assert(kGroup * U <= kPanelWidth, "a cell with more gates needs a wider panel");
   Vec<S> out[kTileRows * kPanelWidth];
   const int64_t K = inner.size();
   for (int64_t v0 = vectors.begin; v0 < vectors.end; v0 += U) {
