@@ -7,7 +7,7 @@
 // another without a table. Lanes past the last unit are zero.
 //
 // Tile sizes: a strip is read from the second-level cache once for each block of rows, so rows count more than
-// width: 6 x 2 vectors beats 3 x 4 by a quarter with 16 registers (docs/performance.md).
+// width: 6 x 2 vectors halve that traffic against 3 x 4 with 16 registers (docs/performance.md).
 
 #if FUSEDRNN_VECTOR_BYTES == 64  // 32 registers
 constexpr int kTileWidth = 4;    // vectors
