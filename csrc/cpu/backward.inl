@@ -36,6 +36,9 @@ class BackwardPass {
     const T *y, *h_prev, *dy;  // h_prev, dy: null for zeros
     const S* c_prev;
   };
+  struct WeightSums {  // of one item
+    S *w_ih, *w_hh, *w_hr, *b;
+  };
   struct TeamBuffers {
     S *dg, *dh;        // [chunk rows][C*H], [chunk rows][R] (dh: projection only)
     Strips<S> x, h, m;  // [chunk rows][I], [R], [H]: right operands of the weight gradients
@@ -186,7 +189,7 @@ class BackwardPass {
         later = now;
       }
       step(item.d, row - later, later, row, 0);  // dL/dh_{t-1} of the chunk's last step, into the carry
-      if (p_.weight_gradients) weight_gradients(item, index, s0, s1, rows, s0 > 0);
+      if (p_.weight_gradients) weight_gradients(item, index, s0, s1, rows);
       if (p_.dx) input_gradient(item, s0, s1, rows);
       team_.meet();  // before the next chunk's dG
     }
@@ -209,9 +212,30 @@ class BackwardPass {
       }
     }
     if (!p_.weight_gradients) return;
-    for (int c = 0; c < C; ++c) {
-      for (int64_t u = units_.begin * L; u < min64(z_.H, units_.end * L); ++u) s_.db[(index * C + c) * z_.H + u] = S(0);
+    // Each member's own rows of the sums over the item's rows.
+    const WeightSums sum = weight_sums(item, index);
+    const auto clear = [](S* from, int64_t n) { __builtin_memset(from, 0, n * sizeof(S)); };
+    const int64_t u0 = units_.begin * L, un = min64(z_.H, units_.end * L) - u0;
+    for (int g = 0; g < G; ++g) {
+      clear(sum.w_ih + (g * z_.H + u0) * z_.I, un * z_.I);
+      clear(sum.w_hh + (g * z_.H + u0) * z_.R, un * z_.R);
     }
+    for (int c = 0; c < C; ++c) clear(sum.b + c * z_.H + u0, un);
+    if (z_.projected) {
+      const int64_t p0 = outputs_.begin * L, pn = min64(z_.R, outputs_.end * L) - p0;
+      clear(sum.w_hr + p0 * z_.H, pn * z_.H);
+    }
+  }
+
+  // Where an item's weight gradients are summed.
+  WeightSums weight_sums(const Item& item, int index) const {
+    const int64_t H = z_.H, I = z_.I, R = z_.R;
+    const WeightGradients& result = p_.dw[item.d];
+    S* b = s_.db + index * C * H;
+    if (s_.direct) {
+      return {static_cast<S*>(result.w_ih), static_cast<S*>(result.w_hh), static_cast<S*>(result.w_hr), b};
+    }
+    return {s_.dw_ih + index * G * H * I, s_.dw_hh + index * G * H * R, s_.dw_hr + index * R * H, b};
   }
 
   // Appends the rows of step t to the chunk's list; returns the number of rows so far.
@@ -256,12 +280,18 @@ class BackwardPass {
     };
     const auto carried = [&](int64_t r, int64_t u) { return load(b_.carry_h + r * ldh_ + u); };
     const Inner gates{F * z_.H};
-    product<1>(s_.w_hh[d], gates, outputs_, {0, both}, dg_row, [&](int64_t r, int64_t v, const V* acc, int) {
+    const auto expect = [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA {
+      const Row& at = b_.rows[row + r];
+      if (at.dy) prefetch_to_read(at.dy + u, n);
+      if (!z_.projected) expect_saved(at, u, n);
+    };
+    product<1>(s_.w_hh[d], gates, outputs_, {0, both}, dg_row, expect, [&](int64_t r, int64_t v, const V* acc, int) {
       arrive(r, v * L, acc[0] + carried(r, v * L));
     });
-    product<1>(s_.w_hh[d], gates, outputs_, {both, later}, dg_row, [&](int64_t r, int64_t v, const V* acc, int) {
-      store(b_.carry_h + r * ldh_ + v * L, acc[0] + carried(r, v * L));
-    });
+    product<1>(s_.w_hh[d], gates, outputs_, {both, later}, dg_row, nothing_expected,
+               [&](int64_t r, int64_t v, const V* acc, int) {
+                 store(b_.carry_h + r * ldh_ + v * L, acc[0] + carried(r, v * L));
+               });
     for (int64_t v = outputs_.begin; v < outputs_.end; ++v) {
       for (int64_t r = both; r < now; ++r) arrive(r, v * L, carried(r, v * L));
     }
@@ -269,15 +299,25 @@ class BackwardPass {
     if (z_.projected) {
       team_.meet();
       product<1>(s_.w_hr[d], Inner{z_.R}, units_, {0, now}, [&](int64_t r) { return b_.dh + (row + r) * ldh_; },
+                 [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA { expect_saved(b_.rows[row + r], u, n); },
                  [&](int64_t r, int64_t v, const V* acc, int) { cell_backward(r, row + r, v * L, acc[0]); });
     }
     if constexpr (kTwoStage) {
       team_.meet();
       product<1>(s_.w_rest[d], Inner{(G - F) * z_.H}, outputs_, {0, now},
-                 [&](int64_t r) { return b_.dg + (row + r) * ldg_ + F * z_.H; },
+                 [&](int64_t r) { return b_.dg + (row + r) * ldg_ + F * z_.H; }, nothing_expected,
                  [&](int64_t r, int64_t v, const V* acc, int) { first_stage_backward(r, row + r, v * L, acc[0]); });
     }
     team_.meet();
+  }
+
+  // What cell_backward will read of a row's units [u, u + n).
+  FUSEDRNN_INLINE void expect_saved(const Row& at, int64_t u, int64_t n) const {
+    for (int k = 0; k < K + Z - 1; ++k) prefetch_to_read(at.saved + k * z_.H + u, n);
+    if constexpr (Z > 1) prefetch_to_read(at.c_prev + u, n);
+    if (z_.projected) return;
+    if (at.h_prev) prefetch_to_read(at.h_prev + u, n);
+    if constexpr (K == 0) prefetch_to_read(at.y + u, n);
   }
 
   // The cell at sample r, chunk row `row`, units from u on. dh: dL/dh_t, or of the unprojected output.
@@ -332,28 +372,25 @@ class BackwardPass {
     }
   }
 
-  void weight_gradients(const Item& item, int index, int64_t s0, int64_t s1, int64_t rows, bool add) {
+  void weight_gradients(const Item& item, int index, int64_t s0, int64_t s1, int64_t rows) {
     gather_operands(item, s0, s1, part(rows, team_.me, team_.members));
     team_.meet();
     const int64_t H = z_.H, I = z_.I, R = z_.R;
     const int64_t u0 = units_.begin * L, un = min64(H, units_.end * L) - u0;
-    const WeightGradients& result = p_.dw[item.d];
-    S* dw_ih = s_.direct ? static_cast<S*>(result.w_ih) : s_.dw_ih + index * G * H * I;
-    S* dw_hh = s_.direct ? static_cast<S*>(result.w_hh) : s_.dw_hh + index * G * H * R;
+    const WeightSums to = weight_sums(item, index);
     for (int g = 0; g < G; ++g) {
       const S* dx = b_.dg + (g < G - kSplit ? g : g + kSplit) * H + u0;
       const S* drec = b_.dg + g * H + u0;
-      outer_product(dx, ldg_, rows, un, b_.x, dw_ih + (g * H + u0) * I, I, add);
-      outer_product(drec, ldg_, rows, un, g < F ? b_.h : b_.m, dw_hh + (g * H + u0) * R, R, add);
+      outer_product(dx, ldg_, rows, un, b_.x, to.w_ih + (g * H + u0) * I, I);
+      outer_product(drec, ldg_, rows, un, g < F ? b_.h : b_.m, to.w_hh + (g * H + u0) * R, R);
     }
     if (z_.projected) {
       const int64_t p0 = outputs_.begin * L, pn = min64(R, outputs_.end * L) - p0;
-      S* dw_hr = s_.direct ? static_cast<S*>(result.w_hr) : s_.dw_hr + index * R * H;
-      outer_product(b_.dh + p0, ldh_, rows, pn, b_.m, dw_hr + p0 * H, H, add);
+      outer_product(b_.dh + p0, ldh_, rows, pn, b_.m, to.w_hr + p0 * H, H);
     }
     for (int c = 0; c < C; ++c) {
       for (int64_t u = u0; u < u0 + un; u += L) {
-        S* db = s_.db + (index * C + c) * H + u;
+        S* db = to.b + c * H + u;
         const V sum = pairwise_sum(b_.dg + c * H + u, rows);
         store(db, load<S>(db, H - u) + sum, H - u);
       }
@@ -415,6 +452,7 @@ class BackwardPass {
     });
     product<1>(s_.w_ih[item.d], Inner{(G - kSplit) * z_.H, kSplit * z_.H, G * z_.H}, {0, ceil_div(z_.I, L)}, own,
                [&](int64_t r) { return b_.dg + r * ldg_; },
+               [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA { prefetch_to_write(out[r] + u, n); },
                [&](int64_t r, int64_t v, const V* acc, int) { store(out[r] + v * L, acc[0], z_.I - v * L); });
   }
 

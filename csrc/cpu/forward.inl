@@ -234,6 +234,9 @@ class ForwardPass {
   void project(int d, int64_t rows) {
     product<G>(
         s_.w_ih[d], Inner{z_.I}, units_, {0, rows}, [&](int64_t r) { return b_.x_row[r]; },
+        [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA {
+          for (int g = 0; g < G; ++g) prefetch_to_write(b_.gate_row[r] + g * z_.H + u, n);
+        },
         [&](int64_t r, int64_t v, const V* acc, int stride) {
           const int64_t u = v * L;
           for (int g = 0; g < G; ++g) {
@@ -253,6 +256,12 @@ class ForwardPass {
     const auto put_h = [&](int64_t r, int64_t u, V h) {
       store(h_next + r * ldh_ + u, h);
       store(y + r * ldy + u, h, z_.R - u);
+    };
+    const auto expect = [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA {
+      if (p_.saved) {
+        for (int k = G; k < K + Z - 1; ++k) prefetch_to_write(b_.saved_row[row + r] + k * H + u, n);
+      }
+      if (!z_.projected) prefetch_to_write(y + r * ldy + u, n);
     };
     // Gates [first, first + count) of the product, the cell, and its results to memory.
     const auto inputs = [&](int first, int count, const S* gates, int64_t u, const V* acc, int stride,
@@ -278,7 +287,7 @@ class ForwardPass {
     };
 
     if constexpr (kTwoStage) {
-      product<F>(s_.w_hh[item.d], Inner{z_.R}, units_, {0, n}, h_row,
+      product<F>(s_.w_hh[item.d], Inner{z_.R}, units_, {0, n}, h_row, nothing_expected,
                  [&](int64_t r, int64_t v, const V* acc, int stride) {
                    const int64_t u = v * L;
                    S* gates = b_.gate_row[row + r];
@@ -293,7 +302,7 @@ class ForwardPass {
                    store(b_.m + r * ldm_ + u, q);
                  });
       team_.meet();
-      product<G - F>(s_.w_rest[item.d], Inner{z_.R}, units_, {0, n}, m_row,
+      product<G - F>(s_.w_rest[item.d], Inner{z_.R}, units_, {0, n}, m_row, expect,
                      [&](int64_t r, int64_t v, const V* acc, int stride) {
                        const int64_t u = v * L;
                        const S* gates = b_.gate_row[row + r];
@@ -304,7 +313,7 @@ class ForwardPass {
                        finish(r, u, F, x, rec, saved);
                      });
     } else {
-      product<G>(s_.w_hh[item.d], Inner{z_.R}, units_, {0, n}, h_row,
+      product<G>(s_.w_hh[item.d], Inner{z_.R}, units_, {0, n}, h_row, expect,
                  [&](int64_t r, int64_t v, const V* acc, int stride) {
                    const int64_t u = v * L;
                    Values<V, G> x, rec;
@@ -314,7 +323,7 @@ class ForwardPass {
                  });
       if (z_.projected) {
         team_.meet();
-        product<1>(s_.w_hr[item.d], Inner{H}, outputs_, {0, n}, m_row,
+        product<1>(s_.w_hr[item.d], Inner{H}, outputs_, {0, n}, m_row, nothing_expected,
                    [&](int64_t r, int64_t v, const V* acc, int) { put_h(r, v * L, acc[0]); });
       }
     }

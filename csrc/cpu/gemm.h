@@ -65,14 +65,13 @@ void row_tile(const S* const* a, int64_t K, const S* b, Vec<S>* out, int ldo, bo
     }
     b += NR * L;
   };
+  constexpr int kSteps = kSums > 1 ? kSums : 2;  // two at least: where two threads share a core, decoding is the limit
   int64_t k = 0;
-  for (; k + kSums <= K; k += kSums) {
+  for (; k + kSteps <= K; k += kSteps) {
 #pragma GCC unroll 4
-    for (int i = 0; i < kSums; ++i) step(k + i, acc[i]);
+    for (int i = 0; i < kSteps; ++i) step(k + i, acc[i % kSums]);
   }
-  if constexpr (kSums > 1) {
-    for (; k < K; ++k) step(k, acc[0]);
-  }
+  for (; k < K; ++k) step(k, acc[0]);
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
@@ -84,24 +83,26 @@ void row_tile(const S* const* a, int64_t K, const S* b, Vec<S>* out, int ldo, bo
   }
 }
 
-// out[m][v] = sum_k a[k][m] * b[k][v], for weight gradients: k runs over rows. a: [K][MR], b: [K][NR] vectors
-// A sum of sums over kSumRows: the rounding error of one long sum would exceed torch.nn's.
-constexpr int64_t kSumRows = 32;
+// out[m * ldo + v] += sum_k a[k][m] * b[k][v], for weight gradients: k runs over rows. b: [K][NR] vectors
+// `blocks` tiles, one below the other: a: [blocks][K][MR], out: [blocks * MR][n], where n may end inside a vector.
 template <class S, int MR, int NR>
-void outer_tile(const S* a, const S* b, int64_t K, Vec<S>* out) {
+void outer_tiles(int64_t blocks, const S* a, const S* b, int64_t K, S* out, int64_t ldo, int64_t n) {
   using Type = typename Raw<S>::Type;
   constexpr int L = Vec<S>::kLanes;
-  for (int64_t k0 = 0; k0 < K; k0 += kSumRows) {
+  for (int64_t i = 0; i < blocks; ++i, out += MR * ldo) {
     Type acc[MR][NR];
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
+      prefetch_to_write(out + m * ldo, NR * L);
 #pragma GCC unroll 4
       for (int v = 0; v < NR; ++v) acc[m][v] = Type{};
     }
-    for (int64_t k = k0; k < min64(K, k0 + kSumRows); ++k, a += MR, b += NR * L) {
+    const S* row = b;
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < K; ++k, a += MR, row += NR * L) {
       Type bv[NR];
 #pragma GCC unroll 4
-      for (int v = 0; v < NR; ++v) bv[v] = load(b + v * L).v;
+      for (int v = 0; v < NR; ++v) bv[v] = load(row + v * L).v;
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) {
         const Type am = Vec<S>(a[m]).v;
@@ -109,10 +110,24 @@ void outer_tile(const S* a, const S* b, int64_t K, Vec<S>* out) {
         for (int v = 0; v < NR; ++v) acc[m][v] += am * bv[v];
       }
     }
+    if (n < NR * L) {  // the last columns
+      Vec<S> tile[MR][NR];
+      __builtin_memcpy(tile, acc, sizeof tile);
+      for (int m = 0; m < MR; ++m) {
+        for (int v = 0; v < NR && v * L < n; ++v) {
+          S* p = out + m * ldo + v * L;
+          store(p, load<S>(p, n - v * L) + tile[m][v], n - v * L);
+        }
+      }
+      continue;
+    }
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
-      for (int v = 0; v < NR; ++v) out[m * NR + v].v = k0 ? out[m * NR + v].v + acc[m][v] : acc[m][v];
+      for (int v = 0; v < NR; ++v) {
+        S* p = out + m * ldo + v * L;
+        store(p, Vec<S>(load(p).v + acc[m][v]));
+      }
     }
   }
 }
@@ -130,7 +145,7 @@ void copy_columns(const S* a, int64_t lda, int64_t K, S* to) {
 template <class S>
 struct Tiles {
   using RowTile = void (*)(const S* const*, int64_t, const S*, Vec<S>*, int, bool);
-  using OuterTile = void (*)(const S*, const S*, int64_t, Vec<S>*);
+  using OuterTiles = void (*)(int64_t, const S*, const S*, int64_t, S*, int64_t, int64_t);
 
   template <int MR, int NR>
   static constexpr RowTile row() {
@@ -138,8 +153,8 @@ struct Tiles {
     return nullptr;
   }
   template <int MR, int NR>
-  static constexpr OuterTile outer() {
-    if constexpr (NR <= kTileWidth && MR <= max_rows(NR)) return outer_tile<S, MR, NR>;
+  static constexpr OuterTiles outer() {
+    if constexpr (NR <= kTileWidth && MR <= max_rows(NR)) return outer_tiles<S, MR, NR>;
     return nullptr;
   }
 #define FUSEDRNN_TILES(KIND, NR)                                                                  \
@@ -150,8 +165,8 @@ struct Tiles {
                                             FUSEDRNN_TILES(row, 4)};
     return table[nr - 1][mr - 1];
   }
-  static OuterTile outer_tile_of(int nr, int mr) {
-    static constexpr OuterTile table[4][8] = {FUSEDRNN_TILES(outer, 1), FUSEDRNN_TILES(outer, 2),
+  static OuterTiles outer_tiles_of(int nr, int mr) {
+    static constexpr OuterTiles table[4][8] = {FUSEDRNN_TILES(outer, 1), FUSEDRNN_TILES(outer, 2),
                                               FUSEDRNN_TILES(outer, 3), FUSEDRNN_TILES(outer, 4)};
     return table[nr - 1][mr - 1];
   }
@@ -182,36 +197,48 @@ struct Inner {
   FUSEDRNN_INLINE int64_t size() const { return first + second; }
 };
 
+#define FUSEDRNN_INLINE_LAMBDA __attribute__((always_inline))
+constexpr auto nothing_expected = [](int64_t, int64_t, int64_t) {};
+
 // Rows times panels: for each own vector v and each row r, epilogue(r, v, acc, stride): gate g of the product is
-// acc[g * stride]. The tile never leaves the first-level cache between product and epilogue.
+// acc[g * stride]. kBlockRows rows at a time meet one strip after another; then, while their product is in the first-
+// level cache, comes the epilogue.
 //   a(r): pointer to row r of the left operand      panels: packed from vector 0 on
-template <int kGroup, class S, class RowPointer, class Epilogue>
+//   expect(r, u, n): prefetches what the epilogue will touch of row r, elements [u, u + n); called before the product
+template <int kGroup, class S, class RowPointer, class Expect, class Epilogue>
 FUSEDRNN_INLINE void product(const S* panels, Inner inner, Range vectors, Range rows, const RowPointer& a,
-                             const Epilogue& epilogue) {
+                             const Expect& expect, const Epilogue& epilogue) {
   constexpr int U = kGroupVectors<kGroup>, L = Vec<S>::kLanes;
+  constexpr int64_t kBlockRows = 64;
   static_assert(kGroup * U <= kPanelWidth, "a cell with more gates needs a wider panel");
-  Vec<S> out[kTileRows * kPanelWidth];
-  const int64_t K = inner.size();
+  Vec<S> out[kBlockRows * kPanelWidth];
+  const S* row[2][kBlockRows];
+  const int64_t K = inner.size(), blocks = ceil_div(rows.size(), kBlockRows);
   for (int64_t v0 = vectors.begin; v0 < vectors.end; v0 += U) {
     const int nv = static_cast<int>(min64(U, vectors.end - v0)), width = kGroup * nv;
     const S* panel = panels + v0 * K * kGroup * L;
-    for_row_blocks(rows, min64(width, kTileWidth), [&](int64_t r, int mr) {
-      const S* row[2][kTileRows];
-      for (int m = 0; m < mr; ++m) {
-        row[0][m] = a(r + m);
-        row[1][m] = row[0][m] + inner.second_at;
+    for (int64_t i = 0; i < blocks; ++i) {
+      const Range block = part(rows.size(), i, blocks);
+      const int64_t r0 = rows.begin + block.begin, n = block.size();
+      for (int64_t r = 0; r < n; ++r) {
+        row[0][r] = a(r0 + r);
+        row[1][r] = row[0][r] + inner.second_at;
+        expect(r0 + r, v0 * L, nv * L);
       }
       for (int w = 0; w < width; w += kTileWidth) {
         const int nr = min64(kTileWidth, width - w);
-        const auto tile = Tiles<S>::row_tile_of(nr, mr);
         const S* strip = panel + w * K * L;
-        tile(row[0], inner.first, strip, out + w, width, false);
-        if (inner.second) tile(row[1], inner.second, strip + inner.first * nr * L, out + w, width, true);
+        for_row_blocks({0, n}, nr, [&](int64_t r, int mr) {
+          const auto tile = Tiles<S>::row_tile_of(nr, mr);
+          Vec<S>* to = out + r * width + w;
+          tile(row[0] + r, inner.first, strip, to, width, false);
+          if (inner.second) tile(row[1] + r, inner.second, strip + inner.first * nr * L, to, width, true);
+        });
       }
-      for (int m = 0; m < mr; ++m) {
-        for (int v = 0; v < nv; ++v) epilogue(r + m, v0 + v, out + m * width + v, nv);
+      for (int64_t r = 0; r < n; ++r) {
+        for (int v = 0; v < nv; ++v) epilogue(r0 + r, v0 + v, out + r * width + v, nv);
       }
-    });
+    }
   }
 }
 
@@ -274,33 +301,28 @@ struct Strips {
   }
 };
 
-// out[m * ldo + n] (+)= sum_k a[k * lda + m] * b(k, n) for m in [0, M), n in [0, b.n), k in [0, K).
-// A block of a few columns of `a` is copied together and meets every strip of b.
+// out[m * ldo + n] += sum_k a[k * lda + m] * b(k, n) for m in [0, M), n in [0, b.n), k in [0, K).
+// kSumRows rows at a time: their part of `a` is copied into blocks as wide as a tile, which stay in the first-level
+// cache and meet one strip of b after another. A sum of sums over kSumRows: the rounding error of one long sum would
+// exceed torch.nn's.
 template <class S>
-void outer_product(const S* a, int64_t lda, int64_t K, int64_t M, const Strips<S>& b, S* out, int64_t ldo,
-                   bool accumulate) {
-  constexpr int L = Vec<S>::kLanes;
-  constexpr int64_t kBlock = 1024 / sizeof(S), kColumns = Strips<S>::kColumns;
-  alignas(64) S columns[kBlock * kTileRows];
-  Vec<S> tile[kTileRows * kTileWidth];
-  for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
-    const int64_t kn = min64(kBlock, K - k0);
-    const bool add = accumulate || k0 > 0;
-    for_row_blocks({0, M}, kTileWidth, [&](int64_t m0, int mr) {
-      Tiles<S>::copy_of(mr)(a + k0 * lda + m0, lda, kn, columns);
-      const auto outer = Tiles<S>::outer_tile_of(kTileWidth, mr);
-      for (int64_t n0 = 0; n0 < b.n; n0 += kColumns) {
-        outer(columns, b.at(k0, n0), kn, tile);
-        const bool whole = n0 + kColumns <= b.n;
-        for (int m = 0; m < mr; ++m) {
-          for (int v = 0; v < kTileWidth && n0 + v * L < b.n; ++v) {
-            S* p = out + (m0 + m) * ldo + n0 + v * L;
-            const int64_t n = whole ? L : b.n - n0 - v * L;
-            const Vec<S> t = tile[m * kTileWidth + v];
-            store(p, add ? load<S>(p, n) + t : t, n);
-          }
-        }
+void outer_product(const S* a, int64_t lda, int64_t K, int64_t M, const Strips<S>& b, S* out, int64_t ldo) {
+  constexpr int64_t kSumRows = 64, kBytes = 16 << 10, kColumns = Strips<S>::kColumns;
+  constexpr int64_t kBlocks = kBytes / (kTileRows * kSumRows * sizeof(S));
+  alignas(64) S copy[kBlocks * kTileRows * kSumRows];
+  for (int64_t k0 = 0; k0 < K; k0 += kSumRows) {
+    const int64_t kn = min64(kSumRows, K - k0);
+    for (int64_t m0 = 0, mn; m0 < M; m0 += mn) {  // whole blocks, then what is left of the columns
+      const int mr = static_cast<int>(min64(max_rows(kTileWidth), M - m0));
+      const int64_t blocks = min64(kBlocks, (M - m0) / mr);
+      mn = blocks * mr;
+      for (int64_t i = 0; i < blocks; ++i) {
+        Tiles<S>::copy_of(mr)(a + k0 * lda + m0 + i * mr, lda, kn, copy + i * mr * kn);
       }
-    });
+      for (int64_t n0 = 0; n0 < b.n; n0 += kColumns) {
+        Tiles<S>::outer_tiles_of(kTileWidth, mr)(blocks, copy, b.at(k0, n0), kn, out + m0 * ldo + n0, ldo,
+                                                 min64(kColumns, b.n - n0));
+      }
+    }
   }
 }
