@@ -40,19 +40,28 @@ class Disagreement(RuntimeError):
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured. ``ratio`` is torch.nn's time over ours: the median of the rounds and its quartiles."""
+    """What was measured. ``ratio`` is torch.nn's time over ours: the median of the rounds and its quartiles.
+
+    ``peak_gflops`` is what the same threads reached multiplying and adding in registers, in the same rounds.
+    """
 
     case: Case
     rounds: int
     threads: int
     ours_ms: float
     gflops: float
+    peak_gflops: float
     deviation: float
     torch_ms: float | None = None
     torch_threads: int | None = None
     ratio: float | None = None
     ratio_low: float | None = None
     ratio_high: float | None = None
+
+    @property
+    def percent(self) -> float:
+        """Our matrix products alone, in percent of the peak of the processor's units for the case's dtype."""
+        return 100 * self.gflops / (self.peak_gflops / (2 if self.case.dtype == "float64" else 1))
 
 
 def _layer(library, case: Case, dtype: torch.dtype) -> nn.Module:
@@ -171,7 +180,7 @@ def measure(case: Case, threads: int, seconds: float, min_rounds: int = MIN_ROUN
         call = problem.call(theirs, dtype, case.mode)
         choices = [_Timer(call, n) for n in sorted({1, threads})]
         timers.append(min(choices, key=lambda timer: min(timer.sample() for _ in range(3))))
-    rounds = _rounds(timers, seconds, min_rounds)
+    rounds, peaks = _rounds(timers, seconds, min_rounds)
     torch.set_num_threads(threads)
     ours_seconds = float(np.median(rounds[:, 0]))
     result = {
@@ -180,6 +189,7 @@ def measure(case: Case, threads: int, seconds: float, min_rounds: int = MIN_ROUN
         "threads": threads,
         "ours_ms": 1e3 * ours_seconds,
         "gflops": case.flops() / ours_seconds / 1e9,
+        "peak_gflops": float(np.median(peaks)) / 1e9,
         "deviation": deviation,
     }
     if case.has_torch:
@@ -189,17 +199,21 @@ def measure(case: Case, threads: int, seconds: float, min_rounds: int = MIN_ROUN
     return Result(**result)
 
 
-def _rounds(timers: Sequence[_Timer], seconds: float, min_rounds: int) -> np.ndarray:
-    """Seconds a call, [rounds, timers]: each round times every timer once, in alternating order."""
+def _rounds(timers: Sequence[_Timer], seconds: float, min_rounds: int) -> tuple[np.ndarray, list[float]]:
+    """Seconds a call, [rounds, timers]: each round times every timer once, in alternating order. And each round's peak
+    in operations a second, with the threads of the first timer.
+    """
     rounds: list[list[float]] = []
+    peaks: list[float] = []
     gc.disable()
     end = time.perf_counter() + seconds
     while len(rounds) < min_rounds or (time.perf_counter() < end and len(rounds) < MAX_ROUNDS):
         order = range(len(timers)) if len(rounds) % 2 == 0 else reversed(range(len(timers)))
         times = {i: timers[i].sample() for i in order}
         rounds.append([times[i] for i in range(len(timers))])
+        peaks.append(fusedrnn._C.peak_flops(timers[0].threads))
     gc.enable()
-    return np.array(rounds)
+    return np.array(rounds), peaks
 
 
 def matmul_gflops(threads: int, size: int = 1024) -> float:

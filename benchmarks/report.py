@@ -20,10 +20,11 @@ import fusedrnn
 from .measure import Result, matmul_gflops
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
-HEADER = f"{'case':54} {'torch.nn':>15} {'fusedrnn':>10} {'ratio (quartiles)':>22} {'GFLOP/s':>8}"
+HEADER = f"{'case':54} {'torch.nn':>15} {'fusedrnn':>10} {'ratio (quartiles)':>22} {'GFLOP/s':>8} {'% of peak':>9}"
 HOW_TO_READ = (
     "Ratio: torch.nn's time over ours, the median of interleaved rounds, with quartiles; below 1 we are slower."
     " torch.nn has the better of 1 and all threads (in brackets). GFLOP/s: ours, the matrix products alone."
+    " Peak: what the same threads reach in the same rounds multiplying and adding in registers."
 )
 
 
@@ -71,7 +72,7 @@ def line(result: Result) -> str:
         torch_time = f"{_short(result.torch_ms)} ms ({result.torch_threads}t)"
         ratio = f"{result.ratio:.2f} ({result.ratio_low:.2f}-{result.ratio_high:.2f})"
     ours = f"{_short(result.ours_ms)} ms"
-    return f"{result.case.name:54} {torch_time:>15} {ours:>10} {ratio:>22} {_short(result.gflops):>8}"
+    return f"{result.case.name:54} {torch_time:>15} {ours:>10} {ratio:>22} {_short(result.gflops):>8} {result.percent:>9.0f}"
 
 
 def summary(results: Sequence[Result]) -> str:
@@ -94,8 +95,8 @@ def markdown(results: Sequence[Result], info: dict) -> str:
         "",
         HOW_TO_READ,
         "",
-        "| case | torch.nn, ms | fusedrnn, ms | ratio | GFLOP/s |",
-        "|---|---:|---:|---:|---:|",
+        "| case | torch.nn, ms | fusedrnn, ms | ratio | GFLOP/s | % of peak |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     for result in results:
         torch_time, ratio = "not there", ""
@@ -103,7 +104,8 @@ def markdown(results: Sequence[Result], info: dict) -> str:
             torch_time = f"{_short(result.torch_ms)} ({result.torch_threads})"
             ratio = f"**{result.ratio:.2f}** ({result.ratio_low:.2f}-{result.ratio_high:.2f})"
         rows.append(
-            f"| {result.case.name} | {torch_time} | {_short(result.ours_ms)} | {ratio} | {_short(result.gflops)} |"
+            f"| {result.case.name} | {torch_time} | {_short(result.ours_ms)} | {ratio} | {_short(result.gflops)}"
+            f" | {result.percent:.0f} |"
         )
     return "\n".join(rows) + "\n"
 
@@ -119,6 +121,9 @@ def update_readme(file: Path, table: str) -> None:
 
 def write_json(file: Path, results: Sequence[Result], info: dict) -> None:
     """Machine and results, one object a case: the fields of Case and Result, the case's name and its operations."""
-    rows = [asdict(result) | {"name": result.case.name, "flops": result.case.flops()} for result in results]
+    rows = [
+        asdict(result) | {"name": result.case.name, "flops": result.case.flops(), "percent": result.percent}
+        for result in results
+    ]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"machine": info, "results": rows}, indent=1) + "\n", encoding="utf-8")

@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <chrono>
+
 #include "cpu/dispatch.h"
 #include "cpu/plan.h"
 
@@ -71,6 +73,22 @@ py::dict plan(const std::vector<int64_t>& batch_sizes, int64_t I, int64_t H, int
   return result;
 }
 
+// Operations a second of `threads` threads that multiply and add in registers for about `seconds`.
+double peak_flops(int threads, double seconds) {
+  using Clock = std::chrono::steady_clock;
+  if (threads < 1 || threads > kMaxThreads) throw py::value_error("threads must be from 1 to 256");
+  int64_t done = 0;
+  const auto start = Clock::now();
+  const auto elapsed = [&] { return std::chrono::duration<double>(Clock::now() - start).count(); };
+  double end = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : done) reduction(max : end)
+  {
+    do done += kernels().multiply_adds(10000);
+    while ((end = elapsed()) < seconds);
+  }
+  return done / end;
+}
+
 template <class S>
 py::array_t<S> activation(const std::string& isa, const std::string& function, py::array_t<S, py::array::c_style> x) {
   const KernelTable* table = find_isa(isa.c_str());
@@ -95,6 +113,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cells", cell_list, "Constants of the compiled cells, in registry order.");
   m.def("plan", plan, py::arg("batch_sizes"), py::arg("I"), py::arg("H"), py::arg("directions"), py::arg("gates"),
         py::arg("lanes"), py::arg("threads"), "How a layer would be shared among threads.");
+  m.def("peak_flops", peak_flops, py::arg("threads"), py::arg("seconds") = 0.005,
+        py::call_guard<py::gil_scoped_release>(), "float32 operations a second, multiplying and adding in registers.");
   m.def("activation", activation<float>, py::arg("isa"), py::arg("function"), py::arg("x").noconvert());
   m.def("activation", activation<double>, py::arg("isa"), py::arg("function"), py::arg("x").noconvert());
 }

@@ -208,10 +208,14 @@ def recurrent(
     states: Sequence[Tensor | None] = (hx,) if isinstance(hx, Tensor) else (None,) * len(names) if hx is None else hx
     if len(states) != len(names):
         raise RuntimeError(f"{cell} expects {len(names)} hidden state(s) ({', '.join(names)}), got {len(states)}")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout must be a probability, from 0 to 1, got {dropout}")
     directions = 2 if bidirectional else 1
-    if num_layers < 1 or not weights or len(weights) % (num_layers * directions):
+    each, rest = divmod(len(weights), num_layers * directions) if num_layers > 0 else (0, 0)
+    if rest or each not in ((2, 3, 4, 5) if CELLS[cell].projectable else (2, 4)):
+        projection = "[, w_hr]" if CELLS[cell].projectable else ""
         raise ValueError(
-            f"weights must hold the same number of tensors for each of {num_layers} layer(s) x {directions} "
+            f"weights must hold w_ih, w_hh[, b_ih, b_hh]{projection} for each of {num_layers} layer(s) x {directions} "
             f"direction(s), got {len(weights)} tensors"
         )
     packed = input if isinstance(input, PackedSequence) else None

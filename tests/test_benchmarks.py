@@ -91,6 +91,9 @@ def test_every_output_of_the_command(tiny, tmp_path, capsys):
     for row, case in zip(found["results"], tiny):
         assert row["rounds"] == 3 and row["ours_ms"] > 0
         assert row["gflops"] == pytest.approx(case.flops() / row["ours_ms"] / 1e6)
+        assert row["percent"] == pytest.approx(
+            100 * row["gflops"] / row["peak_gflops"] * (2 if case.dtype == "float64" else 1)
+        )
         assert row["deviation"] <= measure.TOLERANCE[case.dtype]
         if case.has_torch:
             assert 0 < row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
@@ -121,14 +124,25 @@ def test_both_sides_start_each_round_in_turn():
     calls.clear()
     for timer in timers:
         timer.repeats = 1
-    assert measure._rounds(timers, 0.0, 3).shape == (3, 2)
+    rounds, peaks = measure._rounds(timers, 0.0, 3)
+    assert rounds.shape == (3, 2) and len(peaks) == 3
     assert calls == [0, 1, 1, 0, 0, 1]
+
+
+def test_no_product_passes_the_peak():
+    """A thread that only multiplies and adds does at least what a large product of torch reaches."""
+    peak = max(fusedrnn._C.peak_flops(1, 0.02) for _ in range(5)) / 1e9
+    if fusedrnn._C.isa() != "base":  # torch uses the CPU's best
+        assert 0.9 * measure.matmul_gflops(1, 512) < peak
+    assert 0.1 < peak < 1000
+    with pytest.raises(ValueError, match="threads"):
+        fusedrnn._C.peak_flops(0)
 
 
 def test_the_summary_counts_losses():
     case = Case("rnn", "infer", TINY)
     results = [
-        measure.Result(case, 3, 1, 1.0, 1.0, 0.0, torch_ms=r, torch_threads=1, ratio=r, ratio_low=r, ratio_high=r)
+        measure.Result(case, 3, 1, 1.0, 1.0, 2.0, 0.0, torch_ms=r, torch_threads=1, ratio=r, ratio_low=r, ratio_high=r)
         for r in (0.5, 2.0, 3.0)
     ]
     assert "2 faster, 1 slower; lowest ratio 0.50" in report.summary(results)

@@ -348,6 +348,11 @@ def test_functional_arguments() -> None:
         functional.lstm(x[0, 0], None, weights, num_layers=2)
     with pytest.raises(wrong):
         functional.gru(x, None, weights, num_layers=2)
+    with pytest.raises(ValueError, match=r"w_ih, w_hh\[, b_ih, b_hh\] for each of 1 layer"):  # a GRU has no w_hr
+        functional.gru(x, None, list(fusedrnn.GRU(4, 5)._flat_weights)[:3])
+    for dropout in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="dropout must be a probability"):
+            functional.lstm(x, None, weights, num_layers=2, dropout=dropout)
     with pytest.raises(wrong, match="nonlinearity|sigmoid"):
         functional.rnn(x, None, list(fusedrnn.RNN(4, 5)._flat_weights), nonlinearity="sigmoid")
     with pytest.raises(wrong):

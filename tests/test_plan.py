@@ -36,6 +36,10 @@ def test_slices_of_a_ragged_batch_have_nearly_equal_sums_of_lengths(batch, threa
     assert max(sums) - min(sums) <= 2 * max(own)
 
 
+def test_slices_of_equal_lengths_are_equal_parts():
+    assert plan([13] * 7, I=256, H=64, threads=4)["bounds"] == [0, 3, 6, 9, 13]
+
+
 def test_rules_by_size():
     assert plan([32] * 100, I=128, H=64) == {"teams": 2, "members": 1, "slices": 2, "bounds": [0, 16, 32]}
     assert plan([1] * 100, I=512, H=512) == {"teams": 1, "members": 2, "slices": 1, "bounds": [0, 1]}

@@ -18,6 +18,9 @@ struct KernelTable {
   // y[i] = f(x[i]) with the vector activations, for the accuracy tests. function: 0 sigmoid, 1 tanh.
   void (*activation_f32)(int function, const float* x, float* y, int64_t n);
   void (*activation_f64)(int function, const double* x, double* y, int64_t n);
+  // Multiplies and adds in registers and nothing else, `turns` times: the peak that products are held against.
+  // Returns the operations done.
+  int64_t (*multiply_adds)(int64_t turns);
 };
 
 // Tables compiled into this build, best first; a null name ends the list. Defined one per isa_*.cpp.

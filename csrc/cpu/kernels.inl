@@ -25,6 +25,24 @@ void activation(int function, const S* x, S* y, int64_t n) {
   }
 }
 
+int64_t multiply_adds(int64_t turns) {
+  using V = Vec<float>;
+  constexpr int kSums = 12;  // two units with a latency of four or five
+  Raw<float>::Type sum[kSums];
+#pragma GCC unroll 12
+  for (int i = 0; i < kSums; ++i) sum[i] = V(static_cast<float>(i)).v;
+  const Raw<float>::Type factor = V(0.5f).v;
+  for (int64_t turn = 0; turn < turns; ++turn) {
+#pragma GCC unroll 12
+    for (int i = 0; i < kSums; ++i) sum[i] = sum[i] * factor + factor;
+  }
+#pragma GCC unroll 12
+  for (int i = 1; i < kSums; ++i) sum[0] += sum[i];
+  volatile float used = sum[0][0];
+  (void)used;
+  return turns * kSums * V::kLanes * 2;
+}
+
 template <class... Cells>
 constexpr KernelTable make_table(CellList<Cells...>) {
   return {FUSEDRNN_ISA_NAME,
@@ -32,7 +50,8 @@ constexpr KernelTable make_table(CellList<Cells...>) {
           {{ForwardPass<Cells, float>::run, ForwardPass<Cells, double>::run, ForwardPass<Cells, BFloat16>::run}...},
           {{BackwardPass<Cells, float>::run, BackwardPass<Cells, double>::run, BackwardPass<Cells, BFloat16>::run}...},
           activation<float>,
-          activation<double>};
+          activation<double>,
+          multiply_adds};
 }
 
 }  // namespace

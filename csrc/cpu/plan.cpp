@@ -33,6 +33,10 @@ void slice_batch(const LayerSizes& size, int slices, int64_t* bounds) {
     for (int64_t t = 0; t < size.T; ++t) rows += std::min(size.active[t], b);
     return rows;
   };
+  if (size.N == size.T * size.B) {  // all lengths equal
+    for (int k = 0; k <= slices; ++k) bounds[k] = size.B * k / slices;
+    return;
+  }
   bounds[0] = 0;
   bounds[slices] = size.B;
   for (int k = 1; k < slices; ++k) {
