@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .cells import CELLS
 from .functional import recurrent, recurrent_cell
+from .ops import layer_forward
 
 __all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell", "ResidualRNN"]
 
@@ -24,6 +25,9 @@ def _forward(
     module: torch.nn.RNNBase, cell: str, name: str, input: Tensor | PackedSequence, states: Sequence[Tensor] | None
 ) -> tuple[Tensor | PackedSequence, tuple[Tensor, ...]]:
     """What the sequence modules share: torch.nn's checks, in its order and words, then the layers."""
+    short = _short_road(module, cell, input, states)
+    if short is not None:
+        return short
     module._update_flat_weights()
     two_states = len(CELLS[cell].states) == 2
     states = _as_states(states, cell)
@@ -51,6 +55,53 @@ def _forward(
         dropout=module.dropout,
         training=module.training,
         batch_first=module.batch_first,
+    )
+
+
+def _short_road(
+    module: torch.nn.RNNBase, cell: str, input: Tensor | PackedSequence, states: Sequence[Tensor] | None
+) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+    """A dense batch of the right shape through one layer that needs no gradient: a step is often all there is to do,
+    and the long road's checks would take several times as long. None where anything is different: that road knows.
+    """
+    weights, parameters = module._flat_weights, module._parameters
+    if module.num_layers != 1 or not _is_plain(input, 3, module.input_size, weights):
+        return None
+    if any(parameters.get(name) is not weight for name, weight in zip(module._flat_weights_names, weights)):
+        return None  # parametrized or replaced
+    x = input.transpose(0, 1) if module.batch_first else input
+    if states is not None:
+        rows = (1 + module.bidirectional, x.size(1))
+        sizes = (module.proj_size or module.hidden_size, module.hidden_size)[: len(CELLS[cell].states)]
+        if not _are_states(states, [(*rows, size) for size in sizes]):
+            return None
+    h0, c0 = (*(states or ()), None, None)[:2]
+    y, h_n, c_n, _ = layer_forward(x, None, h0, c0, weights, cell, module.bidirectional, False)
+    return y.transpose(0, 1) if module.batch_first else y, (h_n, c_n) if c_n.size(0) else (h_n,)
+
+
+def _is_plain(input: Tensor | PackedSequence, dim: int, size: int, weights: Sequence[Tensor | None]) -> bool:
+    """Whether no gradient and no cast is wanted, and input is a tensor of this rank and last size beside its weights."""
+    return (
+        type(input) is Tensor
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and input.dim() == dim
+        and input.size(-1) == size
+        and input.is_cpu
+        and all(weight is not None and weight.is_cpu and weight.dtype == input.dtype for weight in weights)
+    )
+
+
+def _are_states(states: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> bool:
+    """Whether hx is a tuple of tensors of these shapes on the CPU."""
+    return (
+        type(states) is tuple
+        and len(states) == len(shapes)
+        and all(
+            type(state) is Tensor and state.shape == shape and state.is_cpu
+            for state, shape in zip(states, shapes)
+        )
     )
 
 
@@ -178,6 +229,9 @@ def _forward_cell(
     module: torch.nn.RNNCellBase, cell: str, name: str, input: Tensor, states: Sequence[Tensor] | None
 ) -> tuple[Tensor, ...]:
     """What the single-step modules share."""
+    short = _short_road_of_cell(module, cell, input, states)
+    if short is not None:
+        return short
     if input.dim() not in (1, 2):
         raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
     count, states = len(CELLS[cell].states), _as_states(states, cell)
@@ -198,6 +252,22 @@ def _forward_cell(
         module.bias_hh,
     )
     return result if batched else tuple(state.squeeze(0) for state in result)
+
+
+def _short_road_of_cell(
+    module: torch.nn.RNNCellBase, cell: str, input: Tensor, states: Sequence[Tensor] | None
+) -> tuple[Tensor, ...] | None:
+    """As :func:`_short_road`, for a batch through a cell."""
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if module.bias else ("weight_ih", "weight_hh")
+    weights = [module._parameters.get(name) for name in names]
+    if not _is_plain(input, 2, module.input_size, weights):
+        return None
+    count = len(CELLS[cell].states)
+    if states is not None and not _are_states(states, [(input.size(0), module.hidden_size)] * count):
+        return None
+    h0, c0 = (*(state.unsqueeze(0) for state in states or ()), None, None)[:2]
+    _, h, c, _ = layer_forward(input.unsqueeze(0), None, h0, c0, weights, cell, False, False)
+    return (h[0], c[0]) if count == 2 else (h[0],)
 
 
 class RNNCell(torch.nn.RNNCell):

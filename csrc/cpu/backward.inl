@@ -144,28 +144,23 @@ class BackwardPass {
     outputs_ = part(ceil_div(z_.R, L), team_.me, team_.members);
   }
 
-  void pack() {
-    Packing packing{s_.plan, thread_, s_.threads};
-    const auto columns = [&](int d, const void* w, int64_t rows, int64_t n, S* panels) {
-      packing.panels(d, n, L, kGroupVectors<1>, [&](int64_t v0, int nv) {
-        pack_columns(static_cast<const T*>(w), rows, n, n, v0, nv, panels);
-      });
+  void pack() const {
+    const Packing packing{s_.plan, thread_, s_.threads};
+    const auto own = [&](int d, const void* w, int64_t rows, int64_t n, S* panels) {
+      pack_columns(static_cast<const T*>(w), rows, n, packing.own(d, ceil_div(n, L), kGroupVectors<1>), panels);
     };
     for (int d = 0; d < z_.D; ++d) {
       const LayerWeights& w = p_.weights[d];
-      columns(d, w.w_hh, F * z_.H, z_.R, s_.w_hh[d]);
-      if (kTwoStage) columns(d, static_cast<const T*>(w.w_hh) + F * z_.H * z_.R, (G - F) * z_.H, z_.R, s_.w_rest[d]);
-      if (z_.projected) columns(d, w.w_hr, z_.R, z_.H, s_.w_hr[d]);
-      if (!p_.dx) continue;
-      // Read by every member, for rows of its own: panels from vector 0 on, whoever packs them.
-      const int64_t vectors = ceil_div(z_.I, L);
-      for (int64_t v0 = 0; v0 < vectors; v0 += kGroupVectors<1>) {
-        if (packing.turn++ % s_.threads != thread_) continue;
-        const int nv = static_cast<int>(min64(kGroupVectors<1>, vectors - v0));
-        pack_columns(static_cast<const T*>(w.w_ih), G * z_.H, z_.I, z_.I, v0, nv, s_.w_ih[d]);
-      }
+      own(d, w.w_hh, F * z_.H, z_.R, s_.w_hh[d]);
+      if (kTwoStage) own(d, static_cast<const T*>(w.w_hh) + F * z_.H * z_.R, (G - F) * z_.H, z_.R, s_.w_rest[d]);
+      if (z_.projected) own(d, w.w_hr, z_.R, z_.H, s_.w_hr[d]);
+      if (!p_.dx) continue;  // W_ih: read by every member, for rows of its own
+      const Range any = packing.any(ceil_div(z_.I, L), kGroupVectors<1>);
+      pack_columns(static_cast<const T*>(w.w_ih), G * z_.H, z_.I, any, s_.w_ih[d]);
     }
   }
+
+  static Weights<S, T> packed(const S* panels) { return {panels, nullptr, 0}; }
 
   void run_items() {
     if (index_ >= s_.plan.teams) return;
@@ -285,10 +280,10 @@ class BackwardPass {
       if (at.dy) prefetch_to_read(at.dy + u, n);
       if (!z_.projected) expect_saved(at, u, n);
     };
-    product<1>(s_.w_hh[d], gates, outputs_, {0, both}, dg_row, expect, [&](int64_t r, int64_t v, const V* acc, int) {
+    product<1>(packed(s_.w_hh[d]), gates, outputs_, {0, both}, dg_row, expect, [&](int64_t r, int64_t v, const V* acc, int) {
       arrive(r, v * L, acc[0] + carried(r, v * L));
     });
-    product<1>(s_.w_hh[d], gates, outputs_, {both, later}, dg_row, nothing_expected,
+    product<1>(packed(s_.w_hh[d]), gates, outputs_, {both, later}, dg_row, nothing_expected,
                [&](int64_t r, int64_t v, const V* acc, int) {
                  store(b_.carry_h + r * ldh_ + v * L, acc[0] + carried(r, v * L));
                });
@@ -298,13 +293,13 @@ class BackwardPass {
     if (now == 0) return;
     if (z_.projected) {
       team_.meet();
-      product<1>(s_.w_hr[d], Inner{z_.R}, units_, {0, now}, [&](int64_t r) { return b_.dh + (row + r) * ldh_; },
+      product<1>(packed(s_.w_hr[d]), Inner{z_.R}, units_, {0, now}, [&](int64_t r) { return b_.dh + (row + r) * ldh_; },
                  [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA { expect_saved(b_.rows[row + r], u, n); },
                  [&](int64_t r, int64_t v, const V* acc, int) { cell_backward(r, row + r, v * L, acc[0]); });
     }
     if constexpr (kTwoStage) {
       team_.meet();
-      product<1>(s_.w_rest[d], Inner{(G - F) * z_.H}, outputs_, {0, now},
+      product<1>(packed(s_.w_rest[d]), Inner{(G - F) * z_.H}, outputs_, {0, now},
                  [&](int64_t r) { return b_.dg + (row + r) * ldg_ + F * z_.H; }, nothing_expected,
                  [&](int64_t r, int64_t v, const V* acc, int) { first_stage_backward(r, row + r, v * L, acc[0]); });
     }
@@ -450,7 +445,7 @@ class BackwardPass {
         out[first + b] = dx + (z_.offset[t] + item.first + b) * z_.I;
       }
     });
-    product<1>(s_.w_ih[item.d], Inner{(G - kSplit) * z_.H, kSplit * z_.H, G * z_.H}, {0, ceil_div(z_.I, L)}, own,
+    product<1>(packed(s_.w_ih[item.d]), Inner{(G - kSplit) * z_.H, kSplit * z_.H, G * z_.H}, {0, ceil_div(z_.I, L)}, own,
                [&](int64_t r) { return b_.dg + r * ldg_; },
                [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA { prefetch_to_write(out[r] + u, n); },
                [&](int64_t r, int64_t v, const V* acc, int) { store(out[r] + v * L, acc[0], z_.I - v * L); });

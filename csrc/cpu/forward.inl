@@ -14,6 +14,7 @@ class ForwardPass {
   static constexpr int L = V::kLanes, G = Cell::kGates, F = Cell::kFirst, K = Cell::kSaved, Z = Cell::kStates;
   static constexpr bool kTwoStage = F < G, kConvert = sizeof(T) != sizeof(S);
   static_assert(K == 0 || K >= G, "the projection is written where the saved gates go");
+  static constexpr int64_t kRowsUnpacked = 16;  // so few rows in all are multiplied by the weights as they are
   static constexpr int64_t kChunkRows = 192;  // of projected gates: they stay in the second-level cache
 
   struct Shared {
@@ -23,6 +24,7 @@ class ForwardPass {
     char* block;
     int64_t shared_bytes, team_bytes;
     int64_t most_samples, most_rows;
+    bool packed;
     // panels of each direction
     S *w_ih[2], *w_hh[2], *w_rest[2], *w_hr[2], *b_ih[2], *b_hh[2];
     Flag* flags;
@@ -64,6 +66,7 @@ class ForwardPass {
 
  private:
   static void prepare(const ForwardProblem& p, Shared& s) {
+    s.packed = p.size.N > kRowsUnpacked;
     slice_batch(p.size, s.plan.slices, s.bounds);
     s.most_samples = 0;
     for (int k = 0; k < s.plan.slices; ++k) s.most_samples = max64(s.most_samples, s.bounds[k + 1] - s.bounds[k]);
@@ -85,10 +88,10 @@ class ForwardPass {
     const int64_t units = ceil_div(z.H, L) * L, outputs = ceil_div(z.R, L) * L;
     s.flags = carver.take<Flag>(s.plan.teams * s.plan.members);
     for (int d = 0; d < z.D; ++d) {
-      s.w_ih[d] = carver.take<S>(z.I * G * units);
-      s.w_hh[d] = carver.take<S>(z.R * F * units);
-      s.w_rest[d] = carver.take<S>(z.R * (G - F) * units);
-      s.w_hr[d] = carver.take<S>(z.projected ? z.H * outputs : 0);
+      s.w_ih[d] = carver.take<S>(s.packed ? z.I * G * units : 0);
+      s.w_hh[d] = carver.take<S>(s.packed ? z.R * F * units : 0);
+      s.w_rest[d] = carver.take<S>(s.packed ? z.R * (G - F) * units : 0);
+      s.w_hr[d] = carver.take<S>(s.packed && z.projected ? z.H * outputs : 0);
       s.b_ih[d] = carver.take<S>(G * z.H);
       s.b_hh[d] = carver.take<S>(G * z.H);
     }
@@ -124,34 +127,35 @@ class ForwardPass {
     outputs_ = part(ceil_div(z_.R, L), team_.me, team_.members);
   }
 
-  void pack() {
-    Packing packing{s_.plan, thread_, s_.threads};
+  void pack() const {
     for (int d = 0; d < z_.D; ++d) {
       const LayerWeights& w = p_.weights[d];
-      const T* w_hh = static_cast<const T*>(w.w_hh);
-      packing.panels(d, z_.H, L, kGroupVectors<G>, [&](int64_t v0, int nv) {
-        pack_rows<G>(static_cast<const T*>(w.w_ih), z_.H, z_.I, z_.I, v0, nv, s_.w_ih[d]);
-      });
-      packing.panels(d, z_.H, L, kGroupVectors<F>, [&](int64_t v0, int nv) {
-        pack_rows<F>(w_hh, z_.H, z_.R, z_.R, v0, nv, s_.w_hh[d]);
-      });
-      if constexpr (kTwoStage) {
-        packing.panels(d, z_.H, L, kGroupVectors<G - F>, [&](int64_t v0, int nv) {
-          pack_rows<G - F>(w_hh + F * z_.H * z_.R, z_.H, z_.R, z_.R, v0, nv, s_.w_rest[d]);
-        });
+      if (s_.packed) {
+        pack_weights<G>(d, w.w_ih, z_.H, z_.I, s_.w_ih[d]);
+        pack_weights<F>(d, w.w_hh, z_.H, z_.R, s_.w_hh[d]);
+        if constexpr (kTwoStage) pack_weights<G - F>(d, rest_of(w.w_hh), z_.H, z_.R, s_.w_rest[d]);
+        if (z_.projected) pack_weights<1>(d, w.w_hr, z_.R, z_.H, s_.w_hr[d]);
       }
-      if (z_.projected) {
-        packing.panels(d, z_.R, L, kGroupVectors<1>, [&](int64_t v0, int nv) {
-          pack_rows<1>(static_cast<const T*>(w.w_hr), z_.R, z_.H, z_.H, v0, nv, s_.w_hr[d]);
-        });
-      }
-      if (packing.turn++ % s_.threads == thread_) {
+      if (thread_ == d % s_.threads) {
         for (int64_t i = 0; i < G * z_.H; ++i) {
           s_.b_ih[d][i] = w.b_ih ? to_compute(static_cast<const T*>(w.b_ih)[i]) : S(0);
           s_.b_hh[d][i] = w.b_hh ? to_compute(static_cast<const T*>(w.b_hh)[i]) : S(0);
         }
       }
     }
+  }
+
+  template <int kGroup>
+  void pack_weights(int d, const void* w, int64_t units, int64_t inner, S* panels) const {
+    const Range vectors = Packing{s_.plan, thread_, s_.threads}.own(d, ceil_div(units, L), kGroupVectors<kGroup>);
+    pack_rows<kGroup>(static_cast<const T*>(w), units, inner, vectors, panels);
+  }
+
+  // The rows of W_hh that multiply q.
+  const T* rest_of(const void* w_hh) const { return static_cast<const T*>(w_hh) + F * z_.H * z_.R; }
+
+  FUSEDRNN_INLINE Weights<S, T> weights(const S* panels, const void* w, int64_t units) const {
+    return {panels, s_.packed ? nullptr : static_cast<const T*>(w), units};
   }
 
   void run_items() {
@@ -233,7 +237,7 @@ class ForwardPass {
 
   void project(int d, int64_t rows) {
     product<G>(
-        s_.w_ih[d], Inner{z_.I}, units_, {0, rows}, [&](int64_t r) { return b_.x_row[r]; },
+        weights(s_.w_ih[d], p_.weights[d].w_ih, z_.H), Inner{z_.I}, units_, {0, rows}, [&](int64_t r) { return b_.x_row[r]; },
         [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA {
           for (int g = 0; g < G; ++g) prefetch_to_write(b_.gate_row[r] + g * z_.H + u, n);
         },
@@ -249,6 +253,7 @@ class ForwardPass {
   void step(const Item& item, int64_t t, int64_t row, const S* h_prev, S* h_next) {
     const int64_t n = item.rows(t), H = z_.H;
     const S* b_hh = s_.b_hh[item.d];
+    const LayerWeights& w = p_.weights[item.d];
     T* y = static_cast<T*>(p_.y) + ((z_.offset[t] + item.first) * z_.D + item.d) * z_.R;
     const int64_t ldy = z_.D * z_.R;
     const auto h_row = [&](int64_t r) { return h_prev + r * ldh_; };
@@ -287,7 +292,7 @@ class ForwardPass {
     };
 
     if constexpr (kTwoStage) {
-      product<F>(s_.w_hh[item.d], Inner{z_.R}, units_, {0, n}, h_row, nothing_expected,
+      product<F>(weights(s_.w_hh[item.d], w.w_hh, H), Inner{z_.R}, units_, {0, n}, h_row, nothing_expected,
                  [&](int64_t r, int64_t v, const V* acc, int stride) {
                    const int64_t u = v * L;
                    S* gates = b_.gate_row[row + r];
@@ -302,7 +307,7 @@ class ForwardPass {
                    store(b_.m + r * ldm_ + u, q);
                  });
       team_.meet();
-      product<G - F>(s_.w_rest[item.d], Inner{z_.R}, units_, {0, n}, m_row, expect,
+      product<G - F>(weights(s_.w_rest[item.d], rest_of(w.w_hh), H), Inner{z_.R}, units_, {0, n}, m_row, expect,
                      [&](int64_t r, int64_t v, const V* acc, int stride) {
                        const int64_t u = v * L;
                        const S* gates = b_.gate_row[row + r];
@@ -313,7 +318,7 @@ class ForwardPass {
                        finish(r, u, F, x, rec, saved);
                      });
     } else {
-      product<G>(s_.w_hh[item.d], Inner{z_.R}, units_, {0, n}, h_row, expect,
+      product<G>(weights(s_.w_hh[item.d], w.w_hh, H), Inner{z_.R}, units_, {0, n}, h_row, expect,
                  [&](int64_t r, int64_t v, const V* acc, int stride) {
                    const int64_t u = v * L;
                    Values<V, G> x, rec;
@@ -323,7 +328,7 @@ class ForwardPass {
                  });
       if (z_.projected) {
         team_.meet();
-        product<1>(s_.w_hr[item.d], Inner{H}, outputs_, {0, n}, m_row, nothing_expected,
+        product<1>(weights(s_.w_hr[item.d], w.w_hr, z_.R), Inner{H}, outputs_, {0, n}, m_row, nothing_expected,
                    [&](int64_t r, int64_t v, const V* acc, int) { put_h(r, v * L, acc[0]); });
       }
     }

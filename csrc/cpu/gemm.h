@@ -200,13 +200,51 @@ struct Inner {
 #define FUSEDRNN_INLINE_LAMBDA __attribute__((always_inline))
 constexpr auto nothing_expected = [](int64_t, int64_t, int64_t) {};
 
-// Rows times panels: for each own vector v and each row r, epilogue(r, v, acc, stride): gate g of the product is
+// out[u] = sum_k a[k] * w[u * K + k] for L rows of w, of which `rows` exist: a product without packed weights.
+template <class S, class T>
+Vec<S> dot_rows(const S* a, int64_t K, const T* w, int64_t rows) {
+  constexpr int L = Vec<S>::kLanes, kSums = L < 8 ? 8 / L : 1;  // eight sums or more, as in row_tile
+  const T* row[L];
+  for (int u = 0; u < L; ++u) row[u] = w + (u < rows ? u : rows - 1) * K;
+  typename Raw<S>::Type sum[kSums][L] = {};
+  int64_t k = 0;
+  for (; k + kSums * L <= K; k += kSums * L) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kSums; ++i) {
+      const Vec<S> x = load(a + k + i * L);
+#pragma GCC unroll 16
+      for (int u = 0; u < L; ++u) sum[i][u] += x.v * load(row[u] + k + i * L).v;
+    }
+  }
+  for (; k < K; k += L) {  // lanes past the end are zero in both
+    const Vec<S> x = load<S>(a + k, K - k);
+    for (int u = 0; u < L; ++u) sum[0][u] += x.v * load<S>(row[u] + k, K - k).v;
+  }
+  Vec<S> total[L];
+#pragma GCC unroll 16
+  for (int u = 0; u < L; ++u) {
+    total[u].v = sum[0][u];
+#pragma GCC unroll 4
+    for (int i = 1; i < kSums; ++i) total[u].v += sum[i][u];
+  }
+  return sums_of_lanes(total);
+}
+
+// The right operand of a product: packed panels, or, for a few rows that are not worth the packing, W itself.
+template <class S, class T>
+struct Weights {
+  const S* panels;
+  const T* rows;  // [kGroup * units][K], null if packed
+  int64_t units;
+};
+
+// Rows times weights: for each own vector v and each row r, epilogue(r, v, acc, stride): gate g of the product is
 // acc[g * stride]. kBlockRows rows at a time meet one strip after another; then, while their product is in the first-
 // level cache, comes the epilogue.
-//   a(r): pointer to row r of the left operand      panels: packed from vector 0 on
+//   a(r): pointer to row r of the left operand
 //   expect(r, u, n): prefetches what the epilogue will touch of row r, elements [u, u + n); called before the product
-template <int kGroup, class S, class RowPointer, class Expect, class Epilogue>
-FUSEDRNN_INLINE void product(const S* panels, Inner inner, Range vectors, Range rows, const RowPointer& a,
+template <int kGroup, class S, class T, class RowPointer, class Expect, class Epilogue>
+FUSEDRNN_INLINE void product(const Weights<S, T>& weights, Inner inner, Range vectors, Range rows, const RowPointer& a,
                              const Expect& expect, const Epilogue& epilogue) {
   constexpr int U = kGroupVectors<kGroup>, L = Vec<S>::kLanes;
   constexpr int64_t kBlockRows = 64;
@@ -216,7 +254,7 @@ FUSEDRNN_INLINE void product(const S* panels, Inner inner, Range vectors, Range 
   const int64_t K = inner.size(), blocks = ceil_div(rows.size(), kBlockRows);
   for (int64_t v0 = vectors.begin; v0 < vectors.end; v0 += U) {
     const int nv = static_cast<int>(min64(U, vectors.end - v0)), width = kGroup * nv;
-    const S* panel = panels + v0 * K * kGroup * L;
+    const S* panel = weights.panels + v0 * K * kGroup * L;
     for (int64_t i = 0; i < blocks; ++i) {
       const Range block = part(rows.size(), i, blocks);
       const int64_t r0 = rows.begin + block.begin, n = block.size();
@@ -225,7 +263,12 @@ FUSEDRNN_INLINE void product(const S* panels, Inner inner, Range vectors, Range 
         row[1][r] = row[0][r] + inner.second_at;
         expect(r0 + r, v0 * L, nv * L);
       }
-      for (int w = 0; w < width; w += kTileWidth) {
+      for (int w = 0; w < width && weights.rows; ++w) {
+        const int64_t u = (v0 + w % nv) * L;
+        const T* own = weights.rows + (w / nv * weights.units + u) * K;
+        for (int64_t r = 0; r < n; ++r) out[r * width + w] = dot_rows(row[0][r], K, own, weights.units - u);
+      }
+      for (int w = 0; w < width && !weights.rows; w += kTileWidth) {
         const int nr = min64(kTileWidth, width - w);
         const S* strip = panel + w * K * L;
         for_row_blocks({0, n}, nr, [&](int64_t r, int mr) {
@@ -249,38 +292,45 @@ FUSEDRNN_INLINE S* panel_at(S* panel, int64_t K, int width, int w, int64_t k) {
   return panel + (strip * K + k * min64(kTileWidth, width - strip) + (w - strip)) * Vec<S>::kLanes;
 }
 
-// Panels of output units, from W [kGroup * units, ldw] whose rows are the outputs:
-//   vector (g, v), lane u, inner index k  =  w[(g * units + v * lanes + u) * ldw + k]
+// Panels of output units `vectors`, from W [kGroup * units, K] whose rows are the outputs:
+//   vector (g, v), lane u, inner index k  =  w[(g * units + v * lanes + u) * K + k]
 template <int kGroup, class S, class T>
-void pack_rows(const T* w, int64_t units, int64_t K, int64_t ldw, int64_t v0, int nv, S* panels) {
-  constexpr int L = Vec<S>::kLanes;
-  constexpr int64_t kBlock = 16;  // columns read from each row before the next: one cache line of float
-  S* panel = panels + v0 * K * kGroup * L;
-  for (int64_t k0 = 0; k0 < K; k0 += kBlock) {
-    const int64_t k1 = min64(K, k0 + kBlock);
-    for (int g = 0; g < kGroup; ++g) {
-      for (int v = 0; v < nv; ++v) {
-        S* to = panel_at(panel, K, kGroup * nv, g * nv + v, 0);
-        const int64_t pitch = panel_at(panel, K, kGroup * nv, g * nv + v, 1) - to, u0 = (v0 + v) * L;
-        for (int u = 0; u < L; ++u) {
-          const T* row = w + (g * units + u0 + u) * ldw;
-          for (int64_t k = k0; k < k1; ++k) to[k * pitch + u] = u0 + u < units ? to_compute(row[k]) : S(0);
-        }
+void pack_rows(const T* w, int64_t units, int64_t K, Range vectors, S* panels) {
+  constexpr int L = Vec<S>::kLanes, U = kGroupVectors<kGroup>;
+  for (int64_t v0 = vectors.begin; v0 < vectors.end; v0 += U) {
+    const int nv = static_cast<int>(min64(U, vectors.end - v0));
+    S* panel = panels + v0 * K * kGroup * L;
+    for (int i = 0; i < kGroup * nv; ++i) {
+      S* to = panel_at(panel, K, kGroup * nv, i, 0);
+      const int64_t pitch = panel_at(panel, K, kGroup * nv, i, 1) - to, u0 = (v0 + i % nv) * L;
+      const T* row = w + (i / nv * units + u0) * K;
+      for (int64_t k = 0; k < K; k += L) {
+        Vec<S> square[L];
+#pragma GCC unroll 16
+        for (int u = 0; u < L; ++u) square[u] = u0 + u < units ? load<S>(row + u * K + k, K - k) : Vec<S>(0);
+        transpose(square);
+        for (int j = 0; j < L && k + j < K; ++j) store(to + (k + j) * pitch, square[j]);
       }
     }
   }
 }
 
-// Panels of output columns, from W [K, ldw] whose rows are the inner dimension:
-//   vector v, lane u, inner index k  =  w[k * ldw + v * lanes + u]
+// Panels of output columns `vectors`, from W [K, columns] whose rows are the inner dimension:
+//   vector v, lane u, inner index k  =  w[k * columns + v * lanes + u]
 template <class S, class T>
-void pack_columns(const T* w, int64_t K, int64_t columns, int64_t ldw, int64_t v0, int nv, S* panels) {
-  constexpr int L = Vec<S>::kLanes;
-  S* panel = panels + v0 * K * L;
-  for (int64_t k = 0; k < K; ++k) {
-    for (int v = 0; v < nv; ++v) {
-      const int64_t u = (v0 + v) * L;
-      store(panel_at(panel, K, nv, v, k), load<S>(w + k * ldw + u, columns - u));
+void pack_columns(const T* w, int64_t K, int64_t columns, Range vectors, S* panels) {
+  constexpr int L = Vec<S>::kLanes, U = kGroupVectors<1>;
+  constexpr int64_t kRows = 16;  // read from end to end before the next: column by column would touch a page a row
+  for (int64_t k0 = 0; k0 < K; k0 += kRows) {
+    for (int64_t v0 = vectors.begin; v0 < vectors.end; v0 += U) {
+      const int nv = static_cast<int>(min64(U, vectors.end - v0));
+      S* panel = panels + v0 * K * L;
+      for (int64_t k = k0; k < min64(K, k0 + kRows); ++k) {
+        for (int v = 0; v < nv; ++v) {
+          const int64_t u = (v0 + v) * L;
+          store(panel_at(panel, K, nv, v, k), load<S>(w + k * columns + u, columns - u));
+        }
+      }
     }
   }
 }

@@ -7,7 +7,7 @@ namespace fusedrnn {
 
 Plan make_plan(const LayerSizes& size, int gates, int lanes, int threads) {
   // Below this many multiply-adds a thread is not worth waking.
-  constexpr int64_t kWorkPerThread = 1 << 16;
+  constexpr int64_t kWorkPerThread = 1 << 18;
   const int64_t work = size.N * size.D * gates * size.H * (size.I + size.R);
   const int64_t useful = std::max<int64_t>(1, work / kWorkPerThread);
   const int n = static_cast<int>(std::min<int64_t>({threads, useful, kMaxThreads}));

@@ -90,23 +90,20 @@ struct Item {
   FUSEDRNN_INLINE int64_t rows(int64_t t) const { return min64(active[t], last) - first; }  // active at step t
 };
 
-// A share of the threads' work that all of them prepare: with teams of one, panels go round; in a larger team each
-// member packs what it will read itself.
+// How threads share the packing of weights.
 struct Packing {
   const Plan& plan;
   int thread, threads;
-  int64_t turn = 0;
 
-  template <class Pack>
-  FUSEDRNN_INLINE void panels(int d, int64_t units, int lanes, int group_vectors, const Pack& pack) {
-    const int64_t vectors = ceil_div(units, lanes);
-    for (int m = 0; m < plan.members; ++m) {
-      const Range own = part(vectors, m, plan.members);
-      for (int64_t v0 = own.begin; v0 < own.end; v0 += group_vectors) {
-        const bool mine = plan.members == 1 ? turn++ % threads == thread
-                                            : m == thread % plan.members && d % plan.teams == thread / plan.members;
-        if (mine) pack(v0, static_cast<int>(min64(group_vectors, own.end - v0)));
-      }
-    }
+  // Of an operand whose panels begin at vector 0, whoever reads them: the vectors this thread packs.
+  Range any(int64_t vectors, int group_vectors) const {
+    const Range panels = part(ceil_div(vectors, group_vectors), thread, threads);
+    return {panels.begin * group_vectors, min64(vectors, panels.end * group_vectors)};
+  }
+  // Of direction d's operand that each member of a team reads for units of its own, from a panel of its own on.
+  Range own(int d, int64_t vectors, int group_vectors) const {
+    if (plan.members == 1) return any(vectors, group_vectors);
+    if (d % plan.teams != thread / plan.members) return {0, 0};
+    return part(vectors, thread % plan.members, plan.members);
   }
 };

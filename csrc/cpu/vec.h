@@ -102,6 +102,62 @@ FUSEDRNN_INLINE float to_compute(BFloat16 s) {
 FUSEDRNN_INLINE float to_compute(float s) { return s; }
 FUSEDRNN_INLINE double to_compute(double s) { return s; }
 
+// ---- lanes ------------------------------------------------------------------------------------------------------
+
+// Exchange of lanes a distance d apart between a and b, L lanes each; the second operand's lanes count from L on.
+template <int d, int L>
+struct LowLanes {  // a[j] where bit d of j is clear, else b[j - d]
+  static constexpr int of(int j) { return j & d ? L + j - d : j; }
+};
+template <int d, int L>
+struct HighLanes {  // a[j + d] where bit d of j is clear, else b[j]
+  static constexpr int of(int j) { return j & d ? L + j : j + d; }
+};
+
+template <class Index, class S, int... J>
+FUSEDRNN_INLINE Vec<S> shuffle(Vec<S> a, Vec<S> b, std::integer_sequence<int, J...>) {
+#if defined(__clang__)
+  return Vec<S>(__builtin_shufflevector(a.v, b.v, Index::of(J)...));
+#else
+  return Vec<S>(__builtin_shuffle(a.v, b.v, typename Raw<S>::Int{Index::of(J)...}));
+#endif
+}
+template <template <int, int> class Index, int d, class S>
+FUSEDRNN_INLINE Vec<S> exchange(Vec<S> a, Vec<S> b) {
+  constexpr int L = Vec<S>::kLanes;
+  return shuffle<Index<d, L>>(a, b, std::make_integer_sequence<int, L>());
+}
+
+// Rows and columns of a square of L x L elements change places.
+template <int d = 1, class S>
+FUSEDRNN_INLINE void transpose(Vec<S> (&rows)[Vec<S>::kLanes]) {
+  if constexpr (d < Vec<S>::kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Vec<S>::kLanes; ++i) {
+      if (i & d) continue;
+      const Vec<S> a = rows[i], b = rows[i + d];
+      rows[i] = exchange<LowLanes, d>(a, b);
+      rows[i + d] = exchange<HighLanes, d>(a, b);
+    }
+    transpose<2 * d>(rows);
+  }
+}
+
+// Lane i of the result: the sum of the lanes of rows[i]. Destroys rows.
+template <int d = 1, class S>
+FUSEDRNN_INLINE Vec<S> sums_of_lanes(Vec<S> (&rows)[Vec<S>::kLanes]) {
+  constexpr int L = Vec<S>::kLanes;
+  if constexpr (d < L) {
+#pragma GCC unroll 16
+    for (int i = 0; i < L / 2 / d; ++i) {
+      const Vec<S> a = rows[2 * i], b = rows[2 * i + 1];
+      rows[i] = exchange<LowLanes, d>(a, b) + exchange<HighLanes, d>(a, b);
+    }
+    return sums_of_lanes<2 * d>(rows);
+  }
+  return rows[0];
+}
+
 // ---- activations ------------------------------------------------------------------------------------------------
 
 template <class S>
