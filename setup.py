@@ -17,7 +17,8 @@ SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("
 # One translation unit an instruction set: the largest first, so that parallel jobs end together.
 SOURCES.sort(key=lambda name: ("isa_" not in name, name))
 
-FLAGS = ["-O3", "-g0", "-std=c++17", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+FLAGS = ["-O3", "-g0", "-std=c++17", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden"]
+FLAGS += ["-Wall", "-Wno-unknown-pragmas"]
 if sys.platform == "darwin":
     FLAGS.remove("-fopenmp")  # Apple's clang has none: one thread
 

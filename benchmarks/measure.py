@@ -42,7 +42,7 @@ class Disagreement(RuntimeError):
 class Result:
     """What was measured. ``ratio`` is torch.nn's time over ours: the median of the rounds and its quartiles.
 
-    ``peak_gflops`` is what the same threads reached multiplying and adding in registers, in the same rounds.
+    ``peak_gflops`` is what all threads reached multiplying and adding in registers, in the same rounds.
     """
 
     case: Case

@@ -24,7 +24,7 @@ HEADER = f"{'case':54} {'torch.nn':>15} {'fusedrnn':>10} {'ratio (quartiles)':>2
 HOW_TO_READ = (
     "Ratio: torch.nn's time over ours, the median of interleaved rounds, with quartiles; below 1 we are slower."
     " torch.nn has the better of 1 and all threads (in brackets). GFLOP/s: ours, the matrix products alone."
-    " Peak: what the same threads reach in the same rounds multiplying and adding in registers."
+    " Peak: what all threads reach in the same rounds multiplying and adding in registers."
 )
 
 
@@ -72,7 +72,8 @@ def line(result: Result) -> str:
         torch_time = f"{_short(result.torch_ms)} ms ({result.torch_threads}t)"
         ratio = f"{result.ratio:.2f} ({result.ratio_low:.2f}-{result.ratio_high:.2f})"
     ours = f"{_short(result.ours_ms)} ms"
-    return f"{result.case.name:54} {torch_time:>15} {ours:>10} {ratio:>22} {_short(result.gflops):>8} {result.percent:>9.0f}"
+    reached = f"{_short(result.gflops):>8} {result.percent:>9.0f}"
+    return f"{result.case.name:54} {torch_time:>15} {ours:>10} {ratio:>22} {reached}"
 
 
 def summary(results: Sequence[Result]) -> str:

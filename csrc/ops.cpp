@@ -41,7 +41,8 @@ struct Layer {
 };
 
 void check_tensor(const Tensor& t, const Tensor& x, const char* name, at::IntArrayRef shape) {
-  TORCH_CHECK(t.device() == x.device(), name, " must be on the device of the input, ", x.device(), ", got ", t.device());
+  TORCH_CHECK(t.device() == x.device(), name, " must be on the device of the input, ", x.device(), ", got ",
+              t.device());
   TORCH_CHECK_VALUE(t.scalar_type() == x.scalar_type(), name, " must have the dtype of the input, ", x.scalar_type(),
                     ", got ", t.scalar_type());
   TORCH_CHECK(t.sizes() == shape, name, " must have shape ", shape, ", got ", t.sizes());

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <chrono>
+#include <stdexcept>
 
 #include "cpu/dispatch.h"
 #include "cpu/plan.h"
@@ -61,6 +62,9 @@ struct Lengths {
 
 py::dict plan(const std::vector<int64_t>& batch_sizes, int64_t I, int64_t H, int directions, int gates, int lanes,
               int threads) {
+  if (batch_sizes.empty() || I < 1 || H < 1 || directions < 1 || directions > 2 || gates < 1 || lanes < 1 || threads < 1) {
+    throw py::value_error("plan: every size must be at least 1, directions 1 or 2");
+  }
   const Lengths lengths(batch_sizes, I, H, directions);
   const Plan p = make_plan(lengths.size, gates, lanes, threads);
   std::vector<int64_t> bounds(p.slices + 1);
@@ -75,18 +79,22 @@ py::dict plan(const std::vector<int64_t>& batch_sizes, int64_t I, int64_t H, int
 
 // Operations a second of `threads` threads that multiply and add in registers for about `seconds`.
 double peak_flops(int threads, double seconds) {
+  if (threads < 1 || threads > kMaxThreads) throw std::invalid_argument("threads must be from 1 to 256");
   using Clock = std::chrono::steady_clock;
-  if (threads < 1 || threads > kMaxThreads) throw py::value_error("threads must be from 1 to 256");
-  int64_t done = 0;
-  const auto start = Clock::now();
-  const auto elapsed = [&] { return std::chrono::duration<double>(Clock::now() - start).count(); };
-  double end = 0;
-#pragma omp parallel num_threads(threads) reduction(+ : done) reduction(max : end)
+  double rate = 0;  // of all threads, each by its own clock
+#pragma omp parallel num_threads(threads) reduction(+ : rate)
   {
-    do done += kernels().multiply_adds(10000);
-    while ((end = elapsed()) < seconds);
+    int64_t done = 0;
+    double elapsed = 0;
+#pragma omp barrier
+    const auto start = Clock::now();
+    do {
+      done += kernels().multiply_adds(10000);
+      elapsed = std::chrono::duration<double>(Clock::now() - start).count();
+    } while (elapsed < seconds);
+    rate = done / elapsed;
   }
-  return done / end;
+  return rate;
 }
 
 template <class S>
@@ -113,7 +121,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cells", cell_list, "Constants of the compiled cells, in registry order.");
   m.def("plan", plan, py::arg("batch_sizes"), py::arg("I"), py::arg("H"), py::arg("directions"), py::arg("gates"),
         py::arg("lanes"), py::arg("threads"), "How a layer would be shared among threads.");
-  m.def("peak_flops", peak_flops, py::arg("threads"), py::arg("seconds") = 0.005,
+  m.def("peak_flops", peak_flops, py::arg("threads"), py::arg("seconds") = 0.02,
         py::call_guard<py::gil_scoped_release>(), "float32 operations a second, multiplying and adding in registers.");
   m.def("activation", activation<float>, py::arg("isa"), py::arg("function"), py::arg("x").noconvert());
   m.def("activation", activation<double>, py::arg("isa"), py::arg("function"), py::arg("x").noconvert());

@@ -222,6 +222,11 @@ def parser() -> argparse.ArgumentParser:
             raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
         return int(text)
 
+    def above_zero(text: str) -> float:
+        if not float(text) > 0:
+            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+        return float(text)
+
     result = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = result.add_argument
     add("--text", type=Path, nargs="+", metavar="FILE", help="text to learn (default: Python's standard library)")
@@ -232,13 +237,13 @@ def parser() -> argparse.ArgumentParser:
     add("--batch", type=positive, default=32, help="streams of text read side by side (default: %(default)s)")
     add("--seq", type=positive, default=100, help="characters between two updates (default: %(default)s)")
     add("--steps", type=positive, default=400, help="updates (default: %(default)s)")
-    add("--lr", type=float, default=3e-3, help="Adam's learning rate (default: %(default)s)")
-    add("--clip", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
+    add("--lr", type=above_zero, default=3e-3, help="Adam's learning rate (default: %(default)s)")
+    add("--clip", type=above_zero, default=1.0, help="largest gradient norm (default: %(default)s)")
     add("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
     add("--seed", type=int, default=1, help="default: %(default)s")
     add("--threads", type=positive, help="default: what torch chooses")
     add("--sample", type=int, default=300, metavar="N", help="characters to generate (default: %(default)s)")
-    add("--temperature", type=float, default=0.7, help="of the sample (default: %(default)s)")
+    add("--temperature", type=above_zero, default=0.7, help="of the sample (default: %(default)s)")
     add("--out", type=Path, default=Path("out"), metavar="DIR", help="where char_lm.png goes (default: %(default)s)")
     return result
 

@@ -7,7 +7,7 @@
 torch.Size([5, 3, 20])
 """
 
-from . import functional, ops
+from . import functional, ops, reference
 from .cells import CELLS, CellInfo
 from .convert import ConversionReport, convert, revert
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, ResidualRNN, RNNCell
@@ -28,5 +28,6 @@ __all__ = [
     "convert",
     "functional",
     "ops",
+    "reference",
     "revert",
 ]

@@ -234,11 +234,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
         return int(text)
 
+    def natural(text: str) -> int:
+        if int(text) < 0:
+            raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
+        return int(text)
+
     parser.add_argument("cell", choices=CHOICES)
     for name, default in (("time", 7), ("batch", 3), ("input", 5), ("hidden", 6)):
         parser.add_argument(f"--{name}", type=positive, default=default, metavar="N", help=f"default {default}")
     parser.add_argument("--proj", type=positive, metavar="N", help="LSTM: size of the projected output, below --hidden")
-    parser.add_argument("--seed", type=int, default=0, help="default 0")
+    parser.add_argument("--seed", type=natural, default=0, help="default 0")
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCE}
     parser.add_argument("--dtype", choices=dtypes, default="float64", help="default float64")
     args = parser.parse_args(argv)

@@ -64,10 +64,16 @@ class RecurrentLayer(torch.autograd.Function):
         _, _, need_x, _, need_h0, need_c0, *need_weights = ctx.needs_input_grad
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * len(ctx.needs_input_grad)
-        dx, dh0, dc0, *dweights = RecurrentLayerBackward.apply(
-            ctx.cell, ctx.bidirectional, need_x, any(need_weights), dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved,
-            *weights,
-        )  # fmt: skip
+        if torch.compiler.is_compiling():  # Dynamo traces no Function inside another's backward
+            dx, dh0, dc0, dweights = layer_backward(
+                dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, ctx.cell, ctx.bidirectional, need_x,
+                any(need_weights),
+            )  # fmt: skip
+        else:
+            dx, dh0, dc0, *dweights = RecurrentLayerBackward.apply(
+                ctx.cell, ctx.bidirectional, need_x, any(need_weights), dy, dh_n, dc_n, x, batch_sizes, h0, c0, y,
+                saved, *weights,
+            )  # fmt: skip
         dweights = dweights or [None] * len(weights)
         return (
             None,
@@ -84,7 +90,9 @@ class RecurrentLayerBackward(torch.autograd.Function):
     """The hand-derived gradients of :class:`RecurrentLayer`, themselves not differentiable yet."""
 
     @staticmethod
-    def forward(cell, bidirectional, need_x, need_weights, dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *weights):  # noqa: D102
+    def forward(  # noqa: D102
+        cell, bidirectional, need_x, need_weights, dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *weights
+    ):
         dx, dh0, dc0, dweights = layer_backward(
             dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, cell, bidirectional, need_x, need_weights
         )
@@ -157,6 +165,18 @@ def _autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return (x, *tensors)
 
 
+def _check_cell_and_weights(cell: str, weights: Sequence[Tensor]) -> None:
+    """What everything after relies on."""
+    if cell not in CELLS:
+        raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
+    for weight in weights:
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"weights must be tensors, got {type(weight).__name__}")
+    for name, weight in zip(("w_ih", "w_hh"), weights):
+        if weight.dim() != 2:
+            raise RuntimeError(f"{name} must have 2 dimensions, got {weight.dim()}")
+
+
 def _check_states(
     names: Sequence[str],
     states: Sequence[Tensor | None],
@@ -202,8 +222,7 @@ def recurrent(
     Raises:
         RuntimeError, ValueError, TypeError: a shape, device or dtype that does not fit; the message names the argument.
     """
-    if cell not in CELLS:
-        raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
+    _check_cell_and_weights(cell, weights)
     names = CELLS[cell].states
     states: Sequence[Tensor | None] = (hx,) if isinstance(hx, Tensor) else (None,) * len(names) if hx is None else hx
     if len(states) != len(names):
@@ -345,15 +364,14 @@ def recurrent_cell(
     Raises:
         RuntimeError: sizes or dtypes that do not fit, with the messages of torch.nn's cells.
     """
-    if len(hx) != len(CELLS[cell].states):
-        raise RuntimeError(f"{cell} expects {len(CELLS[cell].states)} hidden state(s), got {len(hx)}")
     if (b_ih is None) != (b_hh is None):
         raise ValueError("b_ih and b_hh must be given together")
-    named = {"input": input, "w_ih": w_ih, "w_hh": w_hh, **{f"hidden{i}": state for i, state in enumerate(hx)}}
-    for name, tensor in named.items():
-        if tensor is not None and tensor.dim() != 2:
-            raise RuntimeError(f"{name} must have 2 dimensions, got {tensor.dim()}")
     weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
+    _check_cell_and_weights(cell, weights)
+    if len(hx) != len(CELLS[cell].states):
+        raise RuntimeError(f"{cell} expects {len(CELLS[cell].states)} hidden state(s), got {len(hx)}")
+    if input.dim() != 2:
+        raise RuntimeError(f"input must have 2 dimensions, got {input.dim()}")
     x, *rest = _autocast(input, *hx, *weights)
     hx, weights = rest[: len(hx)], rest[len(hx) :]
     if x.size(1) != w_ih.size(1):
@@ -361,14 +379,16 @@ def recurrent_cell(
     for index, state in enumerate(hx):
         if state is None:
             continue
-        if state.size(0) != x.size(0):
+        if state.dim() > 0 and state.size(0) != x.size(0):
             raise RuntimeError(
                 f"Input batch size {x.size(0)} doesn't match hidden{index} batch size {state.size(0)}"
             )
-        if state.size(1) != w_hh.size(1):
+        if state.dim() > 1 and state.size(1) != w_hh.size(1):
             raise RuntimeError(
                 f"hidden{index} has inconsistent hidden_size: got {state.size(1)}, expected {w_hh.size(1)}"
             )
+        if state.dim() != 2:
+            raise RuntimeError(f"hidden{index} must have 2 dimensions, got {state.dim()}")
     for tensor in (*hx, *weights):
         if tensor is not None and tensor.dtype != x.dtype:
             raise RuntimeError(f"input, hidden state and weights must have one dtype, got {x.dtype} and {tensor.dtype}")

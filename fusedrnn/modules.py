@@ -216,6 +216,8 @@ class ResidualRNN(_SequenceModule, torch.nn.RNNBase):
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not ResidualRNN")
         torch.nn.RNNBase.__init__(self, "RNN_TANH", *args, **kwargs)  # the parameters of one gate
+        if self.proj_size:
+            raise ValueError(f"ResidualRNN cannot be projected, got proj_size {self.proj_size}")
         self.mode = "RESIDUAL_RNN"
 
     def forward(

@@ -27,6 +27,13 @@ def _spread_stride(n: int, itemsize: int) -> int:
     return n if n < 4 * line else (-(-n // line) | 1) * line
 
 
+def _check_devices(x: Tensor, **tensors: Tensor | None) -> None:
+    """A tensor on the meta device beside others leads here, where nothing is computed: an error, not a result."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != x.device:
+            raise RuntimeError(f"{name} must be on the device of the input, {x.device}, got {tensor.device}")
+
+
 @torch.library.register_fake("fusedrnn::layer_forward")
 def _(
     x: Tensor,
@@ -38,6 +45,7 @@ def _(
     bidirectional: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_devices(x, h0=h0, c0=c0, **{f"weights[{i}]": weight for i, weight in enumerate(weights)})
     info, directions = CELLS[cell], 2 if bidirectional else 1
     hidden = weights[1].size(0) // len(info.gates)
     out = weights[1].size(1)  # R: H, or P with a projection
@@ -75,6 +83,8 @@ def _(
     need_x: bool,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    named = {"dy": dy, "dh_n": dh_n, "dc_n": dc_n, "h0": h0, "c0": c0, "y": y, "saved": saved}
+    _check_devices(x, **named, **{f"weights[{i}]": weight for i, weight in enumerate(weights)})
     info, directions = CELLS[cell], 2 if bidirectional else 1
     hidden = weights[1].size(0) // len(info.gates)
     if h0 is not None:

@@ -78,6 +78,7 @@ def test_fails_when_one_entry_is_wrong(
         (["lstm", "--proj", "6"], "--proj must be smaller than --hidden, got 6 and 6"),
         (["lstm_proj", "--hidden", "1"], "--proj must be smaller than --hidden, got 1 and 1"),
         (["lstm", "--time", "0"], "must be at least 1, got 0"),
+        (["lstm", "--seed", "-1"], "must not be negative, got -1"),
         (["elman"], "invalid choice: 'elman'"),
     ],
 )

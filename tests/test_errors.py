@@ -350,6 +350,17 @@ def test_functional_arguments() -> None:
         functional.gru(x, None, weights, num_layers=2)
     with pytest.raises(ValueError, match=r"w_ih, w_hh\[, b_ih, b_hh\] for each of 1 layer"):  # a GRU has no w_hr
         functional.gru(x, None, list(fusedrnn.GRU(4, 5)._flat_weights)[:3])
+    w_ih, w_hh = weights[0], weights[1]
+    with pytest.raises(RuntimeError, match="w_hh must have 2 dimensions, got 1"):
+        functional.lstm(x, (torch.zeros(1, 2, 5),) * 2, [w_ih, w_hh[0]])
+    with pytest.raises(TypeError, match="weights must be tensors, got NoneType"):
+        functional.lstm(x, None, [w_ih, w_hh, None, None])
+    with pytest.raises(ValueError, match="cell must be one of"):
+        functional.recurrent_cell("peephole", x[0], (None,), w_ih, w_hh)
+    with pytest.raises(ValueError, match="cannot be projected"):
+        fusedrnn.ResidualRNN(3, 4, 1, True, False, 0.0, False, 2)
+    with pytest.raises(RuntimeError, match="device"):  # a single meta tensor would lead to the fake kernel
+        fusedrnn.ops.layer_forward(x, None, None, None, [w.to("meta") for w in weights[:4]], "lstm", False, True)
     for dropout in (-0.1, 1.5, float("nan")):
         with pytest.raises(ValueError, match="dropout must be a probability"):
             functional.lstm(x, None, weights, num_layers=2, dropout=dropout)
@@ -394,3 +405,13 @@ def test_batch_sizes_that_overflow() -> None:
     with pytest.raises(RuntimeError, match="batch_sizes must add up"):
         sizes = torch.full((4,), 2**62)
         fusedrnn.ops.layer_forward(torch.zeros(0, 4), sizes, None, None, weights, "rnn_tanh", False, False)
+
+
+@pytest.mark.parametrize("x, h", [((3,), (1, 4)), ((2, 3), (4,)), ((2, 3), (3, 4)), ((2, 3), (2, 5))])
+def test_cell_states_of_another_rank_or_size(x: tuple[int, ...], h: tuple[int, ...]) -> None:
+    """torch.nn's words, which speak of what the caller gave."""
+    with pytest.raises(RuntimeError) as theirs:
+        nn.GRUCell(3, 4)(torch.zeros(x), torch.zeros(h))
+    with pytest.raises(RuntimeError) as ours:
+        fusedrnn.GRUCell(3, 4)(torch.zeros(x), torch.zeros(h))
+    assert str(ours.value) == str(theirs.value)

@@ -1,7 +1,7 @@
 // Back-propagation through time of every cell: one parallel region for the whole layer. Included after forward.inl.
 //
 // A team goes back through an item in chunks of steps. Per step: dL/dh = dy + the product of the later step's gate
-// gradients with W_hh, in register tiles, with the cell's backward on each tile; one barrier. dG of a chunk stays in
+// gradients with W_hh, in register tiles, then the cell's backward on each block of rows; a barrier a product. dG of a chunk stays in
 // cache and is used up before the next chunk: dx = dG W_ih, and the weight gradients, one product over all rows of
 // the chunk. dG of all T is never stored. Slices of the batch accumulate apart and are added in a fixed order, so
 // the same number of threads gives the same bits.

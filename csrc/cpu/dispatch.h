@@ -23,7 +23,7 @@ struct KernelTable {
   int64_t (*multiply_adds)(int64_t turns);
 };
 
-// Tables compiled into this build, best first; a null name ends the list. Defined one per isa_*.cpp.
+// Tables compiled into this build, one per isa_*.cpp.
 extern const KernelTable kTableBase;
 #if defined(__x86_64__)
 extern const KernelTable kTableAvx2;

@@ -2,7 +2,7 @@
 //
 // A team takes an item (direction, slice of the batch) and goes through time in chunks. For a chunk it first makes
 // x W_ih^T + b_ih of all its rows (each member its own units), then steps: the product with h_{t-1} in register
-// tiles, the cell on each tile while it is in the first-level cache, one barrier. With `saved`, the projection is
+// tiles, the cell on each block of rows while it is in the first-level cache, a barrier after each product. With `saved`, the projection is
 // written straight into the rows that the activated gates will overwrite.
 //
 // Layouts: gates and saved rows [k][H] for k in [0, kSaved), then c; h double-buffered [2][samples][R].

@@ -6,18 +6,19 @@
 // A panel that begins at vector v0 begins at element v0 * K * kGroup * lanes: panels of any widths follow one
 // another without a table. Lanes past the last unit are zero.
 //
-// Tile sizes: a strip is read from the second-level cache once for each block of rows, so rows count more than
-// width: 6 x 2 vectors halve that traffic against 3 x 4 with 16 registers (docs/performance.md).
+// Tile sizes: as many accumulators as the registers hold, few loads a multiply-add, no spills (docs/performance.md).
 
 #if FUSEDRNN_VECTOR_BYTES == 64  // 32 registers
 constexpr int kTileWidth = 4;    // vectors
-constexpr int kTileRows = 8;
 constexpr int max_rows(int nr) { return nr == 4 ? 6 : 8; }
 #else  // 16 registers: accumulators, one broadcast and a row of the strip
 constexpr int kTileWidth = 2;
-constexpr int kTileRows = 6;
 constexpr int max_rows(int) { return 6; }
 #endif
+
+constexpr int kOuterRows = max_rows(kTileWidth);  // of the tiles of weight gradients
+
+#define FUSEDRNN_INLINE_LAMBDA __attribute__((always_inline))
 
 template <int kGroup>
 constexpr int kGroupVectors = kGroup >= 4 ? 1 : kGroup == 3 ? (kTileWidth == 2 ? 2 : 1) : 4 / kGroup;
@@ -141,40 +142,38 @@ void copy_columns(const S* a, int64_t lda, int64_t K, S* to) {
   }
 }
 
-// The tile functions for every size, [nr - 1][mr - 1].
+// The tile functions, by their number of vectors and rows.
 template <class S>
 struct Tiles {
   using RowTile = void (*)(const S* const*, int64_t, const S*, Vec<S>*, int, bool);
   using OuterTiles = void (*)(int64_t, const S*, const S*, int64_t, S*, int64_t, int64_t);
+  using Copy = void (*)(const S*, int64_t, int64_t, S*);
+  using OuterSizes = std::make_integer_sequence<int, kOuterRows>;
 
-  template <int MR, int NR>
-  static constexpr RowTile row() {
-    if constexpr (NR <= kTileWidth && MR <= max_rows(NR)) return row_tile<S, MR, NR>;
-    return nullptr;
-  }
-  template <int MR, int NR>
-  static constexpr OuterTiles outer() {
-    if constexpr (NR <= kTileWidth && MR <= max_rows(NR)) return outer_tiles<S, MR, NR>;
-    return nullptr;
-  }
-#define FUSEDRNN_TILES(KIND, NR)                                                                  \
-  {KIND<1, NR>(), KIND<2, NR>(), KIND<3, NR>(), KIND<4, NR>(), KIND<5, NR>(), KIND<6, NR>(), KIND<7, NR>(), \
-   KIND<8, NR>()}
+  template <int NR = kTileWidth>
   static RowTile row_tile_of(int nr, int mr) {
-    static constexpr RowTile table[4][8] = {FUSEDRNN_TILES(row, 1), FUSEDRNN_TILES(row, 2), FUSEDRNN_TILES(row, 3),
-                                            FUSEDRNN_TILES(row, 4)};
-    return table[nr - 1][mr - 1];
+    if constexpr (NR > 1) {
+      if (nr < NR) return row_tile_of<NR - 1>(nr, mr);
+    }
+    return row_tile_of<NR>(mr, std::make_integer_sequence<int, max_rows(NR)>());
   }
-  static OuterTiles outer_tiles_of(int nr, int mr) {
-    static constexpr OuterTiles table[4][8] = {FUSEDRNN_TILES(outer, 1), FUSEDRNN_TILES(outer, 2),
-                                              FUSEDRNN_TILES(outer, 3), FUSEDRNN_TILES(outer, 4)};
-    return table[nr - 1][mr - 1];
+  static OuterTiles outer_tiles_of(int mr) { return outer_tiles_of(mr, OuterSizes()); }
+  static Copy copy_of(int mr) { return copy_of(mr, OuterSizes()); }
+
+ private:
+  template <int NR, int... M>
+  static RowTile row_tile_of(int mr, std::integer_sequence<int, M...>) {
+    static constexpr RowTile table[] = {row_tile<S, M + 1, NR>...};
+    return table[mr - 1];
   }
-#undef FUSEDRNN_TILES
-  static auto copy_of(int mr) {
-    static constexpr void (*table[8])(const S*, int64_t, int64_t, S*) = {
-        copy_columns<S, 1>, copy_columns<S, 2>, copy_columns<S, 3>, copy_columns<S, 4>,
-        copy_columns<S, 5>, copy_columns<S, 6>, copy_columns<S, 7>, copy_columns<S, 8>};
+  template <int... M>
+  static OuterTiles outer_tiles_of(int mr, std::integer_sequence<int, M...>) {
+    static constexpr OuterTiles table[] = {outer_tiles<S, M + 1, kTileWidth>...};
+    return table[mr - 1];
+  }
+  template <int... M>
+  static Copy copy_of(int mr, std::integer_sequence<int, M...>) {
+    static constexpr Copy table[] = {copy_columns<S, M + 1>...};
     return table[mr - 1];
   }
 };
@@ -197,7 +196,6 @@ struct Inner {
   FUSEDRNN_INLINE int64_t size() const { return first + second; }
 };
 
-#define FUSEDRNN_INLINE_LAMBDA __attribute__((always_inline))
 constexpr auto nothing_expected = [](int64_t, int64_t, int64_t) {};
 
 // out[u] = sum_k a[k] * w[u * K + k] for L rows of w, of which `rows` exist: a product without packed weights.
@@ -239,15 +237,15 @@ struct Weights {
 };
 
 // Rows times weights: for each own vector v and each row r, epilogue(r, v, acc, stride): gate g of the product is
-// acc[g * stride]. kBlockRows rows at a time meet one strip after another; then, while their product is in the first-
-// level cache, comes the epilogue.
+// acc[g * stride]. A block of rows meets one strip after another; then, while its product is in the first-level
+// cache, comes the epilogue.
 //   a(r): pointer to row r of the left operand
 //   expect(r, u, n): prefetches what the epilogue will touch of row r, elements [u, u + n); called before the product
 template <int kGroup, class S, class T, class RowPointer, class Expect, class Epilogue>
 FUSEDRNN_INLINE void product(const Weights<S, T>& weights, Inner inner, Range vectors, Range rows, const RowPointer& a,
                              const Expect& expect, const Epilogue& epilogue) {
   constexpr int U = kGroupVectors<kGroup>, L = Vec<S>::kLanes;
-  constexpr int64_t kBlockRows = 64;
+  constexpr int64_t kBlockRows = 2048 / FUSEDRNN_VECTOR_BYTES;
   static_assert(kGroup * U <= kPanelWidth, "a cell with more gates needs a wider panel");
   Vec<S> out[kBlockRows * kPanelWidth];
   const S* row[2][kBlockRows];
@@ -358,19 +356,19 @@ struct Strips {
 template <class S>
 void outer_product(const S* a, int64_t lda, int64_t K, int64_t M, const Strips<S>& b, S* out, int64_t ldo) {
   constexpr int64_t kSumRows = 64, kBytes = 16 << 10, kColumns = Strips<S>::kColumns;
-  constexpr int64_t kBlocks = kBytes / (kTileRows * kSumRows * sizeof(S));
-  alignas(64) S copy[kBlocks * kTileRows * kSumRows];
+  constexpr int64_t kBlocks = kBytes / (kOuterRows * kSumRows * sizeof(S));
+  alignas(64) S copy[kBlocks * kOuterRows * kSumRows];
   for (int64_t k0 = 0; k0 < K; k0 += kSumRows) {
     const int64_t kn = min64(kSumRows, K - k0);
     for (int64_t m0 = 0, mn; m0 < M; m0 += mn) {  // whole blocks, then what is left of the columns
-      const int mr = static_cast<int>(min64(max_rows(kTileWidth), M - m0));
+      const int mr = static_cast<int>(min64(kOuterRows, M - m0));
       const int64_t blocks = min64(kBlocks, (M - m0) / mr);
       mn = blocks * mr;
       for (int64_t i = 0; i < blocks; ++i) {
         Tiles<S>::copy_of(mr)(a + k0 * lda + m0 + i * mr, lda, kn, copy + i * mr * kn);
       }
       for (int64_t n0 = 0; n0 < b.n; n0 += kColumns) {
-        Tiles<S>::outer_tiles_of(kTileWidth, mr)(blocks, copy, b.at(k0, n0), kn, out + m0 * ldo + n0, ldo,
+        Tiles<S>::outer_tiles_of(mr)(blocks, copy, b.at(k0, n0), kn, out + m0 * ldo + n0, ldo,
                                                  min64(kColumns, b.n - n0));
       }
     }
