@@ -14,7 +14,7 @@ class ForwardPass {
   static constexpr int L = V::kLanes, G = Cell::kGates, F = Cell::kFirst, K = Cell::kSaved, Z = Cell::kStates;
   static constexpr bool kTwoStage = F < G, kConvert = sizeof(T) != sizeof(S);
   static_assert(K == 0 || K >= G, "the projection is written where the saved gates go");
-  static constexpr int64_t kRowsUnpacked = 16;  // so few rows in all are multiplied by the weights as they are
+  static constexpr int64_t kRowsUnpacked = 10;  // so few rows in all are multiplied by the weights as they are
   static constexpr int64_t kChunkRows = 192;  // of projected gates: they stay in the second-level cache
 
   struct Shared {
