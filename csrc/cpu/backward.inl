@@ -1,10 +1,10 @@
 // Back-propagation through time of every cell: one parallel region for the whole layer. Included after forward.inl.
 //
 // A team goes back through an item in chunks of steps. Per step: dL/dh = dy + the product of the later step's gate
-// gradients with W_hh, in register tiles, then the cell's backward on each block of rows; a barrier a product. dG of a chunk stays in
-// cache and is used up before the next chunk: dx = dG W_ih, and the weight gradients, one product over all rows of
-// the chunk. dG of all T is never stored. Slices of the batch accumulate apart and are added in a fixed order, so
-// the same number of threads gives the same bits.
+// gradients with W_hh, in register tiles, then the cell's backward on each block of rows; a barrier a product. dG of a
+// chunk stays in cache and is used up before the next chunk: dx = dG W_ih, and the weight gradients, one product over
+// all rows of the chunk (weight_gradients.inl). dG of all T is never stored. Slices of the batch accumulate apart and
+// are added in a fixed order, so the same number of threads gives the same bits.
 //
 // Columns of dG: drec of all gates, then dx of the last kSplit gates; [k][H].
 
@@ -171,7 +171,8 @@ class BackwardPass {
   FUSEDRNN_INLINE static int64_t time_of(const Item& item, int64_t s) { return item.d ? s : item.steps - 1 - s; }
 
   void run_item(const Item& item, int index) {
-    initial_carries(item, index);
+    initial_carries(item);
+    if (p_.weight_gradients) clear_weight_sums(item, index);
     team_.meet();
     for (int64_t s0 = 0, s1 = 0; s0 < item.steps; s0 = s1) {
       int64_t rows = 0;
@@ -192,7 +193,7 @@ class BackwardPass {
     team_.meet();
   }
 
-  void initial_carries(const Item& item, int index) {
+  void initial_carries(const Item& item) {
     const auto read = [&](const void* from, int64_t at, int64_t u, int64_t n) {
       return from ? load<S>(static_cast<const T*>(from) + at + u, n - u) : V(0);
     };
@@ -206,31 +207,6 @@ class BackwardPass {
         store(b_.c0 + b * ldm_ + v * L, read(p_.c0, sample * z_.H, v * L, z_.H));
       }
     }
-    if (!p_.weight_gradients) return;
-    // Each member's own rows of the sums over the item's rows.
-    const WeightSums sum = weight_sums(item, index);
-    const auto clear = [](S* from, int64_t n) { __builtin_memset(from, 0, n * sizeof(S)); };
-    const int64_t u0 = units_.begin * L, un = min64(z_.H, units_.end * L) - u0;
-    for (int g = 0; g < G; ++g) {
-      clear(sum.w_ih + (g * z_.H + u0) * z_.I, un * z_.I);
-      clear(sum.w_hh + (g * z_.H + u0) * z_.R, un * z_.R);
-    }
-    for (int c = 0; c < C; ++c) clear(sum.b + c * z_.H + u0, un);
-    if (z_.projected) {
-      const int64_t p0 = outputs_.begin * L, pn = min64(z_.R, outputs_.end * L) - p0;
-      clear(sum.w_hr + p0 * z_.H, pn * z_.H);
-    }
-  }
-
-  // Where an item's weight gradients are summed.
-  WeightSums weight_sums(const Item& item, int index) const {
-    const int64_t H = z_.H, I = z_.I, R = z_.R;
-    const WeightGradients& result = p_.dw[item.d];
-    S* b = s_.db + index * C * H;
-    if (s_.direct) {
-      return {static_cast<S*>(result.w_ih), static_cast<S*>(result.w_hh), static_cast<S*>(result.w_hr), b};
-    }
-    return {s_.dw_ih + index * G * H * I, s_.dw_hh + index * G * H * R, s_.dw_hr + index * R * H, b};
   }
 
   // Appends the rows of step t to the chunk's list; returns the number of rows so far.
@@ -280,9 +256,8 @@ class BackwardPass {
       if (at.dy) prefetch_to_read(at.dy + u, n);
       if (!z_.projected) expect_saved(at, u, n);
     };
-    product<1>(packed(s_.w_hh[d]), gates, outputs_, {0, both}, dg_row, expect, [&](int64_t r, int64_t v, const V* acc, int) {
-      arrive(r, v * L, acc[0] + carried(r, v * L));
-    });
+    product<1>(packed(s_.w_hh[d]), gates, outputs_, {0, both}, dg_row, expect,
+               [&](int64_t r, int64_t v, const V* acc, int) { arrive(r, v * L, acc[0] + carried(r, v * L)); });
     product<1>(packed(s_.w_hh[d]), gates, outputs_, {both, later}, dg_row, nothing_expected,
                [&](int64_t r, int64_t v, const V* acc, int) {
                  store(b_.carry_h + r * ldh_ + v * L, acc[0] + carried(r, v * L));
@@ -367,74 +342,15 @@ class BackwardPass {
     }
   }
 
-  void weight_gradients(const Item& item, int index, int64_t s0, int64_t s1, int64_t rows) {
-    gather_operands(item, s0, s1, part(rows, team_.me, team_.members));
-    team_.meet();
-    const int64_t H = z_.H, I = z_.I, R = z_.R;
-    const int64_t u0 = units_.begin * L, un = min64(H, units_.end * L) - u0;
-    const WeightSums to = weight_sums(item, index);
-    for (int g = 0; g < G; ++g) {
-      const S* dx = b_.dg + (g < G - kSplit ? g : g + kSplit) * H + u0;
-      const S* drec = b_.dg + g * H + u0;
-      outer_product(dx, ldg_, rows, un, b_.x, to.w_ih + (g * H + u0) * I, I);
-      outer_product(drec, ldg_, rows, un, g < F ? b_.h : b_.m, to.w_hh + (g * H + u0) * R, R);
-    }
-    if (z_.projected) {
-      const int64_t p0 = outputs_.begin * L, pn = min64(R, outputs_.end * L) - p0;
-      outer_product(b_.dh + p0, ldh_, rows, pn, b_.m, to.w_hr + p0 * H, H);
-    }
-    for (int c = 0; c < C; ++c) {
-      for (int64_t u = u0; u < u0 + un; u += L) {
-        S* db = to.b + c * H + u;
-        const V sum = pairwise_sum(b_.dg + c * H + u, rows);
-        store(db, load<S>(db, H - u) + sum, H - u);
-      }
-    }
-  }
-
-  // Sum over rows of dG of the vector at `column`; its rounding error grows with the logarithm of the rows.
-  V pairwise_sum(const S* column, int64_t rows) const {
-    if (rows > 16) {
-      const int64_t half = rows / 2;
-      return pairwise_sum(column, half) + pairwise_sum(column + half * ldg_, rows - half);
-    }
-    V sum(0);
-    for (int64_t r = 0; r < rows; ++r) sum = sum + load(column + r * ldg_);
-    return sum;
-  }
-
-  // The right operands of the chunk's weight gradients, row by row beside dG: x, h_{t-1}, and q or the unprojected
-  // output where the cell has them.
-  void gather_operands(const Item& item, int64_t s0, int64_t s1, Range own) {
-    for_steps(item, s0, s1, own, [&](int64_t t, int64_t first, Range samples) {
-      for (int64_t b = samples.begin; b < samples.end; ++b) {
-        const int64_t r = first + b;
-        const T* x = row_at<T>(p_.x, z_.offset, t, item.first + b);
-        const Row& at = b_.rows[r];
-        for (int64_t i = 0; i < z_.I; i += L) store(b_.x.at(r, i), load<S>(x + i, z_.I - i));
-        for (int64_t u = 0; u < z_.R; u += L) store(b_.h.at(r, u), previous_h(at, u));
-        if (kTwoStage || z_.projected) {
-          for (int64_t u = 0; u < z_.H; u += L) store(b_.m.at(r, u), second_operand(at, u));
-        }
-      }
-    });
-  }
-
-  FUSEDRNN_INLINE V second_operand(const Row& at, int64_t u) const {
-    const int64_t n = z_.H - u;
-    Values<V, K> saved;
-    for (int k = 0; k < K; ++k) saved[k] = load<S>(at.saved + k * z_.H + u, n);
-    Values<V, Z> state;
-    if constexpr (kTwoStage) {
-      state[0] = previous_h(at, u);
-      return Cell::recurrent_operand(saved, state);
-    } else if constexpr (Z > 1) {
-      state[0] = V(0);
-      state[1] = load<S>(at.saved + K * z_.H + u, n);
-      return Cell::output(saved, state);
-    }
-    return V(0);  // no such operand: not reached
-  }
+  // weight_gradients.inl
+  WeightSums weight_sums(const Item& item, int index) const;
+  void clear_weight_sums(const Item& item, int index) const;
+  void weight_gradients(const Item& item, int index, int64_t s0, int64_t s1, int64_t rows);
+  void gather_operands(const Item& item, int64_t s0, int64_t s1, Range own);
+  V second_operand(const Row& at, int64_t u) const;
+  V pairwise_sum(const S* column, int64_t rows) const;
+  void add_slices();
+  void add_slices_of(const S* slices, int64_t stride, int64_t n, void* result);
 
   void input_gradient(const Item& item, int64_t s0, int64_t s1, int64_t rows) {
     const Range own = part(rows, team_.me, team_.members);
@@ -445,7 +361,8 @@ class BackwardPass {
         out[first + b] = dx + (z_.offset[t] + item.first + b) * z_.I;
       }
     });
-    product<1>(packed(s_.w_ih[item.d]), Inner{(G - kSplit) * z_.H, kSplit * z_.H, G * z_.H}, {0, ceil_div(z_.I, L)}, own,
+    const Inner gates{(G - kSplit) * z_.H, kSplit * z_.H, G * z_.H};
+    product<1>(packed(s_.w_ih[item.d]), gates, {0, ceil_div(z_.I, L)}, own,
                [&](int64_t r) { return b_.dg + r * ldg_; },
                [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA { prefetch_to_write(out[r] + u, n); },
                [&](int64_t r, int64_t v, const V* acc, int) { store(out[r] + v * L, acc[0], z_.I - v * L); });
@@ -464,35 +381,6 @@ class BackwardPass {
           store(dc0 + u, load(b_.carry_c + b * ldm_ + u), z_.H - u);
         }
       }
-    }
-  }
-
-  // After all items: the slices' accumulators, added in order, into the results.
-  void add_slices() {
-    for (int d = 0; d < z_.D; ++d) {
-      const WeightGradients& dw = p_.dw[d];
-      const int64_t H = z_.H, biases = C * H;
-      const S* db = s_.db + d * s_.plan.slices * biases;
-      add_slices_of(db, biases, G * H, dw.b_hh);
-      add_slices_of(db, biases, (G - kSplit) * H, dw.b_ih);
-      if (kSplit && dw.b_ih) {
-        add_slices_of(db + G * H, biases, kSplit * H, static_cast<T*>(dw.b_ih) + (G - kSplit) * H);
-      }
-      if (s_.direct) continue;
-      const int64_t first = d * s_.plan.slices;
-      add_slices_of(s_.dw_ih + first * G * H * z_.I, G * H * z_.I, G * H * z_.I, dw.w_ih);
-      add_slices_of(s_.dw_hh + first * G * H * z_.R, G * H * z_.R, G * H * z_.R, dw.w_hh);
-      if (z_.projected) add_slices_of(s_.dw_hr + first * z_.R * H, z_.R * H, z_.R * H, dw.w_hr);
-    }
-  }
-
-  void add_slices_of(const S* slices, int64_t stride, int64_t n, void* result) {
-    if (!result) return;
-    const Range own = part(ceil_div(n, L), thread_, s_.threads);
-    for (int64_t i = own.begin * L; i < min64(n, own.end * L); i += L) {
-      V sum = load<S>(slices + i, n - i);
-      for (int k = 1; k < s_.plan.slices; ++k) sum = sum + load<S>(slices + k * stride + i, n - i);
-      store(static_cast<T*>(result) + i, sum, n - i);
     }
   }
 

@@ -2,8 +2,8 @@
 //
 // A team takes an item (direction, slice of the batch) and goes through time in chunks. For a chunk it first makes
 // x W_ih^T + b_ih of all its rows (each member its own units), then steps: the product with h_{t-1} in register
-// tiles, the cell on each block of rows while it is in the first-level cache, a barrier after each product. With `saved`, the projection is
-// written straight into the rows that the activated gates will overwrite.
+// tiles, the cell on each block of rows while it is in the first-level cache, a barrier after each product. With
+// `saved`, the projection is written straight into the rows that the activated gates will overwrite.
 //
 // Layouts: gates and saved rows [k][H] for k in [0, kSaved), then c; h double-buffered [2][samples][R].
 
@@ -237,7 +237,8 @@ class ForwardPass {
 
   void project(int d, int64_t rows) {
     product<G>(
-        weights(s_.w_ih[d], p_.weights[d].w_ih, z_.H), Inner{z_.I}, units_, {0, rows}, [&](int64_t r) { return b_.x_row[r]; },
+        weights(s_.w_ih[d], p_.weights[d].w_ih, z_.H), Inner{z_.I}, units_, {0, rows},
+        [&](int64_t r) { return b_.x_row[r]; },
         [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA {
           for (int g = 0; g < G; ++g) prefetch_to_write(b_.gate_row[r] + g * z_.H + u, n);
         },

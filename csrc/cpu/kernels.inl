@@ -15,6 +15,8 @@ namespace {
 #include "forward.inl"
 //
 #include "backward.inl"
+//
+#include "weight_gradients.inl"
 
 template <class S>
 void activation(int function, const S* x, S* y, int64_t n) {

@@ -1,0 +1,136 @@
+// The weight gradients of BackwardPass: a product over all rows of a chunk, added to the item's sums while dG is still
+// in cache, and the sum over the items of a direction at the end. Included after backward.inl.
+
+// Where an item's weight gradients are summed.
+template <class Cell, class T>
+typename BackwardPass<Cell, T>::WeightSums BackwardPass<Cell, T>::weight_sums(const Item& item, int index) const {
+  const int64_t H = z_.H, I = z_.I, R = z_.R;
+  const WeightGradients& result = p_.dw[item.d];
+  S* b = s_.db + index * C * H;
+  if (s_.direct) {
+    return {static_cast<S*>(result.w_ih), static_cast<S*>(result.w_hh), static_cast<S*>(result.w_hr), b};
+  }
+  return {s_.dw_ih + index * G * H * I, s_.dw_hh + index * G * H * R, s_.dw_hr + index * R * H, b};
+}
+
+// Each member clears its own rows.
+template <class Cell, class T>
+void BackwardPass<Cell, T>::clear_weight_sums(const Item& item, int index) const {
+  const WeightSums sum = weight_sums(item, index);
+  const auto clear = [](S* from, int64_t n) { __builtin_memset(from, 0, n * sizeof(S)); };
+  const int64_t u0 = units_.begin * L, un = min64(z_.H, units_.end * L) - u0;
+  for (int g = 0; g < G; ++g) {
+    clear(sum.w_ih + (g * z_.H + u0) * z_.I, un * z_.I);
+    clear(sum.w_hh + (g * z_.H + u0) * z_.R, un * z_.R);
+  }
+  for (int c = 0; c < C; ++c) clear(sum.b + c * z_.H + u0, un);
+  if (z_.projected) {
+    const int64_t p0 = outputs_.begin * L, pn = min64(z_.R, outputs_.end * L) - p0;
+    clear(sum.w_hr + p0 * z_.H, pn * z_.H);
+  }
+}
+
+template <class Cell, class T>
+void BackwardPass<Cell, T>::weight_gradients(const Item& item, int index, int64_t s0, int64_t s1, int64_t rows) {
+  gather_operands(item, s0, s1, part(rows, team_.me, team_.members));
+  team_.meet();
+  const int64_t H = z_.H, I = z_.I, R = z_.R;
+  const int64_t u0 = units_.begin * L, un = min64(H, units_.end * L) - u0;
+  const WeightSums to = weight_sums(item, index);
+  for (int g = 0; g < G; ++g) {
+    const S* dx = b_.dg + (g < G - kSplit ? g : g + kSplit) * H + u0;
+    const S* drec = b_.dg + g * H + u0;
+    outer_product(dx, ldg_, rows, un, b_.x, to.w_ih + (g * H + u0) * I, I);
+    outer_product(drec, ldg_, rows, un, g < F ? b_.h : b_.m, to.w_hh + (g * H + u0) * R, R);
+  }
+  if (z_.projected) {
+    const int64_t p0 = outputs_.begin * L, pn = min64(R, outputs_.end * L) - p0;
+    outer_product(b_.dh + p0, ldh_, rows, pn, b_.m, to.w_hr + p0 * H, H);
+  }
+  for (int c = 0; c < C; ++c) {
+    for (int64_t u = u0; u < u0 + un; u += L) {
+      S* db = to.b + c * H + u;
+      const V sum = pairwise_sum(b_.dg + c * H + u, rows);
+      store(db, load<S>(db, H - u) + sum, H - u);
+    }
+  }
+}
+
+// Sum over rows of dG of the vector at `column`; its rounding error grows with the logarithm of the rows.
+template <class Cell, class T>
+typename BackwardPass<Cell, T>::V BackwardPass<Cell, T>::pairwise_sum(const S* column, int64_t rows) const {
+  if (rows > 16) {
+    const int64_t half = rows / 2;
+    return pairwise_sum(column, half) + pairwise_sum(column + half * ldg_, rows - half);
+  }
+  V sum(0);
+  for (int64_t r = 0; r < rows; ++r) sum = sum + load(column + r * ldg_);
+  return sum;
+}
+
+// The right operands of the chunk's weight gradients, row by row beside dG: x, h_{t-1}, and q or the unprojected
+// output where the cell has them.
+template <class Cell, class T>
+void BackwardPass<Cell, T>::gather_operands(const Item& item, int64_t s0, int64_t s1, Range own) {
+  for_steps(item, s0, s1, own, [&](int64_t t, int64_t first, Range samples) {
+    for (int64_t b = samples.begin; b < samples.end; ++b) {
+      const int64_t r = first + b;
+      const T* x = row_at<T>(p_.x, z_.offset, t, item.first + b);
+      const Row& at = b_.rows[r];
+      for (int64_t i = 0; i < z_.I; i += L) store(b_.x.at(r, i), load<S>(x + i, z_.I - i));
+      for (int64_t u = 0; u < z_.R; u += L) store(b_.h.at(r, u), previous_h(at, u));
+      if (kTwoStage || z_.projected) {
+        for (int64_t u = 0; u < z_.H; u += L) store(b_.m.at(r, u), second_operand(at, u));
+      }
+    }
+  });
+}
+
+template <class Cell, class T>
+FUSEDRNN_INLINE typename BackwardPass<Cell, T>::V BackwardPass<Cell, T>::second_operand(const Row& at,
+                                                                                        int64_t u) const {
+  const int64_t n = z_.H - u;
+  Values<V, K> saved;
+  for (int k = 0; k < K; ++k) saved[k] = load<S>(at.saved + k * z_.H + u, n);
+  Values<V, Z> state;
+  if constexpr (kTwoStage) {
+    state[0] = previous_h(at, u);
+    return Cell::recurrent_operand(saved, state);
+  } else if constexpr (Z > 1) {
+    state[0] = V(0);
+    state[1] = load<S>(at.saved + K * z_.H + u, n);
+    return Cell::output(saved, state);
+  }
+  return V(0);  // no such operand: not reached
+}
+
+// After all items: the slices' accumulators, added in order, into the results.
+template <class Cell, class T>
+void BackwardPass<Cell, T>::add_slices() {
+  for (int d = 0; d < z_.D; ++d) {
+    const WeightGradients& dw = p_.dw[d];
+    const int64_t H = z_.H, biases = C * H;
+    const S* db = s_.db + d * s_.plan.slices * biases;
+    add_slices_of(db, biases, G * H, dw.b_hh);
+    add_slices_of(db, biases, (G - kSplit) * H, dw.b_ih);
+    if (kSplit && dw.b_ih) {
+      add_slices_of(db + G * H, biases, kSplit * H, static_cast<T*>(dw.b_ih) + (G - kSplit) * H);
+    }
+    if (s_.direct) continue;
+    const int64_t first = d * s_.plan.slices;
+    add_slices_of(s_.dw_ih + first * G * H * z_.I, G * H * z_.I, G * H * z_.I, dw.w_ih);
+    add_slices_of(s_.dw_hh + first * G * H * z_.R, G * H * z_.R, G * H * z_.R, dw.w_hh);
+    if (z_.projected) add_slices_of(s_.dw_hr + first * z_.R * H, z_.R * H, z_.R * H, dw.w_hr);
+  }
+}
+
+template <class Cell, class T>
+void BackwardPass<Cell, T>::add_slices_of(const S* slices, int64_t stride, int64_t n, void* result) {
+  if (!result) return;
+  const Range own = part(ceil_div(n, L), thread_, s_.threads);
+  for (int64_t i = own.begin * L; i < min64(n, own.end * L); i += L) {
+    V sum = load<S>(slices + i, n - i);
+    for (int k = 1; k < s_.plan.slices; ++k) sum = sum + load<S>(slices + k * stride + i, n - i);
+    store(static_cast<T*>(result) + i, sum, n - i);
+  }
+}
