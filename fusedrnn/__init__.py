@@ -7,7 +7,7 @@
 torch.Size([5, 3, 20])
 """
 
-from . import functional, ops, reference
+from . import autograd, functional, ops, reference
 from .cells import CELLS, CellInfo
 from .convert import ConversionReport, convert, revert
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, ResidualRNN, RNNCell
@@ -25,6 +25,7 @@ __all__ = [
     "RNN",
     "RNNCell",
     "ResidualRNN",
+    "autograd",
     "convert",
     "functional",
     "ops",

@@ -1,0 +1,92 @@
+"""The autograd Functions behind every layer: what is saved for the backward pass and what is computed again.
+
+One call of the fused kernel forward, one backward; :mod:`fusedrnn.functional` stacks them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .cells import CELLS
+from .ops import layer_backward, layer_forward
+
+__all__ = ["RecurrentLayer", "RecurrentLayerBackward"]
+
+
+class RecurrentLayer(torch.autograd.Function):
+    """One layer, all its directions: ``apply(cell, bidirectional, x, batch_sizes, h0, c0, *weights)``.
+
+    Returns ``y, h_n, c_n, saved``. Shapes as in :func:`fusedrnn.functional.recurrent` for a single layer; ``c_n`` is
+    empty for cells without ``c``.
+
+    *Saved for backward*: the inputs, ``y`` (which holds every h_t), and one buffer ``saved`` with, for each unit,
+    sample and step, the activated gates (LSTM i, f, g, o; GRU r, z, n and, with the reset gate after the product,
+    W_hn h + b_hn; residual RNN g; RNN nothing) and c_t: 5 values for the LSTM, 4 for the GRU (3 with
+    ``reset_after=False``), 1 for the residual RNN, none for the RNN. bfloat16 layers save float32.
+
+    *Recomputed in backward*: tanh(c_t), the operands r * h_{t-1} (GRU with ``reset_after=False``) and
+    o * tanh(c_t) (projected LSTM). The gradients of the gates are never stored for all steps.
+    """
+
+    @staticmethod
+    def forward(cell, bidirectional, x, batch_sizes, h0, c0, *weights):  # noqa: D102
+        return layer_forward(x, batch_sizes, h0, c0, weights, cell, bidirectional, True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # noqa: D102
+        ctx.cell, ctx.bidirectional, x, batch_sizes, h0, c0, *weights = inputs
+        y, _, c_n, saved = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*([saved] if len(CELLS[ctx.cell].states) == 2 else [c_n, saved]))
+        ctx.save_for_backward(x, batch_sizes, h0, c0, y, saved, *weights)
+
+    @staticmethod
+    def backward(ctx, dy, dh_n, dc_n, _):  # noqa: D102
+        x, batch_sizes, h0, c0, y, saved, *weights = ctx.saved_tensors
+        _, _, need_x, _, need_h0, need_c0, *need_weights = ctx.needs_input_grad
+        if dy is None and dh_n is None and dc_n is None:
+            return (None,) * len(ctx.needs_input_grad)
+        if torch.compiler.is_compiling():  # Dynamo traces no Function inside another's backward
+            dx, dh0, dc0, dweights = layer_backward(
+                dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, ctx.cell, ctx.bidirectional, need_x,
+                any(need_weights),
+            )  # fmt: skip
+        else:
+            dx, dh0, dc0, *dweights = RecurrentLayerBackward.apply(
+                ctx.cell, ctx.bidirectional, need_x, any(need_weights), dy, dh_n, dc_n, x, batch_sizes, h0, c0, y,
+                saved, *weights,
+            )  # fmt: skip
+        dweights = dweights or [None] * len(weights)
+        return (
+            None,
+            None,
+            dx if need_x else None,
+            None,
+            dh0 if need_h0 else None,
+            dc0 if need_c0 else None,
+            *(dw if need else None for dw, need in zip(dweights, need_weights, strict=True)),
+        )
+
+
+class RecurrentLayerBackward(torch.autograd.Function):
+    """The hand-derived gradients of :class:`RecurrentLayer`, themselves not differentiable yet."""
+
+    @staticmethod
+    def forward(  # noqa: D102
+        cell, bidirectional, need_x, need_weights, dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *weights
+    ):
+        dx, dh0, dc0, dweights = layer_backward(
+            dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, cell, bidirectional, need_x, need_weights
+        )
+        return dx, dh0, dc0, *dweights
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # noqa: D102
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *_):  # noqa: D102
+        raise NotImplementedError(
+            "fusedrnn: double backward (create_graph=True through a recurrent layer) is not supported; "
+            "use fusedrnn.revert(model) for that computation"
+        )
