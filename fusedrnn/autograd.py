@@ -5,12 +5,30 @@ One call of the fused kernel forward, one backward; :mod:`fusedrnn.functional` s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from .cells import CELLS
 from .ops import layer_backward, layer_forward
 
-__all__ = ["RecurrentLayer", "RecurrentLayerBackward"]
+__all__ = ["RecurrentLayer", "RecurrentLayerBackward", "recurrent_layer"]
+
+
+def recurrent_layer(
+    cell: str,
+    bidirectional: bool,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer: y, h_n, c_n. What the backward pass needs is kept only if some gradient is wanted."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights)):
+        return RecurrentLayer.apply(cell, bidirectional, x, batch_sizes, h0, c0, *weights)[:3]
+    return layer_forward(x, batch_sizes, h0, c0, weights, cell, bidirectional, False)[:3]
 
 
 class RecurrentLayer(torch.autograd.Function):
@@ -27,6 +45,13 @@ class RecurrentLayer(torch.autograd.Function):
     *Recomputed in backward*: tanh(c_t), the operands r * h_{t-1} (GRU with ``reset_after=False``) and
     o * tanh(c_t) (projected LSTM). The gradients of the gates are never stored for all steps.
     """
+
+    @classmethod
+    def apply(cls, *args):  # noqa: D102
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        # Function.apply would look up default values of forward's arguments: 80 us, and there are none.
+        return super(torch.autograd.Function, cls).apply(*args)
 
     @staticmethod
     def forward(cell, bidirectional, x, batch_sizes, h0, c0, *weights):  # noqa: D102
@@ -46,7 +71,8 @@ class RecurrentLayer(torch.autograd.Function):
         _, _, need_x, _, need_h0, need_c0, *need_weights = ctx.needs_input_grad
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * len(ctx.needs_input_grad)
-        if torch.compiler.is_compiling():  # Dynamo traces no Function inside another's backward
+        # Another Function only where its result may be differentiated. Dynamo traces none inside a backward.
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
             dx, dh0, dc0, dweights = layer_backward(
                 dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, ctx.cell, ctx.bidirectional, need_x,
                 any(need_weights),

@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.nn.functional import dropout as _dropout
 from torch.nn.utils.rnn import PackedSequence
 
-from .autograd import RecurrentLayer
+from .autograd import RecurrentLayer, recurrent_layer
 from .cells import CELLS
-from .ops import layer_forward
 
 __all__ = [
     "RecurrentLayer",
@@ -41,16 +40,14 @@ def _layer(
     c0: Tensor | None,
     weights: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer; what backward needs is kept only if some gradient is wanted."""
+    """One layer, its tensors on one device."""
     tensors = [x, *weights, *(state for state in (h0, c0) if state is not None)]
     if any(tensor.device != x.device for tensor in tensors):
         devices = ", ".join(sorted({str(tensor.device) for tensor in tensors}))
         raise RuntimeError(f"input, hidden state and weights must be on one device, got {devices}")
     if x.device.type not in ("cpu", "meta"):
         raise NotImplementedError(f"fusedrnn runs on the CPU, got tensors on {x.device}")
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return RecurrentLayer.apply(cell, bidirectional, x, batch_sizes, h0, c0, *weights)[:3]
-    return layer_forward(x, batch_sizes, h0, c0, weights, cell, bidirectional, False)[:3]
+    return recurrent_layer(cell, bidirectional, x, batch_sizes, h0, c0, weights)
 
 
 def _stack(

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from .autograd import recurrent_layer
 from .cells import CELLS
 from .functional import recurrent, recurrent_cell
-from .ops import layer_forward
 
 __all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell", "ResidualRNN"]
 
@@ -61,8 +61,8 @@ def _forward(
 def _short_road(
     module: torch.nn.RNNBase, cell: str, input: Tensor | PackedSequence, states: Sequence[Tensor] | None
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-    """A dense batch of the right shape through one layer that needs no gradient: a step is often all there is to do,
-    and the long road's checks would take several times as long. None where anything is different: that road knows.
+    """A dense batch of the right shape through one layer: a step is often all there is to do, and the long road's
+    checks would take several times as long. None where anything is different: that road knows.
     """
     weights, parameters = module._flat_weights, module._parameters
     if module.num_layers != 1 or not _is_plain(input, 3, module.input_size, weights):
@@ -76,15 +76,14 @@ def _short_road(
         if not _are_states(states, [(*rows, size) for size in sizes]):
             return None
     h0, c0 = (*(states or ()), None, None)[:2]
-    y, h_n, c_n, _ = layer_forward(x, None, h0, c0, weights, cell, module.bidirectional, False)
+    y, h_n, c_n = recurrent_layer(cell, module.bidirectional, x, None, h0, c0, weights)
     return y.transpose(0, 1) if module.batch_first else y, (h_n, c_n) if c_n.size(0) else (h_n,)
 
 
 def _is_plain(input: Tensor | PackedSequence, dim: int, size: int, weights: Sequence[Tensor | None]) -> bool:
-    """Whether no gradient and no cast is wanted, and input is a tensor of this rank and last size beside its weights."""
+    """Whether no cast is wanted, and input is a tensor of this rank and last size beside its weights."""
     return (
         type(input) is Tensor
-        and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and input.dim() == dim
         and input.size(-1) == size
@@ -268,7 +267,7 @@ def _short_road_of_cell(
     if states is not None and not _are_states(states, [(input.size(0), module.hidden_size)] * count):
         return None
     h0, c0 = (*(state.unsqueeze(0) for state in states or ()), None, None)[:2]
-    _, h, c, _ = layer_forward(input.unsqueeze(0), None, h0, c0, weights, cell, False, False)
+    _, h, c = recurrent_layer(cell, False, input.unsqueeze(0), None, h0, c0, weights)
     return (h[0], c[0]) if count == 2 else (h[0],)
 
 

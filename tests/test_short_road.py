@@ -1,5 +1,5 @@
-"""Inference on a plain batch leaves out the checks that autograd and odd input need (``modules._short_road``): the same
-results as the long road, and the long road, with its errors, for everything that is not plain.
+"""A plain batch leaves out the checks that odd input needs (``modules._short_road``): the same results and gradients as
+by the long road, and the long road, with its errors, for everything that is not plain.
 """
 
 from __future__ import annotations
@@ -46,29 +46,53 @@ def taken(monkeypatch):
 
     def counted(*args):
         count["times"] += 1
-        return layer_forward(*args)
+        return recurrent_layer(*args)
 
-    layer_forward = modules.layer_forward
-    monkeypatch.setattr(modules, "layer_forward", counted)
+    recurrent_layer = modules.recurrent_layer
+    monkeypatch.setattr(modules, "recurrent_layer", counted)
     return count
+
+
+@pytest.fixture
+def by_the_long_road(monkeypatch):
+    """A function that calls another with the short road closed."""
+
+    def call(function, *args):
+        with monkeypatch.context() as patch:
+            patch.setattr(modules, "_short_road", lambda *_: None)
+            patch.setattr(modules, "_short_road_of_cell", lambda *_: None)
+            return function(*args)
+
+    return call
+
+
+def gradients(module: nn.Module, x: Tensor, hx) -> list[Tensor]:
+    """Of a sum over all results, with respect to the input, the states and the parameters."""
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, *(() if hx is None else flat((hx,))))]
+    states = None if hx is None else leaves[1] if isinstance(hx, Tensor) else tuple(leaves[1:])
+    results = flat(module(leaves[0], states))
+    total = sum((result * torch.linspace(-1, 2, result.numel()).view(result.shape)).sum() for result in results)
+    return list(torch.autograd.grad(total, [*leaves, *module.parameters()]))
 
 
 @pytest.mark.parametrize("T, B", [(1, 1), (2, 3), (7, 9)])
 @pytest.mark.parametrize("given", [False, True], ids=["zeros", "states"])
 @pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"bias": False}, {"bidirectional": True}], ids=str)
 @pytest.mark.parametrize("name", SEQUENCE)
-def test_sequences(name: str, options: dict, given: bool, T: int, B: int, taken) -> None:
+def test_sequences(name: str, options: dict, given: bool, T: int, B: int, taken, by_the_long_road) -> None:
     torch.manual_seed(0)
     module = SEQUENCE[name](4, 5, **options)
     x = torch.randn(B, T, 4) if module.batch_first else torch.randn(T, B, 4)
     hx = states(name, 1 + module.bidirectional, B, out=module.proj_size) if given else None
-    expected = module(x, hx)
+    expected, derived = by_the_long_road(module, x, hx), by_the_long_road(gradients, module, x, hx)
     assert taken["times"] == 0
     with torch.no_grad():
         found = module(x, hx)
     assert taken["times"] == 1
     for a, b in zip(flat(found), flat(expected), strict=True):
         assert torch.equal(a, b) and a.shape == b.shape and not a.requires_grad
+    assert all(torch.equal(a, b) for a, b in zip(gradients(module, x, hx), derived, strict=True))
+    assert taken["times"] == 2
     with torch.inference_mode():
         assert all(torch.equal(a, b) for a, b in zip(flat(module(x, hx)), flat(expected), strict=True))
 
@@ -77,16 +101,19 @@ def test_sequences(name: str, options: dict, given: bool, T: int, B: int, taken)
 @pytest.mark.parametrize("given", [False, True], ids=["zeros", "states"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("name", CELLS)
-def test_cells(name: str, bias: bool, given: bool, B: int, taken) -> None:
+def test_cells(name: str, bias: bool, given: bool, B: int, taken, by_the_long_road) -> None:
     torch.manual_seed(0)
     module, x = CELLS[name](4, 5, bias=bias), torch.randn(B, 4)
     hx = states(name, B) if given else None
-    expected = module(x, hx)
+    expected, derived = by_the_long_road(module, x, hx), by_the_long_road(gradients, module, x, hx)
+    assert taken["times"] == 0
     with torch.no_grad():
         found = module(x, hx)
     assert taken["times"] == 1
     for a, b in zip(flat(found), flat(expected), strict=True):
         assert torch.equal(a, b) and a.shape == b.shape
+    assert all(torch.equal(a, b) for a, b in zip(gradients(module, x, hx), derived, strict=True))
+    assert taken["times"] == 2
 
 
 def test_the_weights_are_those_of_the_moment() -> None:
@@ -147,11 +174,12 @@ def test_errors_are_torchs(name: str, hx: tuple[int, ...] | None, x: tuple[int, 
     ours, theirs = getattr(fusedrnn, name)(4, 5), getattr(nn, name)(4, 5)
     h = None if hx is None else torch.zeros(hx)
     h = (h, h) if h is not None and name == "LSTM" else h
-    with torch.no_grad():
-        with pytest.raises((RuntimeError, ValueError)) as expected:
-            theirs(torch.zeros(x), h)
-        with pytest.raises(expected.type) as found:
-            ours(torch.zeros(x), h)
-    assert str(found.value) == str(expected.value)
-    with torch.no_grad(), pytest.raises(ValueError, match="dtype"):
-        ours(torch.zeros(3, 2, 4, dtype=torch.float64))
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            with pytest.raises((RuntimeError, ValueError)) as expected:
+                theirs(torch.zeros(x), h)
+            with pytest.raises(expected.type) as found:
+                ours(torch.zeros(x), h)
+            assert str(found.value) == str(expected.value)
+            with pytest.raises(ValueError, match="dtype"):
+                ours(torch.zeros(3, 2, 4, dtype=torch.float64))
