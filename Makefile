@@ -14,13 +14,14 @@ SETUP   := $(VENV)/stamp-torch-$(TORCH)
 BUILD   := build/stamp$(subst /,-,$(VENV))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help demo test bench build clean distclean check force
+.PHONY: help demo test bench phases build clean distclean check force
 .NOTPARALLEL:
 
 help:
 	@echo 'make demo       train a character model with torch.nn.LSTM, then with fusedrnn.LSTM, and compare the two'
 	@echo 'make test       run every test'
 	@echo 'make bench      time fusedrnn against torch.nn, layer by layer'
+	@echo 'make phases     time fusedrnn with timers inside: where the time of a layer goes'
 	@echo 'make build      set up and compile only (the others do so by themselves)'
 	@echo 'make clean      delete what was compiled; make distclean: the virtual environment too'
 	@echo
@@ -36,6 +37,15 @@ test: $(BUILD)
 
 bench: $(BUILD)
 	@$(BIN) -m benchmarks --plot out/benchmarks.png $(ARGS)
+
+# A package apart, with timers in the kernels.
+phases: $(SETUP) | check
+	@echo 'building the extension with timers (minutes the first time)'
+	@mkdir -p build/phases
+	@PATH="$(abspath $(VENV)/bin):$$PATH" FUSEDRNN_CXX_FLAGS="-DFUSEDRNN_PHASES $$FUSEDRNN_CXX_FLAGS" \
+	  $(BIN) setup.py build --build-base build/phases --build-lib build/phases/lib >build/phases/log 2>&1 || { \
+	  tail -n 60 build/phases/log; echo 'error: the build failed; all of its output is in build/phases/log' >&2; exit 1; }
+	@cd build/phases && PYTHONPATH=lib:$(CURDIR) $(abspath $(BIN)) -m benchmarks --phases $(ARGS)
 
 build: $(BUILD)
 	@echo 'built: fusedrnn for $(BIN)'

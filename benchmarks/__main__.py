@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+import fusedrnn
+
 from . import report
 from .cases import CASES, CELL_NAMES, Case
 from .measure import MIN_ROUNDS, Disagreement, measure
@@ -33,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="three rounds a case: a look, no figure to report")
     add("--seconds", type=float, default=2.0, help="time for the rounds of a case (default: %(default)s)")
     add("--threads", type=int, default=torch.get_num_threads(), help="default: what torch chooses")
+    add("--phases", action="store_true", help="where the time goes; needs the timers of the build of `make phases`")
     add("--markdown", action="store_true", help="print the table in Markdown too")
     add("--json", type=Path, metavar="FILE", help="write machine and results")
     add("--plot", type=Path, metavar="FILE", help="write a chart of the ratios (PNG)")
@@ -70,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.error(str(error))
     if args.threads < 1:
         arguments.error(f"--threads must be at least 1, got {args.threads}")
+    if args.phases and fusedrnn._C.phases() is None:
+        arguments.error("--phases: this build of fusedrnn has no timers; run `make phases`")
     if args.list:
         print("\n".join(case.name for case in cases))
         return 0
@@ -83,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 1
         print(report.line(results[-1]), flush=True)
+        if args.phases:
+            print(report.phases(results[-1]), flush=True)
     print(report.summary(results))
     if args.markdown:
         print("", report.markdown(results, info), sep="\n")

@@ -89,27 +89,44 @@ def _registry() -> Iterator[Case]:
     three = ("lstm", "gru", "rnn")
     middle = (100, 32, 128, 128)
 
-    def each(cells: tuple[str, ...], shape: tuple[int, int, int, int], **options) -> Iterator[Case]:
-        return (Case(cell, mode, shape, **options) for cell in cells for mode in MODES)
+    def each(
+        cells: tuple[str, ...], shape: tuple[int, int, int, int], modes: tuple[str, ...] = MODES, **options
+    ) -> Iterator[Case]:
+        return (Case(cell, mode, shape, **options) for cell in cells for mode in modes)
 
     yield from each(three, middle, main=True)
     yield from each(three, (50, 64, 256, 256), main=True)
     yield from each(three, (1000, 8, 64, 64), main=True)
-    yield from each(three, (100, 1, 64, 64))  # one sequence
-    yield from each(three, (100, 1, 256, 256))
-    yield from each(three, (20, 128, 512, 512))  # large products
-    yield from each(three, (61, 17, 37, 83))  # nothing a multiple of a vector
+    for shape in (
+        (100, 1, 64, 64),  # one sequence
+        (100, 1, 256, 256),
+        (1000, 1, 128, 128),
+        (50, 1, 768, 768),  # weights that leave the second-level cache
+        (100, 1, 1024, 1024),
+        (200, 4, 32, 32),  # small cells
+        (100, 7, 80, 100),
+        (200, 16, 96, 96),
+        (61, 17, 37, 83),  # nothing a multiple of a vector
+        (100, 32, 192, 192),  # large products
+        (100, 32, 512, 512),
+        (20, 128, 512, 512),
+        (20, 64, 1024, 1024),
+    ):
+        yield from each(three, shape)
+    yield from each(three, (1, 1, 128, 128), modes=("infer",))  # one step, states handed on by the caller
+    yield from each(three, (1, 256, 128, 128), modes=("infer",))
     yield from each(three, middle, layers=2)
+    yield from each(three, (100, 1, 128, 128), layers=4)
     yield from each(three, middle, directions=2)
+    yield from each(three, (100, 1, 256, 256), directions=2)
     yield from each(three, middle, ragged=True)
+    yield from each(three, (200, 32, 128, 128), ragged=True)
     yield from each(three, middle, dtype="bfloat16")
+    yield from each(("lstm", "gru"), (50, 64, 256, 256), dtype="bfloat16")
     yield from each(three, middle, dtype="float64")
     yield from each(("lstm",), middle, projection=64)
     yield from each(("lstm",), middle, layers=2, directions=2, ragged=True)
     yield from each(("rnn_relu", "gru_before", "residual"), middle)
-    for cell in three:
-        yield Case(cell, "infer", (1, 1, 128, 128))  # one step, states handed on by the caller
-        yield Case(cell, "infer", (1, 256, 128, 128))
 
 
 CASES: dict[str, Case] = {case.name: case for case in _registry()}

@@ -42,7 +42,8 @@ class Disagreement(RuntimeError):
 class Result:
     """What was measured. ``ratio`` is torch.nn's time over ours: the median of the rounds and its quartiles.
 
-    ``peak_gflops`` is what all threads reached multiplying and adding in registers, in the same rounds.
+    ``peak_gflops`` is what all threads reached multiplying and adding in registers, in the same rounds. ``phases``:
+    shares of the threads' time in each phase of the kernels and outside them, if the build has the timers.
     """
 
     case: Case
@@ -57,6 +58,7 @@ class Result:
     ratio: float | None = None
     ratio_low: float | None = None
     ratio_high: float | None = None
+    phases: dict[str, float] | None = None
 
     @property
     def percent(self) -> float:
@@ -152,6 +154,7 @@ class _Timer:
 
     def __init__(self, call: Call, threads: int) -> None:
         self.call, self.threads, self.repeats = call, threads, 1
+        self.spent = 0.0
         self.sample()
         self.repeats = max(1, math.ceil(SAMPLE_SECONDS / min(self.sample() for _ in range(2))))
 
@@ -162,7 +165,17 @@ class _Timer:
         start = time.perf_counter()
         for _ in range(self.repeats):
             self.call()
-        return (time.perf_counter() - start) / self.repeats
+        elapsed = time.perf_counter() - start
+        self.spent += elapsed
+        return elapsed / self.repeats
+
+    def phases(self) -> dict[str, float] | None:
+        """Shares of the threads' time since the last call; None if the build has no timers."""
+        seconds, total, self.spent = fusedrnn._C.phases(), self.spent * self.threads, 0.0
+        if seconds is None or total == 0:
+            return None
+        shares = {phase: value / total for phase, value in seconds.items()}
+        return shares | {"outside": 1 - sum(shares.values())}
 
 
 def measure(case: Case, threads: int, seconds: float, min_rounds: int = MIN_ROUNDS) -> Result:
@@ -180,7 +193,9 @@ def measure(case: Case, threads: int, seconds: float, min_rounds: int = MIN_ROUN
         call = problem.call(theirs, dtype, case.mode)
         choices = [_Timer(call, n) for n in sorted({1, threads})]
         timers.append(min(choices, key=lambda timer: min(timer.sample() for _ in range(3))))
+    timers[0].phases()  # from here on
     rounds, peaks = _rounds(timers, seconds, min_rounds)
+    phases = timers[0].phases()
     torch.set_num_threads(threads)
     ours_seconds = float(np.median(rounds[:, 0]))
     result = {
@@ -191,6 +206,7 @@ def measure(case: Case, threads: int, seconds: float, min_rounds: int = MIN_ROUN
         "gflops": case.flops() / ours_seconds / 1e9,
         "peak_gflops": float(np.median(peaks)) / 1e9,
         "deviation": deviation,
+        "phases": phases,
     }
     if case.has_torch:
         low, ratio, high = np.quantile(rounds[:, 1] / rounds[:, 0], [0.25, 0.5, 0.75]).tolist()

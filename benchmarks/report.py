@@ -76,6 +76,12 @@ def line(result: Result) -> str:
     return f"{result.case.name:54} {torch_time:>15} {ours:>10} {ratio:>22} {reached}"
 
 
+def phases(result: Result) -> str:
+    """Where the threads' time went, the largest share first."""
+    shares = sorted(result.phases.items(), key=lambda item: -item[1])
+    return "    " + ", ".join(f"{name} {100 * share:.1f}%" for name, share in shares if share >= 0.001)
+
+
 def summary(results: Sequence[Result]) -> str:
     """How many cases are faster and slower, and which is the slowest."""
     compared = [result for result in results if result.ratio is not None]

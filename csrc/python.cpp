@@ -77,6 +77,16 @@ py::dict plan(const std::vector<int64_t>& batch_sizes, int64_t I, int64_t H, int
   return result;
 }
 
+// Seconds of all threads in each phase since the last call, in a build with FUSEDRNN_PHASES; None in any other.
+py::object phases() {
+  if (!kPhasesTimed) return py::none();
+  int64_t nanoseconds[kPhases];
+  take_phases(nanoseconds);
+  py::dict result;
+  for (int i = 0; i < kPhases; ++i) result[kPhaseNames[i]] = 1e-9 * nanoseconds[i];
+  return result;
+}
+
 // Operations a second of `threads` threads that multiply and add in registers for about `seconds`.
 double peak_flops(int threads, double seconds) {
   if (threads < 1 || threads > kMaxThreads) throw std::invalid_argument("threads must be from 1 to 256");
@@ -123,6 +133,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("lanes"), py::arg("threads"), "How a layer would be shared among threads.");
   m.def("peak_flops", peak_flops, py::arg("threads"), py::arg("seconds") = 0.02,
         py::call_guard<py::gil_scoped_release>(), "float32 operations a second, multiplying and adding in registers.");
+  m.def("phases", phases, "Seconds of all threads in each phase since the last call; None if the build has no timers.");
   m.def("activation", activation<float>, py::arg("isa"), py::arg("function"), py::arg("x").noconvert());
   m.def("activation", activation<double>, py::arg("isa"), py::arg("function"), py::arg("x").noconvert());
 }

@@ -61,45 +61,35 @@ def _forward(
 def _short_road(
     module: torch.nn.RNNBase, cell: str, input: Tensor | PackedSequence, states: Sequence[Tensor] | None
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-    """A dense batch of the right shape through one layer: a step is often all there is to do, and the long road's
-    checks would take several times as long. None where anything is different: that road knows.
+    """A dense batch through one layer, checked by the kernel alone: a step is often all there is to do, and torch.nn's
+    checks would take several times as long. None where anything is different: the long road knows, and words errors.
     """
     weights, parameters = module._flat_weights, module._parameters
-    if module.num_layers != 1 or not _is_plain(input, 3, module.input_size, weights):
+    if module.num_layers != 1 or not _is_plain(input, 3, states, cell):
         return None
-    if any(parameters.get(name) is not weight for name, weight in zip(module._flat_weights_names, weights)):
-        return None  # parametrized or replaced
+    for name, weight in zip(module._flat_weights_names, weights):
+        if parameters.get(name) is not weight:
+            return None  # parametrized or replaced
     x = input.transpose(0, 1) if module.batch_first else input
-    if states is not None:
-        rows = (1 + module.bidirectional, x.size(1))
-        sizes = (module.proj_size or module.hidden_size, module.hidden_size)[: len(CELLS[cell].states)]
-        if not _are_states(states, [(*rows, size) for size in sizes]):
-            return None
     h0, c0 = (*(states or ()), None, None)[:2]
-    y, h_n, c_n = recurrent_layer(cell, module.bidirectional, x, None, h0, c0, weights)
+    try:
+        y, h_n, c_n = recurrent_layer(cell, module.bidirectional, x, None, h0, c0, weights)
+    except (RuntimeError, ValueError, TypeError):
+        return None
     return y.transpose(0, 1) if module.batch_first else y, (h_n, c_n) if c_n.size(0) else (h_n,)
 
 
-def _is_plain(input: Tensor | PackedSequence, dim: int, size: int, weights: Sequence[Tensor | None]) -> bool:
-    """Whether no cast is wanted, and input is a tensor of this rank and last size beside its weights."""
+def _is_plain(input: Tensor | PackedSequence, dim: int, states: Sequence[Tensor] | None, cell: str) -> bool:
+    """Whether no cast is wanted, input is a tensor of this rank, and hx, if given, a tuple of as many tensors as the
+    cell has states.
+    """
     return (
         type(input) is Tensor
-        and not torch.is_autocast_enabled("cpu")
         and input.dim() == dim
-        and input.size(-1) == size
-        and input.is_cpu
-        and all(weight is not None and weight.is_cpu and weight.dtype == input.dtype for weight in weights)
-    )
-
-
-def _are_states(states: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> bool:
-    """Whether hx is a tuple of tensors of these shapes on the CPU."""
-    return (
-        type(states) is tuple
-        and len(states) == len(shapes)
-        and all(
-            type(state) is Tensor and state.shape == shape and state.is_cpu
-            for state, shape in zip(states, shapes)
+        and not torch.is_autocast_enabled("cpu")
+        and (
+            states is None
+            or (type(states) is tuple and [type(state) for state in states] == [Tensor] * len(CELLS[cell].states))
         )
     )
 
@@ -261,14 +251,14 @@ def _short_road_of_cell(
     """As :func:`_short_road`, for a batch through a cell."""
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if module.bias else ("weight_ih", "weight_hh")
     weights = [module._parameters.get(name) for name in names]
-    if not _is_plain(input, 2, module.input_size, weights):
+    if not _is_plain(input, 2, states, cell):
         return None
-    count = len(CELLS[cell].states)
-    if states is not None and not _are_states(states, [(input.size(0), module.hidden_size)] * count):
+    try:
+        h0, c0 = (*(state.unsqueeze(0) for state in states or ()), None, None)[:2]
+        _, h, c = recurrent_layer(cell, False, input.unsqueeze(0), None, h0, c0, weights)
+    except (RuntimeError, ValueError, TypeError):
         return None
-    h0, c0 = (*(state.unsqueeze(0) for state in states or ()), None, None)[:2]
-    _, h, c = recurrent_layer(cell, False, input.unsqueeze(0), None, h0, c0, weights)
-    return (h[0], c[0]) if count == 2 else (h[0],)
+    return (h[0], c[0]) if c.size(0) else (h[0],)
 
 
 class RNNCell(torch.nn.RNNCell):

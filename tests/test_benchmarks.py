@@ -4,6 +4,7 @@ Times are never asserted; every run here is far too short to mean anything.
 """
 
 import json
+import time
 
 import pytest
 import torch
@@ -162,12 +163,37 @@ def test_a_readme_without_markers_is_an_error(tmp_path, text):
     (["--only", "("], "no regular expression"),
     (["--only", "nothing-has-this"], "no case matches"),
     (["--threads", "0"], "must be at least 1"),
+    (["--phases"], "make phases"),
 ])  # fmt: skip
-def test_bad_options_are_errors(capsys, options, message):
+def test_bad_options_are_errors(capsys, monkeypatch, options, message):
+    monkeypatch.setattr(fusedrnn._C, "phases", lambda: None)  # as in a build without timers
     with pytest.raises(SystemExit) as error:
         command.main(options)
     assert error.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_phases_are_shares_of_all_threads_time(capsys, monkeypatch):
+    """Two threads that wait half of the time for each other, as a build with timers would report them."""
+    timer = measure._Timer(lambda: time.sleep(0.01), 2)
+    spent = timer.spent
+    monkeypatch.setattr(fusedrnn._C, "phases", lambda: {"wait": spent, "cell": 0.4 * spent, "pack": 0.0})
+    shares = timer.phases()
+    assert shares == pytest.approx({"wait": 0.5, "cell": 0.2, "pack": 0.0, "outside": 0.3})
+    assert timer.phases() is None  # nothing was timed since
+    result = measure.Result(next(iter(CASES.values())), 3, 2, 1.0, 1.0, 1.0, 0.0, phases=shares)
+    assert report.phases(result).split(", ") == ["    wait 50.0%", "outside 30.0%", "cell 20.0%"]
+
+
+@pytest.mark.skipif(fusedrnn._C.phases() is None, reason="a build without timers")
+def test_the_timers_see_every_phase_of_a_layer(threads):
+    layer, x = fusedrnn.LSTM(64, 128, bidirectional=True), torch.randn(20, 32, 64, requires_grad=True)
+    threads(4)  # two a direction: slices of the batch
+    fusedrnn._C.phases()
+    layer(x)[0].sum().backward()
+    seconds = fusedrnn._C.phases()
+    assert all(value > 0 for value in seconds.values()), seconds
+    assert all(value == 0 for value in fusedrnn._C.phases().values())
 
 
 def test_list_prints_names_only(capsys):

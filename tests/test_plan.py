@@ -46,5 +46,7 @@ def test_rules_by_size():
     # Directions side by side, whatever their size: no barrier between threads.
     assert plan([1] * 100, I=512, H=512, directions=2) == {"teams": 2, "members": 1, "slices": 1, "bounds": [0, 1]}
     assert plan([1] * 100, I=512, H=512, directions=2, threads=4)["members"] == 2
+    # Too little work in a step for a meeting of two.
+    assert plan([1] * 100, I=64, H=64, gates=1)["members"] == 1 and plan([1] * 100, I=64, H=64)["members"] == 2
     # Too little work to wake a second thread.
     assert plan([1], I=16, H=16) == {"teams": 1, "members": 1, "slices": 1, "bounds": [0, 1]}

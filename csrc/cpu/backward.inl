@@ -62,11 +62,12 @@ class BackwardPass {
       }
 #pragma omp barrier
       if (shared.block) {
+        const Timed timed(Phase::kOther);
         BackwardPass pass(p, shared, omp_get_thread_num());
         pass.pack();
-#pragma omp barrier
+        meet_all();
         pass.run_items();
-#pragma omp barrier
+        meet_all();
         if (p.weight_gradients) pass.add_slices();
       }
     }
@@ -145,6 +146,7 @@ class BackwardPass {
   }
 
   void pack() const {
+    const Timed timed(Phase::kPack);
     const Packing packing{s_.plan, thread_, s_.threads};
     const auto own = [&](int d, const void* w, int64_t rows, int64_t n, S* panels) {
       pack_columns(static_cast<const T*>(w), rows, n, packing.own(d, ceil_div(n, L), kGroupVectors<1>), panels);
@@ -241,6 +243,7 @@ class BackwardPass {
   // Samples [0, later) have gate gradients of the step worked on before at chunk row `later_row` on, samples [0, now)
   // are active at this step, chunk rows from `row` on. A sample in one set only starts or ends here.
   void step(int d, int64_t later_row, int64_t later, int64_t row, int64_t now) {
+    const Timed timed(Phase::kRecurrentProduct);
     const int64_t both = min64(later, now);
     const auto dg_row = [&](int64_t r) { return b_.dg + (later_row + r) * ldg_; };
     const auto arrive = [&](int64_t r, int64_t u, V dh) {  // dL/dh_t but for dy: the cell, or the projection first
@@ -353,6 +356,7 @@ class BackwardPass {
   void add_slices_of(const S* slices, int64_t stride, int64_t n, void* result);
 
   void input_gradient(const Item& item, int64_t s0, int64_t s1, int64_t rows) {
+    const Timed timed(Phase::kInputGradient);
     const Range own = part(rows, team_.me, team_.members);
     S** out = reinterpret_cast<S**>(b_.rows);  // the list of rows is not needed any more
     S* dx = static_cast<S*>(p_.dx) + item.d * z_.N * z_.I;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../problem.h"
+#include "phases.h"
 
 namespace fusedrnn {
 

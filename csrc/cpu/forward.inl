@@ -54,9 +54,10 @@ class ForwardPass {
       }
 #pragma omp barrier
       if (shared.block) {
+        const Timed timed(Phase::kOther);
         ForwardPass pass(p, shared, omp_get_thread_num());
         pass.pack();
-#pragma omp barrier
+        meet_all();
         pass.run_items();
       }
     }
@@ -128,6 +129,7 @@ class ForwardPass {
   }
 
   void pack() const {
+    const Timed timed(Phase::kPack);
     for (int d = 0; d < z_.D; ++d) {
       const LayerWeights& w = p_.weights[d];
       if (s_.packed) {
@@ -236,6 +238,7 @@ class ForwardPass {
   }
 
   void project(int d, int64_t rows) {
+    const Timed timed(Phase::kInputProduct);
     product<G>(
         weights(s_.w_ih[d], p_.weights[d].w_ih, z_.H), Inner{z_.I}, units_, {0, rows},
         [&](int64_t r) { return b_.x_row[r]; },
@@ -252,6 +255,7 @@ class ForwardPass {
 
   // One time step of the rows [row, row + n) of the chunk: h_prev in, h_next out.
   void step(const Item& item, int64_t t, int64_t row, const S* h_prev, S* h_next) {
+    const Timed timed(Phase::kRecurrentProduct);
     const int64_t n = item.rows(t), H = z_.H;
     const S* b_hh = s_.b_hh[item.d];
     const LayerWeights& w = p_.weights[item.d];

@@ -22,7 +22,8 @@ constexpr int kOuterRows = max_rows(kTileWidth);  // of the tiles of weight grad
 
 template <int kGroup>
 constexpr int kGroupVectors = kGroup >= 4 ? 1 : kGroup == 3 ? (kTileWidth == 2 ? 2 : 1) : 4 / kGroup;
-constexpr int kPanelWidth = 6;  // the widest panel, in vectors
+constexpr int kPanelWidth = kTileWidth == 2 ? 6 : kTileWidth;  // the widest panel, in vectors
+constexpr int kPanelRows = 2;  // so few rows meet a whole panel at once: a row's element serves all its vectors
 
 struct Range {
   int64_t begin, end;
@@ -37,8 +38,11 @@ FUSEDRNN_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 FUSEDRNN_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // out[m * ldo + v] (+)= sum_k a[m][k] * b[k][v].      b: [K][NR] vectors
+// Wider than a strip, NR takes several side by side, each `pitch` elements after the one before.
 template <class S, int MR, int NR>
-void row_tile(const S* const* a, int64_t K, const S* b, Vec<S>* out, int ldo, bool accumulate) {
+void row_tile(const S* const* a, int64_t K, const S* b, int64_t pitch, Vec<S>* out, int ldo, bool accumulate) {
+  constexpr int W = NR < kTileWidth ? NR : kTileWidth;
+  static_assert(NR % W == 0, "whole strips");
   using Type = typename Raw<S>::Type;
   constexpr int L = Vec<S>::kLanes;
   // Eight sums or more hide the latency of the FMA units: few rows make several sums over k.
@@ -48,7 +52,7 @@ void row_tile(const S* const* a, int64_t K, const S* b, Vec<S>* out, int ldo, bo
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
     row[m] = a[m];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < NR; ++v) {
 #pragma GCC unroll 4
       for (int i = 0; i < kSums; ++i) acc[i][m][v] = accumulate && i == 0 ? out[m * ldo + v].v : Type{};
@@ -56,15 +60,15 @@ void row_tile(const S* const* a, int64_t K, const S* b, Vec<S>* out, int ldo, bo
   }
   const auto step = [&](int64_t k, Type(&sum)[MR][NR]) __attribute__((always_inline)) {
     Type bv[NR];
-#pragma GCC unroll 4
-    for (int v = 0; v < NR; ++v) bv[v] = load(b + v * L).v;
+#pragma GCC unroll 8
+    for (int v = 0; v < NR; ++v) bv[v] = load(b + v / W * pitch + v % W * L).v;
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
       const Type am = Vec<S>(row[m][k]).v;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < NR; ++v) sum[m][v] += am * bv[v];
     }
-    b += NR * L;
+    b += W * L;
   };
   constexpr int kSteps = kSums > 1 ? kSums : 2;  // two at least: where two threads share a core, decoding is the limit
   int64_t k = 0;
@@ -75,7 +79,7 @@ void row_tile(const S* const* a, int64_t K, const S* b, Vec<S>* out, int ldo, bo
   for (; k < K; ++k) step(k, acc[0]);
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < NR; ++v) {
 #pragma GCC unroll 4
       for (int i = 1; i < kSums; ++i) acc[0][m][v] += acc[i][m][v];
@@ -145,17 +149,17 @@ void copy_columns(const S* a, int64_t lda, int64_t K, S* to) {
 // The tile functions, by their number of vectors and rows.
 template <class S>
 struct Tiles {
-  using RowTile = void (*)(const S* const*, int64_t, const S*, Vec<S>*, int, bool);
+  using RowTile = void (*)(const S* const*, int64_t, const S*, int64_t, Vec<S>*, int, bool);
   using OuterTiles = void (*)(int64_t, const S*, const S*, int64_t, S*, int64_t, int64_t);
   using Copy = void (*)(const S*, int64_t, int64_t, S*);
   using OuterSizes = std::make_integer_sequence<int, kOuterRows>;
 
-  template <int NR = kTileWidth>
+  template <int NR = kPanelWidth>
   static RowTile row_tile_of(int nr, int mr) {
     if constexpr (NR > 1) {
-      if (nr < NR) return row_tile_of<NR - 1>(nr, mr);
+      if (nr < NR) return row_tile_of<(NR > kTileWidth ? NR - kTileWidth : NR - 1)>(nr, mr);
     }
-    return row_tile_of<NR>(mr, std::make_integer_sequence<int, max_rows(NR)>());
+    return row_tile_of<NR>(mr, std::make_integer_sequence<int, (NR > kTileWidth ? kPanelRows : max_rows(NR))>());
   }
   static OuterTiles outer_tiles_of(int mr) { return outer_tiles_of(mr, OuterSizes()); }
   static Copy copy_of(int mr) { return copy_of(mr, OuterSizes()); }
@@ -266,16 +270,20 @@ FUSEDRNN_INLINE void product(const Weights<S, T>& weights, Inner inner, Range ve
         const T* own = weights.rows + (w / nv * weights.units + u) * K;
         for (int64_t r = 0; r < n; ++r) out[r * width + w] = dot_rows(row[0][r], K, own, weights.units - u);
       }
-      for (int w = 0; w < width && !weights.rows; w += kTileWidth) {
-        const int nr = min64(kTileWidth, width - w);
+      const int widest = n <= kPanelRows && width % kTileWidth == 0 ? width : kTileWidth;
+      for (int w = 0; w < width && !weights.rows; w += widest) {
+        const int nr = min64(widest, width - w);
         const S* strip = panel + w * K * L;
+        const S* second = strip + inner.first * min64(nr, kTileWidth) * L;
         for_row_blocks({0, n}, nr, [&](int64_t r, int mr) {
           const auto tile = Tiles<S>::row_tile_of(nr, mr);
+          const int64_t pitch = kTileWidth * K * L;
           Vec<S>* to = out + r * width + w;
-          tile(row[0] + r, inner.first, strip, to, width, false);
-          if (inner.second) tile(row[1] + r, inner.second, strip + inner.first * nr * L, to, width, true);
+          tile(row[0] + r, inner.first, strip, pitch, to, width, false);
+          if (inner.second) tile(row[1] + r, inner.second, second, pitch, to, width, true);
         });
       }
+      const Timed timed(Phase::kCell);
       for (int64_t r = 0; r < n; ++r) {
         for (int v = 0; v < nv; ++v) epilogue(r0 + r, v0 + v, out + r * width + v, nv);
       }

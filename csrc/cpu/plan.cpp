@@ -8,6 +8,8 @@ namespace fusedrnn {
 Plan make_plan(const LayerSizes& size, int gates, int lanes, int threads) {
   // Below this many multiply-adds a thread is not worth waking.
   constexpr int64_t kWorkPerThread = 1 << 18;
+  // And a member's step below this is not worth a meeting.
+  constexpr int64_t kWorkPerMeeting = 1 << 13;
   const int64_t work = size.N * size.D * gates * size.H * (size.I + size.R);
   const int64_t useful = std::max<int64_t>(1, work / kWorkPerThread);
   const int n = static_cast<int>(std::min<int64_t>({threads, useful, kMaxThreads}));
@@ -22,7 +24,8 @@ Plan make_plan(const LayerSizes& size, int gates, int lanes, int threads) {
     return {std::min(n, slices * size.D), 1, slices};
   }
   const int64_t vectors = (size.H + lanes - 1) / lanes;
-  const int members = static_cast<int>(std::min<int64_t>(per_direction, vectors));
+  const int64_t meetings_worth = std::max<int64_t>(1, work / (size.T * size.D) / kWorkPerMeeting);
+  const int members = static_cast<int>(std::min<int64_t>({per_direction, vectors, meetings_worth}));
   return {std::max(1, std::min(n / members, size.D)), members, 1};
 }
 

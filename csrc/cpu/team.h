@@ -45,6 +45,7 @@ class Team {
 
   void meet() {
     if (members == 1) return;
+    const Timed timed(Phase::kWait);
     ++epoch_;
     __atomic_store_n(&flags_[me].epoch, epoch_, __ATOMIC_RELEASE);
     for (int other = 0; other < members; ++other) {
@@ -67,6 +68,12 @@ class Team {
   Flag* flags_;
   int64_t epoch_ = 0;
 };
+
+// All threads of the parallel region.
+inline void meet_all() {
+  const Timed timed(Phase::kWait);
+#pragma omp barrier
+}
 
 template <class T>
 FUSEDRNN_INLINE const T* row_at(const RowView& view, const int64_t* offset, int64_t t, int64_t b) {

@@ -32,6 +32,7 @@ void BackwardPass<Cell, T>::clear_weight_sums(const Item& item, int index) const
 
 template <class Cell, class T>
 void BackwardPass<Cell, T>::weight_gradients(const Item& item, int index, int64_t s0, int64_t s1, int64_t rows) {
+  const Timed timed(Phase::kWeightGradient);
   gather_operands(item, s0, s1, part(rows, team_.me, team_.members));
   team_.meet();
   const int64_t H = z_.H, I = z_.I, R = z_.R;
@@ -47,6 +48,7 @@ void BackwardPass<Cell, T>::weight_gradients(const Item& item, int index, int64_
     const int64_t p0 = outputs_.begin * L, pn = min64(R, outputs_.end * L) - p0;
     outer_product(b_.dh + p0, ldh_, rows, pn, b_.m, to.w_hr + p0 * H, H);
   }
+  const Timed timed_biases(Phase::kBiasGradient);
   for (int c = 0; c < C; ++c) {
     for (int64_t u = u0; u < u0 + un; u += L) {
       S* db = to.b + c * H + u;
@@ -72,6 +74,7 @@ typename BackwardPass<Cell, T>::V BackwardPass<Cell, T>::pairwise_sum(const S* c
 // output where the cell has them.
 template <class Cell, class T>
 void BackwardPass<Cell, T>::gather_operands(const Item& item, int64_t s0, int64_t s1, Range own) {
+  const Timed timed(Phase::kGather);
   for_steps(item, s0, s1, own, [&](int64_t t, int64_t first, Range samples) {
     for (int64_t b = samples.begin; b < samples.end; ++b) {
       const int64_t r = first + b;
@@ -107,6 +110,7 @@ FUSEDRNN_INLINE typename BackwardPass<Cell, T>::V BackwardPass<Cell, T>::second_
 // After all items: the slices' accumulators, added in order, into the results.
 template <class Cell, class T>
 void BackwardPass<Cell, T>::add_slices() {
+  const Timed timed(Phase::kAddSlices);
   for (int d = 0; d < z_.D; ++d) {
     const WeightGradients& dw = p_.dw[d];
     const int64_t H = z_.H, biases = C * H;
