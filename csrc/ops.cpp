@@ -172,7 +172,7 @@ void fill(Problem& p, const Layer& layer) {
   p.x = rows(layer.x, layer.packed);
   p.h0 = pointer(layer.h0);
   p.c0 = pointer(layer.c0);
-  p.threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  p.threads = at::in_parallel_region() || forked() ? 1 : at::get_num_threads();
 }
 
 void check_memory(bool enough) { TORCH_CHECK(enough, "fusedrnn: not enough memory for the layer's working space"); }
@@ -227,8 +227,10 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> layer_backward(
   const Tensor y_rows = y.contiguous(), saved_rows = saved.contiguous();
 
   const auto compute = x.options().dtype(layer.compute_type());
-  Tensor dx;  // the directions apart: they are worked on at the same time
-  if (need_x) dx = z.D == 2 ? at::empty({2, z.N, z.I}, compute) : at::empty(x.sizes(), compute);
+  Tensor dx = at::empty(need_x ? x.sizes() : at::IntArrayRef{0}, x.options());
+  Tensor dx_part[2];  // the directions are worked on at the same time
+  if (need_x) dx_part[0] = z.D == 1 && layer.compute_type() == layer.dtype ? dx : at::empty({z.N, z.I}, compute);
+  if (need_x && z.D == 2) dx_part[1] = at::empty({z.N, z.I}, compute);
   Tensor dh0 = at::empty({z.D, z.B, z.R}, x.options());
   Tensor dc0 = at::empty({two_states ? z.D : 0, z.B, z.H}, x.options());
   std::vector<Tensor> dw;
@@ -244,7 +246,9 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> layer_backward(
     p.saved_stride = layer.saved_width();
     p.dh_n = pointer(dh);
     p.dc_n = two_states ? pointer(dc) : nullptr;
-    p.dx = result(dx);
+    p.dx = need_x ? result(dx) : nullptr;
+    p.dx_part[0] = result(dx_part[0]);
+    p.dx_part[1] = result(dx_part[1]);
     p.dh0 = result(dh0);
     p.dc0 = two_states ? result(dc0) : nullptr;
     p.weight_gradients = need_weights;
@@ -257,12 +261,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> layer_backward(
     }
     check_memory(kernels().backward[layer.cell][static_cast<int>(kernel_dtype(layer.dtype))](p));
   }
-  if (!need_x) {
-    dx = at::empty({0}, x.options());
-  } else if (z.D == 2) {
-    dx = at::add(dx[0], dx[1]).view(x.sizes());
-  }
-  return {dx.to(layer.dtype), dh0, dc0, dw};
+  return {dx, dh0, dc0, dw};
 }
 
 }  // namespace

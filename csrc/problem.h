@@ -79,7 +79,8 @@ struct BackwardProblem {
   int64_t saved_stride;
   const void* dh_n;   // [D, B, R] or null: zeros
   const void* dc_n;   // [D, B, H] or null: zeros
-  void* dx;           // [D, N, I] in the compute type, or null: not wanted
+  void* dx;           // [N, I], or null: not wanted
+  void* dx_part[2];   // [N, I], of each direction, in the compute type; with one of the same type: dx itself
   void* dh0;          // [D, B, R]
   void* dc0;          // [D, B, H], cells with two states
   WeightGradients dw[2];

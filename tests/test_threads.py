@@ -1,4 +1,5 @@
-"""Threads: results do not depend on their number beyond rounding, and repeat bit for bit.
+"""Threads: results do not depend on their number beyond rounding, and repeat bit for bit; several Python threads, a
+number that changes between forward and backward, calls from a parallel region and from a forked process.
 
 That torch.set_num_threads is honoured at all, test_build.py tests.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -79,6 +81,67 @@ def test_called_from_several_python_threads_at_once(cell: str, threads: Callable
         found = list(pool.map(train, range(12)))
     for each in found:
         assert all(torch.equal(each[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("forward, backward", [(1, 2), (2, 1), (4, 3)])
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_number_changes_before_backward(
+    cell: str, forward: int, backward: int, threads: Callable[[int], None]
+) -> None:
+    case = Case(cell, T=9, B=35, I=33, H=70, bidirectional=True)
+    module = case.module()
+
+    def call(x: torch.Tensor, hx):
+        threads(forward)
+        output = module(x, hx)
+        threads(backward)
+        return output
+
+    found = results(call, case.tensors(), dict(module.named_parameters()))
+    assert_all_close(found, run_twin(case))
+
+
+def test_called_in_a_parallel_region() -> None:
+    """Two threads of an OpenMP region call a layer each: it computes on the caller, and finds what it finds outside."""
+    code = """
+        import ctypes, torch, fusedrnn
+        torch.set_num_threads(2)
+        layer, x = fusedrnn.LSTM(64, 70), torch.randn(12, 35, 64)
+        def train():
+            leaf = x.clone().requires_grad_()
+            return torch.autograd.grad(layer(leaf)[0].sum(), [leaf, *layer.parameters()])
+        results = []
+        runtime = ctypes.CDLL(next(line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line))
+        body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: results.append(train()))
+        runtime.GOMP_parallel(body, None, 2, 0)
+        torch.set_num_threads(1)
+        assert len(results) == 2 and all(torch.equal(a, b) for r in results for a, b in zip(r, train(), strict=True))
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=ROOT, timeout=60)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_forked_process_computes(dtype: str) -> None:
+    """After threads have worked, here and in torch: a fork has none of them, and OpenMP would wait for them."""
+    code = f"""
+        import os, torch, fusedrnn
+        torch.set_num_threads(2)
+        layer = fusedrnn.LSTM(64, 128, bidirectional=True, dtype=torch.{dtype})
+        x = torch.randn(30, 40, 64, dtype=torch.{dtype}, requires_grad=True)
+        dy = torch.randn(30, 40, 256, dtype=torch.{dtype})
+        def train():  # without large operations of torch's own, which do not come back
+            return torch.autograd.grad(layer(x)[0], [x, *layer.parameters()], dy)
+        torch.randn(1000, 1000).relu_()
+        before = train()
+        if child := os.fork():
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            assert all(torch.equal(a, b) for a, b in zip(train(), before, strict=True))  # the parent goes on
+        else:
+            after = train()
+            torch.set_num_threads(1)
+            os._exit(not all(torch.allclose(a, b, rtol=0.02, atol=0.02) for a, b in zip(after, before, strict=True)))
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=ROOT, timeout=60)
 
 
 def test_little_work_wakes_no_other_thread() -> None:

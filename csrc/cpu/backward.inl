@@ -69,6 +69,7 @@ class BackwardPass {
         pass.run_items();
         meet_all();
         if (p.weight_gradients) pass.add_slices();
+        if (p.dx) pass.add_directions();
       }
     }
     if (shared.block) release_scratch();
@@ -359,7 +360,7 @@ class BackwardPass {
     const Timed timed(Phase::kInputGradient);
     const Range own = part(rows, team_.me, team_.members);
     S** out = reinterpret_cast<S**>(b_.rows);  // the list of rows is not needed any more
-    S* dx = static_cast<S*>(p_.dx) + item.d * z_.N * z_.I;
+    S* dx = static_cast<S*>(p_.dx_part[item.d]);
     for_steps(item, s0, s1, own, [&](int64_t t, int64_t first, Range samples) {
       for (int64_t b = samples.begin; b < samples.end; ++b) {
         out[first + b] = dx + (z_.offset[t] + item.first + b) * z_.I;
@@ -370,6 +371,19 @@ class BackwardPass {
                [&](int64_t r) { return b_.dg + r * ldg_; },
                [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA { prefetch_to_write(out[r] + u, n); },
                [&](int64_t r, int64_t v, const V* acc, int) { store(out[r] + v * L, acc[0], z_.I - v * L); });
+  }
+
+  // After all items: dx of both directions together, in the type of x.
+  void add_directions() const {
+    if (z_.D == 1 && !kConvert) return;
+    const Timed timed(Phase::kInputGradient);
+    const S *forward = static_cast<const S*>(p_.dx_part[0]), *reverse = static_cast<const S*>(p_.dx_part[1]);
+    const int64_t n = z_.N * z_.I;
+    const Range own = part(ceil_div(n, L), thread_, s_.threads);
+    for (int64_t i = own.begin * L; i < min64(n, own.end * L); i += L) {
+      const V sum = load<S>(forward + i, n - i);
+      store(static_cast<T*>(p_.dx) + i, z_.D == 2 ? sum + load<S>(reverse + i, n - i) : sum, n - i);
+    }
   }
 
   void final_carries(const Item& item) {

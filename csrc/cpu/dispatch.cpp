@@ -1,6 +1,8 @@
 // See dispatch.h.
 #include "dispatch.h"
 
+#include <pthread.h>
+
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -53,6 +55,9 @@ struct Scratch {
 };
 thread_local Scratch scratch;
 
+bool is_fork = false;
+[[maybe_unused]] const int at_fork = pthread_atfork(nullptr, nullptr, [] { is_fork = true; });
+
 }  // namespace
 
 bool isa_supported(const char* name) {
@@ -92,6 +97,8 @@ const KernelTable& kernels() {
   static const KernelTable* const table = choose();
   return *table;
 }
+
+bool forked() { return is_fork; }
 
 int cells() { return kCells; }
 

@@ -37,6 +37,10 @@ const KernelTable& kernels();                   // in use; FUSEDRNN_CPU_ISA forc
 // Read and check FUSEDRNN_CPU_ISA: null if fine, else what is wrong with it.
 const char* isa_error();
 
+// Whether this process was forked from one that had loaded this library. Its threads may have been lost in the fork,
+// and OpenMP would wait for them for ever: such a process computes on the calling thread.
+bool forked();
+
 struct CellConstants {
   const char* name;
   int gates, states, saved, first, split;
