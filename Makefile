@@ -14,14 +14,16 @@ SETUP   := $(VENV)/stamp-torch-$(TORCH)
 BUILD   := build/stamp$(subst /,-,$(VENV))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help demo test bench phases build clean distclean check force
+.PHONY: help demo test bench bench-peers phases sanitize sanitize-memory sanitize-threads build clean distclean check force
 .NOTPARALLEL:
 
 help:
 	@echo 'make demo       train a character model with torch.nn.LSTM, then with fusedrnn.LSTM, and compare the two'
 	@echo 'make test       run every test'
 	@echo 'make bench      time fusedrnn against torch.nn, layer by layer'
+	@echo 'make bench-peers   time inference against ONNX Runtime and OpenVINO'
 	@echo 'make phases     time fusedrnn with timers inside: where the time of a layer goes'
+	@echo 'make sanitize   run the tests with AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer'
 	@echo 'make build      set up and compile only (the others do so by themselves)'
 	@echo 'make clean      delete what was compiled; make distclean: the virtual environment too'
 	@echo
@@ -38,14 +40,51 @@ test: $(BUILD)
 bench: $(BUILD)
 	@$(BIN) -m benchmarks --plot out/benchmarks.png $(ARGS)
 
-# A package apart, with timers in the kernels.
+# Beside ONNX Runtime and OpenVINO.
+PEERS := $(VENV)/stamp-peers
+$(PEERS): requirements-peers.txt | $(SETUP)
+	@echo 'installing requirements-peers.txt'
+	@$(BIN) -m pip install --quiet --disable-pip-version-check $(PIPARGS) -r requirements-peers.txt
+	@touch $@
+
+bench-peers: $(BUILD) $(PEERS)
+	@$(BIN) -m benchmarks.peers $(ARGS)
+
+# A package apart, in build/NAME/lib, compiled with flags of its own: $(call variant,NAME,compiler flags,linker flags)
+define variant
+	@echo 'building the extension in build/$(1) (minutes the first time)'
+	@mkdir -p build/$(1)
+	@PATH="$(abspath $(VENV)/bin):$$PATH" FUSEDRNN_CXX_FLAGS='$(2)' FUSEDRNN_LD_FLAGS='$(3)' \
+	  $(BIN) setup.py build --build-base build/$(1) --build-lib build/$(1)/lib >build/$(1)/log 2>&1 || { \
+	  tail -n 60 build/$(1)/log; echo 'error: the build failed; all of its output is in build/$(1)/log' >&2; exit 1; }
+endef
+# The environment in which Python finds that package before the checkout's. (PYTHONSAFEPATH: Python 3.11 and newer.)
+USING = cd build/$(1) && PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/$(1)/lib:$(CURDIR)"
+
 phases: $(SETUP) | check
-	@echo 'building the extension with timers (minutes the first time)'
-	@mkdir -p build/phases
-	@PATH="$(abspath $(VENV)/bin):$$PATH" FUSEDRNN_CXX_FLAGS="-DFUSEDRNN_PHASES $$FUSEDRNN_CXX_FLAGS" \
-	  $(BIN) setup.py build --build-base build/phases --build-lib build/phases/lib >build/phases/log 2>&1 || { \
-	  tail -n 60 build/phases/log; echo 'error: the build failed; all of its output is in build/phases/log' >&2; exit 1; }
-	@cd build/phases && PYTHONPATH=lib:$(CURDIR) $(abspath $(BIN)) -m benchmarks --phases $(ARGS)
+	$(call variant,phases,-DFUSEDRNN_PHASES)
+	@$(call USING,phases) $(abspath $(BIN)) -m benchmarks --phases $(ARGS)
+
+sanitize: sanitize-memory sanitize-threads
+
+# The peak is no peak here: the sanitizers slow the yardstick more than the products.
+UNTIMED := --deselect tests/test_benchmarks.py::test_no_product_passes_the_peak --timeout 1200
+
+# AddressSanitizer and UndefinedBehaviorSanitizer, and the timers' tests.
+ASAN := -fsanitize=address,undefined -fno-sanitize-recover=undefined
+sanitize-memory: $(SETUP) | check
+	$(call variant,sanitize-memory,-O1 -g1 -fno-omit-frame-pointer $(ASAN) -DFUSEDRNN_PHASES,$(ASAN))
+	@$(call USING,sanitize-memory) ASAN_OPTIONS=detect_leaks=0:handle_segv=0 \
+	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	  $(abspath $(BIN)) -m pytest --rootdir $(CURDIR) -p no:cacheprovider $(CURDIR)/tests $(UNTIMED) $(ARGS)
+
+# ThreadSanitizer sees data races in the kernels alone: torch, OpenMP and Python are not instrumented. (At exit, torch
+# unlocks mutexes that it has destroyed: no reports on mutexes.)
+sanitize-threads: $(SETUP) | check
+	$(call variant,sanitize-threads,-O1 -g1 -fsanitize=thread,-fsanitize=thread)
+	@$(call USING,sanitize-threads) TSAN_OPTIONS="suppressions=$(CURDIR)/tests/tsan.supp report_mutex_bugs=0" \
+	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libtsan.so)" setarch -R \
+	  $(abspath $(BIN)) -m pytest --rootdir $(CURDIR) -p no:cacheprovider $(CURDIR)/tests $(UNTIMED) $(ARGS)
 
 build: $(BUILD)
 	@echo 'built: fusedrnn for $(BIN)'

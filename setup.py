@@ -1,7 +1,8 @@
 """Builds the extension fusedrnn._C. No downloads, no reading of the builder's CPU: every instruction set is compiled.
 
 OpenMP is compiled in but not linked: its symbols resolve through the copy that torch brings, so that a process has
-one OpenMP runtime. FUSEDRNN_CXX_FLAGS adds compiler flags; MAX_JOBS bounds the parallel compile jobs.
+one OpenMP runtime. FUSEDRNN_CXX_FLAGS and FUSEDRNN_LD_FLAGS add flags of the compiler and the
+linker; MAX_JOBS bounds the parallel compile jobs.
 """
 
 import os
@@ -21,13 +22,16 @@ FLAGS = ["-O3", "-g0", "-std=c++17", "-fopenmp", "-ffp-contract=fast", "-fvisibi
 FLAGS += ["-Wall", "-Wno-unknown-pragmas"]
 if sys.platform == "darwin":
     FLAGS.remove("-fopenmp")  # Apple's clang has none: one thread
+FLAGS += shlex.split(os.environ.get("FUSEDRNN_CXX_FLAGS", ""))
+FLAGS.append(f'-DFUSEDRNN_FLAGS="{" ".join(FLAGS)}"')  # for fusedrnn.info
 
 setup(
     ext_modules=[
         CppExtension(
             "fusedrnn._C",
             SOURCES,
-            extra_compile_args=FLAGS + shlex.split(os.environ.get("FUSEDRNN_CXX_FLAGS", "")),
+            extra_compile_args=FLAGS,
+            extra_link_args=shlex.split(os.environ.get("FUSEDRNN_LD_FLAGS", "")),
         )
     ],
     cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)},

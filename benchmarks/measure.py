@@ -66,7 +66,7 @@ class Result:
         return 100 * self.gflops / (self.peak_gflops / (2 if self.case.dtype == "float64" else 1))
 
 
-def _layer(library, case: Case, dtype: torch.dtype) -> nn.Module:
+def make_layer(library, case: Case, dtype: torch.dtype) -> nn.Module:
     """The layer of a case from torch.nn or fusedrnn."""
     _, _, inputs, hidden = case.shape
     options = {"num_layers": case.layers, "bidirectional": case.directions == 2, "dtype": dtype}
@@ -82,7 +82,7 @@ def _layer(library, case: Case, dtype: torch.dtype) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class _Problem:
+class Problem:
     """The data of a case: input, initial state, gradient of the output; and how a layer is called with them."""
 
     case: Case
@@ -91,7 +91,7 @@ class _Problem:
     dy: Tensor  # [rows, D * (P or H)]
 
     @staticmethod
-    def of(case: Case) -> _Problem:
+    def of(case: Case) -> Problem:
         generator = torch.Generator().manual_seed(1)
         T, B, I, H = case.shape
         out = case.projection or H
@@ -102,7 +102,7 @@ class _Problem:
         x = draw(T, B, I)
         sizes = (out, H) if case.cell == "lstm" else (out,)
         hx = tuple(draw(case.layers * case.directions, B, size) for size in sizes)
-        return _Problem(case, x, hx, draw(sum(case.lengths()), case.directions * out))
+        return Problem(case, x, hx, draw(sum(case.lengths()), case.directions * out))
 
     def call(self, layer: nn.Module, dtype: torch.dtype, mode: str) -> Call:
         """A function of no arguments that runs the layer once: its outputs (infer) or its gradients (train)."""
@@ -124,12 +124,12 @@ class _Problem:
         return lambda: torch.autograd.grad(forward()[0].flatten(0, -2), wanted, dy)
 
 
-def check(case: Case, ours: nn.Module, problem: _Problem) -> float:
+def check(case: Case, ours: nn.Module, problem: Problem) -> float:
     """Compare outputs, and gradients if the case trains, with the same layer in float64; the largest deviation.
 
     The reference is torch.nn's layer, or our own where torch.nn has none. Raises Disagreement.
     """
-    reference = _layer(nn if case.has_torch else fusedrnn, case, torch.float64)
+    reference = make_layer(nn if case.has_torch else fusedrnn, case, torch.float64)
     reference.load_state_dict(ours.state_dict())
     parameters = ["d" + name for name, _ in ours.named_parameters()]
     deviation = 0.0
@@ -149,7 +149,7 @@ def check(case: Case, ours: nn.Module, problem: _Problem) -> float:
     return deviation
 
 
-class _Timer:
+class Timer:
     """Times a call with its number of threads; a sample is the mean of enough calls to be measurable."""
 
     def __init__(self, call: Call, threads: int) -> None:
@@ -183,18 +183,18 @@ def measure(case: Case, threads: int, seconds: float, min_rounds: int = MIN_ROUN
     dtype = DTYPES[case.dtype]
     torch.manual_seed(1)
     torch.set_num_threads(threads)
-    problem = _Problem.of(case)
-    ours = _layer(fusedrnn, case, dtype)
+    problem = Problem.of(case)
+    ours = make_layer(fusedrnn, case, dtype)
     deviation = check(case, ours, problem)
-    timers = [_Timer(problem.call(ours, dtype, case.mode), threads)]
+    timers = [Timer(problem.call(ours, dtype, case.mode), threads)]
     if case.has_torch:
-        theirs = _layer(nn, case, dtype)
+        theirs = make_layer(nn, case, dtype)
         theirs.load_state_dict(ours.state_dict())
         call = problem.call(theirs, dtype, case.mode)
-        choices = [_Timer(call, n) for n in sorted({1, threads})]
+        choices = [Timer(call, n) for n in sorted({1, threads})]
         timers.append(min(choices, key=lambda timer: min(timer.sample() for _ in range(3))))
     timers[0].phases()  # from here on
-    rounds, peaks = _rounds(timers, seconds, min_rounds)
+    rounds, peaks = run_rounds(timers, seconds, min_rounds)
     phases = timers[0].phases()
     torch.set_num_threads(threads)
     ours_seconds = float(np.median(rounds[:, 0]))
@@ -215,7 +215,7 @@ def measure(case: Case, threads: int, seconds: float, min_rounds: int = MIN_ROUN
     return Result(**result)
 
 
-def _rounds(timers: Sequence[_Timer], seconds: float, min_rounds: int) -> tuple[np.ndarray, list[float]]:
+def run_rounds(timers: Sequence[Timer], seconds: float, min_rounds: int) -> tuple[np.ndarray, list[float]]:
     """Seconds a call, [rounds, timers]: each round times every timer once, in alternating order. And each round's peak
     in operations a second, with the threads of the first timer.
     """
@@ -236,5 +236,5 @@ def matmul_gflops(threads: int, size: int = 1024) -> float:
     """torch.matmul of two float32 matrices in GFLOP/s, the best of a few: a yardstick for the products."""
     torch.set_num_threads(threads)
     a, b = torch.randn(2, size, size).unbind()
-    timer = _Timer(lambda: (a @ b,), threads)
+    timer = Timer(lambda: (a @ b,), threads)
     return 2 * size**3 / min(timer.sample() for _ in range(5)) / 1e9

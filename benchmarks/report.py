@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 
 import fusedrnn
+from fusedrnn.info import cores, processor
 
 from .measure import Result, matmul_gflops
 
@@ -31,8 +31,8 @@ HOW_TO_READ = (
 def machine(threads: int) -> dict[str, str | int | float]:
     """Processor, instruction set in use, versions, threads, date and the yardstick of the products."""
     return {
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu": processor(),
+        "cores": cores(),
         "isa": fusedrnn._C.isa(),
         "threads": threads,
         "fusedrnn": fusedrnn.__version__,
@@ -42,13 +42,6 @@ def machine(threads: int) -> dict[str, str | int | float]:
         "date": datetime.date.today().isoformat(),
         "matmul_gflops": round(matmul_gflops(threads), 1),
     }
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def describe(info: dict) -> str:
@@ -117,13 +110,14 @@ def markdown(results: Sequence[Result], info: dict) -> str:
     return "\n".join(rows) + "\n"
 
 
-def update_readme(file: Path, table: str) -> None:
+def update_readme(file: Path, table: str, name: str = "benchmarks") -> None:
     """Put ``table`` between the markers of ``file``; ValueError if they are not there, once and in order."""
+    begin, end = BEGIN.replace("benchmarks", name), END.replace("benchmarks", name)
     text = file.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{file} must have the line {BEGIN} once and {END} once after it")
-    head, rest = text.split(BEGIN)
-    file.write_text(f"{head}{BEGIN}\n{table}{END}{rest.split(END)[1]}", encoding="utf-8")
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{file} must have the line {begin} once and {end} once after it")
+    head, rest = text.split(begin)
+    file.write_text(f"{head}{begin}\n{table}{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
 def write_json(file: Path, results: Sequence[Result], info: dict) -> None:

@@ -2,6 +2,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/version.h>
 
 #include <chrono>
 #include <stdexcept>
@@ -38,6 +39,24 @@ std::vector<py::dict> cell_list() {
     list.push_back(entry);
   }
   return list;
+}
+
+// How this library was compiled.
+py::dict build() {
+  py::dict result;
+#if defined(__clang__)
+  result["compiler"] = "clang " __clang_version__;
+#else
+  result["compiler"] = "g++ " __VERSION__;
+#endif
+  result["flags"] = FUSEDRNN_FLAGS;  // setup.py
+#if defined(_OPENMP)
+  result["openmp"] = "specification of " + std::to_string(_OPENMP / 100) + "-" + std::to_string(_OPENMP % 100 + 100).substr(1);
+#else
+  result["openmp"] = "none: one thread";
+#endif
+  result["torch"] = TORCH_VERSION;
+  return result;
 }
 
 // Sizes of a layer of given lengths (not increasing), for the plan's tests.
@@ -128,6 +147,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("vector_bytes", [] { return kernels().vector_bytes; });
   m.def("built_isas", [] { return isas(false); }, "Instruction sets in this build.");
   m.def("supported_isas", [] { return isas(true); }, "Instruction sets of this build that this CPU has.");
+  m.def("build", build, "Compiler, flags and versions this library was built with.");
   m.def("cells", cell_list, "Constants of the compiled cells, in registry order.");
   m.def("plan", plan, py::arg("batch_sizes"), py::arg("I"), py::arg("H"), py::arg("directions"), py::arg("gates"),
         py::arg("lanes"), py::arg("threads"), "How a layer would be shared among threads.");

@@ -121,11 +121,11 @@ def test_a_wrong_result_is_not_timed(tiny, monkeypatch, capsys):
 
 def test_both_sides_start_each_round_in_turn():
     calls = []
-    timers = [measure._Timer(lambda i=i: calls.append(i), torch.get_num_threads()) for i in (0, 1)]
+    timers = [measure.Timer(lambda i=i: calls.append(i), torch.get_num_threads()) for i in (0, 1)]
     calls.clear()
     for timer in timers:
         timer.repeats = 1
-    rounds, peaks = measure._rounds(timers, 0.0, 3)
+    rounds, peaks = measure.run_rounds(timers, 0.0, 3)
     assert rounds.shape == (3, 2) and len(peaks) == 3
     assert calls == [0, 1, 1, 0, 0, 1]
 
@@ -175,7 +175,7 @@ def test_bad_options_are_errors(capsys, monkeypatch, options, message):
 
 def test_phases_are_shares_of_all_threads_time(capsys, monkeypatch):
     """Two threads that wait half of the time for each other, as a build with timers would report them."""
-    timer = measure._Timer(lambda: time.sleep(0.01), 2)
+    timer = measure.Timer(lambda: time.sleep(0.01), 2)
     spent = timer.spent
     monkeypatch.setattr(fusedrnn._C, "phases", lambda: {"wait": spent, "cell": 0.4 * spent, "pack": 0.0})
     shares = timer.phases()

@@ -41,32 +41,24 @@ class ForwardPass {
  public:
   static bool run(const ForwardProblem& p) {
     Shared shared;
-    shared.block = nullptr;
     shared.plan = make_plan(p.size, G, L, p.threads);
-    const int threads = shared.plan.teams * shared.plan.members;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-#pragma omp master
-      {
-        shared.threads = omp_get_num_threads();  // may be fewer than asked for
-        if (shared.threads != threads) shared.plan = make_plan(p.size, G, L, shared.threads);
-        prepare(p, shared);
-      }
-#pragma omp barrier
-      if (shared.block) {
-        const Timed timed(Phase::kOther);
-        ForwardPass pass(p, shared, omp_get_thread_num());
-        pass.pack();
-        meet_all();
-        pass.run_items();
-      }
-    }
-    if (shared.block) release_scratch();
-    return shared.block != nullptr;
+    const bool done = in_parallel(
+        shared.plan.teams * shared.plan.members, [&](int threads) { return prepare(p, shared, threads); },
+        [&](int thread) {
+          ForwardPass pass(p, shared, thread);
+          pass.pack();
+          meet_all();
+          pass.run_items();
+        });
+    if (done) release_scratch();
+    return done;
   }
 
  private:
-  static void prepare(const ForwardProblem& p, Shared& s) {
+  // Plan, memory and flags for the threads that came; false: no memory.
+  static bool prepare(const ForwardProblem& p, Shared& s, int threads) {
+    s.threads = threads;
+    if (threads < s.plan.teams * s.plan.members) s.plan = make_plan(p.size, G, L, threads);  // fewer than asked for
     s.packed = p.size.N > kRowsUnpacked;
     slice_batch(p.size, s.plan.slices, s.bounds);
     s.most_samples = 0;
@@ -78,10 +70,11 @@ class ForwardPass {
     s.shared_bytes = shared.used();
     s.team_bytes = team.used();
     s.block = static_cast<char*>(acquire_scratch(s.shared_bytes + s.plan.teams * s.team_bytes));
-    if (!s.block) return;
+    if (!s.block) return false;
     Carver pieces(s.block);
     carve_shared(p, s, pieces);
     for (int i = 0; i < s.plan.teams * s.plan.members; ++i) s.flags[i].epoch = 0;
+    return true;
   }
 
   static void carve_shared(const ForwardProblem& p, Shared& s, Carver& carver) {

@@ -69,10 +69,44 @@ class Team {
   int64_t epoch_ = 0;
 };
 
+// ThreadSanitizer does not see how OpenMP's threads start, meet and end (`make sanitize`): told here.
+#if defined(__SANITIZE_THREAD__)
+extern "C" void __tsan_acquire(void*);
+extern "C" void __tsan_release(void*);
+char openmp_order;
+inline void after_others() { __tsan_acquire(&openmp_order); }
+inline void before_others() { __tsan_release(&openmp_order); }
+#else
+inline void after_others() {}
+inline void before_others() {}
+#endif
+
 // All threads of the parallel region.
 inline void meet_all() {
   const Timed timed(Phase::kWait);
+  before_others();
 #pragma omp barrier
+  after_others();
+}
+
+// One parallel region of at most `threads` threads: prepare(how many came) on one of them, then, if it returns true,
+// body(index) on all. Returns what prepare did.
+template <class Prepare, class Body>
+bool in_parallel(int threads, const Prepare& prepare, const Body& body) {
+  bool prepared = false;
+  before_others();
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    after_others();
+    const Timed timed(Phase::kOther);
+#pragma omp master
+    prepared = prepare(omp_get_num_threads());
+    meet_all();
+    if (prepared) body(omp_get_thread_num());
+    before_others();
+  }
+  after_others();
+  return prepared;
 }
 
 template <class T>

@@ -1,0 +1,55 @@
+"""``python -m fusedrnn.info``: what is in use on this machine, for a bug report or a look."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from . import _C, __version__
+
+__all__ = ["cores", "describe", "main", "processor"]
+
+
+def processor() -> str:
+    """The processor's name, as the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """The processor's cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe() -> dict[str, str]:
+    """What is in use, a line of text for each subject."""
+    forced, build = os.environ.get("FUSEDRNN_CPU_ISA"), _C.build()
+    settings = [f"{name}={os.environ[name]}" for name in sorted(os.environ) if name.startswith(("OMP_", "GOMP_"))]
+    return {
+        "versions": f"fusedrnn {__version__}, torch {torch.__version__} (built with {build['torch']}),"
+        f" Python {platform.python_version()}, {platform.system()} {platform.machine()}",
+        "processor": f"{processor()}, {cores()} core(s) for this process",
+        "instruction set": f"{_C.isa()}, {_C.vector_bytes()}-byte vectors,"
+        f" {'forced by FUSEDRNN_CPU_ISA' if forced else 'the best of the processor'}"
+        f" (here: {', '.join(_C.supported_isas())}; in this build: {', '.join(_C.built_isas())})",
+        "threads": f"{torch.get_num_threads()} (torch.set_num_threads); {', '.join(settings) or 'no OMP_ variable set'}",
+        "OpenMP": build["openmp"],
+        "cells": ", ".join(cell["name"] for cell in _C.cells()),
+        "compiler": f"{build['compiler']}, flags {build['flags']}",
+        "timers": "none" if _C.phases() is None else "in every phase: slower, for measuring only (make phases)",
+    }
+
+
+def main() -> None:
+    """Print :func:`describe`."""
+    for subject, text in describe().items():
+        print(f"{subject:16} {text}")
+
+
+if __name__ == "__main__":
+    main()
