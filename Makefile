@@ -82,7 +82,7 @@ sanitize-memory: $(SETUP) | check
 # unlocks mutexes that it has destroyed: no reports on mutexes.)
 sanitize-threads: $(SETUP) | check
 	$(call variant,sanitize-threads,-O1 -g1 -fsanitize=thread,-fsanitize=thread)
-	@$(call USING,sanitize-threads) TSAN_OPTIONS="suppressions=$(CURDIR)/tests/tsan.supp report_mutex_bugs=0" \
+	@$(call USING,sanitize-threads) TSAN_OPTIONS="suppressions=$(CURDIR)/tests/tsan.supp report_mutex_bugs=0 handle_segv=0 die_after_fork=0" \
 	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libtsan.so)" setarch -R \
 	  $(abspath $(BIN)) -m pytest --rootdir $(CURDIR) -p no:cacheprovider $(CURDIR)/tests $(UNTIMED) $(ARGS)
 

@@ -2,6 +2,8 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
 #include <chrono>
@@ -96,6 +98,24 @@ py::dict plan(const std::vector<int64_t>& batch_sizes, int64_t I, int64_t H, int
   return result;
 }
 
+// torch.ops.fusedrnn.layer_forward for inference on a dense batch: y, h_n, c_n. Python's own way to an op reads the
+// schema for each argument, a third of a short call.
+py::tuple infer_layer(const at::Tensor& x, const std::optional<at::Tensor>& h0, const std::optional<at::Tensor>& c0,
+                      const std::vector<at::Tensor>& weights, const std::string& cell, bool bidirectional) {
+  using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+  using Optional = const std::optional<at::Tensor>&;
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("fusedrnn::layer_forward", "")
+          .typed<Results(const at::Tensor&, Optional, Optional, Optional, at::TensorList, c10::string_view, bool, bool)>();
+  Results results;
+  {
+    const py::gil_scoped_release release;
+    results = op.call(x, std::nullopt, h0, c0, weights, cell, bidirectional, false);
+  }
+  return py::make_tuple(std::get<0>(results), std::get<1>(results), std::get<2>(results));
+}
+
 // Seconds of all threads in each phase since the last call, in a build with FUSEDRNN_PHASES; None in any other.
 py::object phases() {
   if (!kPhasesTimed) return py::none();
@@ -149,6 +169,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("supported_isas", [] { return isas(true); }, "Instruction sets of this build that this CPU has.");
   m.def("build", build, "Compiler, flags and versions this library was built with.");
   m.def("cells", cell_list, "Constants of the compiled cells, in registry order.");
+  m.def("infer_layer", infer_layer, py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("cell"),
+        py::arg("bidirectional"), "layer_forward for inference on a dense batch, by a shorter way: y, h_n, c_n.");
   m.def("plan", plan, py::arg("batch_sizes"), py::arg("I"), py::arg("H"), py::arg("directions"), py::arg("gates"),
         py::arg("lanes"), py::arg("threads"), "How a layer would be shared among threads.");
   m.def("peak_flops", peak_flops, py::arg("threads"), py::arg("seconds") = 0.02,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from ._C import infer_layer
 from .autograd import recurrent_layer
 from .cells import CELLS
 from .functional import recurrent, recurrent_cell
@@ -73,10 +74,19 @@ def _short_road(
     x = input.transpose(0, 1) if module.batch_first else input
     h0, c0 = (*(states or ()), None, None)[:2]
     try:
-        y, h_n, c_n = recurrent_layer(cell, module.bidirectional, x, None, h0, c0, weights)
+        y, h_n, c_n = _dense_layer(cell, module.bidirectional, x, h0, c0, weights)
     except (RuntimeError, ValueError, TypeError):
         return None
     return y.transpose(0, 1) if module.batch_first else y, (h_n, c_n) if c_n.size(0) else (h_n,)
+
+
+def _dense_layer(
+    cell: str, bidirectional: bool, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer on a dense batch: y, h_n, c_n."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return recurrent_layer(cell, bidirectional, x, None, h0, c0, weights)
+    return infer_layer(x, h0, c0, weights, cell, bidirectional)
 
 
 def _is_plain(input: Tensor | PackedSequence, dim: int, states: Sequence[Tensor] | None, cell: str) -> bool:
@@ -255,7 +265,7 @@ def _short_road_of_cell(
         return None
     try:
         h0, c0 = (*(state.unsqueeze(0) for state in states or ()), None, None)[:2]
-        _, h, c = recurrent_layer(cell, False, input.unsqueeze(0), None, h0, c0, weights)
+        _, h, c = _dense_layer(cell, False, input.unsqueeze(0), h0, c0, weights)
     except (RuntimeError, ValueError, TypeError):
         return None
     return (h[0], c[0]) if c.size(0) else (h[0],)

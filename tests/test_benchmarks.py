@@ -4,6 +4,7 @@ Times are never asserted; every run here is far too short to mean anything.
 """
 
 import json
+import sys
 import time
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 
 import fusedrnn
 from benchmarks import __main__ as command
-from benchmarks import cases, measure, report
+from benchmarks import cases, measure, memory, report
 from benchmarks.cases import CASES, CELL_NAMES, Case
+from fusedrnn.cells import CELLS
 
 TINY = (3, 2, 5, 7)
 
@@ -201,3 +203,25 @@ def test_list_prints_names_only(capsys):
     assert capsys.readouterr().out.split() == [
         name for name, case in CASES.items() if case.cell == "gru" and case.ragged
     ]
+
+
+@pytest.mark.parametrize("cell", CELL_NAMES)
+def test_kept_memory_is_what_the_cell_saves(cell):
+    """Gates and c, in rows of whole cache lines, at most two more: and less than torch.nn keeps."""
+    case = Case(cell, "train", (7, 3, 5, 64))
+    found, info = memory.kept(fusedrnn, case), CELLS[CELL_NAMES[cell]]
+    values = info.saved + len(info.states) - 1
+    assert values <= found <= values + 2 * 16 / 64
+    if case.has_torch and cell != "rnn_relu":
+        assert found < memory.kept(torch.nn, case)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_memory_command_prints_both_libraries(capsys):
+    name = "rnn-train-T200-B4-I32-H32"
+    assert memory.main([name]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(name))
+    assert len(row.split()) == 5 and all(float(value) >= 0 for value in row.split()[1:])
+    with pytest.raises(SystemExit):
+        memory.main(["no-such-case"])
+    assert "no such case" in capsys.readouterr().err

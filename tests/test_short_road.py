@@ -46,10 +46,10 @@ def taken(monkeypatch):
 
     def counted(*args):
         count["times"] += 1
-        return recurrent_layer(*args)
+        return dense_layer(*args)
 
-    recurrent_layer = modules.recurrent_layer
-    monkeypatch.setattr(modules, "recurrent_layer", counted)
+    dense_layer = modules._dense_layer
+    monkeypatch.setattr(modules, "_dense_layer", counted)
     return count
 
 
