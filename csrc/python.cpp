@@ -2,6 +2,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <omp.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
@@ -126,24 +127,72 @@ py::object phases() {
   return result;
 }
 
-// Operations a second of `threads` threads that multiply and add in registers for about `seconds`.
-double peak_flops(int threads, double seconds) {
+// What `threads` threads do a second, together: each repeats work(thread), which returns how much it did, for about
+// `seconds` by its own clock. setup(thread) comes before.
+template <class Setup, class Work>
+double rate(int threads, double seconds, const Setup& setup, const Work& work) {
   if (threads < 1 || threads > kMaxThreads) throw std::invalid_argument("threads must be from 1 to 256");
   using Clock = std::chrono::steady_clock;
-  double rate = 0;  // of all threads, each by its own clock
-#pragma omp parallel num_threads(threads) reduction(+ : rate)
+  double total = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : total)
   {
+    auto own = setup(omp_get_thread_num());
     int64_t done = 0;
     double elapsed = 0;
 #pragma omp barrier
     const auto start = Clock::now();
     do {
-      done += kernels().multiply_adds(10000);
+      done += work(own);
       elapsed = std::chrono::duration<double>(Clock::now() - start).count();
     } while (elapsed < seconds);
-    rate = done / elapsed;
+    total = done / elapsed;
   }
-  return rate;
+  return total;
+}
+
+double peak_flops(int threads, double seconds) {
+  return rate(threads, seconds, [](int) { return 0; }, [](int) { return kernels().multiply_adds(10000); });
+}
+
+// Each thread reads `kilobytes` of its own again and again.
+double read_bandwidth(int threads, int64_t kilobytes, double seconds) {
+  if (kilobytes < 1 || kilobytes > int64_t{1} << 22) throw std::invalid_argument("kilobytes must be from 1 to 2^22");
+  const int64_t n = kilobytes * 1024 / sizeof(float);
+  const auto setup = [n](int) {
+    std::vector<float> data(n, 1.0f);
+    volatile float used = kernels().read_all(data.data(), n);  // into the cache
+    (void)used;
+    return data;
+  };
+  return rate(threads, seconds, setup, [](const std::vector<float>& data) {
+    int64_t bytes = 0;
+    for (float sum = 0; bytes < 1 << 20; bytes += data.size() * sizeof(float)) {
+      sum += kernels().read_all(data.data(), data.size());
+      if (sum < 0) return int64_t{0};  // used
+    }
+    return bytes;
+  });
+}
+
+// Seconds a meeting of a team of `threads` that has nothing else to do.
+double meeting_seconds(int threads) {
+  if (threads < 1 || threads > kMaxThreads) throw std::invalid_argument("threads must be from 1 to 256");
+  struct alignas(64) Line {
+    char bytes[64];
+  };
+  constexpr int64_t kTimes = 20000;
+  std::vector<Line> flags(threads, Line{});
+  double seconds = 0;
+#pragma omp parallel num_threads(threads)
+  {
+    const int members = omp_get_num_threads();
+#pragma omp barrier
+    const auto start = std::chrono::steady_clock::now();
+    kernels().meet(flags.data(), omp_get_thread_num(), members, kTimes);
+#pragma omp master
+    seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / kTimes;
+  }
+  return seconds;
 }
 
 template <class S>
@@ -176,6 +225,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("peak_flops", peak_flops, py::arg("threads"), py::arg("seconds") = 0.02,
         py::call_guard<py::gil_scoped_release>(), "float32 operations a second, multiplying and adding in registers.");
   m.def("phases", phases, "Seconds of all threads in each phase since the last call; None if the build has no timers.");
+  m.def("read_bandwidth", read_bandwidth, py::arg("threads"), py::arg("kilobytes"), py::arg("seconds") = 0.02,
+        py::call_guard<py::gil_scoped_release>(), "Bytes a second that threads read, each `kilobytes` of its own.");
+  m.def("meeting_seconds", meeting_seconds, py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+        "Seconds of a meeting of a team with nothing else to do.");
   m.def("activation", activation<float>, py::arg("isa"), py::arg("function"), py::arg("x").noconvert());
   m.def("activation", activation<double>, py::arg("isa"), py::arg("function"), py::arg("x").noconvert());
 }

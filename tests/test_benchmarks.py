@@ -12,7 +12,7 @@ import torch
 
 import fusedrnn
 from benchmarks import __main__ as command
-from benchmarks import cases, measure, memory, report
+from benchmarks import cases, limits, measure, memory, report
 from benchmarks.cases import CASES, CELL_NAMES, Case
 from fusedrnn.cells import CELLS
 
@@ -225,3 +225,15 @@ def test_the_memory_command_prints_both_libraries(capsys):
     with pytest.raises(SystemExit):
         memory.main(["no-such-case"])
     assert "no such case" in capsys.readouterr().err
+
+
+def test_the_limits_are_readings(capsys):
+    assert limits.main(["--rounds", "1", "--threads", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert len(lines) == 2 + 2 * len(limits.KILOBYTES) + 1
+    assert all(0 < float(line.split()[-1]) < 1e6 for line in lines)
+    for call in (lambda: fusedrnn._C.read_bandwidth(0, 1), lambda: fusedrnn._C.meeting_seconds(0)):
+        with pytest.raises(ValueError, match="threads"):
+            call()
+    with pytest.raises(ValueError, match="kilobytes"):
+        fusedrnn._C.read_bandwidth(1, 0)

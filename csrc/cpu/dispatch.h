@@ -22,6 +22,10 @@ struct KernelTable {
   // Multiplies and adds in registers and nothing else, `turns` times: the peak that products are held against.
   // Returns the operations done.
   int64_t (*multiply_adds)(int64_t turns);
+  // Other yardsticks: the sum of p[0, n), whose time is that of reading it; and `times` meetings of a team, whose flags
+  // are 64 bytes a member, cleared and aligned.
+  float (*read_all)(const float* p, int64_t n);
+  void (*meet)(void* flags, int me, int members, int64_t times);
 };
 
 // Tables compiled into this build, one per isa_*.cpp.

@@ -45,6 +45,26 @@ int64_t multiply_adds(int64_t turns) {
   return turns * kSums * V::kLanes * 2;
 }
 
+float read_all(const float* p, int64_t n) {
+  using V = Vec<float>;
+  constexpr int kSums = 8, L = V::kLanes;
+  Raw<float>::Type sum[kSums] = {};
+  for (int64_t i = 0; i + kSums * L <= n; i += kSums * L) {
+#pragma GCC unroll 8
+    for (int j = 0; j < kSums; ++j) sum[j] += load(p + i + j * L).v;
+  }
+#pragma GCC unroll 8
+  for (int j = 1; j < kSums; ++j) sum[0] += sum[j];
+  float total = 0;
+  for (int lane = 0; lane < L; ++lane) total += sum[0][lane];
+  return total;
+}
+
+void meet(void* flags, int me, int members, int64_t times) {
+  Team team(static_cast<Flag*>(flags), me, members);
+  for (int64_t i = 0; i < times; ++i) team.meet();
+}
+
 template <class... Cells>
 constexpr KernelTable make_table(CellList<Cells...>) {
   return {FUSEDRNN_ISA_NAME,
@@ -53,7 +73,9 @@ constexpr KernelTable make_table(CellList<Cells...>) {
           {{BackwardPass<Cells, float>::run, BackwardPass<Cells, double>::run, BackwardPass<Cells, BFloat16>::run}...},
           activation<float>,
           activation<double>,
-          multiply_adds};
+          multiply_adds,
+          read_all,
+          meet};
 }
 
 }  // namespace
