@@ -20,8 +20,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 help:
 	@echo 'make demo       train a character model with torch.nn.LSTM, then with fusedrnn.LSTM, and compare the two'
 	@echo 'make test       run every test'
-	@echo 'make bench      time fusedrnn against torch.nn, layer by layer'
-	@echo 'make bench-peers   time inference against ONNX Runtime and OpenVINO'
+	@echo 'make bench      time fusedrnn against torch.nn, layer by layer (make bench-peers: ONNX Runtime and OpenVINO)'
 	@echo 'make phases     time fusedrnn with timers inside: where the time of a layer goes'
 	@echo 'make sanitize   run the tests with AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer'
 	@echo 'make build      set up and compile only (the others do so by themselves)'

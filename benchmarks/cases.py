@@ -111,10 +111,23 @@ def _registry() -> Iterator[Case]:
         (100, 32, 512, 512),
         (20, 128, 512, 512),
         (20, 64, 1024, 1024),
+        (28, 128, 28, 128),  # as people have them: rows of a picture
+        (35, 20, 650, 650),  # a language model
+        (200, 32, 40, 256),  # speech
+        (128, 16, 256, 256),  # reinforcement learning
+        (30, 64, 300, 300),  # sentences
+        (100, 64, 64, 64),
+        (500, 2, 48, 48),
+        (1000, 1, 32, 32),
+        (10, 1, 512, 512),  # a short piece of a stream
+        (100, 3, 17, 29),
+        (101, 33, 31, 129),
     ):
         yield from each(three, shape)
     yield from each(three, (1, 1, 128, 128), modes=("infer",))  # one step, states handed on by the caller
     yield from each(three, (1, 256, 128, 128), modes=("infer",))
+    yield from each(three, (1, 32, 256, 256), modes=("infer",))
+    yield from each(three, (2, 1, 64, 64))
     yield from each(three, middle, layers=2)
     yield from each(three, (100, 1, 128, 128), layers=4)
     yield from each(three, middle, directions=2)

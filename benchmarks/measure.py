@@ -150,24 +150,32 @@ def check(case: Case, ours: nn.Module, problem: Problem) -> float:
 
 
 class Timer:
-    """Times a call with its number of threads; a sample is the mean of enough calls to be measurable."""
+    """Times a call with its number of threads; a sample is the mean of enough calls to be measurable.
 
-    def __init__(self, call: Call, threads: int) -> None:
-        self.call, self.threads, self.repeats = call, threads, 1
+    With ``settle`` a sample first waits so many seconds, for another library's idle threads to stop spinning, and
+    wakes its own.
+    """
+
+    def __init__(self, call: Call, threads: int, settle: float = 0.0) -> None:
+        self.call, self.threads, self.settle, self.repeats = call, threads, settle, 1
         self.spent = 0.0
         self.sample()
         self.repeats = max(1, math.ceil(SAMPLE_SECONDS / min(self.sample() for _ in range(2))))
 
     def sample(self) -> float:
+        begin = time.perf_counter()
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)
             self.call()  # wakes the threads
+        if self.settle:
+            time.sleep(self.settle)
+            self.call()
         start = time.perf_counter()
         for _ in range(self.repeats):
             self.call()
-        elapsed = time.perf_counter() - start
-        self.spent += elapsed
-        return elapsed / self.repeats
+        end = time.perf_counter()
+        self.spent += end - begin  # with the call that wakes the threads: the timers of the phases see it too
+        return (end - start) / self.repeats
 
     def phases(self) -> dict[str, float] | None:
         """Shares of the threads' time since the last call; None if the build has no timers."""

@@ -32,6 +32,7 @@ ORDER = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "gru_before": (1, 0, 2), "rnn":
 OPERATOR = {"lstm": "LSTM", "gru": "GRU", "gru_before": "GRU", "rnn": "RNN", "rnn_relu": "RNN"}
 PEERS = {"onnxruntime": onnxruntime.__version__, "openvino": openvino.__version__.split("-")[0]}
 HEADER = f"{'case':40} {'torch.nn':>9} {'ORT':>9} {'OpenVINO':>9} {'fusedrnn':>9}   {'torch.nn, ORT, OpenVINO over fusedrnn'}"
+SETTLE_SECONDS = 0.02  # each library has threads of its own, which spin for a while when they have nothing to do
 TOLERANCE = 1e-4  # of the largest value; float32 everywhere
 
 
@@ -123,7 +124,8 @@ def measure(case: Case, threads: int, seconds: float, min_rounds: int = MIN_ROUN
         theirs = make_layer(nn, case, torch.float32)
         theirs.load_state_dict(ours.state_dict())
         calls["torch"] = problem.call(theirs, torch.float32, "infer")
-    rounds, peaks = run_rounds([Timer(call, threads) for call in calls.values()], seconds, min_rounds)
+    timers = [Timer(call, threads, settle=SETTLE_SECONDS) for call in calls.values()]
+    rounds, peaks = run_rounds(timers, seconds, min_rounds)
     ours_seconds = float(np.median(rounds[:, 0]))
     return {
         "name": case.name,
