@@ -25,8 +25,11 @@ from .cases import CASES, Case
 from .measure import Problem, make_layer
 
 SHAPES = ((100, 32, 128, 128), (50, 64, 256, 256), (1000, 8, 64, 64), (100, 32, 512, 512))
-DEFAULT = [f"{cell}-train-{'-'.join(map('{}{}'.format, 'TBIH', shape))}" for shape in SHAPES for cell in ("lstm", "gru", "rnn")]
-HEADER = f"{'case':34} {'kept, values a step, sample, unit':>36} {'peak, MiB':>26}\n{'':34} {'torch.nn':>20} {'fusedrnn':>15} {'torch.nn':>13} {'fusedrnn':>12}"
+DEFAULT = [Case(cell, "train", shape).name for shape in SHAPES for cell in ("lstm", "gru", "rnn")]
+HEADER = (
+    f"{'case':34} {'kept, values a step, sample, unit':>36} {'peak, MiB':>26}\n"
+    f"{'':34} {'torch.nn':>20} {'fusedrnn':>15} {'torch.nn':>13} {'fusedrnn':>12}"
+)
 
 
 def kept(library, case: Case) -> float:

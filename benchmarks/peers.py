@@ -31,7 +31,9 @@ from .measure import MIN_ROUNDS, Disagreement, Problem, Timer, make_layer, run_r
 ORDER = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "gru_before": (1, 0, 2), "rnn": (0,), "rnn_relu": (0,)}
 OPERATOR = {"lstm": "LSTM", "gru": "GRU", "gru_before": "GRU", "rnn": "RNN", "rnn_relu": "RNN"}
 PEERS = {"onnxruntime": onnxruntime.__version__, "openvino": openvino.__version__.split("-")[0]}
-HEADER = f"{'case':40} {'torch.nn':>9} {'ORT':>9} {'OpenVINO':>9} {'fusedrnn':>9}   {'torch.nn, ORT, OpenVINO over fusedrnn'}"
+HEADER = (
+    f"{'case':40} {'torch.nn':>9} {'ORT':>9} {'OpenVINO':>9} {'fusedrnn':>9}   torch.nn, ORT, OpenVINO over fusedrnn"
+)
 SETTLE_SECONDS = 0.02  # each library has threads of its own, which spin for a while when they have nothing to do
 TOLERANCE = 1e-4  # of the largest value; float32 everywhere
 
@@ -95,10 +97,12 @@ def peer_calls(case: Case, layer: nn.Module, threads: int) -> dict[str, Callable
     }
     core = openvino.Core()
     request = core.compile_model(core.read_model(model, b""), "CPU", settings).create_infer_request()
-    return {
-        "onnxruntime": lambda: session.run(None, feed),
-        "openvino": lambda: [request.infer(inputs, share_inputs=True, share_outputs=True)[i] for i in range(1 + len(problem.hx))],
-    }
+
+    def infer() -> list[np.ndarray]:
+        outputs = request.infer(inputs, share_inputs=True, share_outputs=True)
+        return [outputs[i] for i in range(1 + len(problem.hx))]
+
+    return {"onnxruntime": lambda: session.run(None, feed), "openvino": infer}
 
 
 def measure(case: Case, threads: int, seconds: float, min_rounds: int = MIN_ROUNDS) -> dict:
@@ -172,11 +176,12 @@ def markdown(results: Sequence[dict], info: dict) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", metavar="REGEX", default="", help="cases whose name has a match")
-    parser.add_argument("--cells", metavar="NAMES", default="lstm,gru,rnn", help="default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=2.0, help="time for the rounds of a case (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: what torch chooses")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="put the table between the markers of this file")
+    add = parser.add_argument
+    add("--only", metavar="REGEX", default="", help="cases whose name has a match")
+    add("--cells", metavar="NAMES", default="lstm,gru,rnn", help="default: %(default)s")
+    add("--seconds", type=float, default=2.0, help="time for the rounds of a case (default: %(default)s)")
+    add("--threads", type=int, default=torch.get_num_threads(), help="default: what torch chooses")
+    add("--readme", type=Path, metavar="FILE", help="put the table between the markers of this file")
     args = parser.parse_args(argv)
     if unknown := sorted(set(args.cells.split(",")) - set(CELL_NAMES)):
         parser.error(f"--cells: unknown {', '.join(unknown)}; known are {', '.join(CELL_NAMES)}")

@@ -37,7 +37,7 @@ def describe() -> dict[str, str]:
         "instruction set": f"{_C.isa()}, {_C.vector_bytes()}-byte vectors,"
         f" {'forced by FUSEDRNN_CPU_ISA' if forced else 'the best of the processor'}"
         f" (here: {', '.join(_C.supported_isas())}; in this build: {', '.join(_C.built_isas())})",
-        "threads": f"{torch.get_num_threads()} (torch.set_num_threads); {', '.join(settings) or 'no OMP_ variable set'}",
+        "threads": f"{torch.get_num_threads()} (torch.set_num_threads); {', '.join(settings) or 'no OMP_ variable'}",
         "OpenMP": build["openmp"],
         "cells": ", ".join(cell["name"] for cell in _C.cells()),
         "compiler": f"{build['compiler']}, flags {build['flags']}",

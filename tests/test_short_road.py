@@ -117,7 +117,7 @@ def test_cells(name: str, bias: bool, given: bool, B: int, taken, by_the_long_ro
 
 
 def test_the_weights_are_those_of_the_moment() -> None:
-    """In-place updates (also of .data), a new Parameter, load_state_dict and another dtype are seen by the next call."""
+    """Updates in place (also of .data), a new Parameter, load_state_dict and another dtype are seen by the next call."""
     x, module = torch.randn(1, 1, 4), fusedrnn.GRU(4, 5)
     twin = nn.GRU(4, 5)
 
