@@ -54,7 +54,8 @@ py::dict build() {
 #endif
   result["flags"] = FUSEDRNN_FLAGS;  // setup.py
 #if defined(_OPENMP)
-  result["openmp"] = "specification of " + std::to_string(_OPENMP / 100) + "-" + std::to_string(_OPENMP % 100 + 100).substr(1);
+  const std::string month = std::to_string(_OPENMP);  // yyyymm
+  result["openmp"] = "specification of " + month.substr(0, 4) + "-" + month.substr(4);
 #else
   result["openmp"] = "none: one thread";
 #endif
@@ -84,7 +85,8 @@ struct Lengths {
 
 py::dict plan(const std::vector<int64_t>& batch_sizes, int64_t I, int64_t H, int directions, int gates, int lanes,
               int threads) {
-  if (batch_sizes.empty() || I < 1 || H < 1 || directions < 1 || directions > 2 || gates < 1 || lanes < 1 || threads < 1) {
+  const bool sizes = !batch_sizes.empty() && I > 0 && H > 0 && gates > 0 && lanes > 0 && threads > 0;
+  if (!sizes || directions < 1 || directions > 2) {
     throw py::value_error("plan: every size must be at least 1, directions 1 or 2");
   }
   const Lengths lengths(batch_sizes, I, H, directions);
@@ -108,7 +110,8 @@ py::tuple infer_layer(const at::Tensor& x, const std::optional<at::Tensor>& h0, 
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("fusedrnn::layer_forward", "")
-          .typed<Results(const at::Tensor&, Optional, Optional, Optional, at::TensorList, c10::string_view, bool, bool)>();
+          .typed<Results(const at::Tensor&, Optional, Optional, Optional, at::TensorList, c10::string_view, bool,
+                         bool)>();
   Results results;
   {
     const py::gil_scoped_release release;
