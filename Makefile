@@ -14,7 +14,8 @@ SETUP   := $(VENV)/stamp-torch-$(TORCH)
 BUILD   := build/stamp$(subst /,-,$(VENV))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help demo test bench bench-peers phases sanitize sanitize-memory sanitize-threads build clean distclean check force
+.PHONY: help demo test bench bench-peers phases sanitize sanitize-memory sanitize-threads build clean distclean
+.PHONY: check force
 .NOTPARALLEL:
 
 help:
@@ -81,7 +82,8 @@ sanitize-memory: $(SETUP) | check
 # unlocks mutexes that it has destroyed: no reports on mutexes.)
 sanitize-threads: $(SETUP) | check
 	$(call variant,sanitize-threads,-O1 -g1 -fsanitize=thread,-fsanitize=thread)
-	@$(call USING,sanitize-threads) TSAN_OPTIONS="suppressions=$(CURDIR)/tests/tsan.supp report_mutex_bugs=0 handle_segv=0 die_after_fork=0" \
+	@$(call USING,sanitize-threads) \
+	  TSAN_OPTIONS="suppressions=$(CURDIR)/tests/tsan.supp report_mutex_bugs=0 handle_segv=0 die_after_fork=0" \
 	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libtsan.so)" setarch -R \
 	  $(abspath $(BIN)) -m pytest --rootdir $(CURDIR) -p no:cacheprovider $(CURDIR)/tests $(UNTIMED) $(ARGS)
 

@@ -31,23 +31,14 @@ __all__ = [
 ]
 
 
-def _layer(
-    cell: str,
-    bidirectional: bool,
-    x: Tensor,
-    batch_sizes: Tensor | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer, its tensors on one device."""
-    tensors = [x, *weights, *(state for state in (h0, c0) if state is not None)]
-    if any(tensor.device != x.device for tensor in tensors):
-        devices = ", ".join(sorted({str(tensor.device) for tensor in tensors}))
-        raise RuntimeError(f"input, hidden state and weights must be on one device, got {devices}")
+def _check_devices(x: Tensor, *tensors: Tensor | None) -> None:
+    """All on the one device of x, and on one that there are kernels for."""
+    devices = {x.device, *(tensor.device for tensor in tensors if tensor is not None)}
+    if len(devices) > 1:
+        names = ", ".join(sorted(map(str, devices)))
+        raise RuntimeError(f"input, hidden state and weights must be on one device, got {names}")
     if x.device.type not in ("cpu", "meta"):
         raise NotImplementedError(f"fusedrnn runs on the CPU, got tensors on {x.device}")
-    return recurrent_layer(cell, bidirectional, x, batch_sizes, h0, c0, weights)
 
 
 def _stack(
@@ -61,12 +52,13 @@ def _stack(
     dropout: float,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Stacked layers on time-major or packed rows: the output and the final states, (L*D, B, *) each."""
+    _check_devices(x, *states, *weights)
     directions, per_layer = 2 if bidirectional else 1, len(weights) // num_layers
     finals: list[tuple[Tensor, ...]] = []
     for layer in range(num_layers):
         own = slice(layer * directions, (layer + 1) * directions)
         h0, c0 = (None if s is None else s if num_layers == 1 else s[own] for s in (*states, None)[:2])
-        x, h_n, c_n = _layer(
+        x, h_n, c_n = recurrent_layer(
             cell, bidirectional, x, batch_sizes, h0, c0, weights[layer * per_layer : (layer + 1) * per_layer]
         )
         finals.append((h_n, c_n)[: len(CELLS[cell].states)])
@@ -312,7 +304,8 @@ def recurrent_cell(
         if tensor is not None and tensor.dtype != x.dtype:
             raise RuntimeError(f"input, hidden state and weights must have one dtype, got {x.dtype} and {tensor.dtype}")
     h0, c0 = (None if s is None else s.unsqueeze(0) for s in (*hx, None)[:2])
-    _, h, c = _layer(cell, False, x.unsqueeze(0), None, h0, c0, weights)
+    _check_devices(x, *hx, *weights)
+    _, h, c = recurrent_layer(cell, False, x.unsqueeze(0), None, h0, c0, weights)
     return tuple(s.squeeze(0) for s in (h, c)[: len(CELLS[cell].states)])
 
 

@@ -187,7 +187,7 @@ def test_phases_are_shares_of_all_threads_time(capsys, monkeypatch):
     assert report.phases(result).split(", ") == ["    wait 50.0%", "outside 30.0%", "cell 20.0%"]
 
 
-@pytest.mark.skipif(fusedrnn._C.phases() is None, reason="a build without timers")
+@pytest.mark.skipif(fusedrnn._C.phases() is None, reason="a build without timers (make sanitize-memory has them)")
 def test_the_timers_see_every_phase_of_a_layer(threads):
     layer, x = fusedrnn.LSTM(64, 128, bidirectional=True), torch.randn(20, 32, 64, requires_grad=True)
     threads(4)  # two a direction: slices of the batch

@@ -75,45 +75,45 @@ def gradients(module: nn.Module, x: Tensor, hx) -> list[Tensor]:
     return list(torch.autograd.grad(total, [*leaves, *module.parameters()]))
 
 
+@pytest.fixture
+def assert_both_roads_agree(taken, by_the_long_road):
+    """A function that compares results and gradients of both roads, bit for bit, and sees that each was taken."""
+
+    def compare(module: nn.Module, x: Tensor, hx) -> None:
+        expected, derived = by_the_long_road(module, x, hx), by_the_long_road(gradients, module, x, hx)
+        assert taken["times"] == 0
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                found = module(x, hx)
+            for a, b in zip(flat(found), flat(expected), strict=True):
+                assert torch.equal(a, b) and a.shape == b.shape and not a.requires_grad
+        assert all(torch.equal(a, b) for a, b in zip(gradients(module, x, hx), derived, strict=True))
+        assert taken["times"] == 3
+
+    return compare
+
+
 @pytest.mark.parametrize("T, B", [(1, 1), (2, 3), (7, 9)])
 @pytest.mark.parametrize("given", [False, True], ids=["zeros", "states"])
 @pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"bias": False}, {"bidirectional": True}], ids=str)
 @pytest.mark.parametrize("name", SEQUENCE)
-def test_sequences(name: str, options: dict, given: bool, T: int, B: int, taken, by_the_long_road) -> None:
+def test_sequences(name: str, options: dict, given: bool, T: int, B: int, assert_both_roads_agree) -> None:
     torch.manual_seed(0)
     module = SEQUENCE[name](4, 5, **options)
     x = torch.randn(B, T, 4) if module.batch_first else torch.randn(T, B, 4)
     hx = states(name, 1 + module.bidirectional, B, out=module.proj_size) if given else None
-    expected, derived = by_the_long_road(module, x, hx), by_the_long_road(gradients, module, x, hx)
-    assert taken["times"] == 0
-    with torch.no_grad():
-        found = module(x, hx)
-    assert taken["times"] == 1
-    for a, b in zip(flat(found), flat(expected), strict=True):
-        assert torch.equal(a, b) and a.shape == b.shape and not a.requires_grad
-    assert all(torch.equal(a, b) for a, b in zip(gradients(module, x, hx), derived, strict=True))
-    assert taken["times"] == 2
-    with torch.inference_mode():
-        assert all(torch.equal(a, b) for a, b in zip(flat(module(x, hx)), flat(expected), strict=True))
+    assert_both_roads_agree(module, x, hx)
 
 
 @pytest.mark.parametrize("B", [1, 3, 20])
 @pytest.mark.parametrize("given", [False, True], ids=["zeros", "states"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("name", CELLS)
-def test_cells(name: str, bias: bool, given: bool, B: int, taken, by_the_long_road) -> None:
+def test_cells(name: str, bias: bool, given: bool, B: int, assert_both_roads_agree) -> None:
     torch.manual_seed(0)
     module, x = CELLS[name](4, 5, bias=bias), torch.randn(B, 4)
     hx = states(name, B) if given else None
-    expected, derived = by_the_long_road(module, x, hx), by_the_long_road(gradients, module, x, hx)
-    assert taken["times"] == 0
-    with torch.no_grad():
-        found = module(x, hx)
-    assert taken["times"] == 1
-    for a, b in zip(flat(found), flat(expected), strict=True):
-        assert torch.equal(a, b) and a.shape == b.shape
-    assert all(torch.equal(a, b) for a, b in zip(gradients(module, x, hx), derived, strict=True))
-    assert taken["times"] == 2
+    assert_both_roads_agree(module, x, hx)
 
 
 def test_the_weights_are_those_of_the_moment() -> None:
