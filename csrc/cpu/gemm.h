@@ -116,13 +116,13 @@ void outer_tiles(int64_t blocks, const S* a, const S* b, int64_t K, S* out, int6
       }
     }
     if (n < NR * L) {  // the last columns
-      Vec<S> tile[MR][NR];
+      alignas(64) S tile[MR][NR * L];
       __builtin_memcpy(tile, acc, sizeof tile);
       for (int m = 0; m < MR; ++m) {
-        for (int v = 0; v < NR && v * L < n; ++v) {
-          S* p = out + m * ldo + v * L;
-          store(p, load<S>(p, n - v * L) + tile[m][v], n - v * L);
-        }
+        S* p = out + m * ldo;
+        int64_t j = 0;
+        for (; j + L <= n; j += L) store(p + j, load(p + j) + load(tile[m] + j));
+        for (; j < n; ++j) p[j] += tile[m][j];
       }
       continue;
     }

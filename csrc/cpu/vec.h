@@ -48,15 +48,18 @@ FUSEDRNN_INLINE void store(S* p, Vec<S> a) {
   *reinterpret_cast<typename Raw<S>::Unaligned*>(p) = a.v;
 }
 
-// Asks for the cache lines of p[0, n). The compiler deletes a call of a function that does nothing but prefetch, before
-// it would inline it: lambdas around these need the attribute always_inline.
+// Asks for the cache lines of p[0, n); the last one apart, if p does not begin one. The compiler deletes a call of a
+// function that does nothing but prefetch, before it would inline it: lambdas around these need the attribute
+// always_inline.
 template <class T>
 FUSEDRNN_INLINE void prefetch_to_read(const T* p, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i);
+  if (reinterpret_cast<uintptr_t>(p) % 64) __builtin_prefetch(p + n - 1);
 }
 template <class T>
 FUSEDRNN_INLINE void prefetch_to_write(const T* p, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i, 1);
+  if (reinterpret_cast<uintptr_t>(p) % 64) __builtin_prefetch(p + n - 1, 1);
 }
 
 typedef uint16_t HalfWords __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES / 2)));
