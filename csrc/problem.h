@@ -45,6 +45,14 @@ struct LayerWeights {   // one direction, contiguous
   const void* w_hr;     // [R, H] or null
 };
 
+// Packed weights of a layer that outlive a call: memory of the kernel's panel_bytes, 64-byte aligned, and the members of
+// the teams they were packed for. 0: nothing yet, and the call that gets them fills them. Packed for another number, they
+// are left alone.
+struct Panels {
+  void* data;
+  int members;
+};
+
 struct ForwardProblem {
   LayerSizes size;
   LayerWeights weights[2];
@@ -56,6 +64,7 @@ struct ForwardProblem {
   void* c_n;       // [D, B, H], cells with two states
   void* saved;     // [D, N, saved_stride] in the compute type, or null: nothing is kept
   int64_t saved_stride;  // >= (kSaved + kStates - 1) * H
+  Panels* panels = nullptr;
   int threads;
 };
 

@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <omp.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
@@ -12,6 +11,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/plan.h"
+#include "inference.h"
 
 namespace py = pybind11;
 using namespace fusedrnn;
@@ -101,23 +101,21 @@ py::dict plan(const std::vector<int64_t>& batch_sizes, int64_t I, int64_t H, int
   return result;
 }
 
-// torch.ops.fusedrnn.layer_forward for inference on a dense batch: y, h_n, c_n. Python's own way to an op reads the
-// schema for each argument, a third of a short call.
-py::tuple infer_layer(const at::Tensor& x, const std::optional<at::Tensor>& h0, const std::optional<at::Tensor>& c0,
-                      const std::vector<at::Tensor>& weights, const std::string& cell, bool bidirectional) {
-  using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-  using Optional = const std::optional<at::Tensor>&;
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("fusedrnn::layer_forward", "")
-          .typed<Results(const at::Tensor&, Optional, Optional, Optional, at::TensorList, c10::string_view, bool,
-                         bool)>();
-  Results results;
+int64_t steps_of_pipeline(int64_t T, int64_t B, int64_t H, int gates, int64_t layers, int threads) {
+  if (T < 1 || B < 1 || H < 1 || gates < 1) throw py::value_error("pipeline_steps: every size must be at least 1");
+  return pipeline_steps(Lengths(std::vector<int64_t>(T, B), H, H, 1).size, gates, layers, threads);
+}
+
+// y, h_n, c_n, or None: see inference.h.
+py::object infer_layers(const at::Tensor& x, const std::optional<at::Tensor>& h0, const std::optional<at::Tensor>& c0,
+                        const std::vector<at::Tensor>& weights, const std::string& cell, bool bidirectional,
+                        int64_t layers, PackedWeights& kept) {
+  std::optional<Inferred> results;
   {
     const py::gil_scoped_release release;
-    results = op.call(x, std::nullopt, h0, c0, weights, cell, bidirectional, false);
+    results = infer(x, h0, c0, weights, cell, bidirectional, layers, kept);
   }
-  return py::make_tuple(std::get<0>(results), std::get<1>(results), std::get<2>(results));
+  return results ? py::cast(*results) : py::none();
 }
 
 // Seconds of all threads in each phase since the last call, in a build with FUSEDRNN_PHASES; None in any other.
@@ -221,10 +219,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("supported_isas", [] { return isas(true); }, "Instruction sets of this build that this CPU has.");
   m.def("build", build, "Compiler, flags and versions this library was built with.");
   m.def("cells", cell_list, "Constants of the compiled cells, in registry order.");
-  m.def("infer_layer", infer_layer, py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("cell"),
-        py::arg("bidirectional"), "layer_forward for inference on a dense batch, by a shorter way: y, h_n, c_n.");
+  py::class_<PackedWeights>(m, "PackedWeights", "Packed weights of a module's layers, kept between calls of infer.")
+      .def(py::init<>())
+      .def_property_readonly("bytes", &PackedWeights::bytes);
+  m.def("infer", infer_layers, py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("cell"),
+        py::arg("bidirectional"), py::arg("layers"), py::arg("kept"),
+        "Stacked layers on a dense batch, without gradients: y, h_n, c_n; None where only the ops will do.");
   m.def("plan", plan, py::arg("batch_sizes"), py::arg("I"), py::arg("H"), py::arg("directions"), py::arg("gates"),
         py::arg("lanes"), py::arg("threads"), "How a layer would be shared among threads.");
+  m.def("pipeline_steps", steps_of_pipeline, py::arg("T"), py::arg("B"), py::arg("H"), py::arg("gates"),
+        py::arg("layers"), py::arg("threads"), "Steps of a chunk in which stacked layers run side by side; 0: they do not.");
   m.def("peak_flops", peak_flops, py::arg("threads"), py::arg("seconds") = 0.02,
         py::call_guard<py::gil_scoped_release>(), "float32 operations a second, multiplying and adding in registers.");
   m.def("phases", phases, "Seconds of all threads in each phase since the last call; None if the build has no timers.");

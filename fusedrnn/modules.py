@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from ._C import infer_layer
+from ._C import PackedWeights, infer
 from .autograd import recurrent_layer
 from .cells import CELLS
 from .functional import recurrent, recurrent_cell
@@ -62,11 +63,14 @@ def _forward(
 def _short_road(
     module: torch.nn.RNNBase, cell: str, input: Tensor | PackedSequence, states: Sequence[Tensor] | None
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-    """A dense batch through one layer, checked by the kernel alone: a step is often all there is to do, and torch.nn's
-    checks would take several times as long. None where anything is different: the long road knows, and words errors.
+    """A dense batch through one layer, or in inference through several, checked by the kernel alone: a step is often all
+    there is to do, and torch.nn's checks would take several times as long. None where anything is different: the long
+    road knows, and words errors.
     """
     weights, parameters = module._flat_weights, module._parameters
-    if module.num_layers != 1 or not _is_plain(input, 3, states, cell):
+    if not _is_plain(input, 3, states, cell):
+        return None
+    if module.num_layers > 1 and (not _infers() or (module.dropout and module.training)):
         return None
     for name, weight in zip(module._flat_weights_names, weights):
         if parameters.get(name) is not weight:
@@ -74,19 +78,43 @@ def _short_road(
     x = input.transpose(0, 1) if module.batch_first else input
     h0, c0 = (*(states or ()), None, None)[:2]
     try:
-        y, h_n, c_n = _dense_layer(cell, module.bidirectional, x, h0, c0, weights)
+        result = _dense(module, cell, module.bidirectional, module.num_layers, x, h0, c0, weights)
     except (RuntimeError, ValueError, TypeError):
         return None
+    if result is None:
+        return None
+    y, h_n, c_n = result
     return y.transpose(0, 1) if module.batch_first else y, (h_n, c_n) if c_n.size(0) else (h_n,)
 
 
-def _dense_layer(
-    cell: str, bidirectional: bool, x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer on a dense batch: y, h_n, c_n."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return recurrent_layer(cell, bidirectional, x, None, h0, c0, weights)
-    return infer_layer(x, h0, c0, weights, cell, bidirectional)
+# Packed weights of the modules that have been used for inference. Beside the modules, not in them: copies, pickles and
+# state_dicts of a module hold none.
+_packed: WeakKeyDictionary[torch.nn.Module, PackedWeights] = WeakKeyDictionary()
+
+
+def _infers() -> bool:
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
+def _dense(
+    module: torch.nn.Module,
+    cell: str,
+    bidirectional: bool,
+    num_layers: int,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """A dense batch through one layer or, in inference, through several: y, h_n, c_n. None: by the long road."""
+    if _infers():
+        packed = _packed.get(module)
+        if packed is None:
+            packed = _packed.setdefault(module, PackedWeights())
+        result = infer(x, h0, c0, weights, cell, bidirectional, num_layers, packed)
+        if result is not None:
+            return result
+    return recurrent_layer(cell, bidirectional, x, None, h0, c0, weights) if num_layers == 1 else None
 
 
 def _is_plain(input: Tensor | PackedSequence, dim: int, states: Sequence[Tensor] | None, cell: str) -> bool:
@@ -265,7 +293,7 @@ def _short_road_of_cell(
         return None
     try:
         h0, c0 = (*(state.unsqueeze(0) for state in states or ()), None, None)[:2]
-        _, h, c = _dense_layer(cell, False, input.unsqueeze(0), h0, c0, weights)
+        _, h, c = _dense(module, cell, False, 1, input.unsqueeze(0), h0, c0, weights)
     except (RuntimeError, ValueError, TypeError):
         return None
     return (h[0], c[0]) if c.size(0) else (h[0],)

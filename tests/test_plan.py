@@ -40,6 +40,15 @@ def test_slices_of_equal_lengths_are_equal_parts():
     assert plan([13] * 7, I=256, H=64, threads=4)["bounds"] == [0, 3, 6, 9, 13]
 
 
+@given(*[st.integers(1, 400)] * 3, st.integers(1, 4), st.integers(1, 9), st.integers(1, 64))
+def test_pipelines_are_for_small_stacks_and_several_threads(T, B, H, gates, layers, threads):
+    steps = _C.pipeline_steps(T, B, H, gates, layers, threads)
+    if layers == 1 or threads == 1 or T < 16 or B * gates * 2 * H * H > 2**16:
+        assert steps == 0
+    else:
+        assert 8 <= steps <= 32 and 2 * steps <= T
+
+
 def test_rules_by_size():
     assert plan([32] * 100, I=128, H=64) == {"teams": 2, "members": 1, "slices": 2, "bounds": [0, 16, 32]}
     assert plan([1] * 100, I=512, H=512) == {"teams": 1, "members": 2, "slices": 1, "bounds": [0, 1]}

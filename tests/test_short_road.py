@@ -48,8 +48,8 @@ def taken(monkeypatch):
         count["times"] += 1
         return dense_layer(*args)
 
-    dense_layer = modules._dense_layer
-    monkeypatch.setattr(modules, "_dense_layer", counted)
+    dense_layer = modules._dense
+    monkeypatch.setattr(modules, "_dense", counted)
     return count
 
 
@@ -143,7 +143,7 @@ def test_the_weights_are_those_of_the_moment() -> None:
 def test_what_is_not_plain_takes_the_long_road(taken) -> None:
     module, cell = fusedrnn.LSTM(4, 5), fusedrnn.LSTMCell(4, 5)
     h, x = torch.zeros(1, 2, 5), torch.randn(3, 2, 4)
-    deep = fusedrnn.LSTM(4, 5, num_layers=2)
+    deep, dropping = fusedrnn.LSTM(4, 5, num_layers=2), fusedrnn.LSTM(4, 5, num_layers=2, dropout=0.5)
     weighted = torch.nn.utils.parametrizations.weight_norm(fusedrnn.LSTM(4, 5), "weight_hh_l0")
     with torch.no_grad():
         module(x[:, 0])  # unbatched
@@ -151,10 +151,12 @@ def test_what_is_not_plain_takes_the_long_road(taken) -> None:
         module(x, [h, h])
         module(nn.Parameter(x))
         cell(x[0, 0])
-        deep(x)
         parametrized = weighted(x)[0]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert module(x)[0].dtype == cell(x[0])[0].dtype == torch.bfloat16
+    deep(x)  # stacked, with gradients
+    with torch.no_grad():
+        dropping(x)
     assert taken["times"] == 0
     torch.nn.utils.parametrize.remove_parametrizations(weighted, "weight_hh_l0")
     assert torch.allclose(weighted(x)[0], parametrized)

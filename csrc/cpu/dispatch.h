@@ -16,6 +16,7 @@ struct KernelTable {
   int vector_bytes;
   ForwardKernel forward[kMaxCells][kDTypes];
   BackwardKernel backward[kMaxCells][kDTypes];
+  int64_t (*panel_bytes[kMaxCells][kDTypes])(const LayerSizes&);  // of the packed weights of a layer
   // y[i] = f(x[i]) with the vector activations, for the accuracy tests. function: 0 sigmoid, 1 tanh.
   void (*activation_f32)(int function, const float* x, float* y, int64_t n);
   void (*activation_f64)(int function, const double* x, double* y, int64_t n);
@@ -26,6 +27,8 @@ struct KernelTable {
   // are 64 bytes a member, cleared and aligned.
   float (*read_all)(const float* p, int64_t n);
   void (*meet)(void* flags, int me, int members, int64_t times);
+  // A number for the contents of data: the same for others by a chance of 2^-32 or less.
+  uint64_t (*digest)(const void* data, int64_t bytes, uint64_t seed);
 };
 
 // Tables compiled into this build, one per isa_*.cpp.

@@ -14,7 +14,6 @@ class ForwardPass {
   static constexpr int L = V::kLanes, G = Cell::kGates, F = Cell::kFirst, K = Cell::kSaved, Z = Cell::kStates;
   static constexpr bool kTwoStage = F < G, kConvert = sizeof(T) != sizeof(S);
   static_assert(K == 0 || K >= G, "the projection is written where the saved gates go");
-  static constexpr int64_t kRowsUnpacked = 10;  // so few rows in all are multiplied by the weights as they are
   static constexpr int64_t kChunkRows = 192;  // of projected gates: they stay in the second-level cache
 
   struct Shared {
@@ -23,6 +22,7 @@ class ForwardPass {
     int threads;
     char* block;
     int64_t shared_bytes, team_bytes;
+    bool kept, ready;  // panels that outlive the call, packed before
     int64_t most_samples, most_rows;
     bool packed;
     // panels of each direction
@@ -39,6 +39,14 @@ class ForwardPass {
   };
 
  public:
+  // Bytes of the packed weights of a layer.
+  static int64_t panel_bytes(const LayerSizes& size) {
+    Shared unused;
+    Carver measure(nullptr);
+    carve_panels(size, unused, measure);
+    return measure.used();
+  }
+
   static bool run(const ForwardProblem& p) {
     Shared shared;
     shared.plan = make_plan(p.size, G, L, p.threads);
@@ -59,7 +67,9 @@ class ForwardPass {
   static bool prepare(const ForwardProblem& p, Shared& s, int threads) {
     s.threads = threads;
     if (threads < s.plan.teams * s.plan.members) s.plan = make_plan(p.size, G, L, threads);  // fewer than asked for
-    s.packed = p.size.N > kRowsUnpacked;
+    s.ready = p.panels && p.panels->members == s.plan.members;
+    s.kept = s.ready || (p.panels && p.panels->members == 0);
+    s.packed = s.kept || p.size.N > kRowsUnpacked;
     slice_batch(p.size, s.plan.slices, s.bounds);
     s.most_samples = 0;
     for (int k = 0; k < s.plan.slices; ++k) s.most_samples = max64(s.most_samples, s.bounds[k + 1] - s.bounds[k]);
@@ -74,20 +84,31 @@ class ForwardPass {
     Carver pieces(s.block);
     carve_shared(p, s, pieces);
     for (int i = 0; i < s.plan.teams * s.plan.members; ++i) s.flags[i].epoch = 0;
+    if (s.kept) {
+      Carver panels(static_cast<char*>(p.panels->data));
+      carve_panels(p.size, s, panels);
+      p.panels->members = s.plan.members;
+    }
     return true;
   }
 
   static void carve_shared(const ForwardProblem& p, Shared& s, Carver& carver) {
     const LayerSizes& z = p.size;
-    const int64_t units = ceil_div(z.H, L) * L, outputs = ceil_div(z.R, L) * L;
     s.flags = carver.take<Flag>(s.plan.teams * s.plan.members);
     for (int d = 0; d < z.D; ++d) {
-      s.w_ih[d] = carver.take<S>(s.packed ? z.I * G * units : 0);
-      s.w_hh[d] = carver.take<S>(s.packed ? z.R * F * units : 0);
-      s.w_rest[d] = carver.take<S>(s.packed ? z.R * (G - F) * units : 0);
-      s.w_hr[d] = carver.take<S>(s.packed && z.projected ? z.H * outputs : 0);
       s.b_ih[d] = carver.take<S>(G * z.H);
       s.b_hh[d] = carver.take<S>(G * z.H);
+    }
+    if (s.packed && !s.kept) carve_panels(z, s, carver);
+  }
+
+  static void carve_panels(const LayerSizes& z, Shared& s, Carver& carver) {
+    const int64_t units = ceil_div(z.H, L) * L, outputs = ceil_div(z.R, L) * L;
+    for (int d = 0; d < z.D; ++d) {
+      s.w_ih[d] = carver.take<S>(z.I * G * units);
+      s.w_hh[d] = carver.take<S>(z.R * F * units);
+      s.w_rest[d] = carver.take<S>(z.R * (G - F) * units);
+      s.w_hr[d] = carver.take<S>(z.projected ? z.H * outputs : 0);
     }
   }
 
@@ -125,7 +146,7 @@ class ForwardPass {
     const Timed timed(Phase::kPack);
     for (int d = 0; d < z_.D; ++d) {
       const LayerWeights& w = p_.weights[d];
-      if (s_.packed) {
+      if (s_.packed && !s_.ready) {
         pack_weights<G>(d, w.w_ih, z_.H, z_.I, s_.w_ih[d]);
         pack_weights<F>(d, w.w_hh, z_.H, z_.R, s_.w_hh[d]);
         if constexpr (kTwoStage) pack_weights<G - F>(d, rest_of(w.w_hh), z_.H, z_.R, s_.w_rest[d]);

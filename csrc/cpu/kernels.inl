@@ -65,17 +65,50 @@ void meet(void* flags, int me, int members, int64_t times) {
   for (int64_t i = 0; i < times; ++i) team.meet();
 }
 
+// Each lane of several chains is a hash of its own words: h = (rotate(h) ^ word) * factor, which loses nothing of either.
+uint64_t digest(const void* data, int64_t bytes, uint64_t seed) {
+  constexpr int kChains = 8;
+  constexpr uint32_t kFactor = 0x9e3779b1;  // 2^32 / golden ratio, odd
+  constexpr int64_t kStride = kChains * sizeof(Words);
+  Words chain[kChains];
+  for (int i = 0; i < kChains; ++i) chain[i] = Words{} + static_cast<uint32_t>(seed + i);
+  const auto absorb = [&](const char* from) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kChains; ++i) {
+      Words words;
+      __builtin_memcpy(&words, from + i * sizeof(Words), sizeof words);
+      chain[i] = (((chain[i] << 13) | (chain[i] >> 19)) ^ words) * kFactor;
+    }
+  };
+  const char* from = static_cast<const char*>(data);
+  int64_t left = bytes;
+  for (; left >= kStride; left -= kStride, from += kStride) absorb(from);
+  char rest[kStride] = {};
+  __builtin_memcpy(rest, from, left);
+  absorb(rest);
+  uint64_t result = static_cast<uint64_t>(bytes) ^ seed >> 32;
+  for (int i = 0; i < kChains; ++i) {
+    for (size_t lane = 0; lane < sizeof(Words) / 4; ++lane) {
+      result = ((result << 29 | result >> 35) ^ chain[i][lane]) * 0x9e3779b97f4a7c15;
+    }
+  }
+  return result;
+}
+
 template <class... Cells>
 constexpr KernelTable make_table(CellList<Cells...>) {
   return {FUSEDRNN_ISA_NAME,
           FUSEDRNN_VECTOR_BYTES,
           {{ForwardPass<Cells, float>::run, ForwardPass<Cells, double>::run, ForwardPass<Cells, BFloat16>::run}...},
           {{BackwardPass<Cells, float>::run, BackwardPass<Cells, double>::run, BackwardPass<Cells, BFloat16>::run}...},
+          {{ForwardPass<Cells, float>::panel_bytes, ForwardPass<Cells, double>::panel_bytes,
+            ForwardPass<Cells, BFloat16>::panel_bytes}...},
           activation<float>,
           activation<double>,
           multiply_adds,
           read_all,
-          meet};
+          meet,
+          digest};
 }
 
 }  // namespace

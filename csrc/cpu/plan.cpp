@@ -29,6 +29,14 @@ Plan make_plan(const LayerSizes& size, int gates, int lanes, int threads) {
   return {std::max(1, std::min(n / members, size.D)), members, 1};
 }
 
+int64_t pipeline_steps(const LayerSizes& size, int gates, int64_t layers, int threads) {
+  constexpr int64_t kWorkPerStep = 1 << 16;  // multiply-adds; above it threads that share a step are as fast
+  constexpr int64_t kFewest = 8, kMost = 32, kChunks = 8;
+  const int64_t work = size.B * gates * size.H * (size.H + size.R);
+  if (layers < 2 || threads < 2 || size.D > 1 || size.T < 2 * kFewest || work > kWorkPerStep) return 0;
+  return std::clamp(size.T / kChunks, kFewest, kMost);
+}
+
 void slice_batch(const LayerSizes& size, int slices, int64_t* bounds) {
   // length[b] = number of steps with active[t] > b; the prefix sum of lengths is found step by step.
   const auto rows_before = [&](int64_t b) {

@@ -1,0 +1,222 @@
+// See inference.h.
+#include "inference.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/record_function.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "cpu/plan.h"
+
+namespace fusedrnn {
+
+using at::Tensor;
+
+std::shared_ptr<const PackedWeights::Layer> PackedWeights::find(size_t layer) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return layer < layers_.size() ? layers_[layer] : nullptr;
+}
+
+void PackedWeights::keep(size_t layer, std::shared_ptr<const Layer> found) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (layer >= layers_.size()) layers_.resize(layer + 1);
+  layers_[layer] = std::move(found);
+}
+
+int64_t PackedWeights::bytes() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  int64_t total = 0;
+  for (const auto& layer : layers_) total += layer && layer->memory.defined() ? layer->memory.nbytes() : 0;
+  return total;
+}
+
+namespace {
+
+// Packing costs as much as the products of a few rows: of less than a hundredth of these there is nothing to gain.
+constexpr int64_t kRowsKept = 512;
+
+// A tensor whose data is what it seems: no subclass, no wrapper of torch.func, no view that must be resolved first.
+bool plain(const Tensor& t) {
+  constexpr c10::DispatchKeySet kPlain({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
+                                        c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutocastCPU});
+  return kPlain.has_all(t.key_set());
+}
+
+// A dispatch mode, a transform of torch.func, a tracer: whatever wants to see every op.
+bool watched() {
+  return c10::impl::dispatch_mode_enabled() ||
+         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer);
+}
+
+// Contents of t, 64 KiB at a time, by all threads.
+uint64_t digest(const Tensor& t, uint64_t seed) {
+  constexpr int64_t kBlock = int64_t{1} << 16;
+  const char* data = static_cast<const char*>(t.const_data_ptr());
+  const int64_t bytes = t.nbytes(), blocks = (bytes + kBlock - 1) / kBlock;
+  std::vector<uint64_t> parts(blocks);
+  const auto work = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      parts[i] = kernels().digest(data + i * kBlock, std::min(kBlock, bytes - i * kBlock), seed + i);
+    }
+  };
+  if (threads() > 1) at::parallel_for(0, blocks, 4, work);
+  else work(0, blocks);
+  return kernels().digest(parts.data(), blocks * static_cast<int64_t>(sizeof(uint64_t)), bytes);
+}
+
+// Of everything that the panels depend on: weights, shapes, threads. (Biases are not packed.)
+uint64_t digest(const Layer& layer, int threads) {
+  const LayerSizes& z = layer.size;
+  std::vector<uint64_t> parts = {static_cast<uint64_t>(layer.cell), static_cast<uint64_t>(layer.dtype),
+                                 static_cast<uint64_t>(z.I),        static_cast<uint64_t>(z.H),
+                                 static_cast<uint64_t>(z.R),        static_cast<uint64_t>(threads)};
+  for (const DirectionWeights& w : layer.weights) {
+    for (const Tensor* t : {&w.w_ih, &w.w_hh, &w.w_hr}) {
+      if (t->defined()) parts.push_back(digest(*t, parts.size()));
+    }
+  }
+  return kernels().digest(parts.data(), parts.size() * sizeof(uint64_t), 0);
+}
+
+// One layer of the stack with its results. `packed` outlives the call that reads it; `fresh` is what this call fills.
+struct Work {
+  Layer layer;
+  ForwardProblem problem;
+  std::shared_ptr<const PackedWeights::Layer> packed;
+  std::shared_ptr<PackedWeights::Layer> fresh;
+  Panels panels{nullptr, 0};
+};
+
+Tensor memory_for_panels(Work& work) {
+  const int64_t bytes = kernels().panel_bytes[work.layer.cell][work.layer.kernel_dtype()](work.layer.size);
+  const Tensor memory = at::empty({bytes}, at::TensorOptions().dtype(at::kByte));
+  work.panels = {memory.mutable_data_ptr(), 0};
+  work.problem.panels = &work.panels;
+  return memory;
+}
+
+void find_panels(Work& work, size_t index, PackedWeights& kept) {
+  const LayerSizes& z = work.layer.size;
+  if (z.N <= kRowsUnpacked || z.N > kRowsKept) return;
+  const uint64_t now = digest(work.layer, work.problem.threads);
+  work.packed = kept.find(index);
+  if (!work.packed || work.packed->digest != now) {
+    kept.keep(index, std::make_shared<PackedWeights::Layer>(PackedWeights::Layer{now, {}, {nullptr, 0}}));
+    return;
+  }
+  if (work.packed->memory.defined()) {
+    work.panels = work.packed->panels;
+    work.problem.panels = &work.panels;
+  } else {
+    work.fresh = std::make_shared<PackedWeights::Layer>(PackedWeights::Layer{now, memory_for_panels(work), {}});
+  }
+}
+
+bool run(const Layer& layer, const ForwardProblem& problem) {
+  return kernels().forward[layer.cell][layer.kernel_dtype()](problem);
+}
+
+// Steps [begin, end) of a dense batch through a layer of one direction; the states go on from h_n and c_n.
+ForwardProblem steps_of(const Work& work, int64_t begin, int64_t end) {
+  ForwardProblem p = work.problem;
+  const int64_t bytes = at::elementSize(work.layer.dtype);
+  p.size.T = end - begin;
+  p.size.N = p.size.T * p.size.B;
+  p.x.data = static_cast<const char*>(p.x.data) + begin * p.x.time * bytes;
+  p.y = static_cast<char*>(p.y) + begin * p.size.B * p.size.R * bytes;
+  if (begin > 0) {
+    p.h0 = p.h_n;
+    p.c0 = p.c_n;
+  }
+  return p;
+}
+
+// Layer l works on chunk w - l in wave w; the layers of a wave are independent.
+bool run_pipeline(const std::vector<Work>& stack, int64_t steps, int threads) {
+  const int64_t T = stack[0].layer.size.T, layers = stack.size(), chunks = (T + steps - 1) / steps;
+  std::atomic<bool> done{true};
+#pragma omp parallel num_threads(std::min<int64_t>(threads, layers))
+  for (int64_t wave = 0; wave < chunks + layers - 1; ++wave) {
+#pragma omp for schedule(static, 1)
+    for (int64_t l = 0; l < layers; ++l) {
+      const int64_t begin = (wave - l) * steps;
+      if (begin < 0 || begin >= T) continue;
+      if (!run(stack[l].layer, steps_of(stack[l], begin, std::min(begin + steps, T)))) done = false;
+    }
+  }
+  return done;
+}
+
+void run_stack(std::vector<Work>& stack, PackedWeights& kept) {
+  const Layer& last = stack.back().layer;
+  const int threads = stack[0].problem.threads;
+  // States are rounded to the type of x between chunks: the same numbers only where that is the compute type.
+  const int64_t steps = last.dtype == last.compute_type()
+                            ? pipeline_steps(last.size, last.constants().gates, stack.size(), threads) : 0;
+  std::vector<Tensor> memory;  // of panels that are not kept
+  for (size_t l = 0; l < stack.size(); ++l) {
+    if (steps) stack[l].problem.threads = 1;
+    find_panels(stack[l], l, kept);
+    if (steps && !stack[l].problem.panels) memory.push_back(memory_for_panels(stack[l]));
+  }
+  bool done = true;
+  if (steps) done = run_pipeline(stack, steps, threads);
+  else for (const Work& work : stack) done = done && run(work.layer, work.problem);
+  check_memory(done);
+  for (size_t l = 0; l < stack.size(); ++l) {
+    Work& work = stack[l];
+    if (!work.fresh) continue;
+    work.fresh->panels = work.panels;
+    kept.keep(l, work.fresh);
+  }
+}
+
+}  // namespace
+
+std::optional<Inferred> infer(const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
+                              const std::vector<Tensor>& weights, const std::string& cell, bool bidirectional,
+                              int64_t layers, PackedWeights& kept) {
+  bool all_plain = plain(x) && (!h0 || plain(*h0)) && (!c0 || plain(*c0)) && !watched();
+  for (const Tensor& w : weights) all_plain = all_plain && w.defined() && plain(w);
+  if (!all_plain) return std::nullopt;
+  RECORD_FUNCTION("fusedrnn::infer", std::vector<c10::IValue>());
+  const int64_t each = layers > 0 ? static_cast<int64_t>(weights.size()) / layers : 0, D = bidirectional ? 2 : 1;
+  TORCH_CHECK(layers > 0 && each * layers == static_cast<int64_t>(weights.size()), "weights of ", layers,
+              " layers, got ", weights.size(), " tensors");
+  for (const OptionalTensor* state : {&h0, &c0}) {
+    TORCH_CHECK(!*state || ((*state)->dim() == 3 && (*state)->size(0) == layers * D), "states of ", layers, " layers");
+  }
+
+  std::vector<Work> stack(layers);
+  Tensor input = x, h_n, c_n;
+  for (int64_t l = 0; l < layers; ++l) {
+    const auto of_layer = [&](const OptionalTensor& state) {
+      return state && layers > 1 ? OptionalTensor(state->narrow(0, l * D, D)) : state;
+    };
+    Work& work = stack[l];
+    work.layer = read_layer(input, std::nullopt, of_layer(h0), of_layer(c0),
+                            at::TensorList(weights).slice(l * each, each), cell, bidirectional);
+    const LayerSizes& z = work.layer.size;
+    if (l == 0) {
+      h_n = at::empty({layers * D, z.B, z.R}, x.options());
+      c_n = at::empty({work.layer.constants().states == 2 ? layers * D : 0, z.B, z.H}, x.options());
+    }
+    input = at::empty({z.T, z.B, D * z.R}, x.options());
+    fill(work.problem, work.layer);
+    work.problem.y = result(input);
+    const auto own = [&](const Tensor& t, int64_t width) {
+      return t.numel() ? static_cast<char*>(result(t)) + l * D * z.B * width * t.element_size() : nullptr;
+    };
+    work.problem.h_n = own(h_n, z.R);
+    work.problem.c_n = own(c_n, z.H);
+    work.problem.saved = nullptr;
+    work.problem.saved_stride = 0;
+  }
+  if (x.size(1) > 0) run_stack(stack, kept);
+  return Inferred{input, h_n, c_n};
+}
+
+}  // namespace fusedrnn

@@ -1,0 +1,66 @@
+// A layer's arguments as torch gives them: checked once, then turned into what the backends see (problem.h).
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+#include <vector>
+
+#include "cpu/dispatch.h"
+#include "problem.h"
+
+namespace fusedrnn {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+struct DirectionWeights {
+  at::Tensor w_ih, w_hh, b_ih, b_hh, w_hr;  // biases and projection may be undefined
+};
+
+// Arguments that fit one another, with contiguous weights and states; owns what a problem points to.
+struct Layer {
+  int cell;
+  LayerSizes size;
+  at::ScalarType dtype;
+  at::Tensor x, h0, c0;  // h0, c0 may be undefined
+  std::vector<int64_t> active, offset;  // what size.active and size.offset point to
+  std::vector<DirectionWeights> weights;
+  bool packed;
+
+  const CellConstants& constants() const { return cell_constants(cell); }
+  at::ScalarType compute_type() const { return dtype == at::kBFloat16 ? at::kFloat : dtype; }
+  int64_t saved_width() const {
+    const int64_t width = (constants().saved + constants().states - 1) * size.H;
+    return spread_stride(width, at::elementSize(compute_type()));
+  }
+  int kernel_dtype() const;  // its place in the kernels' tables
+};
+
+// Throws what torch.nn would, or names the argument that does not fit.
+Layer read_layer(const at::Tensor& x, const OptionalTensor& batch_sizes, const OptionalTensor& h0,
+                 const OptionalTensor& c0, at::TensorList weights, c10::string_view cell, bool bidirectional);
+
+void check_tensor(const at::Tensor& t, const at::Tensor& x, const char* name, at::IntArrayRef shape);
+// Undefined if not given, else contiguous.
+at::Tensor check_optional(const OptionalTensor& t, const at::Tensor& x, const char* name, at::IntArrayRef shape);
+void check_memory(bool enough);
+
+inline const void* pointer(const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
+inline void* result(const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
+RowView rows(const at::Tensor& t, bool packed);
+int threads();  // for a call made now
+
+template <class Problem>
+void fill(Problem& p, const Layer& layer) {
+  p.size = layer.size;
+  for (int d = 0; d < layer.size.D; ++d) {
+    const DirectionWeights& w = layer.weights[d];
+    p.weights[d] = {pointer(w.w_ih), pointer(w.w_hh), pointer(w.b_ih), pointer(w.b_hh), pointer(w.w_hr)};
+  }
+  p.x = rows(layer.x, layer.packed);
+  p.h0 = pointer(layer.h0);
+  p.c0 = pointer(layer.c0);
+  p.threads = threads();
+}
+
+}  // namespace fusedrnn

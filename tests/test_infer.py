@@ -1,0 +1,255 @@
+"""Inference of a dense batch: weights stay packed from call to call, stacked layers run side by side, and neither shows
+but in the time: whatever changes a weight is seen by the next call, and nothing outlives the module.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fusedrnn
+from fusedrnn import _C, modules
+from loops import TWINS
+from parity import Case, run_twin
+from tolerances import assert_all_close
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def tensors(result) -> list[Tensor]:
+    """y, h_n[, c_n] of a module's result."""
+    y, last = result
+    return [y, *last] if isinstance(last, tuple) else [y, last]
+
+
+def by_the_ops(module: nn.Module, x: Tensor) -> list[Tensor]:
+    """What the module computes with nothing kept: gradients on, so that the ops do it."""
+    with torch.enable_grad():
+        return [t.detach() for t in tensors(module(x))]
+
+
+def same(found: list[Tensor], expected: list[Tensor]) -> bool:
+    """Bit for bit."""
+    return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"proj_size": 3}, {"bias": False}], ids=str)
+@pytest.mark.parametrize("cell", TWINS)
+def test_kept_weights_give_the_same_bits(cell: str, options: dict, number: int, threads: Callable) -> None:
+    if "proj_size" in options and cell != "lstm":
+        pytest.skip("only the LSTM is projected")
+    threads(number)
+    for dtype, H in zip(FLOATS * 2, (5, 9, 17, 70, 96, 150), strict=True):
+        module = TWINS[cell].layer(7, H, dtype=dtype, **options)
+        x = torch.randn(20, 2, 7, dtype=dtype)
+        expected = by_the_ops(module, x)
+        sizes = []
+        for _ in range(3):
+            assert same(tensors(module(x)), expected)
+            sizes.append(modules._packed[module].bytes)
+        assert sizes[0] == 0 and sizes[1] == sizes[2] > 0  # once the same weights have come a second time
+
+
+def negate(module: nn.Module) -> None:
+    module.weight_hh_l0.data.neg_()
+
+
+def swap_rows(module: nn.Module) -> None:
+    rows = module.weight_hh_l0.data
+    rows[[0, 1]] = rows[[1, 0]]
+
+
+def through_numpy(module: nn.Module) -> None:
+    module.weight_ih_l0.detach().numpy()[3, 2] += 1
+
+
+def next_number(module: nn.Module) -> None:
+    weight = module.weight_hh_l0.data
+    weight[-1, -1] = torch.nextafter(weight[-1, -1], torch.tensor(9.0))
+
+
+def new_parameter(module: nn.Module) -> None:
+    module.weight_ih_l0 = nn.Parameter(torch.randn(20, 4))
+
+
+CHANGES = {
+    "in place": lambda module: module.weight_hh_l0.mul_(3),
+    "bias": lambda module: module.bias_hh_l0.data.add_(1),
+    "data": lambda module: module.weight_ih_l0.data.add_(1),
+    "negated": negate,
+    "rows swapped": swap_rows,
+    "numpy": through_numpy,
+    "one bit": next_number,
+    "new Parameter": new_parameter,
+    "load_state_dict": lambda module: module.load_state_dict(fusedrnn.LSTM(4, 5).state_dict()),
+    "to another dtype": lambda module: module.double(),
+    "set_": lambda module: module.weight_hh_l0.set_(torch.randn(20, 5)),
+    "optimizer": lambda module: torch.optim.SGD(module.parameters(), lr=0.1).step(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_change_of_the_weights_is_seen(change: str) -> None:
+    module, x = fusedrnn.LSTM(4, 5), torch.randn(30, 2, 4)
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for _ in range(2):  # once more with what the first change left
+        for _ in range(3):
+            before = tensors(module(x))
+        CHANGES[change](module)
+        x = x.to(module.weight_ih_l0.dtype)
+        after = tensors(module(x))
+        assert same(after, by_the_ops(module, x))
+        if change not in ("to another dtype", "one bit", "new Parameter", "set_", "load_state_dict"):
+            assert not same(after, before)
+
+
+@given(st.data())
+def test_no_bit_of_a_weight_may_change_unseen(data) -> None:
+    H = data.draw(st.integers(1, 40), "H")
+    with torch.no_grad():
+        module, x = fusedrnn.GRU(3, H), torch.zeros(11, 1, 3)
+        module(x), module(x)
+        assert modules._packed[module].bytes > 0
+        weight = data.draw(st.sampled_from([module.weight_ih_l0, module.weight_hh_l0])).data.view(torch.int32).view(-1)
+        place = data.draw(st.integers(0, weight.numel() - 1), "place")
+        weight[place] ^= 1 << data.draw(st.integers(0, 30), "bit")
+        module(x)
+        assert modules._packed[module].bytes == 0
+
+
+@pytest.mark.parametrize("T, B, kept", [(1, 1, False), (2, 5, False), (11, 1, True), (1, 512, True), (27, 19, False)])
+def test_only_batches_that_gain_keep_anything(T: int, B: int, kept: bool) -> None:
+    """Up to 10 rows are multiplied without packing; for more than 512 packing is a small part."""
+    module = fusedrnn.LSTM(4, 5)
+    for _ in range(3):
+        module(torch.randn(T, B, 4))
+    assert (modules._packed[module].bytes > 0) == kept
+
+
+def test_nothing_outlives_the_module_or_goes_with_its_copies() -> None:
+    module, x = fusedrnn.GRU(4, 5), torch.randn(20, 2, 4)
+    for _ in range(3):
+        expected = tensors(module(x))
+    before = len(modules._packed)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert twin not in modules._packed
+        assert same(tensors(twin(x)), expected)
+    del module, twin
+    gc.collect()
+    assert len(modules._packed) <= before - 1
+
+
+def test_shapes_and_threads_may_change_from_call_to_call(threads: Callable) -> None:
+    module = fusedrnn.LSTM(30, 70, num_layers=2)
+    xs = [torch.randn(T, B, 30) for T, B in ((20, 1), (3, 8), (40, 12), (1, 400), (2, 1))]
+    expected = [by_the_ops(module, x) for x in xs]
+    for _ in range(3):
+        for number in (1, 2, 3):
+            threads(number)
+            for x, values in zip(xs, expected, strict=True):
+                for _ in range(2):
+                    for a, b in zip(tensors(module(x)), values, strict=True):
+                        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_threads_of_python_share_a_module(threads: Callable) -> None:
+    """Also while its weights are first packed, and packed anew."""
+    module = fusedrnn.LSTM(16, 40, num_layers=2)
+    xs = [torch.randn(T, 1, 16) for T in (12, 30, 100, 12)]
+
+    def calls(x: Tensor) -> list[list[Tensor]]:
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            return [tensors(module(x)) for _ in range(20)]
+
+    for _ in range(5):
+        module.weight_hh_l0.data.mul_(-1.01)
+        expected = [by_the_ops(module, x) for x in xs]
+        with ThreadPoolExecutor(len(xs)) as pool:
+            for found, values in zip(pool.map(calls, xs), expected, strict=True):
+                assert all(same(each, values) for each in found)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("T, B, layers", [(16, 1, 2), (17, 3, 3), (100, 1, 5), (333, 2, 2)])
+@pytest.mark.parametrize("cell", TWINS)
+def test_stacked_layers_side_by_side(cell: str, T: int, B: int, layers: int, threads: Callable) -> None:
+    threads(2)
+    assert _C.pipeline_steps(T, B, 9, 4, layers, 2) > 0
+    for dtype in FLOATS:
+        for h0 in (True, False):
+            case = Case(cell, T=T, B=B, I=4, H=9, num_layers=layers, h0=h0, dtype=dtype)
+            module, given_ = case.module(), case.tensors()
+            hx = tuple(given_[name] for name in ("h0", "c0") if name in given_)
+            expected = run_twin(case, torch.float64)
+            for _ in range(3):
+                found = tensors(module(given_["x"].detach(), None if not hx else hx if len(hx) == 2 else hx[0]))
+                names = ("y", "h_n", "c_n")[: len(found)]
+                assert_all_close(dict(zip(names, found, strict=True)), {name: expected[name] for name in names}, dtype)
+
+
+def test_side_by_side_the_same_bits_again(threads: Callable) -> None:
+    threads(2)
+    module, x = fusedrnn.GRU(4, 30, num_layers=4), torch.randn(200, 1, 4)
+    first = tensors(module(x))
+    assert all(same(tensors(module(x)), first) for _ in range(200))
+
+
+def test_dropout_between_layers_is_for_training() -> None:
+    module, x = fusedrnn.LSTM(4, 5, num_layers=2, dropout=0.5), torch.randn(20, 2, 4)
+    assert not same(tensors(module(x)), tensors(module(x)))
+    module.eval()
+    assert same(tensors(module(x)), by_the_ops(module, x))
+
+
+class Seen(TorchDispatchMode):
+    """The names of the ops that went by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_who_listens_hears_the_ops(layers: int) -> None:
+    module, x = fusedrnn.LSTM(4, 5, num_layers=layers), torch.randn(20, 2, 4)
+    expected = tensors(module(x))
+    with Seen() as seen:
+        assert same(tensors(module(x)), expected)
+    assert seen.names.count("fusedrnn.layer_forward.default") == layers
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert module(mode.from_tensor(x))[0].shape == (20, 2, 5)
+    with torch.profiler.profile() as profile:
+        module(x)
+    assert "fusedrnn::infer" in {event.key for event in profile.key_averages()}
+
+
+def test_a_state_of_another_stack_is_refused() -> None:
+    module, x = fusedrnn.LSTM(4, 5, num_layers=3), torch.randn(20, 2, 4)
+    wrong = (torch.zeros(2, 2, 5), torch.zeros(2, 2, 5))
+    with pytest.raises(RuntimeError, match=r"Expected hidden\[0\] size \(3, 2, 5\)"):
+        module(x, wrong)
