@@ -10,6 +10,9 @@
 //   kFirst   gates [0, kFirst) multiply h_{t-1}. If kFirst < kGates, the other gates multiply q, a function of
 //            the first gates and h_{t-1} (GRU with the reset gate applied before the product).
 //   kSplit   the last kSplit gates have drec != dx; for all others drec is dx and is not stored twice.
+//   kLate    values that the second half of the forward step takes from the first, kLate <= kGates. 0: there is no
+//            second half. One after the other, the halves of several units overlap in the processor; a whole step is a
+//            chain of activations too long for that.
 //
 //   forward (x, rec, state, saved)              x[g] = (W_ih x_t + b_ih)_g, rec[g] = (W_hh h_{t-1} + b_hh)_g;
 //                                               state: in t-1, out t
@@ -20,6 +23,9 @@
 //   forward_first (x, rec, prev, saved, q)      the first gates into saved, and q
 //   backward_first(saved, prev, dq, d, dx, drec) after dq = W_hh[rest]^T drec[rest]: gradients of the first gates
 //   recurrent_operand(saved, prev)              q again, for the weight gradient
+// A cell with kLate > 0: forward has one more argument, late, out, and leaves state[0] at h_{t-1}. It adds
+//   kSavedLate                                  the last of the saved values, which the second half gives
+//   finish(late, state, saved)                  h_t into state[0]
 // A cell that may be projected (LSTM) adds
 //   output(saved, cur)                          the unprojected output again, for the weight gradient
 #pragma once

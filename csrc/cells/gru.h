@@ -9,21 +9,29 @@ namespace fusedrnn {
 struct Gru {
   static constexpr const char* kName = "gru";
   static constexpr int kGates = 3, kStates = 1, kSaved = 4, kFirst = 3, kSplit = 1;
+  static constexpr int kLate = 2, kSavedLate = 1;
 
   template <class V>
   FUSEDRNN_INLINE static void forward(const Values<V, 3>& x, const Values<V, 3>& rec, Values<V, 1>& state,
-                                      Values<V, 4>& saved) {
-    const V r = sigmoid(x[0] + rec[0]);   // (G1)
-    const V z = sigmoid(x[1] + rec[1]);   // (G2)
-    const V n = tanh(x[2] + r * rec[2]);  // (G3)
-    state[0] = n + z * (state[0] - n);    // (G4)
-    saved[0] = r, saved[1] = z, saved[2] = n, saved[3] = rec[2];
+                                      Values<V, 4>& saved, Values<V, 2>& late) {
+    const V r = sigmoid(x[0] + rec[0]);  // (G1)
+    const V z = sigmoid(x[1] + rec[1]);  // (G2)
+    late[0] = x[2] + r * rec[2];         // (G3)
+    late[1] = z;
+    saved[0] = r, saved[1] = z, saved[2] = rec[2];
+  }
+
+  template <class V>
+  FUSEDRNN_INLINE static void finish(const Values<V, 2>& late, Values<V, 1>& state, Values<V, 4>& saved) {
+    const V n = tanh(late[0]), z = late[1];  // (G3)
+    state[0] = n + z * (state[0] - n);       // (G4)
+    saved[3] = n;
   }
 
   template <class V>
   FUSEDRNN_INLINE static void backward(const Values<V, 4>& saved, const Values<V, 1>& prev, const Values<V, 1>&,
                                        Values<V, 1>& d, Values<V, 3>& dx, Values<V, 3>& drec) {
-    const V r = saved[0], z = saved[1], n = saved[2], rec_n = saved[3], one = V(1);
+    const V r = saved[0], z = saved[1], rec_n = saved[2], n = saved[3], one = V(1);
     dx[2] = d[0] * (one - z) * (one - n * n);                   // (G5)
     drec[2] = dx[2] * r;                                        // (G6)
     dx[0] = drec[0] = dx[2] * rec_n * r * (one - r);            // (G7)
@@ -35,7 +43,7 @@ struct Gru {
 // The original paper's form (reset_after=False): the reset gate scales h_{t-1} before the product.
 struct GruResetBefore {
   static constexpr const char* kName = "gru_reset_before";
-  static constexpr int kGates = 3, kStates = 1, kSaved = 3, kFirst = 2, kSplit = 0;
+  static constexpr int kGates = 3, kStates = 1, kSaved = 3, kFirst = 2, kSplit = 0, kLate = 0;
 
   template <class V>
   FUSEDRNN_INLINE static void forward_first(const Values<V, 3>& x, const Values<V, 3>& rec, const Values<V, 1>& prev,

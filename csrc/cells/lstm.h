@@ -8,18 +8,23 @@ namespace fusedrnn {
 struct Lstm {
   static constexpr const char* kName = "lstm";
   static constexpr int kGates = 4, kStates = 2, kSaved = 4, kFirst = 4, kSplit = 0;
+  static constexpr int kLate = 2, kSavedLate = 0;
 
   template <class V>
   FUSEDRNN_INLINE static void forward(const Values<V, 4>& x, const Values<V, 4>& rec, Values<V, 2>& state,
-                                      Values<V, 4>& saved) {
+                                      Values<V, 4>& saved, Values<V, 2>& late) {
     const V i = sigmoid(x[0] + rec[0]);  // (L1)
     const V f = sigmoid(x[1] + rec[1]);  // (L2)
     const V g = tanh(x[2] + rec[2]);     // (L3)
     const V o = sigmoid(x[3] + rec[3]);  // (L4)
-    const V c = f * state[1] + i * g;    // (L5)
-    state[0] = o * tanh(c);              // (L6)
-    state[1] = c;
+    state[1] = f * state[1] + i * g;     // (L5)
+    late[0] = o, late[1] = state[1];
     saved[0] = i, saved[1] = f, saved[2] = g, saved[3] = o;
+  }
+
+  template <class V>
+  FUSEDRNN_INLINE static void finish(const Values<V, 2>& late, Values<V, 2>& state, Values<V, 4>&) {
+    state[0] = late[0] * tanh(late[1]);  // (L6)
   }
 
   template <class V>

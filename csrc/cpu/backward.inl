@@ -230,103 +230,13 @@ class BackwardPass {
     return rows;
   }
 
-  FUSEDRNN_INLINE V previous_h(const Row& row, int64_t u) const {
-    return row.h_prev ? load<S>(row.h_prev + u, z_.R - u) : V(0);
-  }
-
-  // Samples [0, later) have gate gradients of the step worked on before at chunk row `later_row` on, samples [0, now)
-  // are active at this step, chunk rows from `row` on. A sample in one set only starts or ends here.
-  void step(int d, int64_t later_row, int64_t later, int64_t row, int64_t now) {
-    const Timed timed(Phase::kRecurrentProduct);
-    const int64_t both = min64(later, now);
-    const auto dg_row = [&](int64_t r) { return b_.dg + (later_row + r) * ldg_; };
-    const auto arrive = [&](int64_t r, int64_t u, V dh) {  // dL/dh_t but for dy: the cell, or the projection first
-      const Row& at = b_.rows[row + r];
-      if (at.dy) dh = dh + load<S>(at.dy + u, z_.R - u);
-      if (z_.projected) store(b_.dh + (row + r) * ldh_ + u, dh), store(b_.carry_h + r * ldh_ + u, V(0));
-      else cell_backward(r, row + r, u, dh);
-    };
-    const auto carried = [&](int64_t r, int64_t u) { return load(b_.carry_h + r * ldh_ + u); };
-    const Inner gates{F * z_.H};
-    const auto expect = [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA {
-      const Row& at = b_.rows[row + r];
-      if (at.dy) prefetch_to_read(at.dy + u, n);
-      if (!z_.projected) expect_saved(at, u, n);
-    };
-    product<1>(packed(s_.w_hh[d]), gates, outputs_, {0, both}, dg_row, expect,
-               [&](int64_t r, int64_t v, const V* acc, int) { arrive(r, v * L, acc[0] + carried(r, v * L)); });
-    product<1>(packed(s_.w_hh[d]), gates, outputs_, {both, later}, dg_row, nothing_expected,
-               [&](int64_t r, int64_t v, const V* acc, int) {
-                 store(b_.carry_h + r * ldh_ + v * L, acc[0] + carried(r, v * L));
-               });
-    for (int64_t v = outputs_.begin; v < outputs_.end; ++v) {
-      for (int64_t r = both; r < now; ++r) arrive(r, v * L, carried(r, v * L));
-    }
-    if (now == 0) return;
-    if (z_.projected) {
-      team_.meet();
-      product<1>(packed(s_.w_hr[d]), Inner{z_.R}, units_, {0, now}, [&](int64_t r) { return b_.dh + (row + r) * ldh_; },
-                 [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA { expect_saved(b_.rows[row + r], u, n); },
-                 [&](int64_t r, int64_t v, const V* acc, int) { cell_backward(r, row + r, v * L, acc[0]); });
-    }
-    if constexpr (kTwoStage) {
-      team_.meet();
-      product<1>(packed(s_.w_rest[d]), Inner{(G - F) * z_.H}, outputs_, {0, now},
-                 [&](int64_t r) { return b_.dg + (row + r) * ldg_ + F * z_.H; }, nothing_expected,
-                 [&](int64_t r, int64_t v, const V* acc, int) { first_stage_backward(r, row + r, v * L, acc[0]); });
-    }
-    team_.meet();
-  }
-
-  // What cell_backward will read of a row's units [u, u + n).
-  FUSEDRNN_INLINE void expect_saved(const Row& at, int64_t u, int64_t n) const {
-    for (int k = 0; k < K + Z - 1; ++k) prefetch_to_read(at.saved + k * z_.H + u, n);
-    if constexpr (Z > 1) prefetch_to_read(at.c_prev + u, n);
-    if (z_.projected) return;
-    if (at.h_prev) prefetch_to_read(at.h_prev + u, n);
-    if constexpr (K == 0) prefetch_to_read(at.y + u, n);
-  }
-
-  // The cell at sample r, chunk row `row`, units from u on. dh: dL/dh_t, or of the unprojected output.
-  FUSEDRNN_INLINE void cell_backward(int64_t r, int64_t row, int64_t u, V dh) {
-    const Row& at = b_.rows[row];
-    const int64_t H = z_.H, n = H - u;
-    Values<V, K> saved;
-    Values<V, Z> prev, cur, d;
-    Values<V, G> dx, drec;
-    for (int g = 0; g < G; ++g) dx[g] = drec[g] = V(0);
-    for (int k = 0; k < K; ++k) saved[k] = load<S>(at.saved + k * H + u, n);
-    prev[0] = z_.projected ? V(0) : previous_h(at, u);
-    cur[0] = z_.projected ? V(0) : load<S>(at.y + u, n);
-    d[0] = dh;
-    if constexpr (Z > 1) {
-      prev[1] = load<S>(at.c_prev + u, n);
-      cur[1] = load<S>(at.saved + K * H + u, n);
-      d[1] = load(b_.carry_c + r * ldm_ + u);
-    }
-    Cell::backward(saved, prev, cur, d, dx, drec);
-    S* dg = b_.dg + row * ldg_ + u;
-    for (int g = 0; g < G; ++g) store(dg + g * H, drec[g], n);
-    for (int g = G - kSplit; g < G; ++g) store(dg + (g + kSplit) * H, dx[g], n);
-    if (!z_.projected) store(b_.carry_h + r * ldh_ + u, d[0]);
-    if constexpr (Z > 1) store(b_.carry_c + r * ldm_ + u, d[1]);
-  }
-
-  FUSEDRNN_INLINE void first_stage_backward(int64_t r, int64_t row, int64_t u, V dq) {
-    const Row& at = b_.rows[row];
-    const int64_t H = z_.H, n = H - u;
-    S* dg = b_.dg + row * ldg_ + u;
-    Values<V, K> saved;
-    Values<V, Z> prev, d;
-    Values<V, G> dx, drec;
-    for (int k = 0; k < K; ++k) saved[k] = load<S>(at.saved + k * H + u, n);
-    for (int g = 0; g < G; ++g) dx[g] = drec[g] = load<S>(dg + g * H, n);
-    prev[0] = previous_h(at, u);
-    d[0] = load(b_.carry_h + r * ldh_ + u);
-    Cell::backward_first(saved, prev, dq, d, dx, drec);
-    for (int g = 0; g < F; ++g) store(dg + g * H, drec[g], n);
-    store(b_.carry_h + r * ldh_ + u, d[0]);
-  }
+  // backward_step.inl
+  struct Step;
+  void step(int d, int64_t later_row, int64_t later, int64_t row, int64_t now);
+  static V previous_h(const Row& row, int64_t u, int64_t R);
+  static void expect_saved(const Step& s, const Row& at, int64_t u, int64_t n);
+  static void cell_backward(const Step& s, int64_t r, int64_t u, V dh);
+  static void first_stage_backward(const Step& s, int64_t r, int64_t u, V dq);
 
   // Calls body(t, first chunk row of t, samples [begin, end) of t) for the part of the chunk in `own`.
   template <class Body>

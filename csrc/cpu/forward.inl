@@ -5,7 +5,7 @@
 // tiles, the cell on each block of rows while it is in the first-level cache, a barrier after each product. With
 // `saved`, the projection is written straight into the rows that the activated gates will overwrite.
 //
-// Layouts: gates and saved rows [k][H] for k in [0, kSaved), then c; h double-buffered [2][samples][R].
+// Layouts: gates [g][pitch]; saved rows [k][H] for k in [0, kSaved), then c; h double-buffered [2][samples][R].
 
 template <class Cell, class T>
 class ForwardPass {
@@ -15,6 +15,7 @@ class ForwardPass {
   static constexpr bool kTwoStage = F < G, kConvert = sizeof(T) != sizeof(S);
   static_assert(K == 0 || K >= G, "the projection is written where the saved gates go");
   static constexpr int64_t kChunkRows = 192;  // of projected gates: they stay in the second-level cache
+  static constexpr int64_t padded(int64_t n) { return ceil_div(n, L) * L; }  // to whole vectors
 
   struct Shared {
     Plan plan;
@@ -103,7 +104,7 @@ class ForwardPass {
   }
 
   static void carve_panels(const LayerSizes& z, Shared& s, Carver& carver) {
-    const int64_t units = ceil_div(z.H, L) * L, outputs = ceil_div(z.R, L) * L;
+    const int64_t units = padded(z.H), outputs = padded(z.R);
     for (int d = 0; d < z.D; ++d) {
       s.w_ih[d] = carver.take<S>(z.I * G * units);
       s.w_hh[d] = carver.take<S>(z.R * F * units);
@@ -120,7 +121,7 @@ class ForwardPass {
     b.h[1] = carver.take<S>(samples * row_stride<S>(z.R));
     b.c = carver.take<S>(Z > 1 ? samples * row_stride<S>(z.H) : 0);
     b.m = carver.take<S>(kTwoStage || z.projected ? samples * row_stride<S>(z.H) : 0);
-    b.gates = carver.take<S>(p.saved && K ? 0 : rows * row_stride<S>(G * z.H));
+    b.gates = carver.take<S>(p.saved && K ? 0 : rows * row_stride<S>(G * padded(z.H)));
     b.x = carver.take<S>(kConvert ? rows * row_stride<S>(z.I) : 0);
     b.x_row = carver.take<const S*>(rows * members);
     b.gate_row = carver.take<S*>(rows * members);
@@ -131,7 +132,7 @@ class ForwardPass {
   ForwardPass(const ForwardProblem& p, const Shared& shared, int thread)
       : p_(p), z_(p.size), s_(shared), thread_(thread), index_(thread / shared.plan.members),
         team_(shared.flags + index_ * shared.plan.members, thread % shared.plan.members, shared.plan.members),
-        ldh_(row_stride<S>(z_.R)), ldm_(row_stride<S>(z_.H)) {
+        ldh_(row_stride<S>(z_.R)), ldm_(row_stride<S>(z_.H)), pitch_(p.saved && K ? z_.H : padded(z_.H)) {
     if (index_ >= s_.plan.teams) return;
     Carver carver(s_.block + s_.shared_bytes + index_ * s_.team_bytes);
     b_ = carve_team(p_, s_, carver);
@@ -224,7 +225,7 @@ class ForwardPass {
 
   // Appends the rows of step t to the chunk's lists; returns the number of rows so far.
   int64_t list_rows(const Item& item, int64_t t, int64_t rows) {
-    const int64_t n = item.rows(t), gate_stride = row_stride<S>(G * z_.H);
+    const int64_t n = item.rows(t), gate_stride = row_stride<S>(G * pitch_);
     for (int64_t b = 0; b < n; ++b, ++rows) {
       if constexpr (kConvert) b_.x_row[rows] = b_.x + rows * row_stride<S>(z_.I);
       else b_.x_row[rows] = row_at<S>(p_.x, z_.offset, t, item.first + b);
@@ -251,108 +252,9 @@ class ForwardPass {
     }
   }
 
-  void project(int d, int64_t rows) {
-    const Timed timed(Phase::kInputProduct);
-    product<G>(
-        weights(s_.w_ih[d], p_.weights[d].w_ih, z_.H), Inner{z_.I}, units_, {0, rows},
-        [&](int64_t r) { return b_.x_row[r]; },
-        [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA {
-          for (int g = 0; g < G; ++g) prefetch_to_write(b_.gate_row[r] + g * z_.H + u, n);
-        },
-        [&](int64_t r, int64_t v, const V* acc, int stride) {
-          const int64_t u = v * L;
-          for (int g = 0; g < G; ++g) {
-            store(b_.gate_row[r] + g * z_.H + u, acc[g * stride] + load(s_.b_ih[d] + g * z_.H + u), z_.H - u);
-          }
-        });
-  }
-
-  // One time step of the rows [row, row + n) of the chunk: h_prev in, h_next out.
-  void step(const Item& item, int64_t t, int64_t row, const S* h_prev, S* h_next) {
-    const Timed timed(Phase::kRecurrentProduct);
-    const int64_t n = item.rows(t), H = z_.H;
-    const S* b_hh = s_.b_hh[item.d];
-    const LayerWeights& w = p_.weights[item.d];
-    T* y = static_cast<T*>(p_.y) + ((z_.offset[t] + item.first) * z_.D + item.d) * z_.R;
-    const int64_t ldy = z_.D * z_.R;
-    const auto h_row = [&](int64_t r) { return h_prev + r * ldh_; };
-    const auto m_row = [&](int64_t r) { return b_.m + r * ldm_; };
-    const auto put_h = [&](int64_t r, int64_t u, V h) {
-      store(h_next + r * ldh_ + u, h);
-      store(y + r * ldy + u, h, z_.R - u);
-    };
-    const auto expect = [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA {
-      if (p_.saved) {
-        for (int k = G; k < K + Z - 1; ++k) prefetch_to_write(b_.saved_row[row + r] + k * H + u, n);
-      }
-      if (!z_.projected) prefetch_to_write(y + r * ldy + u, n);
-    };
-    // Gates [first, first + count) of the product, the cell, and its results to memory.
-    const auto inputs = [&](int first, int count, const S* gates, int64_t u, const V* acc, int stride,
-                            Values<V, G>& x, Values<V, G>& rec) {
-      for (int g = first; g < first + count; ++g) {
-        x[g] = load<S>(gates + g * H + u, H - u);
-        rec[g] = acc[(g - first) * stride] + load(b_hh + g * H + u);
-      }
-    };
-    const auto finish = [&](int64_t r, int64_t u, int done, const Values<V, G>& x, const Values<V, G>& rec,
-                            Values<V, K>& saved) {
-      Values<V, Z> state;
-      state[0] = z_.projected ? V(0) : load(h_prev + r * ldh_ + u);
-      if constexpr (Z > 1) state[1] = load(b_.c + r * ldm_ + u);
-      Cell::forward(x, rec, state, saved);
-      if (z_.projected) store(b_.m + r * ldm_ + u, state[0]);
-      else put_h(r, u, state[0]);
-      if constexpr (Z > 1) store(b_.c + r * ldm_ + u, state[1]);
-      if (!p_.saved) return;
-      S* kept = b_.saved_row[row + r];
-      for (int k = done; k < K; ++k) store(kept + k * H + u, saved[k], H - u);
-      if constexpr (Z > 1) store(kept + K * H + u, state[1], H - u);
-    };
-
-    if constexpr (kTwoStage) {
-      product<F>(weights(s_.w_hh[item.d], w.w_hh, H), Inner{z_.R}, units_, {0, n}, h_row, nothing_expected,
-                 [&](int64_t r, int64_t v, const V* acc, int stride) {
-                   const int64_t u = v * L;
-                   S* gates = b_.gate_row[row + r];
-                   Values<V, G> x, rec;
-                   Values<V, K> saved;
-                   inputs(0, F, gates, u, acc, stride, x, rec);
-                   Values<V, Z> prev;
-                   prev[0] = load(h_prev + r * ldh_ + u);
-                   V q;
-                   Cell::forward_first(x, rec, prev, saved, q);
-                   for (int k = 0; k < F; ++k) store(gates + k * H + u, saved[k], H - u);
-                   store(b_.m + r * ldm_ + u, q);
-                 });
-      team_.meet();
-      product<G - F>(weights(s_.w_rest[item.d], rest_of(w.w_hh), H), Inner{z_.R}, units_, {0, n}, m_row, expect,
-                     [&](int64_t r, int64_t v, const V* acc, int stride) {
-                       const int64_t u = v * L;
-                       const S* gates = b_.gate_row[row + r];
-                       Values<V, G> x, rec;
-                       Values<V, K> saved;
-                       for (int k = 0; k < F; ++k) saved[k] = load<S>(gates + k * H + u, H - u);
-                       inputs(F, G - F, gates, u, acc, stride, x, rec);
-                       finish(r, u, F, x, rec, saved);
-                     });
-    } else {
-      product<G>(weights(s_.w_hh[item.d], w.w_hh, H), Inner{z_.R}, units_, {0, n}, h_row, expect,
-                 [&](int64_t r, int64_t v, const V* acc, int stride) {
-                   const int64_t u = v * L;
-                   Values<V, G> x, rec;
-                   Values<V, K> saved;
-                   inputs(0, G, b_.gate_row[row + r], u, acc, stride, x, rec);
-                   finish(r, u, 0, x, rec, saved);
-                 });
-      if (z_.projected) {
-        team_.meet();
-        product<1>(weights(s_.w_hr[item.d], w.w_hr, z_.R), Inner{H}, outputs_, {0, n}, m_row, nothing_expected,
-                   [&](int64_t r, int64_t v, const V* acc, int) { put_h(r, v * L, acc[0]); });
-      }
-    }
-    team_.meet();
-  }
+  // forward_step.inl
+  void project(int d, int64_t rows) const;
+  void step(const Item& item, int64_t t, int64_t row, const S* h_prev, S* h_next);
 
   void final_states(const Item& item) {
     const Range own = part(item.samples(), team_.me, team_.members);
@@ -378,4 +280,5 @@ class ForwardPass {
   TeamBuffers b_;
   Range units_, outputs_;  // own vectors of H and of R
   const int64_t ldh_, ldm_;
+  const int64_t pitch_;  // between the gates of a row: whole vectors, unless they live in `saved`
 };

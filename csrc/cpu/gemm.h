@@ -201,6 +201,7 @@ struct Inner {
 };
 
 constexpr auto nothing_expected = [](int64_t, int64_t, int64_t) {};
+constexpr auto nothing_more = [](int64_t, int64_t, const auto*, int) {};
 
 // out[u] = sum_k a[k] * w[u * K + k] for L rows of w, of which `rows` exist: a product without packed weights.
 template <class S, class T>
@@ -241,54 +242,75 @@ struct Weights {
 };
 
 // Rows times weights: for each own vector v and each row r, epilogue(r, v, acc, stride): gate g of the product is
-// acc[g * stride]. A block of rows meets one strip after another; then, while its product is in the first-level
-// cache, comes the epilogue.
+// acc[g * stride]. A block of rows meets one strip after another, a few rows one panel after another; then, while the
+// product is in the first-level cache, comes the epilogue, for the whole block. What it leaves in acc is there for
+// second(r, v, acc, stride), which follows for the whole block again.
 //   a(r): pointer to row r of the left operand
 //   expect(r, u, n): prefetches what the epilogue will touch of row r, elements [u, u + n); called before the product
-template <int kGroup, class S, class T, class RowPointer, class Expect, class Epilogue>
+template <int kGroup, class S, class T, class RowPointer, class Expect, class Epilogue, class Second>
 FUSEDRNN_INLINE void product(const Weights<S, T>& weights, Inner inner, Range vectors, Range rows, const RowPointer& a,
-                             const Expect& expect, const Epilogue& epilogue) {
+                             const Expect& expect, const Epilogue& epilogue, const Second& second) {
   constexpr int U = kGroupVectors<kGroup>, L = Vec<S>::kLanes;
   constexpr int64_t kBlockRows = 2048 / FUSEDRNN_VECTOR_BYTES;
   static_assert(kGroup * U <= kPanelWidth, "a cell with more gates needs a wider panel");
   Vec<S> out[kBlockRows * kPanelWidth];
   const S* row[2][kBlockRows];
   const int64_t K = inner.size(), blocks = ceil_div(rows.size(), kBlockRows);
-  for (int64_t v0 = vectors.begin; v0 < vectors.end; v0 += U) {
-    const int nv = static_cast<int>(min64(U, vectors.end - v0)), width = kGroup * nv;
-    const S* panel = weights.panels + v0 * K * kGroup * L;
+  const int64_t panels = max64(1, 16 / max64(1, rows.size()));  // that share a block
+  for (int64_t first = vectors.begin; first < vectors.end; first += panels * U) {
+    const int64_t last = min64(vectors.end, first + panels * U);
     for (int64_t i = 0; i < blocks; ++i) {
       const Range block = part(rows.size(), i, blocks);
       const int64_t r0 = rows.begin + block.begin, n = block.size();
       for (int64_t r = 0; r < n; ++r) {
         row[0][r] = a(r0 + r);
         row[1][r] = row[0][r] + inner.second_at;
-        expect(r0 + r, v0 * L, nv * L);
+        expect(r0 + r, first * L, (last - first) * L);
       }
-      for (int w = 0; w < width && weights.rows; ++w) {
-        const int64_t u = (v0 + w % nv) * L;
-        const T* own = weights.rows + (w / nv * weights.units + u) * K;
-        for (int64_t r = 0; r < n; ++r) out[r * width + w] = dot_rows(row[0][r], K, own, weights.units - u);
-      }
-      const int widest = n <= kPanelRows && width % kTileWidth == 0 ? width : kTileWidth;
-      for (int w = 0; w < width && !weights.rows; w += widest) {
-        const int nr = min64(widest, width - w);
-        const S* strip = panel + w * K * L;
-        const S* second = strip + inner.first * min64(nr, kTileWidth) * L;
-        for_row_blocks({0, n}, nr, [&](int64_t r, int mr) {
-          const auto tile = Tiles<S>::row_tile_of(nr, mr);
-          const int64_t pitch = kTileWidth * K * L;
-          Vec<S>* to = out + r * width + w;
-          tile(row[0] + r, inner.first, strip, pitch, to, width, false);
-          if (inner.second) tile(row[1] + r, inner.second, second, pitch, to, width, true);
-        });
+      Vec<S>* results = out;
+      for (int64_t v0 = first; v0 < last; v0 += U) {
+        const int nv = static_cast<int>(min64(U, last - v0)), width = kGroup * nv;
+        const S* panel = weights.panels + v0 * K * kGroup * L;
+        for (int w = 0; w < width && weights.rows; ++w) {
+          const int64_t u = (v0 + w % nv) * L;
+          const T* own = weights.rows + (w / nv * weights.units + u) * K;
+          for (int64_t r = 0; r < n; ++r) results[r * width + w] = dot_rows(row[0][r], K, own, weights.units - u);
+        }
+        const int widest = n <= kPanelRows && width % kTileWidth == 0 ? width : kTileWidth;
+        for (int w = 0; w < width && !weights.rows; w += widest) {
+          const int nr = min64(widest, width - w);
+          const S* strip = panel + w * K * L;
+          const S* rest = strip + inner.first * min64(nr, kTileWidth) * L;
+          for_row_blocks({0, n}, nr, [&](int64_t r, int mr) {
+            const auto tile = Tiles<S>::row_tile_of(nr, mr);
+            const int64_t pitch = kTileWidth * K * L;
+            Vec<S>* to = results + r * width + w;
+            tile(row[0] + r, inner.first, strip, pitch, to, width, false);
+            if (inner.second) tile(row[1] + r, inner.second, rest, pitch, to, width, true);
+          });
+        }
+        results += n * width;
       }
       const Timed timed(Phase::kCell);
-      for (int64_t r = 0; r < n; ++r) {
-        for (int v = 0; v < nv; ++v) epilogue(r0 + r, v0 + v, out + r * width + v, nv);
-      }
+      const auto each = [&](const auto& body) __attribute__((always_inline)) {
+        Vec<S>* acc = out;
+        for (int64_t v0 = first; v0 < last; v0 += U) {
+          const int nv = static_cast<int>(min64(U, last - v0));
+          for (int64_t r = 0; r < n; ++r, acc += kGroup * nv) {
+            for (int v = 0; v < nv; ++v) body(r0 + r, v0 + v, acc + v, nv);
+          }
+        }
+      };
+      each(epilogue);
+      if constexpr (!std::is_same_v<Second, decltype(nothing_more)>) each(second);
     }
   }
+}
+
+template <int kGroup, class S, class T, class RowPointer, class Expect, class Epilogue>
+FUSEDRNN_INLINE void product(const Weights<S, T>& weights, Inner inner, Range vectors, Range rows, const RowPointer& a,
+                             const Expect& expect, const Epilogue& epilogue) {
+  product<kGroup>(weights, inner, vectors, rows, a, expect, epilogue, nothing_more);
 }
 
 // Element of vector w of a panel of `width` vectors, at inner index k.

@@ -14,7 +14,11 @@ namespace {
 //
 #include "forward.inl"
 //
+#include "forward_step.inl"
+//
 #include "backward.inl"
+//
+#include "backward_step.inl"
 //
 #include "weight_gradients.inl"
 

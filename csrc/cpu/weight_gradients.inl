@@ -1,5 +1,5 @@
 // The weight gradients of BackwardPass: a product over all rows of a chunk, added to the item's sums while dG is still
-// in cache, and the sum over the items of a direction at the end. Included after backward.inl.
+// in cache, and the sum over the items of a direction at the end. Included after backward_step.inl.
 
 // Where an item's weight gradients are summed.
 template <class Cell, class T>
@@ -81,7 +81,7 @@ void BackwardPass<Cell, T>::gather_operands(const Item& item, int64_t s0, int64_
       const T* x = row_at<T>(p_.x, z_.offset, t, item.first + b);
       const Row& at = b_.rows[r];
       for (int64_t i = 0; i < z_.I; i += L) store(b_.x.at(r, i), load<S>(x + i, z_.I - i));
-      for (int64_t u = 0; u < z_.R; u += L) store(b_.h.at(r, u), previous_h(at, u));
+      for (int64_t u = 0; u < z_.R; u += L) store(b_.h.at(r, u), previous_h(at, u, z_.R));
       if (kTwoStage || z_.projected) {
         for (int64_t u = 0; u < z_.H; u += L) store(b_.m.at(r, u), second_operand(at, u));
       }
@@ -97,7 +97,7 @@ FUSEDRNN_INLINE typename BackwardPass<Cell, T>::V BackwardPass<Cell, T>::second_
   for (int k = 0; k < K; ++k) saved[k] = load<S>(at.saved + k * z_.H + u, n);
   Values<V, Z> state;
   if constexpr (kTwoStage) {
-    state[0] = previous_h(at, u);
+    state[0] = previous_h(at, u, z_.R);
     return Cell::recurrent_operand(saved, state);
   } else if constexpr (Z > 1) {
     state[0] = V(0);

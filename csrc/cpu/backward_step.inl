@@ -1,0 +1,119 @@
+// One time step of BackwardPass: the products with dG of the later step, and the cell's gradients. Included after
+// backward.inl.
+
+// What the cells of a step read and write, by sample. A copy: stores of vectors may alias every member of the pass.
+template <class Cell, class T>
+struct BackwardPass<Cell, T>::Step {
+  int64_t H, R, ldg, ldh, ldm;
+  bool projected;
+  const Row* rows;
+  S *dg, *dh;
+  S *carry_h, *carry_c;
+};
+
+// Samples [0, later) have gate gradients of the step worked on before at chunk row `later_row` on, samples [0, now)
+// are active at this step, chunk rows from `row` on. A sample in one set only starts or ends here.
+template <class Cell, class T>
+void BackwardPass<Cell, T>::step(int d, int64_t later_row, int64_t later, int64_t row, int64_t now) {
+  const Timed timed(Phase::kRecurrentProduct);
+  const Step s{z_.H, z_.R, ldg_, ldh_, ldm_, z_.projected, b_.rows + row, b_.dg + row * ldg_, b_.dh + row * ldh_,
+               b_.carry_h, b_.carry_c};
+  const S* later_dg = b_.dg + later_row * ldg_;
+  const int64_t both = min64(later, now);
+  const auto dg_row = [&](int64_t r) { return later_dg + r * s.ldg; };
+  const auto carried = [&](int64_t r, int64_t u) { return load(s.carry_h + r * s.ldh + u); };
+  const auto arrive = [&](int64_t r, int64_t u, V dh) {  // dL/dh_t but for dy: the cell, or the projection first
+    const Row& at = s.rows[r];
+    if (at.dy) dh = dh + load<S>(at.dy + u, s.R - u);
+    if (s.projected) store(s.dh + r * s.ldh + u, dh), store(s.carry_h + r * s.ldh + u, V(0));
+    else cell_backward(s, r, u, dh);
+  };
+  const Inner gates{F * s.H};
+  const auto expect = [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA {
+    const Row& at = s.rows[r];
+    if (at.dy) prefetch_to_read(at.dy + u, n);
+    if (!s.projected) expect_saved(s, at, u, n);
+  };
+  product<1>(packed(s_.w_hh[d]), gates, outputs_, {0, both}, dg_row, expect,
+             [&](int64_t r, int64_t v, const V* acc, int) { arrive(r, v * L, acc[0] + carried(r, v * L)); });
+  product<1>(packed(s_.w_hh[d]), gates, outputs_, {both, later}, dg_row, nothing_expected,
+             [&](int64_t r, int64_t v, const V* acc, int) {
+               store(s.carry_h + r * s.ldh + v * L, acc[0] + carried(r, v * L));
+             });
+  for (int64_t v = outputs_.begin; v < outputs_.end; ++v) {
+    for (int64_t r = both; r < now; ++r) arrive(r, v * L, carried(r, v * L));
+  }
+  if (now == 0) return;
+  if (s.projected) {
+    team_.meet();
+    product<1>(packed(s_.w_hr[d]), Inner{s.R}, units_, {0, now}, [&](int64_t r) { return s.dh + r * s.ldh; },
+               [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA { expect_saved(s, s.rows[r], u, n); },
+               [&](int64_t r, int64_t v, const V* acc, int) { cell_backward(s, r, v * L, acc[0]); });
+  }
+  if constexpr (kTwoStage) {
+    team_.meet();
+    product<1>(packed(s_.w_rest[d]), Inner{(G - F) * s.H}, outputs_, {0, now},
+               [&](int64_t r) { return s.dg + r * s.ldg + F * s.H; }, nothing_expected,
+               [&](int64_t r, int64_t v, const V* acc, int) { first_stage_backward(s, r, v * L, acc[0]); });
+  }
+  team_.meet();
+}
+
+template <class Cell, class T>
+FUSEDRNN_INLINE typename BackwardPass<Cell, T>::V BackwardPass<Cell, T>::previous_h(const Row& row, int64_t u,
+                                                                                    int64_t R) {
+  return row.h_prev ? load<S>(row.h_prev + u, R - u) : V(0);
+}
+
+// What cell_backward will read of a row's units [u, u + n).
+template <class Cell, class T>
+FUSEDRNN_INLINE void BackwardPass<Cell, T>::expect_saved(const Step& s, const Row& at, int64_t u, int64_t n) {
+  for (int k = 0; k < K + Z - 1; ++k) prefetch_to_read(at.saved + k * s.H + u, n);
+  if constexpr (Z > 1) prefetch_to_read(at.c_prev + u, n);
+  if (s.projected) return;
+  if (at.h_prev) prefetch_to_read(at.h_prev + u, n);
+  if constexpr (K == 0) prefetch_to_read(at.y + u, n);
+}
+
+// The cell at sample r, units from u on. dh: dL/dh_t, or of the unprojected output.
+template <class Cell, class T>
+FUSEDRNN_INLINE void BackwardPass<Cell, T>::cell_backward(const Step& s, int64_t r, int64_t u, V dh) {
+  const Row& at = s.rows[r];
+  const int64_t H = s.H, n = H - u;
+  Values<V, K> saved;
+  Values<V, Z> prev, cur, d;
+  Values<V, G> dx, drec;
+  for (int g = 0; g < G; ++g) dx[g] = drec[g] = V(0);
+  for (int k = 0; k < K; ++k) saved[k] = load<S>(at.saved + k * H + u, n);
+  prev[0] = s.projected ? V(0) : previous_h(at, u, s.R);
+  cur[0] = s.projected ? V(0) : load<S>(at.y + u, n);
+  d[0] = dh;
+  if constexpr (Z > 1) {
+    prev[1] = load<S>(at.c_prev + u, n);
+    cur[1] = load<S>(at.saved + K * H + u, n);
+    d[1] = load(s.carry_c + r * s.ldm + u);
+  }
+  Cell::backward(saved, prev, cur, d, dx, drec);
+  S* dg = s.dg + r * s.ldg + u;
+  for (int g = 0; g < G; ++g) store(dg + g * H, drec[g], n);
+  for (int g = G - kSplit; g < G; ++g) store(dg + (g + kSplit) * H, dx[g], n);
+  if (!s.projected) store(s.carry_h + r * s.ldh + u, d[0]);
+  if constexpr (Z > 1) store(s.carry_c + r * s.ldm + u, d[1]);
+}
+
+template <class Cell, class T>
+FUSEDRNN_INLINE void BackwardPass<Cell, T>::first_stage_backward(const Step& s, int64_t r, int64_t u, V dq) {
+  const Row& at = s.rows[r];
+  const int64_t H = s.H, n = H - u;
+  S* dg = s.dg + r * s.ldg + u;
+  Values<V, K> saved;
+  Values<V, Z> prev, d;
+  Values<V, G> dx, drec;
+  for (int k = 0; k < K; ++k) saved[k] = load<S>(at.saved + k * H + u, n);
+  for (int g = 0; g < G; ++g) dx[g] = drec[g] = load<S>(dg + g * H, n);
+  prev[0] = previous_h(at, u, s.R);
+  d[0] = load(s.carry_h + r * s.ldh + u);
+  Cell::backward_first(saved, prev, dq, d, dx, drec);
+  for (int g = 0; g < F; ++g) store(dg + g * H, drec[g], n);
+  store(s.carry_h + r * s.ldh + u, d[0]);
+}
