@@ -130,6 +130,7 @@ def _registry() -> Iterator[Case]:
     yield from each(three, (2, 1, 64, 64))
     yield from each(three, middle, layers=2)
     yield from each(three, (100, 1, 128, 128), layers=4)
+    yield from each(three, (100, 1, 64, 64), layers=2)  # side by side in inference
     yield from each(three, middle, directions=2)
     yield from each(three, (100, 1, 256, 256), directions=2)
     yield from each(three, middle, ragged=True)

@@ -12,7 +12,7 @@ import torch
 
 import fusedrnn
 from benchmarks import __main__ as command
-from benchmarks import cases, limits, measure, memory, report
+from benchmarks import cases, limits, measure, memory, report, scaling
 from benchmarks.cases import CASES, CELL_NAMES, Case
 from fusedrnn.cells import CELLS
 
@@ -237,3 +237,19 @@ def test_the_limits_are_readings(capsys):
             call()
     with pytest.raises(ValueError, match="kilobytes"):
         fusedrnn._C.read_bandwidth(1, 0)
+
+
+def test_the_scaling_command_prints_readings_beside_the_model(capsys, monkeypatch):
+    monkeypatch.setattr(scaling, "GROWTH", ((10, 4, 16, 16),))
+    monkeypatch.setattr(scaling, "SHAPES", ((20, 4, 64, 96), (20, 16, 32, 32)))
+    assert scaling.main(["--cells", "gru", "--threads", "2", "--seconds", "0.01", "--rounds", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "gru-infer-T10-B4-I16-H16" in out and "a meeting of two" in out
+    team, slices = (line for line in out.splitlines() if line.startswith("gru-infer-T20"))
+    assert "1x2" in team and "2x1" in slices and "(2.00) 2x1" in slices
+    case = Case("lstm", "infer", (100, 1, 256, 256))
+    plan = fusedrnn._C.plan([1] * 100, 256, 256, 1, 4, fusedrnn._C.vector_bytes() // 4, 8)
+    seconds, found = scaling.model(case, 8, 1.0, 1e-3)
+    assert found == plan and seconds == pytest.approx(1 / plan["members"] + 100 * 1e-3 * (plan["members"] - 1))
+    with pytest.raises(SystemExit):
+        scaling.main(["--cells", "nothing"])

@@ -21,7 +21,6 @@ def test_plan_uses_threads_it_has_and_cuts_the_batch_into_slices(lengths, H, dir
     result = plan(batch_sizes(lengths), H=H, directions=directions, lanes=lanes, threads=threads)
     assert 1 <= result["teams"] * result["members"] <= max(1, min(threads, 256))
     assert result["members"] <= -(-H // lanes)  # every member owns at least one vector of units
-    assert result["members"] == 1 or result["slices"] == 1
     bounds = result["bounds"]
     assert bounds[0] == 0 and bounds[-1] == len(lengths) and len(bounds) == result["slices"] + 1
     assert all(low < high for low, high in zip(bounds, bounds[1:], strict=False))  # no slice is empty
@@ -57,5 +56,9 @@ def test_rules_by_size():
     assert plan([1] * 100, I=512, H=512, directions=2, threads=4)["members"] == 2
     # Too little work in a step for a meeting of two.
     assert plan([1] * 100, I=64, H=64, gates=1)["members"] == 1 and plan([1] * 100, I=64, H=64)["members"] == 2
+    # Many threads: slices of the batch, each with a team; or fewer threads than there are, where meetings cost more.
+    many = plan([64] * 50, I=256, H=256, threads=64)
+    assert (many["teams"], many["members"], many["slices"]) == (16, 4, 16)
+    assert plan([1] * 100, I=256, H=256, threads=64)["members"] == 8
     # Too little work to wake a second thread.
     assert plan([1], I=16, H=16) == {"teams": 1, "members": 1, "slices": 1, "bounds": [0, 1]}

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fusedrnn
 from fusedrnn.cells import CELLS
 from parity import Case, Results, ragged, results, run_ours, run_twin
 from tolerances import assert_all_close
@@ -45,6 +46,24 @@ def test_two_threads_against_the_reference(cell: str, case: str, threads: Callab
             expected = run_twin(config, torch.float64)
             threads(2)
             assert_all_close(run_ours(config), expected, dtype)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("cell", CELLS)
+def test_slices_of_the_batch_each_with_a_team(cell: str, threads: Callable[[int], None]) -> None:
+    """As the plan has it for more threads than fit the batch or the units alone."""
+    for case in (Case(cell, T=24, B=20, I=40, H=70), Case(cell, T=24, B=20, I=40, H=70, bidirectional=True)):
+        for config in (case, ragged(case), replace(case, dtype=torch.bfloat16)):
+            number = 8 * (1 + case.bidirectional)
+            lengths = config.lengths or (config.T,) * config.B
+            sizes = [sum(length > t for length in lengths) for t in range(max(lengths))]
+            gates, lanes = len(CELLS[cell].gates), fusedrnn._C.vector_bytes() // 8
+            plan = fusedrnn._C.plan(sizes, 40, 70, 1 + case.bidirectional, gates, lanes, number)
+            assert plan["slices"] > 1 and plan["members"] > 1
+            threads(1)
+            expected = run_twin(config, torch.float64)
+            threads(number)
+            assert_all_close(run_ours(config), expected, config.dtype)
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])

@@ -2,31 +2,55 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace fusedrnn {
+namespace {
+
+// A meeting of m members takes m - 1 times that of two, as each reads the flags of all others. In multiply-adds:
+constexpr int64_t kMeeting = 1 << 13;
+
+// How many members share a step of so many multiply-adds: work / m + kMeeting * (m - 1) is least at the square root.
+// Two, if each has kMeeting.
+int64_t members_worth(int64_t work) {
+  const auto best = static_cast<int64_t>(std::sqrt(static_cast<double>(work) / kMeeting));
+  return std::max<int64_t>(work >= 2 * kMeeting ? 2 : 1, best);
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
 
 Plan make_plan(const LayerSizes& size, int gates, int lanes, int threads) {
   // Below this many multiply-adds a thread is not worth waking.
   constexpr int64_t kWorkPerThread = 1 << 18;
-  // And a member's step below this is not worth a meeting.
-  constexpr int64_t kWorkPerMeeting = 1 << 13;
   const int64_t work = size.N * size.D * gates * size.H * (size.I + size.R);
   const int64_t useful = std::max<int64_t>(1, work / kWorkPerThread);
   const int n = static_cast<int>(std::min<int64_t>({threads, useful, kMaxThreads}));
   if (n == 1) return {1, 1, 1};
 
   // Directions are independent: give each its own threads where they divide evenly.
-  const int per_direction = n % size.D == 0 ? n / size.D : n;
-  const bool small_cell = size.H <= 64 && size.B >= per_direction;
-  const bool large_batch = size.H <= 256 && size.B >= 4 * per_direction;
-  if (per_direction == 1 || small_cell || large_batch) {
-    const int slices = per_direction;
+  const int64_t per_direction = n % size.D == 0 ? n / size.D : n;
+  // A slice with fewer samples would not use the weights it reads. Above H = 256 teams are as fast with two threads, and
+  // need one sum of the weight gradients, not one a slice.
+  const int64_t fewest = size.H <= 64 ? 1 : 4;
+  const int64_t slices_worth = size.B / fewest;
+  if (per_direction == 1 || (size.H <= 256 && slices_worth >= per_direction)) {
+    const int slices = static_cast<int>(per_direction);
     return {std::min(n, slices * size.D), 1, slices};
   }
-  const int64_t vectors = (size.H + lanes - 1) / lanes;
-  const int64_t meetings_worth = std::max<int64_t>(1, work / (size.T * size.D) / kWorkPerMeeting);
-  const int members = static_cast<int>(std::min<int64_t>({per_direction, vectors, meetings_worth}));
-  return {std::max(1, std::min(n / members, size.D)), members, 1};
+  // One team, or more of them with slices of their own where that gains an eighth: the units do not keep many threads
+  // busy, or their meetings take too long.
+  const int64_t vectors = ceil_div(size.H, lanes), step = work / (size.T * size.D);
+  int64_t slices = 1, members = 1, least = 0;
+  for (int64_t s = 1; s <= std::max<int64_t>(1, std::min<int64_t>(slices_worth, per_direction)); ++s) {
+    const int64_t m = std::min({per_direction / s, vectors, members_worth(step / s)});
+    const int64_t own = step * ceil_div(size.B, s) / size.B * ceil_div(vectors, m) / vectors;
+    const int64_t cost = own + kMeeting * (m - 1);
+    if (s == 1 || cost < least - least / 8) slices = s, members = m, least = cost;
+  }
+  const int teams = static_cast<int>(std::max<int64_t>(1, std::min(n / members, size.D * slices)));
+  return {teams, static_cast<int>(members), static_cast<int>(slices)};
 }
 
 int64_t pipeline_steps(const LayerSizes& size, int gates, int64_t layers, int threads) {
