@@ -1,7 +1,7 @@
 // One recurrent layer as the backends see it: sizes, strides and raw pointers. No torch, no allocation.
 // T time, B batch, I input, H hidden, R = P with a projection and H without, D directions, N = rows of all steps.
 // Ragged input: step t holds active[t] samples, not increasing with t; its rows begin at offset[t].
-// All checks were made before a problem is filled in (csrc/ops.cpp).
+// All checks were made before a problem is filled in (csrc/layer.cpp).
 #pragma once
 
 #include <cstdint>

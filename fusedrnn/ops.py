@@ -1,6 +1,6 @@
 """The compiled ops and their shapes: ``torch.ops.fusedrnn.layer_forward`` and ``layer_backward``.
 
-Importing this module loads the extension, which registers the ops and holds every check (``csrc/ops.cpp``). Here are
+Importing this module loads the extension, which registers the ops and holds every check (``csrc/layer.cpp``). Here are
 only the fake kernels, which give torch.compile, torch.export and the meta device the shapes of the results.
 The ops do not differentiate themselves: :mod:`fusedrnn.functional` does.
 """
