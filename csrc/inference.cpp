@@ -1,7 +1,6 @@
 // See inference.h.
 #include "inference.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/record_function.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
@@ -34,6 +33,21 @@ int64_t PackedWeights::bytes() const {
 
 namespace {
 
+#include "cpu/order.h"
+
+// One parallel region of at most `threads` threads.
+template <class Body>
+void on_threads(int threads, const Body& body) {
+  before_others();
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    after_others();
+    body();
+    before_others();
+  }
+  after_others();
+}
+
 // Packing costs as much as the products of a few rows: of less than a hundredth of these there is nothing to gain.
 constexpr int64_t kRowsKept = 512;
 
@@ -51,19 +65,18 @@ bool watched() {
          c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer);
 }
 
-// Contents of t, 64 KiB at a time, by all threads.
+// Contents of t, 64 KiB at a time, by all threads if there are a few.
 uint64_t digest(const Tensor& t, uint64_t seed) {
-  constexpr int64_t kBlock = int64_t{1} << 16;
+  constexpr int64_t kBlock = int64_t{1} << 16, kFew = 4;
   const char* data = static_cast<const char*>(t.const_data_ptr());
   const int64_t bytes = t.nbytes(), blocks = (bytes + kBlock - 1) / kBlock;
   std::vector<uint64_t> parts(blocks);
-  const auto work = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
+  on_threads(blocks > kFew ? threads() : 1, [&] {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < blocks; ++i) {
       parts[i] = kernels().digest(data + i * kBlock, std::min(kBlock, bytes - i * kBlock), seed + i);
     }
-  };
-  if (threads() > 1) at::parallel_for(0, blocks, 4, work);
-  else work(0, blocks);
+  });
   return kernels().digest(parts.data(), blocks * static_cast<int64_t>(sizeof(uint64_t)), bytes);
 }
 
@@ -138,15 +151,16 @@ ForwardProblem steps_of(const Work& work, int64_t begin, int64_t end) {
 bool run_pipeline(const std::vector<Work>& stack, int64_t steps, int threads) {
   const int64_t T = stack[0].layer.size.T, layers = stack.size(), chunks = (T + steps - 1) / steps;
   std::atomic<bool> done{true};
-#pragma omp parallel num_threads(std::min<int64_t>(threads, layers))
-  for (int64_t wave = 0; wave < chunks + layers - 1; ++wave) {
+  on_threads(static_cast<int>(std::min<int64_t>(threads, layers)), [&] {
+    for (int64_t wave = 0; wave < chunks + layers - 1; ++wave) {
 #pragma omp for schedule(static, 1)
-    for (int64_t l = 0; l < layers; ++l) {
-      const int64_t begin = (wave - l) * steps;
-      if (begin < 0 || begin >= T) continue;
-      if (!run(stack[l].layer, steps_of(stack[l], begin, std::min(begin + steps, T)))) done = false;
+      for (int64_t l = 0; l < layers; ++l) {
+        const int64_t begin = (wave - l) * steps;
+        if (begin < 0 || begin >= T) continue;
+        if (!run(stack[l].layer, steps_of(stack[l], begin, std::min(begin + steps, T)))) done = false;
+      }
     }
-  }
+  });
   return done;
 }
 

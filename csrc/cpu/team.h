@@ -69,17 +69,7 @@ class Team {
   int64_t epoch_ = 0;
 };
 
-// ThreadSanitizer does not see how OpenMP's threads start, meet and end (`make sanitize`): told here.
-#if defined(__SANITIZE_THREAD__)
-extern "C" void __tsan_acquire(void*);
-extern "C" void __tsan_release(void*);
-char openmp_order;
-inline void after_others() { __tsan_acquire(&openmp_order); }
-inline void before_others() { __tsan_release(&openmp_order); }
-#else
-inline void after_others() {}
-inline void before_others() {}
-#endif
+#include "order.h"
 
 // All threads of the parallel region.
 inline void meet_all() {
