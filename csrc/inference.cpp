@@ -21,7 +21,7 @@ std::shared_ptr<const PackedWeights::Layer> PackedWeights::find(size_t layer) co
 void PackedWeights::keep(size_t layer, std::shared_ptr<const Layer> found) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (layer >= layers_.size()) layers_.resize(layer + 1);
-  layers_[layer] = std::move(found);
+  layers_[layer].swap(found);  // the old one goes after the lock
 }
 
 int64_t PackedWeights::bytes() const {
@@ -80,12 +80,12 @@ uint64_t digest(const Tensor& t, uint64_t seed) {
   return kernels().digest(parts.data(), blocks * static_cast<int64_t>(sizeof(uint64_t)), bytes);
 }
 
-// Of everything that the panels depend on: weights, shapes, threads. (Biases are not packed.)
-uint64_t digest(const Layer& layer, int threads) {
+// Of everything that the panels depend on but the members of the teams. (Biases are not packed.)
+uint64_t digest(const Layer& layer) {
   const LayerSizes& z = layer.size;
   std::vector<uint64_t> parts = {static_cast<uint64_t>(layer.cell), static_cast<uint64_t>(layer.dtype),
                                  static_cast<uint64_t>(z.I),        static_cast<uint64_t>(z.H),
-                                 static_cast<uint64_t>(z.R),        static_cast<uint64_t>(threads)};
+                                 static_cast<uint64_t>(z.R)};
   for (const DirectionWeights& w : layer.weights) {
     for (const Tensor* t : {&w.w_ih, &w.w_hh, &w.w_hr}) {
       if (t->defined()) parts.push_back(digest(*t, parts.size()));
@@ -114,17 +114,26 @@ Tensor memory_for_panels(Work& work) {
 void find_panels(Work& work, size_t index, PackedWeights& kept) {
   const LayerSizes& z = work.layer.size;
   if (z.N <= kRowsUnpacked || z.N > kRowsKept) return;
-  const uint64_t now = digest(work.layer, work.problem.threads);
+  const uint64_t now = digest(work.layer);
   work.packed = kept.find(index);
   if (!work.packed || work.packed->digest != now) {
     kept.keep(index, std::make_shared<PackedWeights::Layer>(PackedWeights::Layer{now, {}, {nullptr, 0}}));
     return;
   }
   if (work.packed->memory.defined()) {
+    // A pipeline has no teams, and would pack in each chunk.
+    if (work.problem.threads == 1 && work.packed->panels.members != 1) return;
     work.panels = work.packed->panels;
     work.problem.panels = &work.panels;
   } else {
-    work.fresh = std::make_shared<PackedWeights::Layer>(PackedWeights::Layer{now, memory_for_panels(work), {}});
+    // Of a copy: another thread may write the weights between their digest and the packing.
+    for (int d = 0; d < z.D; ++d) {
+      DirectionWeights& w = work.layer.weights[d];
+      for (Tensor* t : {&w.w_ih, &w.w_hh, &w.w_hr}) *t = t->defined() ? t->clone() : *t;
+      work.problem.weights[d] = pointers(w);
+    }
+    const uint64_t of_copy = digest(work.layer);
+    work.fresh = std::make_shared<PackedWeights::Layer>(PackedWeights::Layer{of_copy, memory_for_panels(work), {}});
   }
 }
 
@@ -156,7 +165,7 @@ bool run_pipeline(const std::vector<Work>& stack, int64_t steps, int threads) {
 #pragma omp for schedule(static, 1)
       for (int64_t l = 0; l < layers; ++l) {
         const int64_t begin = (wave - l) * steps;
-        if (begin < 0 || begin >= T) continue;
+        if (begin < 0 || begin >= T || !done) continue;
         if (!run(stack[l].layer, steps_of(stack[l], begin, std::min(begin + steps, T)))) done = false;
       }
     }
@@ -164,28 +173,10 @@ bool run_pipeline(const std::vector<Work>& stack, int64_t steps, int threads) {
   return done;
 }
 
-void run_stack(std::vector<Work>& stack, PackedWeights& kept) {
-  const Layer& last = stack.back().layer;
-  const int threads = stack[0].problem.threads;
-  // States are rounded to the type of x between chunks: the same numbers only where that is the compute type.
-  const int64_t steps = last.dtype == last.compute_type()
-                            ? pipeline_steps(last.size, last.constants().gates, stack.size(), threads) : 0;
-  std::vector<Tensor> memory;  // of panels that are not kept
-  for (size_t l = 0; l < stack.size(); ++l) {
-    if (steps) stack[l].problem.threads = 1;
-    find_panels(stack[l], l, kept);
-    if (steps && !stack[l].problem.panels) memory.push_back(memory_for_panels(stack[l]));
-  }
-  bool done = true;
-  if (steps) done = run_pipeline(stack, steps, threads);
-  else for (const Work& work : stack) done = done && run(work.layer, work.problem);
-  check_memory(done);
-  for (size_t l = 0; l < stack.size(); ++l) {
-    Work& work = stack[l];
-    if (!work.fresh) continue;
-    work.fresh->panels = work.panels;
-    kept.keep(l, work.fresh);
-  }
+void keep_panels(const Work& work, size_t index, PackedWeights& kept) {
+  if (!work.fresh) return;
+  work.fresh->panels = work.panels;
+  kept.keep(index, work.fresh);
 }
 
 }  // namespace
@@ -205,6 +196,8 @@ std::optional<Inferred> infer(const Tensor& x, const OptionalTensor& h0, const O
   }
 
   std::vector<Work> stack(layers);
+  int64_t steps = 0;           // of a chunk, if the layers run side by side
+  std::vector<Tensor> memory;  // of panels that are not kept
   Tensor input = x, h_n, c_n;
   for (int64_t l = 0; l < layers; ++l) {
     const auto of_layer = [&](const OptionalTensor& state) {
@@ -215,6 +208,10 @@ std::optional<Inferred> infer(const Tensor& x, const OptionalTensor& h0, const O
                             at::TensorList(weights).slice(l * each, each), cell, bidirectional);
     const LayerSizes& z = work.layer.size;
     if (l == 0) {
+      // States are rounded to the type of x between chunks: the same numbers only where that is the compute type.
+      if (work.layer.dtype == work.layer.compute_type()) {
+        steps = pipeline_steps(z, work.layer.constants().gates, layers, threads());
+      }
       h_n = at::empty({layers * D, z.B, z.R}, x.options());
       c_n = at::empty({work.layer.constants().states == 2 ? layers * D : 0, z.B, z.H}, x.options());
     }
@@ -228,8 +225,21 @@ std::optional<Inferred> infer(const Tensor& x, const OptionalTensor& h0, const O
     work.problem.c_n = own(c_n, z.H);
     work.problem.saved = nullptr;
     work.problem.saved_stride = 0;
+    if (steps || z.B == 0) continue;
+    find_panels(work, l, kept);
+    check_memory(run(work.layer, work.problem));
+    keep_panels(work, l, kept);
+    work = Work();  // its input is not needed any more
   }
-  if (x.size(1) > 0) run_stack(stack, kept);
+  if (steps && x.size(1) > 0) {
+    for (int64_t l = 0; l < layers; ++l) {
+      stack[l].problem.threads = 1;
+      find_panels(stack[l], l, kept);
+      if (!stack[l].problem.panels) memory.push_back(memory_for_panels(stack[l]));
+    }
+    check_memory(run_pipeline(stack, steps, threads()));
+    for (int64_t l = 0; l < layers; ++l) keep_panels(stack[l], l, kept);
+  }
   return Inferred{input, h_n, c_n};
 }
 

@@ -10,8 +10,8 @@
 namespace fusedrnn {
 
 // What is kept for one module: for each layer a digest of its weights and, once the same weights have come a second
-// time, their panels. Every call computes the digest of the weights it is given, so that no change of theirs, however it
-// was made, goes unseen. Calls from several threads may share one.
+// time, their panels. Every call computes the digest of the weights it is given, so that a change of theirs is seen,
+// however it was made. Calls from several threads may share one.
 class PackedWeights {
  public:
   struct Layer {

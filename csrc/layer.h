@@ -47,16 +47,16 @@ void check_memory(bool enough);
 
 inline const void* pointer(const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
 inline void* result(const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
+inline LayerWeights pointers(const DirectionWeights& w) {
+  return {pointer(w.w_ih), pointer(w.w_hh), pointer(w.b_ih), pointer(w.b_hh), pointer(w.w_hr)};
+}
 RowView rows(const at::Tensor& t, bool packed);
 int threads();  // for a call made now
 
 template <class Problem>
 void fill(Problem& p, const Layer& layer) {
   p.size = layer.size;
-  for (int d = 0; d < layer.size.D; ++d) {
-    const DirectionWeights& w = layer.weights[d];
-    p.weights[d] = {pointer(w.w_ih), pointer(w.w_hh), pointer(w.b_ih), pointer(w.b_hh), pointer(w.w_hr)};
-  }
+  for (int d = 0; d < layer.size.D; ++d) p.weights[d] = pointers(layer.weights[d]);
   p.x = rows(layer.x, layer.packed);
   p.h0 = pointer(layer.h0);
   p.c0 = pointer(layer.c0);

@@ -137,6 +137,64 @@ def test_no_bit_of_a_weight_may_change_unseen(data) -> None:
         assert modules._packed[module].bytes == 0
 
 
+@pytest.mark.isa
+@given(st.data())
+def test_nor_may_two_bits(data) -> None:
+    """Also a word's top bit with any of a word as far away as a lane of the digest reads the next one."""
+    with torch.no_grad():
+        module, x = fusedrnn.GRU(3, 40), torch.zeros(11, 1, 3)
+        module(x), module(x)
+        weight = module.weight_hh_l0.data.view(torch.int32).view(-1)
+        first = data.draw(st.integers(0, 1000), "first")
+        second = first + data.draw(st.sampled_from([1, 8, 16, 32, 64, 128, 256]), "distance")
+        weight[first] ^= data.draw(st.sampled_from([-(2**31), 1 << 30, 1]), "one bit")
+        weight[second] ^= 1 << data.draw(st.integers(0, 30), "another")
+        module(x)
+        assert modules._packed[module].bytes == 0
+
+
+def test_weights_written_during_a_call_spoil_no_later_one() -> None:
+    module, x = fusedrnn.LSTM(128, 256), torch.randn(6, 2, 128)
+    values = [p.detach().clone() for p in module.parameters()]
+    expected = by_the_ops(module, x)
+
+    def write() -> None:
+        with torch.no_grad():
+            for sign in (-1, 1) * 3:
+                for parameter, value in zip(module.parameters(), values, strict=True):
+                    parameter.copy_(sign * value)
+
+    with ThreadPoolExecutor(1) as pool:
+        for _ in range(40):
+            writing = pool.submit(write)
+            for _ in range(6):
+                module(x)
+            writing.result()
+            for _ in range(3):
+                assert same(tensors(module(x)), expected)
+
+
+def test_calls_of_different_shapes_in_turn_keep_what_they_have(threads: Callable) -> None:
+    threads(2)
+    module = fusedrnn.LSTM(32, 32, num_layers=2)
+    for _ in range(3):
+        module(torch.randn(100, 1, 32)), module(torch.randn(10, 4, 32))
+    assert modules._packed[module].bytes > 0
+
+
+def test_a_deep_stack_holds_two_layers_at_a_time() -> None:
+    """Its memory does not grow with the number of layers."""
+    module, x = fusedrnn.LSTM(32, 32, num_layers=8), torch.randn(200, 64, 32)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        module(x)
+    sizes = [event.cpu_memory_usage for event in profile.events() if event.name == "[memory]"]
+    held = peak = 0
+    for size in sizes:
+        held += size
+        peak = max(peak, held)
+    assert peak < 3 * 4 * x.numel()
+
+
 @pytest.mark.parametrize("T, B, kept", [(1, 1, False), (2, 5, False), (11, 1, True), (1, 512, True), (27, 19, False)])
 def test_only_batches_that_gain_keep_anything(T: int, B: int, kept: bool) -> None:
     """Up to 10 rows are multiplied without packing; for more than 512 packing is a small part."""

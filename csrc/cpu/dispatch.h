@@ -27,7 +27,7 @@ struct KernelTable {
   // are 64 bytes a member, cleared and aligned.
   float (*read_all)(const float* p, int64_t n);
   void (*meet)(void* flags, int me, int members, int64_t times);
-  // A number for the contents of data: the same for others by a chance of 2^-32 or less.
+  // A number for the contents of data: the same for others by a chance of about 2^-32 or less.
   uint64_t (*digest)(const void* data, int64_t bytes, uint64_t seed);
 };
 

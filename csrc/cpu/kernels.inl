@@ -69,29 +69,32 @@ void meet(void* flags, int me, int members, int64_t times) {
   for (int64_t i = 0; i < times; ++i) team.meet();
 }
 
-// Each lane of several chains is a hash of its own words: h = (rotate(h) ^ word) * factor, which loses nothing of either.
+// Each lane of several chains holds two hashes of its own words, of different making: what one does not tell apart by its
+// structure, such as the top bit of a word against a lower one of the next, the other does.
 uint64_t digest(const void* data, int64_t bytes, uint64_t seed) {
-  constexpr int kChains = 8;
-  constexpr uint32_t kFactor = 0x9e3779b1;  // 2^32 / golden ratio, odd
+  constexpr int kChains = 4;
+  constexpr uint32_t kFactor = 0x9e3779b1, kOther = 0x85ebca77;  // odd
   constexpr int64_t kStride = kChains * sizeof(Words);
-  Words chain[kChains];
-  for (int i = 0; i < kChains; ++i) chain[i] = Words{} + static_cast<uint32_t>(seed + i);
+  Words chain[2 * kChains];
+  for (int i = 0; i < 2 * kChains; ++i) chain[i] = Words{} + static_cast<uint32_t>(seed + i);
   const auto absorb = [&](const char* from) __attribute__((always_inline)) {
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int i = 0; i < kChains; ++i) {
-      Words words;
+      Words words, &a = chain[i], &b = chain[kChains + i];
       __builtin_memcpy(&words, from + i * sizeof(Words), sizeof words);
-      chain[i] = (((chain[i] << 13) | (chain[i] >> 19)) ^ words) * kFactor;
+      a = (((a << 13) | (a >> 19)) ^ words) * kFactor;
+      b = b + words;
+      b = ((b << 7) | (b >> 25)) * kOther;
     }
   };
   const char* from = static_cast<const char*>(data);
   int64_t left = bytes;
   for (; left >= kStride; left -= kStride, from += kStride) absorb(from);
   char rest[kStride] = {};
-  __builtin_memcpy(rest, from, left);
+  if (left > 0) __builtin_memcpy(rest, from, left);
   absorb(rest);
   uint64_t result = static_cast<uint64_t>(bytes) ^ seed >> 32;
-  for (int i = 0; i < kChains; ++i) {
+  for (int i = 0; i < 2 * kChains; ++i) {
     for (size_t lane = 0; lane < sizeof(Words) / 4; ++lane) {
       result = ((result << 29 | result >> 35) ^ chain[i][lane]) * 0x9e3779b97f4a7c15;
     }
