@@ -41,6 +41,8 @@ void on_threads(int threads, const Body& body) {
   before_others();
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
+    before_others();  // a meeting first: it orders what the region itself shares, too
+#pragma omp barrier
     after_others();
     body();
     before_others();
