@@ -5,7 +5,6 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <algorithm>
-#include <atomic>
 
 #include "cpu/plan.h"
 
@@ -50,8 +49,10 @@ void on_threads(int threads, const Body& body) {
   after_others();
 }
 
-// Packing costs as much as the products of a few rows: of less than a hundredth of these there is nothing to gain.
+// Packing costs as much as the products of a few rows. With more rows than these it is less than a hundredth of a call.
 constexpr int64_t kRowsKept = 512;
+
+constexpr int kPassedOver = 3;  // calls in a row that cannot use panels before others take their place
 
 // A tensor whose data is what it seems: no subclass, no wrapper of torch.func, no view that must be resolved first.
 bool plain(const Tensor& t) {
@@ -96,21 +97,23 @@ uint64_t digest(const Layer& layer) {
   return kernels().digest(parts.data(), parts.size() * sizeof(uint64_t), 0);
 }
 
-// One layer of the stack with its results. `packed` outlives the call that reads it; `fresh` is what this call fills.
+// One layer of the stack with its results.
 struct Work {
   Layer layer;
   ForwardProblem problem;
-  std::shared_ptr<const PackedWeights::Layer> packed;
-  std::shared_ptr<PackedWeights::Layer> fresh;
-  Panels panels{nullptr, 0};
+  std::shared_ptr<const PackedWeights::Layer> packed;  // what this call reads
+  std::shared_ptr<PackedWeights::Layer> fresh;         // or fills
+  Panels panels{nullptr, 0, false};
 };
 
-Tensor memory_for_panels(Work& work) {
-  const int64_t bytes = kernels().panel_bytes[work.layer.cell][work.layer.kernel_dtype()](work.layer.size);
-  const Tensor memory = at::empty({bytes}, at::TensorOptions().dtype(at::kByte));
-  work.panels = {memory.mutable_data_ptr(), 0};
+void lend(Work& work, const Panels& panels) {
+  work.panels = panels;
   work.problem.panels = &work.panels;
-  return memory;
+}
+
+at::Tensor memory_for_panels(const Layer& layer) {
+  const int64_t bytes = kernels().panel_bytes[layer.cell][layer.kernel_dtype()](layer.size);
+  return at::empty({bytes}, at::TensorOptions().dtype(at::kByte));
 }
 
 void find_panels(Work& work, size_t index, PackedWeights& kept) {
@@ -119,14 +122,10 @@ void find_panels(Work& work, size_t index, PackedWeights& kept) {
   const uint64_t now = digest(work.layer);
   work.packed = kept.find(index);
   if (!work.packed || work.packed->digest != now) {
-    kept.keep(index, std::make_shared<PackedWeights::Layer>(PackedWeights::Layer{now, {}, {nullptr, 0}}));
-    return;
-  }
-  if (work.packed->memory.defined()) {
-    // A pipeline has no teams, and would pack in each chunk.
-    if (work.problem.threads == 1 && work.packed->panels.members != 1) return;
-    work.panels = work.packed->panels;
-    work.problem.panels = &work.panels;
+    kept.keep(index, std::make_shared<PackedWeights::Layer>(now));
+    work.packed = nullptr;
+  } else if (work.packed->memory.defined()) {
+    lend(work, work.packed->panels);
   } else {
     // Of a copy: another thread may write the weights between their digest and the packing.
     for (int d = 0; d < z.D; ++d) {
@@ -134,8 +133,26 @@ void find_panels(Work& work, size_t index, PackedWeights& kept) {
       for (Tensor* t : {&w.w_ih, &w.w_hh, &w.w_hr}) *t = t->defined() ? t->clone() : *t;
       work.problem.weights[d] = pointers(w);
     }
-    const uint64_t of_copy = digest(work.layer);
-    work.fresh = std::make_shared<PackedWeights::Layer>(PackedWeights::Layer{of_copy, memory_for_panels(work), {}});
+    work.packed = nullptr;
+    work.fresh = std::make_shared<PackedWeights::Layer>(digest(work.layer), memory_for_panels(work.layer));
+    lend(work, {work.fresh->memory.mutable_data_ptr(), 0, false});
+  }
+}
+
+// After the call.
+void keep_panels(const Work& work, size_t index, PackedWeights& kept) {
+  if (work.fresh) {
+    work.fresh->panels = work.panels;
+    kept.keep(index, work.fresh);
+  } else if (work.packed) {
+    const bool used = work.panels.used && work.panels.data == work.packed->panels.data;
+    std::atomic<int>& passed_over = work.packed->passed_over;
+    if (used) {
+      passed_over = 0;
+      ++kept.uses;
+    } else if (++passed_over == kPassedOver) {
+      kept.keep(index, std::make_shared<PackedWeights::Layer>(work.packed->digest));
+    }
   }
 }
 
@@ -175,12 +192,6 @@ bool run_pipeline(const std::vector<Work>& stack, int64_t steps, int threads) {
   return done;
 }
 
-void keep_panels(const Work& work, size_t index, PackedWeights& kept) {
-  if (!work.fresh) return;
-  work.fresh->panels = work.panels;
-  kept.keep(index, work.fresh);
-}
-
 }  // namespace
 
 std::optional<Inferred> infer(const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
@@ -191,11 +202,11 @@ std::optional<Inferred> infer(const Tensor& x, const OptionalTensor& h0, const O
   if (!all_plain) return std::nullopt;
   RECORD_FUNCTION("fusedrnn::infer", std::vector<c10::IValue>());
   const int64_t each = layers > 0 ? static_cast<int64_t>(weights.size()) / layers : 0, D = bidirectional ? 2 : 1;
-  TORCH_CHECK(layers > 0 && each * layers == static_cast<int64_t>(weights.size()), "weights of ", layers,
-              " layers, got ", weights.size(), " tensors");
+  bool fit = layers > 0 && each * layers == static_cast<int64_t>(weights.size());
   for (const OptionalTensor* state : {&h0, &c0}) {
-    TORCH_CHECK(!*state || ((*state)->dim() == 3 && (*state)->size(0) == layers * D), "states of ", layers, " layers");
+    fit = fit && (!*state || ((*state)->dim() == 3 && (*state)->size(0) == layers * D));
   }
+  if (!fit) return std::nullopt;
 
   std::vector<Work> stack(layers);
   int64_t steps = 0;           // of a chunk, if the layers run side by side
@@ -212,7 +223,8 @@ std::optional<Inferred> infer(const Tensor& x, const OptionalTensor& h0, const O
     if (l == 0) {
       // States are rounded to the type of x between chunks: the same numbers only where that is the compute type.
       if (work.layer.dtype == work.layer.compute_type()) {
-        steps = pipeline_steps(z, work.layer.constants().gates, layers, threads());
+        const int lanes = kernels().vector_bytes / static_cast<int>(at::elementSize(work.layer.dtype));
+        steps = pipeline_steps(z, work.layer.constants().gates, lanes, layers, threads());
       }
       h_n = at::empty({layers * D, z.B, z.R}, x.options());
       c_n = at::empty({work.layer.constants().states == 2 ? layers * D : 0, z.B, z.H}, x.options());
@@ -235,9 +247,13 @@ std::optional<Inferred> infer(const Tensor& x, const OptionalTensor& h0, const O
   }
   if (steps && x.size(1) > 0) {
     for (int64_t l = 0; l < layers; ++l) {
-      stack[l].problem.threads = 1;
-      find_panels(stack[l], l, kept);
-      if (!stack[l].problem.panels) memory.push_back(memory_for_panels(stack[l]));
+      Work& work = stack[l];
+      work.problem.threads = 1;
+      find_panels(work, l, kept);
+      // A pipeline has no teams, and without panels of its own would pack in each chunk.
+      if (work.panels.data && work.panels.members <= 1) continue;
+      memory.push_back(memory_for_panels(work.layer));
+      lend(work, {memory.back().mutable_data_ptr(), 0, false});
     }
     check_memory(run_pipeline(stack, steps, threads()));
     for (int64_t l = 0; l < layers; ++l) keep_panels(stack[l], l, kept);

@@ -1,6 +1,7 @@
 // Inference of stacked layers on a dense batch, by the shortest way, with packed weights kept from call to call.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <tuple>
@@ -15,13 +16,16 @@ namespace fusedrnn {
 class PackedWeights {
  public:
   struct Layer {
-    uint64_t digest;
-    at::Tensor memory;  // undefined: not packed yet
-    Panels panels;
+    explicit Layer(uint64_t digest, at::Tensor memory = {}) : digest(digest), memory(std::move(memory)) {}
+    const uint64_t digest;
+    const at::Tensor memory;  // undefined: not packed yet
+    Panels panels{nullptr, 0, false};
+    mutable std::atomic<int> passed_over{0};  // calls in a row that shared the units otherwise and packed themselves
   };
   std::shared_ptr<const Layer> find(size_t layer) const;
   void keep(size_t layer, std::shared_ptr<const Layer> found);
   int64_t bytes() const;
+  std::atomic<int64_t> uses{0};  // how often panels were used that an earlier call had packed
 
  private:
   mutable std::mutex mutex_;
@@ -29,7 +33,8 @@ class PackedWeights {
 };
 
 // y, h_n, c_n of `layers` layers: x [T, B, I]; h0, c0 [layers * D, B, *]; weights of each layer and direction in turn.
-// None if some tensor is not a plain one on the CPU, or someone listens to what torch does: the ops serve those.
+// None if the tensors do not fit the layers, some of them is not a plain one on the CPU, or someone listens to what
+// torch does: the ops serve those, or word the error.
 using Inferred = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 std::optional<Inferred> infer(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                               const std::vector<at::Tensor>& weights, const std::string& cell, bool bidirectional,

@@ -21,7 +21,9 @@ Tensor check_optional(const OptionalTensor& t, const Tensor& x, const char* name
   return t->contiguous();
 }
 
-void check_memory(bool enough) { TORCH_CHECK(enough, "fusedrnn: not enough memory for the layer's working space"); }
+void check_memory(bool enough) {
+  TORCH_CHECK_WITH(OutOfMemoryError, enough, "fusedrnn: not enough memory for the layer's working space");
+}
 
 namespace {
 

@@ -101,9 +101,11 @@ py::dict plan(const std::vector<int64_t>& batch_sizes, int64_t I, int64_t H, int
   return result;
 }
 
-int64_t steps_of_pipeline(int64_t T, int64_t B, int64_t H, int gates, int64_t layers, int threads) {
-  if (T < 1 || B < 1 || H < 1 || gates < 1) throw py::value_error("pipeline_steps: every size must be at least 1");
-  return pipeline_steps(Lengths(std::vector<int64_t>(T, B), H, H, 1).size, gates, layers, threads);
+int64_t steps_of_pipeline(int64_t T, int64_t B, int64_t H, int gates, int lanes, int64_t layers, int threads) {
+  if (T < 1 || B < 1 || H < 1 || gates < 1 || lanes < 1) {
+    throw py::value_error("pipeline_steps: every size must be at least 1");
+  }
+  return pipeline_steps(Lengths(std::vector<int64_t>(T, B), H, H, 1).size, gates, lanes, layers, threads);
 }
 
 // y, h_n, c_n, or None: see inference.h.
@@ -221,14 +223,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("cells", cell_list, "Constants of the compiled cells, in registry order.");
   py::class_<PackedWeights>(m, "PackedWeights", "Packed weights of a module's layers, kept between calls of infer.")
       .def(py::init<>())
-      .def_property_readonly("bytes", &PackedWeights::bytes);
+      .def(py::pickle([](const PackedWeights&) { return py::tuple(); },  // nothing: a copy packs for itself
+                      [](const py::tuple&) { return std::make_unique<PackedWeights>(); }))
+      .def_property_readonly("bytes", &PackedWeights::bytes)
+      .def_property_readonly("uses", [](const PackedWeights& kept) { return kept.uses.load(); },
+                             "How often panels were used that an earlier call had packed.");
   m.def("infer", infer_layers, py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("cell"),
         py::arg("bidirectional"), py::arg("layers"), py::arg("kept"),
         "Stacked layers on a dense batch, without gradients: y, h_n, c_n; None where only the ops will do.");
   m.def("plan", plan, py::arg("batch_sizes"), py::arg("I"), py::arg("H"), py::arg("directions"), py::arg("gates"),
         py::arg("lanes"), py::arg("threads"), "How a layer would be shared among threads.");
   m.def("pipeline_steps", steps_of_pipeline, py::arg("T"), py::arg("B"), py::arg("H"), py::arg("gates"),
-        py::arg("layers"), py::arg("threads"), "Steps of a chunk in which stacked layers run side by side; 0: they do not.");
+        py::arg("lanes"), py::arg("layers"), py::arg("threads"), "Steps of a chunk in which stacked layers run side by side; 0: they do not.");
   m.def("peak_flops", peak_flops, py::arg("threads"), py::arg("seconds") = 0.02,
         py::call_guard<py::gil_scoped_release>(), "float32 operations a second, multiplying and adding in registers.");
   m.def("phases", phases, "Seconds of all threads in each phase since the last call; None if the build has no timers.");

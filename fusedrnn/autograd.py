@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .cells import CELLS
 from .ops import layer_backward, layer_forward
@@ -26,9 +27,17 @@ def recurrent_layer(
     weights: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer: y, h_n, c_n. What the backward pass needs is kept only if some gradient is wanted."""
+    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
+        _refuse_tangents(x, h0, c0, *weights)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights)):
         return RecurrentLayer.apply(cell, bidirectional, x, batch_sizes, h0, c0, *weights)[:3]
     return layer_forward(x, batch_sizes, h0, c0, weights, cell, bidirectional, False)[:3]
+
+
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    """With gradients off no autograd.Function would notice them, and they would be lost."""
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError("fusedrnn: forward-mode AD (a dual tensor in a recurrent layer) is not supported")
 
 
 class RecurrentLayer(torch.autograd.Function):

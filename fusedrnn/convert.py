@@ -113,6 +113,7 @@ def _exchange(
     if type(module) is not before:  # the class in front holds the properties that compute the parametrized weights
         after = type(f"Parametrized{after.__name__}", (after,), dict(vars(type(module))))
     vars(module).pop("reset_after", None)  # True here, as the class says
+    vars(module).pop(modules._KEPT, None)
     module.__class__ = after
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import has_torch_function
 
 from ._C import PackedWeights, infer
 from .autograd import recurrent_layer
@@ -63,12 +64,12 @@ def _forward(
 def _short_road(
     module: torch.nn.RNNBase, cell: str, input: Tensor | PackedSequence, states: Sequence[Tensor] | None
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-    """A dense batch through one layer, or in inference through several, checked by the kernel alone: a step is often all
-    there is to do, and torch.nn's checks would take several times as long. None where anything is different: the long
-    road knows, and words errors.
+    """A dense batch through one layer, or in inference through several, checked by the kernel alone: a step is often
+    all there is to do, and torch.nn's checks would take several times as long. None where anything is different: the
+    long road knows, and words errors.
     """
     weights, parameters = module._flat_weights, module._parameters
-    if not _is_plain(input, 3, states, cell):
+    if not _is_plain(input, 3, states, weights, cell):
         return None
     if module.num_layers > 1 and (not _infers() or (module.dropout and module.training)):
         return None
@@ -79,17 +80,14 @@ def _short_road(
     h0, c0 = (*(states or ()), None, None)[:2]
     try:
         result = _dense(module, cell, module.bidirectional, module.num_layers, x, h0, c0, weights)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, TypeError):
         return None
     if result is None:
         return None
     y, h_n, c_n = result
     return y.transpose(0, 1) if module.batch_first else y, (h_n, c_n) if c_n.size(0) else (h_n,)
-
-
-# Packed weights of the modules that have been used for inference. Beside the modules, not in them: copies, pickles and
-# state_dicts of a module hold none.
-_packed: WeakKeyDictionary[torch.nn.Module, PackedWeights] = WeakKeyDictionary()
 
 
 def _infers() -> bool:
@@ -108,18 +106,18 @@ def _dense(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """A dense batch through one layer or, in inference, through several: y, h_n, c_n. None: by the long road."""
     if _infers():
-        packed = _packed.get(module)
-        if packed is None:
-            packed = _packed.setdefault(module, PackedWeights())
-        result = infer(x, h0, c0, weights, cell, bidirectional, num_layers, packed)
+        kept = vars(module).get(_KEPT) or vars(module).setdefault(_KEPT, PackedWeights())
+        result = infer(x, h0, c0, weights, cell, bidirectional, num_layers, kept)
         if result is not None:
             return result
     return recurrent_layer(cell, bidirectional, x, None, h0, c0, weights) if num_layers == 1 else None
 
 
-def _is_plain(input: Tensor | PackedSequence, dim: int, states: Sequence[Tensor] | None, cell: str) -> bool:
-    """Whether no cast is wanted, input is a tensor of this rank, and hx, if given, a tuple of as many tensors as the
-    cell has states.
+def _is_plain(
+    input: Tensor | PackedSequence, dim: int, states: Sequence[Tensor] | None, weights: Sequence[Tensor], cell: str
+) -> bool:
+    """Whether input is a tensor of this rank, and hx, if given, a tuple of as many tensors as the cell has states;
+    whether no cast and no forward-mode derivative is wanted, and no one overrides what torch's functions do.
     """
     return (
         type(input) is Tensor
@@ -129,6 +127,8 @@ def _is_plain(input: Tensor | PackedSequence, dim: int, states: Sequence[Tensor]
             states is None
             or (type(states) is tuple and [type(state) for state in states] == [Tensor] * len(CELLS[cell].states))
         )
+        and forward_ad._current_level < 0
+        and not has_torch_function(weights)
     )
 
 
@@ -163,7 +163,24 @@ def _check_args(
         module.check_hidden_size(states[0], module.get_expected_hidden_size(input, batch_sizes))
 
 
-class _SequenceModule:
+_KEPT = "_packed_weights"  # attribute of a module that has been used for inference
+
+
+class _InferenceModule:
+    """What our modules keep for inference: packed weights. Copies and pickles of a module hold none."""
+
+    def _apply(self, *args: Any, **kwargs: Any) -> torch.nn.Module:  # by .to(), .double(), .share_memory() ...
+        vars(self).pop(_KEPT, None)
+        return super()._apply(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> torch.nn.Module:
+        """As in torch.nn. Training frees what inference has kept."""
+        if mode:
+            vars(self).pop(_KEPT, None)
+        return super().train(mode)
+
+
+class _SequenceModule(_InferenceModule):
     """What our sequence modules do not share with torch.nn's."""
 
     def flatten_parameters(self) -> None:
@@ -289,17 +306,19 @@ def _short_road_of_cell(
     """As :func:`_short_road`, for a batch through a cell."""
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if module.bias else ("weight_ih", "weight_hh")
     weights = [module._parameters.get(name) for name in names]
-    if not _is_plain(input, 2, states, cell):
+    if not _is_plain(input, 2, states, weights, cell):
         return None
     try:
         h0, c0 = (*(state.unsqueeze(0) for state in states or ()), None, None)[:2]
         _, h, c = _dense(module, cell, False, 1, input.unsqueeze(0), h0, c0, weights)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, TypeError):
         return None
     return (h[0], c[0]) if c.size(0) else (h[0],)
 
 
-class RNNCell(torch.nn.RNNCell):
+class RNNCell(_InferenceModule, torch.nn.RNNCell):
     """One step of :class:`RNN`, in the place of :class:`torch.nn.RNNCell`: input (B, I), h (B, H) -> h (B, H)."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
@@ -309,14 +328,14 @@ class RNNCell(torch.nn.RNNCell):
         return _forward_cell(self, cell, "RNNCell", input, None if hx is None else (hx,))[0]
 
 
-class LSTMCell(torch.nn.LSTMCell):
+class LSTMCell(_InferenceModule, torch.nn.LSTMCell):
     """One step of :class:`LSTM`, in the place of :class:`torch.nn.LSTMCell`: input (B, I), (h, c) -> (h, c)."""
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         return _forward_cell(self, "lstm", "LSTMCell", input, hx)
 
 
-class GRUCell(torch.nn.GRUCell):
+class GRUCell(_InferenceModule, torch.nn.GRUCell):
     """One step of :class:`GRU`, in the place of :class:`torch.nn.GRUCell`: input (B, I), h (B, H) -> h (B, H)."""
 
     reset_after: bool = True

@@ -5,8 +5,9 @@ but in the time: whatever changes a weight is seen by the next call, and nothing
 from __future__ import annotations
 
 import copy
-import gc
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,6 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedrnn
@@ -44,6 +47,11 @@ def same(found: list[Tensor], expected: list[Tensor]) -> bool:
     return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def kept(module: nn.Module) -> _C.PackedWeights:
+    """What the module keeps for inference; new and empty if nothing."""
+    return vars(module).get(modules._KEPT, _C.PackedWeights())
+
+
 @pytest.fixture(autouse=True)
 def _no_gradients():
     with torch.no_grad():
@@ -65,7 +73,7 @@ def test_kept_weights_give_the_same_bits(cell: str, options: dict, number: int, 
         sizes = []
         for _ in range(3):
             assert same(tensors(module(x)), expected)
-            sizes.append(modules._packed[module].bytes)
+            sizes.append(kept(module).bytes)
         assert sizes[0] == 0 and sizes[1] == sizes[2] > 0  # once the same weights have come a second time
 
 
@@ -129,12 +137,12 @@ def test_no_bit_of_a_weight_may_change_unseen(data) -> None:
     with torch.no_grad():
         module, x = fusedrnn.GRU(3, H), torch.zeros(11, 1, 3)
         module(x), module(x)
-        assert modules._packed[module].bytes > 0
+        assert kept(module).bytes > 0
         weight = data.draw(st.sampled_from([module.weight_ih_l0, module.weight_hh_l0])).data.view(torch.int32).view(-1)
         place = data.draw(st.integers(0, weight.numel() - 1), "place")
         weight[place] ^= 1 << data.draw(st.integers(0, 30), "bit")
         module(x)
-        assert modules._packed[module].bytes == 0
+        assert kept(module).bytes == 0
 
 
 @pytest.mark.isa
@@ -150,7 +158,7 @@ def test_nor_may_two_bits(data) -> None:
         weight[first] ^= data.draw(st.sampled_from([-(2**31), 1 << 30, 1]), "one bit")
         weight[second] ^= 1 << data.draw(st.integers(0, 30), "another")
         module(x)
-        assert modules._packed[module].bytes == 0
+        assert kept(module).bytes == 0
 
 
 def test_weights_written_during_a_call_spoil_no_later_one() -> None:
@@ -174,12 +182,27 @@ def test_weights_written_during_a_call_spoil_no_later_one() -> None:
                 assert same(tensors(module(x)), expected)
 
 
-def test_calls_of_different_shapes_in_turn_keep_what_they_have(threads: Callable) -> None:
+def test_calls_of_different_shapes_in_turn_use_what_is_kept(threads: Callable) -> None:
     threads(2)
     module = fusedrnn.LSTM(32, 32, num_layers=2)
     for _ in range(3):
-        module(torch.randn(100, 1, 32)), module(torch.randn(10, 4, 32))
-    assert modules._packed[module].bytes > 0
+        module(torch.randn(100, 1, 32)), module(torch.randn(10, 4, 32)), module(torch.randn(1, 11, 32))
+    # The first call takes the digest, the second packs, seven use it, in two layers.
+    assert kept(module).bytes > 0 and kept(module).uses == 14
+
+
+def test_panels_of_a_sharing_that_is_no_more_are_replaced(threads: Callable) -> None:
+    module, x = fusedrnn.GRU(128, 128), torch.randn(20, 1, 128)
+    for number in (1, 2, 1):
+        threads(number)
+        assert _C.plan([1] * 20, 128, 128, 1, 3, 8, number)["members"] == number
+        expected, before = by_the_ops(module, x), kept(module).uses
+        used = []
+        for _ in range(8):
+            assert same(tensors(module(x)), expected)
+            used.append(kept(module).uses - before)
+        # At first: digest, packing, use. Later: three calls that pack for themselves, packing, use.
+        assert used[-1] == (6 if before == 0 else 4)
 
 
 def test_a_deep_stack_holds_two_layers_at_a_time() -> None:
@@ -195,26 +218,53 @@ def test_a_deep_stack_holds_two_layers_at_a_time() -> None:
     assert peak < 3 * 4 * x.numel()
 
 
-@pytest.mark.parametrize("T, B, kept", [(1, 1, False), (2, 5, False), (11, 1, True), (1, 512, True), (27, 19, False)])
-def test_only_batches_that_gain_keep_anything(T: int, B: int, kept: bool) -> None:
+@pytest.mark.parametrize("T, B, keeps", [(1, 1, False), (2, 5, False), (11, 1, True), (1, 512, True), (27, 19, False)])
+def test_only_batches_that_gain_keep_anything(T: int, B: int, keeps: bool) -> None:
     """Up to 10 rows are multiplied without packing; for more than 512 packing is a small part."""
     module = fusedrnn.LSTM(4, 5)
     for _ in range(3):
         module(torch.randn(T, B, 4))
-    assert (modules._packed[module].bytes > 0) == kept
+    assert (kept(module).bytes > 0) == keeps
 
 
-def test_nothing_outlives_the_module_or_goes_with_its_copies() -> None:
-    module, x = fusedrnn.GRU(4, 5), torch.randn(20, 2, 4)
+class Equal(fusedrnn.GRU):
+    """A user's class, whose equality says nothing about the weights."""
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self)
+
+    __hash__ = nn.Module.__hash__
+
+
+@pytest.mark.parametrize("cls", [fusedrnn.GRU, fusedrnn.GRUCell, Equal])
+def test_copies_of_a_module_keep_for_themselves(cls: type[nn.Module]) -> None:
+    module, x = cls(4, 5), torch.randn(*((20,) if cls is fusedrnn.GRUCell else (20, 2)), 4)
     for _ in range(3):
-        expected = tensors(module(x))
-    before = len(modules._packed)
+        expected = module(x)[0]
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert twin not in modules._packed
-        assert same(tensors(twin(x)), expected)
-    del module, twin
-    gc.collect()
-    assert len(modules._packed) <= before - 1
+        assert kept(twin).bytes == 0 and torch.equal(twin(x)[0], expected)
+    assert kept(module).bytes > 0 and kept(module).uses == 1
+
+
+FREED = {
+    "to": lambda module: module.to(torch.float64),
+    "share_memory": lambda module: module.share_memory(),
+    "train": lambda module: module.train(),
+    "train of the model": lambda module: nn.Sequential(module).train(),
+    "revert": fusedrnn.revert,
+}
+
+
+@pytest.mark.parametrize("cls", [fusedrnn.LSTM, fusedrnn.LSTMCell])
+@pytest.mark.parametrize("how", FREED)
+def test_what_is_kept_goes_when_it_will_not_be_used(how: str, cls: type[nn.Module]) -> None:
+    module, x = cls(4, 5), torch.randn(*((20, 2) if cls is fusedrnn.LSTM else (20,)), 4)
+    for _ in range(3):
+        module(x)
+    module.eval()
+    assert kept(module).bytes > 0
+    FREED[how](module)
+    assert modules._KEPT not in vars(module)
 
 
 def test_shapes_and_threads_may_change_from_call_to_call(threads: Callable) -> None:
@@ -253,7 +303,7 @@ def test_threads_of_python_share_a_module(threads: Callable) -> None:
 @pytest.mark.parametrize("cell", TWINS)
 def test_stacked_layers_side_by_side(cell: str, T: int, B: int, layers: int, threads: Callable) -> None:
     threads(2)
-    assert _C.pipeline_steps(T, B, 9, 4, layers, 2) > 0
+    assert _C.pipeline_steps(T, B, 9, 4, 8, layers, 2) > 0
     for dtype in FLOATS:
         for h0 in (True, False):
             case = Case(cell, T=T, B=B, I=4, H=9, num_layers=layers, h0=h0, dtype=dtype)
@@ -304,6 +354,78 @@ def test_who_listens_hears_the_ops(layers: int) -> None:
     with torch.profiler.profile() as profile:
         module(x)
     assert "fusedrnn::infer" in {event.key for event in profile.key_averages()}
+
+
+class Watching(TorchFunctionMode):
+    """The names of torch's functions that were called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+class Loud(nn.Parameter):
+    """A Parameter that hears of every function it is given to."""
+
+    heard: list[str] = []
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.heard.append(str(function))
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+
+def test_functions_that_are_overridden_are_called() -> None:
+    module, cell, x = fusedrnn.LSTM(4, 5), fusedrnn.LSTMCell(4, 5), torch.randn(20, 2, 4)
+    expected = tensors(module(x))
+    with Watching() as seen:
+        assert same(tensors(module(x)), expected)
+        cell(x[0])
+    assert seen.names.count("fusedrnn.layer_forward.default") == 2
+    module.weight_hh_l0 = Loud(module.weight_hh_l0)
+    assert same(tensors(module(x)), expected) and "fusedrnn.layer_forward.default" in Loud.heard
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_tangents_are_refused_not_lost(layers: int) -> None:
+    """Forward-mode AD also works with gradients off, in torch: until it does here, no result may lack it silently."""
+    module, cell, x = fusedrnn.GRU(4, 5, num_layers=layers), fusedrnn.GRUCell(4, 5), torch.randn(20, 2, 4)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        state = dual[0, :, :1] + torch.ones(5)
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                for call in (lambda: module(dual), lambda: cell(dual[0]), lambda: cell(x[0], state)):
+                    with pytest.raises(NotImplementedError, match="forward-mode AD"):
+                        call()
+                assert module(x)[0].shape == (20, 2, 5)
+
+
+def test_no_memory_for_the_working_space(tmp_path) -> None:
+    """The error is torch's, and the results' memory is free again."""
+    code = """
+import resource, torch, fusedrnn
+module, small, x = fusedrnn.LSTM(1, 64), torch.zeros(1, 400, 1), torch.zeros(1, 1 << 16, 1)
+with torch.no_grad():
+    module(small)
+    pages = int(open("/proc/self/statm").read().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (96 << 20),) * 2)
+    for _ in range(3):
+        try:
+            module(x)
+        except torch.OutOfMemoryError as error:
+            print(error)
+    print(module(small)[0].shape)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    *errors, shape = result.stdout.splitlines()
+    assert len(errors) == 3 and all("not enough memory for the layer's working space" in e for e in errors), result
+    assert shape == "torch.Size([1, 400, 64])"
 
 
 def test_a_state_of_another_stack_is_refused() -> None:

@@ -41,11 +41,19 @@ def test_slices_of_equal_lengths_are_equal_parts():
 
 @given(*[st.integers(1, 400)] * 3, st.integers(1, 4), st.integers(1, 9), st.integers(1, 64))
 def test_pipelines_are_for_small_stacks_and_several_threads(T, B, H, gates, layers, threads):
-    steps = _C.pipeline_steps(T, B, H, gates, layers, threads)
-    if layers == 1 or threads == 1 or T < 16 or B * gates * 2 * H * H > 2**16:
+    steps = _C.pipeline_steps(T, B, H, gates, 8, layers, threads)
+    alone = plan([B] * T, I=H, H=H, gates=gates, threads=threads)
+    busy = alone["teams"] * alone["members"]
+    if layers == 1 or threads == 1 or T < 16 or B * gates * 2 * H * H > 2**16 or busy > min(layers, threads):
         assert steps == 0
     else:
         assert 8 <= steps <= 32 and 2 * steps <= T
+
+
+def test_a_batch_that_keeps_all_threads_busy_is_no_pipeline():
+    assert _C.pipeline_steps(1000, 8, 16, 4, 8, 2, 2) > 0
+    assert _C.pipeline_steps(1000, 8, 16, 4, 8, 2, 8) == 0  # eight slices of the batch, two layers
+    assert _C.pipeline_steps(1000, 1, 16, 4, 8, 2, 8) > 0
 
 
 def test_rules_by_size():

@@ -85,6 +85,7 @@ class ForwardPass {
     Carver pieces(s.block);
     carve_shared(p, s, pieces);
     for (int i = 0; i < s.plan.teams * s.plan.members; ++i) s.flags[i].epoch = 0;
+    if (p.panels) p.panels->used = s.kept;
     if (s.kept) {
       Carver panels(static_cast<char*>(p.panels->data));
       carve_panels(p.size, s, panels);

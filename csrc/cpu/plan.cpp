@@ -53,11 +53,14 @@ Plan make_plan(const LayerSizes& size, int gates, int lanes, int threads) {
   return {teams, static_cast<int>(members), static_cast<int>(slices)};
 }
 
-int64_t pipeline_steps(const LayerSizes& size, int gates, int64_t layers, int threads) {
+int64_t pipeline_steps(const LayerSizes& size, int gates, int lanes, int64_t layers, int threads) {
   constexpr int64_t kWorkPerStep = 1 << 16;  // multiply-adds; above it threads that share a step are as fast
   constexpr int64_t kFewest = 8, kMost = 32, kChunks = 8;
   const int64_t work = size.B * gates * size.H * (size.H + size.R);
   if (layers < 2 || threads < 2 || size.D > 1 || size.T < 2 * kFewest || work > kWorkPerStep) return 0;
+  // A layer by itself may keep more threads busy than there are layers.
+  const Plan plan = make_plan(size, gates, lanes, threads);
+  if (plan.teams * plan.members > std::min<int64_t>(threads, layers)) return 0;
   return std::clamp(size.T / kChunks, kFewest, kMost);
 }
 

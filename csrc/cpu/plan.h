@@ -23,7 +23,8 @@ Plan make_plan(const LayerSizes& size, int gates, int lanes, int threads);
 
 // Steps of a chunk of time in which stacked layers of one direction run as a pipeline: a thread takes a layer through a
 // chunk while another takes the layer below through the next one. 0: one layer after the other, by all threads.
-int64_t pipeline_steps(const LayerSizes& size, int gates, int64_t layers, int threads);
+// size: of the lowest layer.
+int64_t pipeline_steps(const LayerSizes& size, int gates, int lanes, int64_t layers, int threads);
 
 // Slice k holds samples [bounds[k], bounds[k + 1]); the slices have nearly equal sums of lengths, none is empty.
 void slice_batch(const LayerSizes& size, int slices, int64_t* bounds);
