@@ -37,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=torch.get_num_threads(), help="default: what torch chooses")
     add("--phases", action="store_true", help="where the time goes; needs the timers of the build of `make phases`")
     add("--markdown", action="store_true", help="print the table in Markdown too")
+    add("--regimes", action="store_true", help="print geometric means of cases alike too")
     add("--json", type=Path, metavar="FILE", help="write machine and results")
     add("--plot", type=Path, metavar="FILE", help="write a chart of the ratios (PNG)")
     add("--readme", type=Path, metavar="FILE", help="put the table between the markers of this file")
@@ -91,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.phases:
             print(report.phases(results[-1]), flush=True)
     print(report.summary(results))
+    if args.regimes:
+        print("", report.regimes(results), sep="\n")
     if args.markdown:
         print("", report.markdown(results, info), sep="\n")
     if args.json:

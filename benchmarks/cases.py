@@ -13,7 +13,7 @@ import torch
 
 from fusedrnn.cells import CELLS
 
-__all__ = ["CASES", "CELL_NAMES", "DTYPES", "Case"]
+__all__ = ["CASES", "CELL_NAMES", "DTYPES", "REGIMES", "Case"]
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 CELL_NAMES = {  # as the command line and the tables name them -> as fusedrnn.cells does
@@ -26,6 +26,15 @@ CELL_NAMES = {  # as the command line and the tables name them -> as fusedrnn.ce
 }
 WITHOUT_TORCH = {"gru_before", "residual"}  # torch.nn has no such cell
 MODES = ("infer", "train")
+_SIZES = (  # from which batch on, and for each from which H on
+    (1, "B = 1", ((1, "H < 128"), (128, "H 128 to 512"), (513, "H > 512"))),
+    (2, "B 2 to 31", ((1, "H < 128"), (128, "H >= 128"))),
+    (32, "B >= 32", ((1, "H < 256"), (256, "H >= 256"))),
+)
+REGIMES = (
+    *(f"{batch}, {hidden}" for _, batch, bounds in _SIZES for _, hidden in bounds),
+    "T = 1", "layers, directions, projection", "ragged", "bfloat16", "float64",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,21 @@ class Case:
     def has_torch(self) -> bool:
         """Whether torch.nn has the cell."""
         return self.cell not in WITHOUT_TORCH
+
+    @property
+    def regime(self) -> str:
+        """What the case is an example of, one of REGIMES: much the same limits its speed."""
+        T, B, _, H = self.shape
+        if self.ragged:
+            return "ragged"
+        if self.dtype != "float32":
+            return self.dtype
+        if self.layers > 1 or self.directions > 1 or self.projection:
+            return "layers, directions, projection"
+        if T == 1:
+            return "T = 1"
+        batch, bounds = next((name, bounds) for least, name, bounds in reversed(_SIZES) if B >= least)
+        return f"{batch}, {next(name for least, name in reversed(bounds) if H >= least)}"
 
     def lengths(self) -> list[int]:
         """The length of each sequence of the batch, longest first."""

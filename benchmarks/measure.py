@@ -29,6 +29,7 @@ __all__ = ["Disagreement", "Result", "check", "matmul_gflops", "measure"]
 # 7e-15, 1e-6 (1e-4 for the residual cell, which magnifies) and 6e-3. A wrong term deviates by far more.
 TOLERANCE = {"float64": 1e-12, "float32": 1e-3, "bfloat16": 3e-2}
 SAMPLE_SECONDS = 0.02  # a call shorter than this is repeated
+WARM_SECONDS = 0.05
 MIN_ROUNDS, MAX_ROUNDS = 7, 101
 
 Call = Callable[[], Sequence[Tensor]]
@@ -152,8 +153,8 @@ def check(case: Case, ours: nn.Module, problem: Problem) -> float:
 class Timer:
     """Times a call with its number of threads; a sample is the mean of enough calls to be measurable.
 
-    With ``settle`` a sample first waits so many seconds, for another library's idle threads to stop spinning, and
-    wakes its own.
+    With ``settle`` a sample first waits so many seconds, for another library's idle threads to stop spinning, and then
+    calls until WARM_SECONDS have passed: after the pause the processor needs a while to reach its speed.
     """
 
     def __init__(self, call: Call, threads: int, settle: float = 0.0) -> None:
@@ -169,7 +170,9 @@ class Timer:
             self.call()  # wakes the threads
         if self.settle:
             time.sleep(self.settle)
-            self.call()
+            warm = time.perf_counter() + WARM_SECONDS
+            while time.perf_counter() < warm:
+                self.call()
         start = time.perf_counter()
         for _ in range(self.repeats):
             self.call()

@@ -11,12 +11,14 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import geometric_mean
 
 import torch
 
 import fusedrnn
 from fusedrnn.info import cores, processor
 
+from .cases import REGIMES
 from .measure import Result, matmul_gflops
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
@@ -108,6 +110,31 @@ def markdown(results: Sequence[Result], info: dict) -> str:
             f" | {result.percent:.0f} |"
         )
     return "\n".join(rows) + "\n"
+
+
+def regimes(results: Sequence[Result]) -> str:
+    """Geometric means of cases alike, in Markdown: percent of the peak, and ratios of the three cells of torch.nn."""
+    cells, modes = ("lstm", "gru", "rnn"), ("infer", "train")
+    rows = [
+        "| regime, infer / train | cases | % of peak | LSTM | GRU | RNN |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for regime in REGIMES:
+        alike = [result for result in results if result.case.regime == regime and result.case.cell in cells]
+        if not alike:
+            continue
+
+        def mean(mode: str, cell: str | None = None, alike: list[Result] = alike) -> str:
+            chosen = [r for r in alike if r.case.mode == mode and cell in (None, r.case.cell)]
+            if not chosen:
+                return "-"
+            if cell is None:
+                return f"{geometric_mean(r.percent for r in chosen):.0f}"
+            return f"{geometric_mean(r.ratio for r in chosen):.2f}"
+
+        row = [" / ".join(mean(mode, cell) for mode in modes) for cell in (None, *cells)]
+        rows.append(f"| {regime} | {len(alike)} | " + " | ".join(row) + " |")
+    return "\n".join(rows)
 
 
 def update_readme(file: Path, table: str, name: str = "benchmarks") -> None:

@@ -13,7 +13,7 @@ import torch
 import fusedrnn
 from benchmarks import __main__ as command
 from benchmarks import cases, limits, measure, memory, report, scaling
-from benchmarks.cases import CASES, CELL_NAMES, Case
+from benchmarks.cases import CASES, CELL_NAMES, REGIMES, Case
 from fusedrnn.cells import CELLS
 
 TINY = (3, 2, 5, 7)
@@ -149,6 +149,25 @@ def test_the_summary_counts_losses():
         for r in (0.5, 2.0, 3.0)
     ]
     assert "2 faster, 1 slower; lowest ratio 0.50" in report.summary(results)
+
+
+def test_regimes_are_geometric_means_of_cases_alike():
+    def result(cell: str, mode: str, shape: tuple, ratio: float, gflops: float) -> measure.Result:
+        case = Case(cell, mode, shape)
+        return measure.Result(case, 3, 1, 1.0, gflops, 100.0, 0.0, ratio=ratio, ratio_low=ratio, ratio_high=ratio)
+
+    assert all(case.regime in REGIMES for case in CASES.values())
+    table = report.regimes([
+        result("lstm", "infer", (50, 64, 9, 256), 1.0, 50.0),
+        result("lstm", "infer", (20, 32, 9, 1024), 4.0, 50.0),
+        result("gru", "infer", (20, 32, 9, 256), 3.0, 50.0),
+        result("lstm", "train", (50, 64, 9, 256), 8.0, 20.0),
+        result("rnn", "infer", (1, 1, 9, 128), 5.0, 1.0),
+    ])  # fmt: skip
+    assert table.splitlines()[2:] == [
+        "| B >= 32, H >= 256 | 4 | 50 / 20 | 2.00 / 8.00 | 3.00 / - | - / - |",
+        "| T = 1 | 1 | 1 / - | - / - | - / - | 5.00 / - |",
+    ]
 
 
 @pytest.mark.parametrize("text", ["", f"{report.END}\n{report.BEGIN}", f"{report.BEGIN}{report.BEGIN}{report.END}"])

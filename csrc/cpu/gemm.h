@@ -2,7 +2,7 @@
 //
 // A panel holds the weights of a few output vectors: nv vectors of units for each of kGroup gates, W = kGroup * nv
 // vectors numbered g * nv + v, nv <= kGroupVectors<kGroup>. It is cut into strips as wide as a register tile:
-//   strip [K][width][lanes], width = kTileWidth, the last one narrower if W is odd.
+//   strip [K][width][lanes], width = strip_width(W), the last one narrower where that does not divide W.
 // A panel that begins at vector v0 begins at element v0 * K * kGroup * lanes: panels of any widths follow one
 // another without a table. Lanes past the last unit are zero.
 //
@@ -11,7 +11,10 @@
 #if FUSEDRNN_VECTOR_BYTES == 64  // 32 registers
 constexpr int kTileWidth = 4;    // vectors
 constexpr int max_rows(int nr) { return nr == 4 ? 6 : 8; }
-#else  // 16 registers: accumulators, one broadcast and a row of the strip
+#elif FUSEDRNN_VECTOR_BYTES == 32  // 16: twelve accumulators, a row of the strip, one broadcast
+constexpr int kTileWidth = 3;
+constexpr int max_rows(int nr) { return nr == 3 ? 4 : 6; }
+#else  // 16, of which one holds a product before it is added
 constexpr int kTileWidth = 2;
 constexpr int max_rows(int) { return 6; }
 #endif
@@ -20,10 +23,18 @@ constexpr int kOuterRows = max_rows(kTileWidth);  // of the tiles of weight grad
 
 #define FUSEDRNN_INLINE_LAMBDA __attribute__((always_inline))
 
+constexpr int group_vectors(int group) {
+  if (kTileWidth == 4) return group >= 3 ? 1 : 4 / group;  // one strip
+  int n = 1;                                               // whole strips, two or more
+  while (group * n % kTileWidth || group * n < 2 * kTileWidth) ++n;
+  return n;
+}
 template <int kGroup>
-constexpr int kGroupVectors = kGroup >= 4 ? 1 : kGroup == 3 ? (kTileWidth == 2 ? 2 : 1) : 4 / kGroup;
-constexpr int kPanelWidth = kTileWidth == 2 ? 6 : kTileWidth;  // the widest panel, in vectors
-constexpr int kPanelRows = 2;  // so few rows meet a whole panel at once: a row's element serves all its vectors
+constexpr int kGroupVectors = group_vectors(kGroup);
+constexpr int kPanelWidth = kTileWidth == 3 ? 12 : kTileWidth == 2 ? 6 : 4;  // the widest panel, in vectors
+
+// A row or two meet several strips at once, so that an element of theirs serves more vectors: at most these in all.
+constexpr int kFewRows = 2, kFewSums = 12;
 
 struct Range {
   int64_t begin, end;
@@ -36,23 +47,24 @@ FUSEDRNN_INLINE Range part(int64_t total, int64_t i, int64_t n) { return {total 
 FUSEDRNN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FUSEDRNN_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 FUSEDRNN_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int min_int(int a, int b) { return a < b ? a : b; }
 
-// out[m * ldo + v] (+)= sum_k a[m][k] * b[k][v].      b: [K][NR] vectors
-// Wider than a strip, NR takes several side by side, each `pitch` elements after the one before.
-template <class S, int MR, int NR>
+// Of a panel of so many vectors, cut into as few strips as can be: four vectors are 2 + 2, not 3 + 1.
+FUSEDRNN_INLINE int64_t strip_width(int64_t width) { return ceil_div(width, ceil_div(width, kTileWidth)); }
+
+// out[m * ldo + v] (+)= sum_k a[m][k] * b[k][v].      b: strips [K][W] of vectors, each `pitch` elements after the last
+template <class S, int MR, int W, int kStrips>
 void row_tile(const S* const* a, int64_t K, const S* b, int64_t pitch, Vec<S>* out, int ldo, bool accumulate) {
-  constexpr int W = NR < kTileWidth ? NR : kTileWidth;
-  static_assert(NR % W == 0, "whole strips");
   using Type = typename Raw<S>::Type;
-  constexpr int L = Vec<S>::kLanes;
+  constexpr int L = Vec<S>::kLanes, NR = W * kStrips;
   // Eight sums or more hide the latency of the FMA units: few rows make several sums over k.
   constexpr int kSums = MR * NR <= 2 ? 4 : MR * NR <= 6 ? 2 : 1;
   Type acc[kSums][MR][NR];
   const S* row[MR];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int m = 0; m < MR; ++m) {
     row[m] = a[m];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int v = 0; v < NR; ++v) {
 #pragma GCC unroll 4
       for (int i = 0; i < kSums; ++i) acc[i][m][v] = accumulate && i == 0 ? out[m * ldo + v].v : Type{};
@@ -60,13 +72,16 @@ void row_tile(const S* const* a, int64_t K, const S* b, int64_t pitch, Vec<S>* o
   }
   const auto step = [&](int64_t k, Type(&sum)[MR][NR]) __attribute__((always_inline)) {
     Type bv[NR];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int v = 0; v < NR; ++v) bv[v] = load(b + v / W * pitch + v % W * L).v;
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int m = 0; m < MR; ++m) {
       const Type am = Vec<S>(row[m][k]).v;
-#pragma GCC unroll 8
-      for (int v = 0; v < NR; ++v) sum[m][v] += am * bv[v];
+#pragma GCC unroll 12
+      for (int v = 0; v < NR; ++v) {
+        if constexpr (kStrips == 1) multiply_add<S>(sum[m][v], am, bv[v]);
+        else sum[m][v] += am * bv[v];  // more vectors than registers: operands in memory
+      }
     }
     b += W * L;
   };
@@ -77,9 +92,9 @@ void row_tile(const S* const* a, int64_t K, const S* b, int64_t pitch, Vec<S>* o
     for (int i = 0; i < kSteps; ++i) step(k + i, acc[i % kSums]);
   }
   for (; k < K; ++k) step(k, acc[0]);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int m = 0; m < MR; ++m) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int v = 0; v < NR; ++v) {
 #pragma GCC unroll 4
       for (int i = 1; i < kSums; ++i) acc[0][m][v] += acc[i][m][v];
@@ -88,7 +103,7 @@ void row_tile(const S* const* a, int64_t K, const S* b, int64_t pitch, Vec<S>* o
   }
 }
 
-// out[m * ldo + v] += sum_k a[k][m] * b[k][v], for weight gradients: k runs over rows. b: [K][NR] vectors
+// out[m * ldo + v] += sum_k a[k][m] * b[k][v], for weight gradients: k runs over rows. b: [K][kTileWidth] vectors
 // `blocks` tiles, one below the other: a: [blocks][K][MR], out: [blocks * MR][n], where n may end inside a vector.
 template <class S, int MR, int NR>
 void outer_tiles(int64_t blocks, const S* a, const S* b, int64_t K, S* out, int64_t ldo, int64_t n) {
@@ -104,7 +119,7 @@ void outer_tiles(int64_t blocks, const S* a, const S* b, int64_t K, S* out, int6
     }
     const S* row = b;
 #pragma GCC unroll 2
-    for (int64_t k = 0; k < K; ++k, a += MR, row += NR * L) {
+    for (int64_t k = 0; k < K; ++k, a += MR, row += kTileWidth * L) {
       Type bv[NR];
 #pragma GCC unroll 4
       for (int v = 0; v < NR; ++v) bv[v] = load(row + v * L).v;
@@ -112,7 +127,7 @@ void outer_tiles(int64_t blocks, const S* a, const S* b, int64_t K, S* out, int6
       for (int m = 0; m < MR; ++m) {
         const Type am = Vec<S>(a[m]).v;
 #pragma GCC unroll 4
-        for (int v = 0; v < NR; ++v) acc[m][v] += am * bv[v];
+        for (int v = 0; v < NR; ++v) multiply_add<S>(acc[m][v], am, bv[v]);
       }
     }
     if (n < NR * L) {  // the last columns
@@ -146,33 +161,46 @@ void copy_columns(const S* a, int64_t lda, int64_t K, S* to) {
   }
 }
 
-// The tile functions, by their number of vectors and rows.
+// The tile functions, by their sizes.
 template <class S>
 struct Tiles {
   using RowTile = void (*)(const S* const*, int64_t, const S*, int64_t, Vec<S>*, int, bool);
   using OuterTiles = void (*)(int64_t, const S*, const S*, int64_t, S*, int64_t, int64_t);
   using Copy = void (*)(const S*, int64_t, int64_t, S*);
-  using OuterSizes = std::make_integer_sequence<int, kOuterRows>;
+  template <int n>
+  using Sizes = std::make_integer_sequence<int, n>;
+  template <int W>  // strips in the widest panel whose strips are all of this width
+  static constexpr int kMostStrips = W == kTileWidth ? kPanelWidth / W : W == 1 ? 1 : 2;
 
-  template <int NR = kPanelWidth>
-  static RowTile row_tile_of(int nr, int mr) {
-    if constexpr (NR > 1) {
-      if (nr < NR) return row_tile_of<(NR > kTileWidth ? NR - kTileWidth : NR - 1)>(nr, mr);
+  template <int W = kTileWidth, int kStrips = kMostStrips<W>>
+  static RowTile row_tile_of(int strips, int width, int mr) {
+    if constexpr (W > 1) {
+      if (width < W) return row_tile_of<W - 1>(strips, width, mr);
     }
-    return row_tile_of<NR>(mr, std::make_integer_sequence<int, (NR > kTileWidth ? kPanelRows : max_rows(NR))>());
+    if constexpr (kStrips > 1) {
+      if (strips < kStrips) return row_tile_of<W, kStrips - 1>(strips, width, mr);
+      return row_tile_of<W, kStrips>(mr, Sizes<min_int(kFewRows, kFewSums / (W * kStrips))>());
+    }
+    return row_tile_of<W, 1>(mr, Sizes<max_rows(W)>());
   }
-  static OuterTiles outer_tiles_of(int mr) { return outer_tiles_of(mr, OuterSizes()); }
-  static Copy copy_of(int mr) { return copy_of(mr, OuterSizes()); }
+  template <int NR = kTileWidth>
+  static OuterTiles outer_tiles_of(int nr, int mr) {
+    if constexpr (NR > 1) {
+      if (nr < NR) return outer_tiles_of<NR - 1>(nr, mr);
+    }
+    return outer_tiles_of<NR>(mr, Sizes<kOuterRows>());
+  }
+  static Copy copy_of(int mr) { return copy_of(mr, Sizes<kOuterRows>()); }
 
  private:
-  template <int NR, int... M>
+  template <int W, int kStrips, int... M>
   static RowTile row_tile_of(int mr, std::integer_sequence<int, M...>) {
-    static constexpr RowTile table[] = {row_tile<S, M + 1, NR>...};
+    static constexpr RowTile table[] = {row_tile<S, M + 1, W, kStrips>...};
     return table[mr - 1];
   }
-  template <int... M>
+  template <int NR, int... M>
   static OuterTiles outer_tiles_of(int mr, std::integer_sequence<int, M...>) {
-    static constexpr OuterTiles table[] = {outer_tiles<S, M + 1, kTileWidth>...};
+    static constexpr OuterTiles table[] = {outer_tiles<S, M + 1, NR>...};
     return table[mr - 1];
   }
   template <int... M>
@@ -182,10 +210,10 @@ struct Tiles {
   }
 };
 
-// body(first row, rows) over blocks of nearly equal size, none above max_rows(nr).
+// body(first row, rows) over blocks of nearly equal size, none above `most`.
 template <class Body>
-FUSEDRNN_INLINE void for_row_blocks(Range rows, int64_t nr, const Body& body) {
-  const int64_t blocks = ceil_div(rows.size(), max_rows(static_cast<int>(nr)));
+FUSEDRNN_INLINE void for_row_blocks(Range rows, int64_t most, const Body& body) {
+  const int64_t blocks = ceil_div(rows.size(), most);
   for (int64_t i = 0; i < blocks; ++i) {
     const Range r = part(rows.size(), i, blocks);
     body(rows.begin + r.begin, static_cast<int>(r.size()));
@@ -251,7 +279,7 @@ template <int kGroup, class S, class T, class RowPointer, class Expect, class Ep
 FUSEDRNN_INLINE void product(const Weights<S, T>& weights, Inner inner, Range vectors, Range rows, const RowPointer& a,
                              const Expect& expect, const Epilogue& epilogue, const Second& second) {
   constexpr int U = kGroupVectors<kGroup>, L = Vec<S>::kLanes;
-  constexpr int64_t kBlockRows = 2048 / FUSEDRNN_VECTOR_BYTES;
+  constexpr int64_t kBlockRows = (12 << 10) / (kPanelWidth * FUSEDRNN_VECTOR_BYTES);
   static_assert(kGroup * U <= kPanelWidth, "a cell with more gates needs a wider panel");
   Vec<S> out[kBlockRows * kPanelWidth];
   const S* row[2][kBlockRows];
@@ -276,14 +304,15 @@ FUSEDRNN_INLINE void product(const Weights<S, T>& weights, Inner inner, Range ve
           const T* own = weights.rows + (w / nv * weights.units + u) * K;
           for (int64_t r = 0; r < n; ++r) results[r * width + w] = dot_rows(row[0][r], K, own, weights.units - u);
         }
-        const int widest = n <= kPanelRows && width % kTileWidth == 0 ? width : kTileWidth;
-        for (int w = 0; w < width && !weights.rows; w += widest) {
-          const int nr = min64(widest, width - w);
+        const int64_t whole = strip_width(width), pitch = whole * K * L;
+        for (int64_t w = 0, nr = 0; w < width && !weights.rows; w += nr) {
+          const int64_t left = width - w, own = min64(left, whole);
+          const int64_t strips = n > kFewRows ? 1 : max64(1, min64(left, kFewSums / n) / whole);
+          nr = strips * own;
           const S* strip = panel + w * K * L;
-          const S* rest = strip + inner.first * min64(nr, kTileWidth) * L;
-          for_row_blocks({0, n}, nr, [&](int64_t r, int mr) {
-            const auto tile = Tiles<S>::row_tile_of(nr, mr);
-            const int64_t pitch = kTileWidth * K * L;
+          const S* rest = strip + inner.first * own * L;  // of each strip
+          for_row_blocks({0, n}, max_rows(static_cast<int>(own)), [&](int64_t r, int mr) {
+            const auto tile = Tiles<S>::row_tile_of(static_cast<int>(strips), static_cast<int>(own), mr);
             Vec<S>* to = results + r * width + w;
             tile(row[0] + r, inner.first, strip, pitch, to, width, false);
             if (inner.second) tile(row[1] + r, inner.second, rest, pitch, to, width, true);
@@ -316,8 +345,8 @@ FUSEDRNN_INLINE void product(const Weights<S, T>& weights, Inner inner, Range ve
 // Element of vector w of a panel of `width` vectors, at inner index k.
 template <class S>
 FUSEDRNN_INLINE S* panel_at(S* panel, int64_t K, int width, int w, int64_t k) {
-  const int strip = w / kTileWidth * kTileWidth;
-  return panel + (strip * K + k * min64(kTileWidth, width - strip) + (w - strip)) * Vec<S>::kLanes;
+  const int64_t strip_of = strip_width(width), strip = w / strip_of * strip_of;
+  return panel + (strip * K + k * min64(strip_of, width - strip) + (w - strip)) * Vec<S>::kLanes;
 }
 
 // Panels of output units `vectors`, from W [kGroup * units, K] whose rows are the outputs:
@@ -398,8 +427,9 @@ void outer_product(const S* a, int64_t lda, int64_t K, int64_t M, const Strips<S
         Tiles<S>::copy_of(mr)(a + k0 * lda + m0 + i * mr, lda, kn, copy + i * mr * kn);
       }
       for (int64_t n0 = 0; n0 < b.n; n0 += kColumns) {
-        Tiles<S>::outer_tiles_of(mr)(blocks, copy, b.at(k0, n0), kn, out + m0 * ldo + n0, ldo,
-                                                 min64(kColumns, b.n - n0));
+        const int64_t n = min64(kColumns, b.n - n0);
+        const int nr = static_cast<int>(ceil_div(n, Vec<S>::kLanes));
+        Tiles<S>::outer_tiles_of(nr, mr)(blocks, copy, b.at(k0, n0), kn, out + m0 * ldo + n0, ldo, n);
       }
     }
   }

@@ -36,6 +36,18 @@ struct Vec {
   FUSEDRNN_INLINE friend Vec operator/(Vec a, Vec b) { return a.v / b.v; }
 };
 
+// sum += a * b, for loops that need all 16 registers: one instruction that the compiler neither moves nor gives other
+// operands. Left to itself g++ spills such a loop.
+template <class S>
+FUSEDRNN_INLINE void multiply_add(typename Raw<S>::Type& sum, typename Raw<S>::Type a, typename Raw<S>::Type b) {
+#if defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 32
+  if constexpr (sizeof(S) == 4) asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+  else asm("vfmadd231pd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+#else
+  sum += a * b;
+#endif
+}
+
 // ---- memory -----------------------------------------------------------------------------------------------------
 
 template <class S>
