@@ -26,14 +26,19 @@ CELL_NAMES = {  # as the command line and the tables name them -> as fusedrnn.ce
 }
 WITHOUT_TORCH = {"gru_before", "residual"}  # torch.nn has no such cell
 MODES = ("infer", "train")
-_SIZES = (  # from which batch on, and for each from which H on
-    (1, "B = 1", ((1, "H < 128"), (128, "H 128 to 512"), (513, "H > 512"))),
-    (2, "B 2 to 31", ((1, "H < 128"), (128, "H >= 128"))),
-    (32, "B >= 32", ((1, "H < 256"), (256, "H >= 256"))),
-)
+# Cases alike, whose speed much the same limits: (fewest B, most B, fewest H, most H) of one padded float32 layer with
+# many steps. What fits none is "other".
+_SIZES = {
+    "B = 1, H <= 64": (1, 1, 1, 64),
+    "B = 1, H 128 to 256": (1, 1, 128, 256),
+    "B = 1, H >= 768": (1, 1, 768, 2**20),
+    "B 4 to 16, H <= 96": (4, 16, 1, 96),
+    "B >= 32, H 128 to 192": (32, 2**20, 128, 192),
+    "B >= 32, H >= 256": (32, 2**20, 256, 2**20),
+}
+_MANY_STEPS = 20
 REGIMES = (
-    *(f"{batch}, {hidden}" for _, batch, bounds in _SIZES for _, hidden in bounds),
-    "T = 1", "layers, directions, projection", "ragged", "bfloat16", "float64",
+    *_SIZES, "T = 1, B = 1, H = 128", "ragged, B = 32", "bfloat16, B >= 32, H >= 256", "two directions", "other"
 )  # fmt: skip
 
 
@@ -76,18 +81,23 @@ class Case:
 
     @property
     def regime(self) -> str:
-        """What the case is an example of, one of REGIMES: much the same limits its speed."""
+        """What the case is an example of, one of REGIMES."""
         T, B, _, H = self.shape
+        if self.layers > 1 or self.projection or self.cell not in ("lstm", "gru", "rnn"):
+            return "other"
+        if self.directions > 1:
+            return "two directions"
         if self.ragged:
-            return "ragged"
+            return "ragged, B = 32" if B == 32 else "other"
         if self.dtype != "float32":
-            return self.dtype
-        if self.layers > 1 or self.directions > 1 or self.projection:
-            return "layers, directions, projection"
-        if T == 1:
-            return "T = 1"
-        batch, bounds = next((name, bounds) for least, name, bounds in reversed(_SIZES) if B >= least)
-        return f"{batch}, {next(name for least, name in reversed(bounds) if H >= least)}"
+            alike = self.dtype == "bfloat16" and B >= 32 and H >= 256
+            return "bfloat16, B >= 32, H >= 256" if alike else "other"
+        if self.shape == (1, 1, 128, 128):
+            return "T = 1, B = 1, H = 128"
+        for name, (least, most, low, high) in _SIZES.items():
+            if T >= _MANY_STEPS and least <= B <= most and low <= H <= high:
+                return name
+        return "other"
 
     def lengths(self) -> list[int]:
         """The length of each sequence of the batch, longest first."""
@@ -149,6 +159,7 @@ def _registry() -> Iterator[Case]:
     ):
         yield from each(three, shape)
     yield from each(three, (1, 1, 128, 128), modes=("infer",))  # one step, states handed on by the caller
+    yield from each(three, (1, 1, 8, 8), modes=("infer",))  # hardly any arithmetic: what a call costs
     yield from each(three, (1, 256, 128, 128), modes=("infer",))
     yield from each(three, (1, 32, 256, 256), modes=("infer",))
     yield from each(three, (2, 1, 64, 64))

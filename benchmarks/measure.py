@@ -29,7 +29,7 @@ __all__ = ["Disagreement", "Result", "check", "matmul_gflops", "measure"]
 # 7e-15, 1e-6 (1e-4 for the residual cell, which magnifies) and 6e-3. A wrong term deviates by far more.
 TOLERANCE = {"float64": 1e-12, "float32": 1e-3, "bfloat16": 3e-2}
 SAMPLE_SECONDS = 0.02  # a call shorter than this is repeated
-WARM_SECONDS = 0.05
+WARM_SECONDS = 0.05  # of calls after a pause
 MIN_ROUNDS, MAX_ROUNDS = 7, 101
 
 Call = Callable[[], Sequence[Tensor]]

@@ -113,7 +113,7 @@ def markdown(results: Sequence[Result], info: dict) -> str:
 
 
 def regimes(results: Sequence[Result]) -> str:
-    """Geometric means of cases alike, in Markdown: percent of the peak, and ratios of the three cells of torch.nn."""
+    """Geometric means of cases alike, in Markdown: percent of the float32 peak, and the ratios of each cell."""
     cells, modes = ("lstm", "gru", "rnn"), ("infer", "train")
     rows = [
         "| regime, infer / train | cases | % of peak | LSTM | GRU | RNN |",

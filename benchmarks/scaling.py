@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--cells", metavar="NAMES", default="lstm", help="default: %(default)s")
     add("--mode", choices=("infer", "train"), default="infer")
-    add("--threads", type=int, default=torch.get_num_threads(), help="the most to measure (default: what torch chooses)")
+    add("--threads", type=int, default=torch.get_num_threads(), help="the most to measure; default: torch's choice")
     add("--seconds", type=float, default=2.0, help="time for a row (default: %(default)s)")
     add("--rounds", type=int, default=MIN_ROUNDS, help="the fewest of a row (default: %(default)s)")
     args = parser.parse_args(argv)

@@ -45,9 +45,9 @@ struct LayerWeights {   // one direction, contiguous
   const void* w_hr;     // [R, H] or null
 };
 
-// Packed weights of a layer that outlive a call: memory of the kernel's panel_bytes, 64-byte aligned, and the members of
-// the teams they were packed for. 0: nothing yet, and the call that gets them fills them. Packed for another number, they
-// are left alone. `used`: whether the last call did use them.
+// Packed weights of a layer that outlive a call: memory of the kernel's panel_bytes, 64-byte aligned, and the members
+// of the teams they were packed for. 0: nothing yet, and the call that gets them fills them. Packed for another number,
+// they are left alone. `used`: whether the last call did use them.
 struct Panels {
   void* data;
   int members;

@@ -18,6 +18,8 @@ using namespace fusedrnn;
 
 namespace {
 
+#include "cpu/order.h"
+
 const char* const kIsas[] = {"base", "avx2", "avx512"};
 
 std::vector<std::string> isas(bool on_this_cpu) {
@@ -137,8 +139,10 @@ double rate(int threads, double seconds, const Setup& setup, const Work& work) {
   if (threads < 1 || threads > kMaxThreads) throw std::invalid_argument("threads must be from 1 to 256");
   using Clock = std::chrono::steady_clock;
   double total = 0;
+  before_others();
 #pragma omp parallel num_threads(threads) reduction(+ : total)
   {
+    after_others();
     auto own = setup(omp_get_thread_num());
     int64_t done = 0;
     double elapsed = 0;
@@ -149,7 +153,9 @@ double rate(int threads, double seconds, const Setup& setup, const Work& work) {
       elapsed = std::chrono::duration<double>(Clock::now() - start).count();
     } while (elapsed < seconds);
     total = done / elapsed;
+    before_others();
   }
+  after_others();
   return total;
 }
 
@@ -186,15 +192,19 @@ double meeting_seconds(int threads) {
   constexpr int64_t kTimes = 20000;
   std::vector<Line> flags(threads, Line{});
   double seconds = 0;
+  before_others();
 #pragma omp parallel num_threads(threads)
   {
+    after_others();
     const int members = omp_get_num_threads();
 #pragma omp barrier
     const auto start = std::chrono::steady_clock::now();
     kernels().meet(flags.data(), omp_get_thread_num(), members, kTimes);
 #pragma omp master
     seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / kTimes;
+    before_others();
   }
+  after_others();
   return seconds;
 }
 
@@ -234,7 +244,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan", plan, py::arg("batch_sizes"), py::arg("I"), py::arg("H"), py::arg("directions"), py::arg("gates"),
         py::arg("lanes"), py::arg("threads"), "How a layer would be shared among threads.");
   m.def("pipeline_steps", steps_of_pipeline, py::arg("T"), py::arg("B"), py::arg("H"), py::arg("gates"),
-        py::arg("lanes"), py::arg("layers"), py::arg("threads"), "Steps of a chunk in which stacked layers run side by side; 0: they do not.");
+        py::arg("lanes"), py::arg("layers"), py::arg("threads"), 
+        "Steps of a chunk in which stacked layers run side by side; 0: they do not.");
   m.def("peak_flops", peak_flops, py::arg("threads"), py::arg("seconds") = 0.02,
         py::call_guard<py::gil_scoped_release>(), "float32 operations a second, multiplying and adding in registers.");
   m.def("phases", phases, "Seconds of all threads in each phase since the last call; None if the build has no timers.");

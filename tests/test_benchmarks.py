@@ -4,6 +4,7 @@ Times are never asserted; every run here is far too short to mean anything.
 """
 
 import json
+import math
 import sys
 import time
 
@@ -162,11 +163,11 @@ def test_regimes_are_geometric_means_of_cases_alike():
         result("lstm", "infer", (20, 32, 9, 1024), 4.0, 50.0),
         result("gru", "infer", (20, 32, 9, 256), 3.0, 50.0),
         result("lstm", "train", (50, 64, 9, 256), 8.0, 20.0),
-        result("rnn", "infer", (1, 1, 9, 128), 5.0, 1.0),
+        result("rnn", "infer", (1, 1, 128, 128), 5.0, 1.0),
     ])  # fmt: skip
     assert table.splitlines()[2:] == [
         "| B >= 32, H >= 256 | 4 | 50 / 20 | 2.00 / 8.00 | 3.00 / - | - / - |",
-        "| T = 1 | 1 | 1 / - | - / - | - / - | 5.00 / - |",
+        "| T = 1, B = 1, H = 128 | 1 | 1 / - | - / - | - / - | 5.00 / - |",
     ]
 
 
@@ -250,7 +251,7 @@ def test_the_limits_are_readings(capsys):
     assert limits.main(["--rounds", "1", "--threads", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()[2:]
     assert len(lines) == 2 + 2 * len(limits.KILOBYTES) + 1
-    assert all(0 < float(line.split()[-1]) < 1e6 for line in lines)
+    assert all(0 < float(line.split()[-1]) < math.inf for line in lines)
     for call in (lambda: fusedrnn._C.read_bandwidth(0, 1), lambda: fusedrnn._C.meeting_seconds(0)):
         with pytest.raises(ValueError, match="threads"):
             call()

@@ -131,7 +131,9 @@ def test_unusable_text_is_an_error(char_lm, tmp_path, capsys, content, message):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options", ["--steps 0", "--layers x", "--cell transformer", "--dtype int8", "--seq -3", "--temperature 0", "--clip -1"])
+@pytest.mark.parametrize("options", [
+    "--steps 0", "--layers x", "--cell transformer", "--dtype int8", "--seq -3", "--temperature 0", "--clip -1"
+])  # fmt: skip
 def test_bad_options_are_errors(char_lm, capsys, options):
     with pytest.raises(SystemExit) as error:
         char_lm.main(options.split())

@@ -50,6 +50,11 @@ def run_guarded() -> None:
                 projected = replace(case, proj_size=H - 1) if info.projectable and H > 1 else case
                 for each in (case, ragged(case), projected):
                     check(each)
+            # Packed weights: panels whose strips are three, two and one vector wide; one row, two rows, a team.
+            for T, B, I, H, threads in ((11, 1, 25, 49, 1), (12, 2, 24, 73, 1), (11, 1, 48, 97, 2), (60, 1, 70, 130, 2)):
+                torch.set_num_threads(threads)
+                check(Case(cell, T=T, B=B, I=I, H=H, dtype=dtype))
+            torch.set_num_threads(1)
 
 
 def check(case: Case) -> None:
@@ -59,6 +64,9 @@ def check(case: Case) -> None:
     tensors = {name: guarded(t).requires_grad_() for name, t in case.tensors().items()}
     found = results(module, tensors, dict(module.named_parameters()), pack=packer(case))
     assert all(t.isfinite().all() for t in found.values())
+    with torch.no_grad():
+        for _ in range(3):  # the weights are packed, kept and used again
+            assert module(tensors["x"].detach())[0].isfinite().all()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="protects pages with mprotect")

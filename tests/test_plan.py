@@ -68,5 +68,12 @@ def test_rules_by_size():
     many = plan([64] * 50, I=256, H=256, threads=64)
     assert (many["teams"], many["members"], many["slices"]) == (16, 4, 16)
     assert plan([1] * 100, I=256, H=256, threads=64)["members"] == 8
+    # A slice has three samples where W_hh stays in the second-level cache, else four, up to H = 64 any number.
+    assert plan([6] * 100, I=128, H=128)["slices"] == 2 and plan([5] * 100, I=128, H=128)["members"] == 2
+    assert plan([6] * 100, I=129, H=129)["members"] == 2 and plan([8] * 100, I=129, H=129)["slices"] == 2
+    assert plan([6] * 100, I=147, H=147, gates=3)["slices"] == 2
+    assert plan([6] * 100, I=256, H=256, gates=1)["slices"] == 2
+    assert plan([8] * 100, I=257, H=257, gates=1)["members"] == 2
+    assert plan([2] * 100, I=64, H=64)["slices"] == 2 and plan([2] * 100, I=65, H=65)["members"] == 2
     # Too little work to wake a second thread.
     assert plan([1], I=16, H=16) == {"teams": 1, "members": 1, "slices": 1, "bounds": [0, 1]}

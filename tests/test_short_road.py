@@ -117,7 +117,7 @@ def test_cells(name: str, bias: bool, given: bool, B: int, assert_both_roads_agr
 
 
 def test_the_weights_are_those_of_the_moment() -> None:
-    """Updates in place (also of .data), a new Parameter, load_state_dict and another dtype are seen by the next call."""
+    """Updates in place, also of .data, a new Parameter, load_state_dict and another dtype: the next call sees them."""
     x, module = torch.randn(1, 1, 4), fusedrnn.GRU(4, 5)
     twin = nn.GRU(4, 5)
 

@@ -78,6 +78,28 @@ def test_the_same_bits_again(cell: str, dtype: torch.dtype, number: int, threads
 
 
 @pytest.mark.parametrize("cell", CELLS)
+def test_one_thread_and_two_give_the_same_bits(cell: str, threads: Callable[[int], None]) -> None:
+    """Where a row meets tiles of several rows either way: everything if units are shared, all but the weight gradients,
+    which are then a sum over slices, if the batch is.
+    """
+    sums = {"dweight_ih_l0", "dweight_hh_l0", "dbias_ih_l0", "dbias_hh_l0"}
+    gates = len(CELLS[cell].gates)
+    for case, shared in (
+        (Case(cell, T=20, B=32, I=288, H=288, dtype=torch.float32), "members"),
+        (Case(cell, T=60, B=8, I=64, H=64, dtype=torch.float32), "slices"),
+        (Case(cell, T=30, B=32, I=128, H=128, dtype=torch.float32), "slices"),
+    ):
+        assert fusedrnn._C.plan([case.B] * case.T, case.I, case.H, 1, gates, 8, 2)[shared] == 2
+        threads(1)
+        one = run_ours(case)
+        threads(2)
+        two = run_ours(case)
+        assert sums < set(one)
+        for name in one:
+            assert torch.equal(one[name], two[name]) or (shared == "slices" and name in sums), name
+
+
+@pytest.mark.parametrize("cell", CELLS)
 def test_more_threads_than_rows(cell: str, threads: Callable[[int], None]) -> None:
     threads(7)
     small = Case(cell, T=3, B=2, H=5, num_layers=2)

@@ -4,7 +4,7 @@
 // vectors numbered g * nv + v, nv <= kGroupVectors<kGroup>. It is cut into strips as wide as a register tile:
 //   strip [K][width][lanes], width = strip_width(W), the last one narrower where that does not divide W.
 // A panel that begins at vector v0 begins at element v0 * K * kGroup * lanes: panels of any widths follow one
-// another without a table. Lanes past the last unit are zero.
+// another without a table. Lanes past the last unit are zero here; what a product leaves in such lanes is undefined.
 //
 // Tile sizes: as many accumulators as the registers hold, few loads a multiply-add, no spills (docs/performance.md).
 
@@ -57,7 +57,7 @@ template <class S, int MR, int W, int kStrips>
 void row_tile(const S* const* a, int64_t K, const S* b, int64_t pitch, Vec<S>* out, int ldo, bool accumulate) {
   using Type = typename Raw<S>::Type;
   constexpr int L = Vec<S>::kLanes, NR = W * kStrips;
-  // Eight sums or more hide the latency of the FMA units: few rows make several sums over k.
+  // Eight sums or so hide the latency of the FMA units: small tiles make several over k.
   constexpr int kSums = MR * NR <= 2 ? 4 : MR * NR <= 6 ? 2 : 1;
   Type acc[kSums][MR][NR];
   const S* row[MR];
@@ -70,7 +70,7 @@ void row_tile(const S* const* a, int64_t K, const S* b, int64_t pitch, Vec<S>* o
       for (int i = 0; i < kSums; ++i) acc[i][m][v] = accumulate && i == 0 ? out[m * ldo + v].v : Type{};
     }
   }
-  const auto step = [&](int64_t k, Type(&sum)[MR][NR]) __attribute__((always_inline)) {
+  const auto step = [&](int64_t k, Type(&sum)[MR][NR]) FUSEDRNN_INLINE_LAMBDA {
     Type bv[NR];
 #pragma GCC unroll 12
     for (int v = 0; v < NR; ++v) bv[v] = load(b + v / W * pitch + v % W * L).v;
@@ -103,8 +103,8 @@ void row_tile(const S* const* a, int64_t K, const S* b, int64_t pitch, Vec<S>* o
   }
 }
 
-// out[m * ldo + v] += sum_k a[k][m] * b[k][v], for weight gradients: k runs over rows. b: [K][kTileWidth] vectors
-// `blocks` tiles, one below the other: a: [blocks][K][MR], out: [blocks * MR][n], where n may end inside a vector.
+// out[m * ldo + v] += sum_k a[k][m] * b[k][v], for weight gradients: k runs over rows. `blocks` tiles, one below the
+// other: a: [blocks][K][MR]; b: [K][kTileWidth] of vectors; out: [blocks * MR][n], where n may end inside a vector.
 template <class S, int MR, int NR>
 void outer_tiles(int64_t blocks, const S* a, const S* b, int64_t K, S* out, int64_t ldo, int64_t n) {
   using Type = typename Raw<S>::Type;
@@ -170,7 +170,7 @@ struct Tiles {
   template <int n>
   using Sizes = std::make_integer_sequence<int, n>;
   template <int W>  // strips in the widest panel whose strips are all of this width
-  static constexpr int kMostStrips = W == kTileWidth ? kPanelWidth / W : W == 1 ? 1 : 2;
+  static constexpr int kMostStrips = W == kTileWidth ? kPanelWidth / W : W == 1 || kTileWidth == 4 ? 1 : 2;
 
   template <int W = kTileWidth, int kStrips = kMostStrips<W>>
   static RowTile row_tile_of(int strips, int width, int mr) {
@@ -321,7 +321,7 @@ FUSEDRNN_INLINE void product(const Weights<S, T>& weights, Inner inner, Range ve
         results += n * width;
       }
       const Timed timed(Phase::kCell);
-      const auto each = [&](const auto& body) __attribute__((always_inline)) {
+      const auto each = [&](const auto& body) FUSEDRNN_INLINE_LAMBDA {
         Vec<S>* acc = out;
         for (int64_t v0 = first; v0 < last; v0 += U) {
           const int nv = static_cast<int>(min64(U, last - v0));

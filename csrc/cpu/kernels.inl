@@ -69,15 +69,15 @@ void meet(void* flags, int me, int members, int64_t times) {
   for (int64_t i = 0; i < times; ++i) team.meet();
 }
 
-// Each lane of several chains holds two hashes of its own words, of different making: what one does not tell apart by its
-// structure, such as the top bit of a word against a lower one of the next, the other does.
+// Each lane of several chains holds two hashes of its own words, of different making: what one does not tell apart by
+// its structure, such as the top bit of a word against a lower one of the next, the other does.
 uint64_t digest(const void* data, int64_t bytes, uint64_t seed) {
   constexpr int kChains = 4;
   constexpr uint32_t kFactor = 0x9e3779b1, kOther = 0x85ebca77;  // odd
   constexpr int64_t kStride = kChains * sizeof(Words);
   Words chain[2 * kChains];
   for (int i = 0; i < 2 * kChains; ++i) chain[i] = Words{} + static_cast<uint32_t>(seed + i);
-  const auto absorb = [&](const char* from) __attribute__((always_inline)) {
+  const auto absorb = [&](const char* from) FUSEDRNN_INLINE_LAMBDA {
 #pragma GCC unroll 4
     for (int i = 0; i < kChains; ++i) {
       Words words, &a = chain[i], &b = chain[kChains + i];
@@ -93,7 +93,7 @@ uint64_t digest(const void* data, int64_t bytes, uint64_t seed) {
   char rest[kStride] = {};
   if (left > 0) __builtin_memcpy(rest, from, left);
   absorb(rest);
-  uint64_t result = static_cast<uint64_t>(bytes) ^ seed >> 32;
+  uint64_t result = static_cast<uint64_t>(bytes) ^ (seed >> 32);
   for (int i = 0; i < 2 * kChains; ++i) {
     for (size_t lane = 0; lane < sizeof(Words) / 4; ++lane) {
       result = ((result << 29 | result >> 35) ^ chain[i][lane]) * 0x9e3779b97f4a7c15;

@@ -1,5 +1,5 @@
-// ThreadSanitizer does not see how OpenMP's threads start, meet and end (`make sanitize`): these tell it. Each file that
-// includes this inside a namespace of its own has an order of its own.
+// ThreadSanitizer does not see how OpenMP's threads start, meet and end (`make sanitize`): these tell it. Each file
+// that includes this inside a namespace of its own has an order of its own.
 #if defined(__SANITIZE_THREAD__)
 extern "C" void __tsan_acquire(void*);
 extern "C" void __tsan_release(void*);

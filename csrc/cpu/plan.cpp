@@ -31,9 +31,12 @@ Plan make_plan(const LayerSizes& size, int gates, int lanes, int threads) {
 
   // Directions are independent: give each its own threads where they divide evenly.
   const int64_t per_direction = n % size.D == 0 ? n / size.D : n;
-  // A slice with fewer samples would not use the weights it reads, least where they do not stay in the second-level
-  // cache. Above H = 256 teams are as fast with two threads, and need one sum of the weight gradients, not one a slice.
-  const int64_t fewest = size.H <= 64 ? 1 : gates * size.H * size.R <= int64_t{1} << 16 ? 3 : 4;
+  // A slice with fewer samples would not use the weights it reads, least where W_hh does not stay in the second-level
+  // cache (as float32). Above H = 256 teams are as fast with two threads, and need one sum of the weight gradients, not
+  // one a slice.
+  constexpr int64_t kWeightsCached = 1 << 16;
+  const int64_t fewest_large = gates * size.H * size.R <= kWeightsCached ? 3 : 4;
+  const int64_t fewest = size.H <= 64 ? 1 : fewest_large;
   const int64_t slices_worth = size.B / fewest;
   if (per_direction == 1 || (size.H <= 256 && slices_worth >= per_direction)) {
     const int slices = static_cast<int>(per_direction);

@@ -36,8 +36,8 @@ struct Vec {
   FUSEDRNN_INLINE friend Vec operator/(Vec a, Vec b) { return a.v / b.v; }
 };
 
-// sum += a * b, for loops that need all 16 registers: one instruction that the compiler neither moves nor gives other
-// operands. Left to itself g++ spills such a loop.
+// sum += a * b, for loops that need all 16 registers: one instruction, on these operands in registers. Left to itself
+// g++ takes some from memory or saves others there.
 template <class S>
 FUSEDRNN_INLINE void multiply_add(typename Raw<S>::Type& sum, typename Raw<S>::Type a, typename Raw<S>::Type b) {
 #if defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 32
