@@ -110,14 +110,20 @@ int64_t steps_of_pipeline(int64_t T, int64_t B, int64_t H, int gates, int lanes,
   return pipeline_steps(Lengths(std::vector<int64_t>(T, B), H, H, 1).size, gates, lanes, layers, threads);
 }
 
-// y, h_n, c_n, or None: see inference.h.
+// y, h_n, c_n, or None: see inference.h. Of one step x [B, I], with states [B, *], the same without the time.
 py::object infer_layers(const at::Tensor& x, const std::optional<at::Tensor>& h0, const std::optional<at::Tensor>& c0,
                         const std::vector<at::Tensor>& weights, const std::string& cell, bool bidirectional,
                         int64_t layers, PackedWeights& kept) {
   std::optional<Inferred> results;
   {
     const py::gil_scoped_release release;
-    results = infer(x, h0, c0, weights, cell, bidirectional, layers, kept);
+    const bool step = x.dim() == 2;
+    const auto with_time = [&](const std::optional<at::Tensor>& t) { return step && t ? t->unsqueeze(0) : t; };
+    results = infer(*with_time(x), with_time(h0), with_time(c0), weights, cell, bidirectional, layers, kept);
+    if (step && results) {
+      auto& [y, h_n, c_n] = *results;
+      y = y.squeeze(0), h_n = h_n.squeeze(0), c_n = c_n.size(0) ? c_n.squeeze(0) : c_n;
+    }
   }
   return results ? py::cast(*results) : py::none();
 }

@@ -104,13 +104,22 @@ def _dense(
     c0: Tensor | None,
     weights: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """A dense batch through one layer or, in inference, through several: y, h_n, c_n. None: by the long road."""
+    """A dense batch through one layer or, in inference, through several: y, h_n, c_n. None: by the long road.
+
+    Of a cell, x is (B, I), without the time, and so are the states and results.
+    """
     if _infers():
         kept = vars(module).get(_KEPT) or vars(module).setdefault(_KEPT, PackedWeights())
         result = infer(x, h0, c0, weights, cell, bidirectional, num_layers, kept)
         if result is not None:
             return result
-    return recurrent_layer(cell, bidirectional, x, None, h0, c0, weights) if num_layers == 1 else None
+    if num_layers > 1:
+        return None
+    if x.dim() == 3:
+        return recurrent_layer(cell, bidirectional, x, None, h0, c0, weights)
+    x, h0, c0 = (None if t is None else t.unsqueeze(0) for t in (x, h0, c0))
+    y, h_n, c_n = recurrent_layer(cell, bidirectional, x, None, h0, c0, weights)
+    return y[0], h_n[0], c_n[0] if c_n.size(0) else c_n
 
 
 def _is_plain(
@@ -308,14 +317,17 @@ def _short_road_of_cell(
     weights = [module._parameters.get(name) for name in names]
     if not _is_plain(input, 2, states, weights, cell):
         return None
+    h0, c0 = (*(states or ()), None, None)[:2]
     try:
-        h0, c0 = (*(state.unsqueeze(0) for state in states or ()), None, None)[:2]
-        _, h, c = _dense(module, cell, False, 1, input.unsqueeze(0), h0, c0, weights)
+        result = _dense(module, cell, False, 1, input, h0, c0, weights)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError):
         return None
-    return (h[0], c[0]) if c.size(0) else (h[0],)
+    if result is None:
+        return None
+    _, h, c = result
+    return (h, c) if len(CELLS[cell].states) == 2 else (h,)
 
 
 class RNNCell(_InferenceModule, torch.nn.RNNCell):

@@ -105,7 +105,7 @@ def test_sequences(name: str, options: dict, given: bool, T: int, B: int, assert
     assert_both_roads_agree(module, x, hx)
 
 
-@pytest.mark.parametrize("B", [1, 3, 20])
+@pytest.mark.parametrize("B", [0, 1, 3, 20])
 @pytest.mark.parametrize("given", [False, True], ids=["zeros", "states"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("name", CELLS)
