@@ -40,3 +40,10 @@ def threads() -> Iterator[Callable[[int], None]]:
 def _one_thread_fixed_seed(threads: Callable[[int], None]) -> None:
     threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_gradients() -> Iterator[None]:
+    """The test runs with gradients off."""
+    with torch.no_grad():
+        yield
