@@ -3,6 +3,7 @@
 
 #include <ATen/record_function.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <omp.h>
 
 #include <algorithm>
 
@@ -32,22 +33,7 @@ int64_t PackedWeights::bytes() const {
 
 namespace {
 
-#include "cpu/order.h"
-
-// One parallel region of at most `threads` threads.
-template <class Body>
-void on_threads(int threads, const Body& body) {
-  before_others();
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    before_others();  // a meeting first: it orders what the region itself shares, too
-#pragma omp barrier
-    after_others();
-    body();
-    before_others();
-  }
-  after_others();
-}
+#include "cpu/region.h"
 
 // Packing costs as much as the products of a few rows. With more rows than these it is less than a hundredth of a call.
 constexpr int64_t kRowsKept = 512;
@@ -74,7 +60,7 @@ uint64_t digest(const Tensor& t, uint64_t seed) {
   const char* data = static_cast<const char*>(t.const_data_ptr());
   const int64_t bytes = t.nbytes(), blocks = (bytes + kBlock - 1) / kBlock;
   std::vector<uint64_t> parts(blocks);
-  on_threads(blocks > kFew ? threads() : 1, [&] {
+  on_threads(blocks > kFew ? threads() : 1, [&](int) {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < blocks; ++i) {
       parts[i] = kernels().digest(data + i * kBlock, std::min(kBlock, bytes - i * kBlock), seed + i);
@@ -179,7 +165,7 @@ ForwardProblem steps_of(const Work& work, int64_t begin, int64_t end) {
 bool run_pipeline(const std::vector<Work>& stack, int64_t steps, int threads) {
   const int64_t T = stack[0].layer.size.T, layers = stack.size(), chunks = (T + steps - 1) / steps;
   std::atomic<bool> done{true};
-  on_threads(static_cast<int>(std::min<int64_t>(threads, layers)), [&] {
+  on_threads(static_cast<int>(std::min<int64_t>(threads, layers)), [&](int) {
     for (int64_t wave = 0; wave < chunks + layers - 1; ++wave) {
 #pragma omp for schedule(static, 1)
       for (int64_t l = 0; l < layers; ++l) {

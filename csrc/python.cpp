@@ -7,6 +7,7 @@
 #include <torch/version.h>
 
 #include <chrono>
+#include <numeric>
 #include <stdexcept>
 
 #include "cpu/dispatch.h"
@@ -18,7 +19,7 @@ using namespace fusedrnn;
 
 namespace {
 
-#include "cpu/order.h"
+#include "cpu/region.h"
 
 const char* const kIsas[] = {"base", "avx2", "avx512"};
 
@@ -144,12 +145,9 @@ template <class Setup, class Work>
 double rate(int threads, double seconds, const Setup& setup, const Work& work) {
   if (threads < 1 || threads > kMaxThreads) throw std::invalid_argument("threads must be from 1 to 256");
   using Clock = std::chrono::steady_clock;
-  double total = 0;
-  before_others();
-#pragma omp parallel num_threads(threads) reduction(+ : total)
-  {
-    after_others();
-    auto own = setup(omp_get_thread_num());
+  std::vector<double> rates(threads);
+  on_threads(threads, [&](int thread) {
+    auto own = setup(thread);
     int64_t done = 0;
     double elapsed = 0;
 #pragma omp barrier
@@ -158,11 +156,9 @@ double rate(int threads, double seconds, const Setup& setup, const Work& work) {
       done += work(own);
       elapsed = std::chrono::duration<double>(Clock::now() - start).count();
     } while (elapsed < seconds);
-    total = done / elapsed;
-    before_others();
-  }
-  after_others();
-  return total;
+    rates[thread] = done / elapsed;
+  });
+  return std::accumulate(rates.begin(), rates.end(), 0.0);
 }
 
 double peak_flops(int threads, double seconds) {
@@ -198,19 +194,12 @@ double meeting_seconds(int threads) {
   constexpr int64_t kTimes = 20000;
   std::vector<Line> flags(threads, Line{});
   double seconds = 0;
-  before_others();
-#pragma omp parallel num_threads(threads)
-  {
-    after_others();
-    const int members = omp_get_num_threads();
-#pragma omp barrier
+  on_threads(threads, [&](int thread) {
     const auto start = std::chrono::steady_clock::now();
-    kernels().meet(flags.data(), omp_get_thread_num(), members, kTimes);
-#pragma omp master
-    seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / kTimes;
-    before_others();
-  }
-  after_others();
+    kernels().meet(flags.data(), thread, omp_get_num_threads(), kTimes);
+    const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+    if (thread == 0) seconds = elapsed.count() / kTimes;
+  });
   return seconds;
 }
 
@@ -250,7 +239,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan", plan, py::arg("batch_sizes"), py::arg("I"), py::arg("H"), py::arg("directions"), py::arg("gates"),
         py::arg("lanes"), py::arg("threads"), "How a layer would be shared among threads.");
   m.def("pipeline_steps", steps_of_pipeline, py::arg("T"), py::arg("B"), py::arg("H"), py::arg("gates"),
-        py::arg("lanes"), py::arg("layers"), py::arg("threads"), 
+        py::arg("lanes"), py::arg("layers"), py::arg("threads"),
         "Steps of a chunk in which stacked layers run side by side; 0: they do not.");
   m.def("peak_flops", peak_flops, py::arg("threads"), py::arg("seconds") = 0.02,
         py::call_guard<py::gil_scoped_release>(), "float32 operations a second, multiplying and adding in registers.");
