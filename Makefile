@@ -14,7 +14,7 @@ SETUP   := $(VENV)/stamp-torch-$(TORCH)
 BUILD   := build/stamp$(subst /,-,$(VENV))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: help demo test bench bench-peers phases sanitize sanitize-memory sanitize-threads build clean distclean
+.PHONY: help demo test bench bench-peers phases test-avx512 sanitize sanitize-memory sanitize-threads build clean distclean
 .PHONY: check force
 .NOTPARALLEL:
 
@@ -23,6 +23,7 @@ help:
 	@echo 'make test       run every test'
 	@echo 'make bench      time fusedrnn against torch.nn, layer by layer (make bench-peers: ONNX Runtime and OpenVINO)'
 	@echo 'make phases     time fusedrnn with timers inside: where the time of a layer goes'
+	@echo 'make test-avx512  run the tests on the AVX-512 kernels, compiled for AVX2'
 	@echo 'make sanitize   run the tests with AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer'
 	@echo 'make build      set up and compile only (the others do so by themselves)'
 	@echo 'make clean      delete what was compiled; make distclean: the virtual environment too'
@@ -64,6 +65,12 @@ USING = cd build/$(1) && PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/$(1)/lib:$
 phases: $(SETUP) | check
 	$(call variant,phases,-DFUSEDRNN_PHASES)
 	@$(call USING,phases) $(abspath $(BIN)) -m benchmarks --phases $(ARGS)
+
+# The AVX-512 kernels on a processor that has AVX2 alone: the same source, two registers a vector. No timing.
+test-avx512: $(SETUP) | check
+	$(call variant,test-avx512,-DFUSEDRNN_AVX2_AS_AVX512)
+	@$(call USING,test-avx512) FUSEDRNN_CPU_ISA=avx512 \
+	  $(abspath $(BIN)) -m pytest --rootdir $(CURDIR) -p no:cacheprovider $(CURDIR)/tests $(UNTIMED) $(ARGS)
 
 sanitize: sanitize-memory sanitize-threads
 

@@ -1,20 +1,35 @@
 """Builds the extension fusedrnn._C. No downloads, no reading of the builder's CPU: every instruction set is compiled.
 
+FUSEDRNN_CUDA=auto|0|1: with the CUDA kernels if torch is built for CUDA and its compiler is found (auto, the default),
+never, or else an error. No GPU need be there. TORCH_CUDA_ARCH_LIST names the architectures.
+
 OpenMP is compiled in but not linked: its symbols resolve through the copy that torch brings, so that a process has
 one OpenMP runtime. FUSEDRNN_CXX_FLAGS and FUSEDRNN_LD_FLAGS add flags of the compiler and the
 linker; MAX_JOBS bounds the parallel compile jobs.
 """
 
 import os
+import re
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+if not os.environ.get("CUDA_HOME") and shutil.which("nvcc"):
+    # Torch would take the folder above the one that nvcc lies in, which may be a link or a script. It knows itself.
+    told = subprocess.run(["nvcc", "--dryrun", "-c", "none.cu"], capture_output=True, text=True).stderr
+    if home := re.search(r"TOP=(.*)", told):
+        os.environ["CUDA_HOME"] = os.path.realpath(home[1])
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
 ROOT = Path(__file__).parent
-SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
+CUDA_SOURCES = ["csrc/cuda/device.cu", "csrc/cuda/launch.cpp"]
+SOURCES = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")}
+SOURCES = sorted(SOURCES - set(CUDA_SOURCES))
 # One translation unit an instruction set: the largest first, so that parallel jobs end together.
 SOURCES.sort(key=lambda name: ("isa_" not in name, name))
 
@@ -23,14 +38,41 @@ FLAGS += ["-Wall", "-Wno-unknown-pragmas"]
 if sys.platform == "darwin":
     FLAGS.remove("-fopenmp")  # Apple's clang has none: one thread
 FLAGS += shlex.split(os.environ.get("FUSEDRNN_CXX_FLAGS", ""))
+
+
+def with_cuda() -> bool:
+    """Whether to compile the CUDA kernels."""
+    wish = os.environ.get("FUSEDRNN_CUDA") or "auto"
+    if wish not in ("auto", "0", "1"):
+        sys.exit(f"FUSEDRNN_CUDA must be auto, 0 or 1, got {wish!r}")
+    missing = None
+    if not torch.version.cuda:
+        missing = f"torch {torch.__version__} is built without CUDA"
+    elif not CUDA_HOME or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
+        missing = "nvcc is not found: set CUDA_HOME"
+    if missing and wish == "1":
+        sys.exit(f"FUSEDRNN_CUDA=1, but {missing}")
+    return wish != "0" and not missing
+
+
+def torch_headers() -> list[str]:
+    """Flags that find, after the toolkit's own headers, those of the packages that torch brings: cuBLAS's, say."""
+    found = Path(torch.__file__).parent.parent.glob("nvidia/*/include/cublas_v2.h")
+    return [flag for path in found for flag in ("-idirafter", str(path.parent))]
+
+
+CUDA = with_cuda()
+if CUDA:
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    FLAGS.append("-DFUSEDRNN_CUDA")
 FLAGS.append(f'-DFUSEDRNN_FLAGS="{" ".join(FLAGS)}"')  # for fusedrnn.info
 
 setup(
     ext_modules=[
-        CppExtension(
+        (CUDAExtension if CUDA else CppExtension)(
             "fusedrnn._C",
-            SOURCES,
-            extra_compile_args=FLAGS,
+            SOURCES + (CUDA_SOURCES if CUDA else []),
+            extra_compile_args={"cxx": FLAGS + (torch_headers() if CUDA else []), "nvcc": ["-O3", "-std=c++17"]},
             extra_link_args=shlex.split(os.environ.get("FUSEDRNN_LD_FLAGS", "")),
         )
     ],

@@ -28,12 +28,12 @@ struct Layer {
   bool packed;
 
   const CellConstants& constants() const { return cell_constants(cell); }
-  at::ScalarType compute_type() const { return dtype == at::kBFloat16 ? at::kFloat : dtype; }
+  at::ScalarType compute_type() const { return at::isReducedFloatingType(dtype) ? at::kFloat : dtype; }
   int64_t saved_width() const {
     const int64_t width = (constants().saved + constants().states - 1) * size.H;
     return spread_stride(width, at::elementSize(compute_type()));
   }
-  int kernel_dtype() const;  // its place in the kernels' tables
+  int kernel_dtype() const;  // its place in the kernels' tables; -1: none
 };
 
 // Throws what torch.nn would, or names the argument that does not fit.

@@ -8,11 +8,28 @@
 #include <torch/library.h>
 
 #include "layer.h"
+#if defined(FUSEDRNN_CUDA)
+#include "cuda/launch.h"
+#endif
 
 namespace fusedrnn {
 namespace {
 
 using at::Tensor;
+
+void run(const Layer& layer, const ForwardProblem& p) {
+#if defined(FUSEDRNN_CUDA)
+  if (layer.x.is_cuda()) return cuda_forward(layer, p);
+#endif
+  check_memory(kernels().forward[layer.cell][layer.kernel_dtype()](p));
+}
+
+void run(const Layer& layer, const BackwardProblem& p) {
+#if defined(FUSEDRNN_CUDA)
+  if (layer.x.is_cuda()) return cuda_backward(layer, p);
+#endif
+  check_memory(kernels().backward[layer.cell][layer.kernel_dtype()](p));
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_forward(const Tensor& x, const OptionalTensor& batch_sizes,
                                                          const OptionalTensor& h0, const OptionalTensor& c0,
@@ -33,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_forward(const Tensor& x, const 
     p.c_n = result(c_n);
     p.saved = saved.numel() > 0 ? result(saved) : nullptr;
     p.saved_stride = layer.saved_width();
-    check_memory(kernels().forward[layer.cell][layer.kernel_dtype()](p));
+    run(layer, p);
   }
   return {y, h_n, c_n, saved};
 }
@@ -96,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> layer_backward(
       p.dw[d] = {result(g[0]), result(g[1]), bias ? result(g[2]) : nullptr, bias ? result(g[3]) : nullptr,
                  z.projected ? result(g[each - 1]) : nullptr};
     }
-    check_memory(kernels().backward[layer.cell][layer.kernel_dtype()](p));
+    run(layer, p);
   }
   return {dx, dh0, dc0, dw};
 }
@@ -117,5 +134,12 @@ TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
   m.impl("layer_forward", layer_forward);
   m.impl("layer_backward", layer_backward);
 }
+
+#if defined(FUSEDRNN_CUDA)
+TORCH_LIBRARY_IMPL(fusedrnn, CUDA, m) {
+  m.impl("layer_forward", layer_forward);
+  m.impl("layer_backward", layer_backward);
+}
+#endif
 
 }  // namespace fusedrnn

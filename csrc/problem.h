@@ -12,8 +12,8 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-enum class DType : int { kFloat32, kFloat64, kBFloat16 };
-constexpr int kDTypes = 3;
+enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
+constexpr int kDTypes = 4;
 
 // Elements between rows of n elements of `bytes` each: an odd number of cache lines, so that a column of rows
 // spreads over all cache sets. Short rows, which do not collide, stay as they are.
@@ -36,6 +36,15 @@ struct RowView {
   int64_t time;   // elements between steps; < 0: packed, step t begins at offset[t] * batch
   int64_t batch;  // elements between samples
 };
+
+// The distance between the rows of x, if there is but one (has_even_rows), as products want it.
+inline int64_t row_stride(const RowView& x, const LayerSizes& z) {
+  return z.N == 1 ? z.I : x.time < 0 || z.B > 1 ? x.batch : x.time;
+}
+inline bool has_even_rows(const RowView& x, const LayerSizes& z) {
+  const bool even = x.time < 0 || z.B == 1 || z.T == 1 || x.time == z.B * x.batch;
+  return even && row_stride(x, z) >= z.I;
+}
 
 struct LayerWeights {   // one direction, contiguous
   const void* w_ih;     // [G*H, I]

@@ -63,6 +63,11 @@ py::dict build() {
   result["openmp"] = "none: one thread";
 #endif
   result["torch"] = TORCH_VERSION;
+#if defined(FUSEDRNN_CUDA)
+  result["cuda"] = true;
+#else
+  result["cuda"] = false;
+#endif
   return result;
 }
 

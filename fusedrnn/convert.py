@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from . import modules
+from .ops import KERNEL_DTYPES
 
 __all__ = ["ConversionEntry", "ConversionReport", "convert", "revert"]
 
@@ -22,7 +23,6 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
 }
 _TORCH = {ours: theirs for theirs, ours in _FUSED.items()}
 _OURS = (*_TORCH, modules.ResidualRNN)
-_DTYPES = {"cpu": (torch.float32, torch.float64, torch.bfloat16)}  # what the kernels take; a test holds it so
 
 
 @dataclass(frozen=True)
@@ -131,11 +131,11 @@ def _obstacle_to_convert(module: nn.Module) -> str | None:
         return "its forward was replaced on the instance"
     for name, parameter in module.named_parameters():
         device, dtype = parameter.device.type, parameter.dtype
-        if device not in ("meta", *_DTYPES):
-            return f"{name} is on device {parameter.device}, fusedrnn runs on {', '.join(_DTYPES)}"
-        if dtype not in _DTYPES.get(device, _DTYPES["cpu"]):
-            names = ", ".join(str(dtype) for dtype in _DTYPES["cpu"])
-            return f"{name} has dtype {dtype}, fusedrnn computes in {names}"
+        if device not in ("meta", *KERNEL_DTYPES):
+            return f"{name} is on device {parameter.device}, fusedrnn runs on {', '.join(KERNEL_DTYPES)}"
+        dtypes = KERNEL_DTYPES.get(device, KERNEL_DTYPES["cpu"])
+        if dtype not in dtypes:
+            return f"{name} has dtype {dtype}, fusedrnn computes in {', '.join(map(str, dtypes))}"
     return None
 
 

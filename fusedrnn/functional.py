@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .autograd import RecurrentLayer, recurrent_layer
 from .cells import CELLS
+from .ops import KERNEL_DTYPES
 
 __all__ = [
     "RecurrentLayer",
@@ -37,8 +38,8 @@ def _check_devices(x: Tensor, *tensors: Tensor | None) -> None:
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))
         raise RuntimeError(f"input, hidden state and weights must be on one device, got {names}")
-    if x.device.type not in ("cpu", "meta"):
-        raise NotImplementedError(f"fusedrnn runs on the CPU, got tensors on {x.device}")
+    if x.device.type not in ("meta", *KERNEL_DTYPES):
+        raise NotImplementedError(f"this build of fusedrnn runs on {', '.join(KERNEL_DTYPES)}, got tensors on {x.device}")
 
 
 def _stack(

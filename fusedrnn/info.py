@@ -26,6 +26,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def _describe_cuda(built: bool) -> str:
+    if not built:
+        return "not in this build"
+    if not torch.cuda.is_available():
+        return f"built for CUDA {torch.version.cuda}; no GPU here"
+    count, name = torch.cuda.device_count(), torch.cuda.get_device_name()
+    return f"built for CUDA {torch.version.cuda}; {count} GPU(s), the first {name}"
+
+
 def describe() -> dict[str, str]:
     """What is in use, a line of text for each subject."""
     forced, build = os.environ.get("FUSEDRNN_CPU_ISA"), _C.build()
@@ -39,6 +48,7 @@ def describe() -> dict[str, str]:
         f" (here: {', '.join(_C.supported_isas())}; in this build: {', '.join(_C.built_isas())})",
         "threads": f"{torch.get_num_threads()} (torch.set_num_threads); {', '.join(settings) or 'no OMP_ variable'}",
         "OpenMP": build["openmp"],
+        "CUDA": _describe_cuda(build["cuda"]),
         "cells": ", ".join(cell["name"] for cell in _C.cells()),
         "compiler": f"{build['compiler']}, flags {build['flags']}",
         "timers": "none" if _C.phases() is None else "in every phase: slower, for measuring only (make phases)",

@@ -131,7 +131,7 @@ def _is_plain(
     return (
         type(input) is Tensor
         and input.dim() == dim
-        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_autocast_enabled("cuda" if input.is_cuda else "cpu")
         and (
             states is None
             or (type(states) is tuple and [type(state) for state in states] == [Tensor] * len(CELLS[cell].states))

@@ -12,10 +12,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _C  # noqa: F401  (registers the ops; torch must be loaded first)
+from . import _C  # registers the ops; torch must be loaded first
 from .cells import CELLS
 
-__all__ = ["layer_backward", "layer_forward"]
+__all__ = ["KERNEL_DTYPES", "layer_backward", "layer_forward"]
+
+#: The devices that this build has kernels for, and the element types they take there.
+KERNEL_DTYPES: dict[str, tuple[torch.dtype, ...]] = {"cpu": (torch.float32, torch.float64, torch.bfloat16)}
+if _C.build()["cuda"]:
+    KERNEL_DTYPES["cuda"] = (*KERNEL_DTYPES["cpu"], torch.float16)
 
 layer_forward = torch.ops.fusedrnn.layer_forward.default
 layer_backward = torch.ops.fusedrnn.layer_backward.default
@@ -60,7 +65,7 @@ def _(
     y = x.new_empty((*x.shape[:-1], directions * out))
     h_n = x.new_empty((directions, batch, out))
     c_n = x.new_empty((directions if two_states else 0, batch, hidden))
-    dtype = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
+    dtype = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
     width = _spread_stride((info.saved + len(info.states) - 1) * hidden, dtype.itemsize)
     saved = x.new_empty((directions, rows if save else 0, width), dtype=dtype)
     return y, h_n, c_n, saved

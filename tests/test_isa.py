@@ -1,5 +1,6 @@
 """Each instruction set, forced by FUSEDRNN_CPU_ISA in a process of its own, runs the tests marked ``isa``.
 
+So does ``stepwise``, which is none: the GPU's time loop and element-wise kernels, run on the CPU.
 Those are gradcheck on odd shapes, every output and gradient by name in float32, float64 and bfloat16, padded and
 ragged, on 1 and 2 threads.
 """
@@ -17,6 +18,7 @@ import pytest
 import fusedrnn
 
 ALL = ("base", "avx2", "avx512")
+EMULATED = ("stepwise",)
 
 
 @pytest.mark.isa
@@ -29,10 +31,10 @@ def test_the_names_are_known() -> None:
     assert "base" in fusedrnn._C.supported_isas()
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name != fusedrnn._C.isa()])
+@pytest.mark.parametrize("name", [name for name in ALL + EMULATED if name != fusedrnn._C.isa()])
 def test_marked_tests_pass(name: str) -> None:
     """Under every set but the one in use, which runs them in this session."""
-    if name not in fusedrnn._C.supported_isas():
+    if name not in (*fusedrnn._C.supported_isas(), *EMULATED):
         pytest.skip(f"this processor lacks {name}")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-m", "isa", "-p", "no:cacheprovider", "tests"],

@@ -22,7 +22,7 @@ from tolerances import assert_all_close, assert_close
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 SEEDS = range(8)
 MARGIN_ALL, MARGIN_EACH = 1.2, 1.5  # a mean over 8 seeds is itself random, good to 5 in a hundred, a single name to 20
-MARGIN_RESIDUAL = 1.35  # against a loop, not torch.nn; h grows, and each step magnifies the rounding of those before
+MARGINS_RESIDUAL = 1.35, 1.7  # against a loop, not torch.nn; h grows, and each step magnifies the rounding before it
 ERROR_CASES = {
     "T20 B4 I16 H32": {"T": 20, "B": 4, "I": 16, "H": 32},
     "T40 B3 I24 H40, 2 layers": {"T": 40, "B": 3, "I": 24, "H": 40, "num_layers": 2},
@@ -81,8 +81,9 @@ def test_error_is_like_torch_nns(
         record_property(name, f"ours {ours:.2e} torch {theirs:.2e}")
     together = math.exp(sum(math.log(r) for r in ratio.values()) / len(ratio))
     print(f"  {'all':16} ratio {together:.2f}")
-    assert together <= (MARGIN_RESIDUAL if cell == "residual_rnn" else MARGIN_ALL)
-    assert max(ratio.values()) <= MARGIN_EACH, ratio
+    margin_all, margin_each = MARGINS_RESIDUAL if cell == "residual_rnn" else (MARGIN_ALL, MARGIN_EACH)
+    assert together <= margin_all
+    assert max(ratio.values()) <= margin_each, ratio
 
 
 def special_inputs(x: Tensor) -> dict[str, Tensor]:

@@ -63,19 +63,22 @@ bool is_fork = false;
 bool isa_supported(const char* name) {
 #if defined(__x86_64__)
   if (!std::strcmp(name, "avx512")) {
+#ifdef FUSEDRNN_AVX2_AS_AVX512
+    return isa_supported("avx2");
+#endif
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   }
   if (!std::strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
-  return !std::strcmp(name, "base");
+  return !std::strcmp(name, "base") || !std::strcmp(name, table_stepwise().name);
 }
 
 const KernelTable* find_isa(const char* name) {
   for (const KernelTable* table : kTables) {
     if (!std::strcmp(table->name, name)) return table;
   }
-  return nullptr;
+  return !std::strcmp(name, table_stepwise().name) ? &table_stepwise() : nullptr;
 }
 
 const char* isa_error() {

@@ -14,7 +14,8 @@ constexpr int kMaxCells = 16;
 struct KernelTable {
   const char* name;
   int vector_bytes;
-  ForwardKernel forward[kMaxCells][kDTypes];
+  bool even_rows;  // x must have one distance between all its rows (has_even_rows, problem.h)
+  ForwardKernel forward[kMaxCells][kDTypes];  // null: not for this type
   BackwardKernel backward[kMaxCells][kDTypes];
   int64_t (*panel_bytes[kMaxCells][kDTypes])(const LayerSizes&);  // of the packed weights of a layer
   // y[i] = f(x[i]) with the vector activations, for the accuracy tests. function: 0 sigmoid, 1 tanh.
@@ -37,6 +38,7 @@ extern const KernelTable kTableBase;
 extern const KernelTable kTableAvx2;
 extern const KernelTable kTableAvx512;
 #endif
+const KernelTable& table_stepwise();  // no instruction set: the GPU's time loop on the CPU, for tests (csrc/cuda/host.cpp)
 
 bool isa_supported(const char* name);
 const KernelTable* find_isa(const char* name);  // null: no such instruction set in this build

@@ -11,7 +11,9 @@
 #include "dispatch.h"
 #include "plan.h"
 
-#if defined(__clang__)
+#if defined(FUSEDRNN_AVX2_AS_AVX512)  // these kernels on AVX2, two registers a vector: `make test-avx512`
+#pragma GCC target("avx2,fma")
+#elif defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
@@ -23,7 +25,7 @@
 #define FUSEDRNN_ISA_NAME "avx512"
 #include "kernels.inl"
 
-#if defined(__clang__)
+#if defined(__clang__) && !defined(FUSEDRNN_AVX2_AS_AVX512)
 #pragma clang attribute pop
 #endif
 #endif

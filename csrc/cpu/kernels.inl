@@ -106,6 +106,7 @@ template <class... Cells>
 constexpr KernelTable make_table(CellList<Cells...>) {
   return {FUSEDRNN_ISA_NAME,
           FUSEDRNN_VECTOR_BYTES,
+          false,
           {{ForwardPass<Cells, float>::run, ForwardPass<Cells, double>::run, ForwardPass<Cells, BFloat16>::run}...},
           {{BackwardPass<Cells, float>::run, BackwardPass<Cells, double>::run, BackwardPass<Cells, BFloat16>::run}...},
           {{ForwardPass<Cells, float>::panel_bytes, ForwardPass<Cells, double>::panel_bytes,

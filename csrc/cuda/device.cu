@@ -1,0 +1,82 @@
+// The stepwise road on CUDA: every body of step.h as a kernel, one thread an element, on the stream of the call.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "../cells/registry.h"
+#include "device.h"
+#include "stepwise.h"
+
+namespace fusedrnn {
+
+template <>
+struct Element<__nv_bfloat16> {
+  static constexpr DType kDType = DType::kBFloat16;
+  FUSEDRNN_INLINE static float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+  FUSEDRNN_INLINE static __nv_bfloat16 narrow(float v) { return __float2bfloat16_rn(v); }
+};
+template <>
+struct Element<__half> {
+  static constexpr DType kDType = DType::kFloat16;
+  FUSEDRNN_INLINE static float widen(__half v) { return __half2float(v); }
+  FUSEDRNN_INLINE static __half narrow(float v) { return __float2half_rn(v); }
+};
+
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int64_t kMaxBlocks = 65535;  // of a grid's y
+
+template <class Body>
+__global__ void __launch_bounds__(kThreads) each_element(const __grid_constant__ Body body, int64_t rows, int64_t columns) {
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (column >= columns) return;
+  for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) body(blockIdx.z, row, column);
+}
+
+struct Cuda {
+  static constexpr int64_t kProjectionBytes = int64_t{64} << 20;
+
+  const CudaCall& call;
+  cudaError_t error = cudaSuccess;
+
+  template <class Body>
+  void each(int slots, int64_t rows, int64_t columns, const Body& body) {
+    if (rows == 0 || columns == 0 || error != cudaSuccess) return;
+    const dim3 grid(static_cast<unsigned>((columns + kThreads - 1) / kThreads),
+                    static_cast<unsigned>(std::min(rows, kMaxBlocks)), slots);
+    each_element<<<grid, kThreads, 0, static_cast<cudaStream_t>(call.stream)>>>(body, rows, columns);
+    error = cudaGetLastError();
+  }
+
+  void product(const Product& p) {
+    if (error == cudaSuccess) call.product(p, call.context);
+  }
+};
+
+template <class Pass>
+const char* run(const typename Pass::Problem& p, const CudaCall& call) {
+  Cuda device{call};
+  Pass::run(p, call.memory, device);
+  return device.error == cudaSuccess ? nullptr : cudaGetErrorString(device.error);
+}
+
+template <class... Cells>
+constexpr CudaTable make_table(CellList<Cells...>) {
+  using Bf16 = __nv_bfloat16;
+  using Half = __half;
+  return {{{StepwiseForward<Cells, float>::template bytes<Cuda>, StepwiseForward<Cells, double>::template bytes<Cuda>,
+            StepwiseForward<Cells, Bf16>::template bytes<Cuda>, StepwiseForward<Cells, Half>::template bytes<Cuda>}...},
+          {{StepwiseBackward<Cells, float>::template bytes<Cuda>, StepwiseBackward<Cells, double>::template bytes<Cuda>,
+            StepwiseBackward<Cells, Bf16>::template bytes<Cuda>, StepwiseBackward<Cells, Half>::template bytes<Cuda>}...},
+          {{run<StepwiseForward<Cells, float>>, run<StepwiseForward<Cells, double>>,
+            run<StepwiseForward<Cells, Bf16>>, run<StepwiseForward<Cells, Half>>}...},
+          {{run<StepwiseBackward<Cells, float>>, run<StepwiseBackward<Cells, double>>,
+            run<StepwiseBackward<Cells, Bf16>>, run<StepwiseBackward<Cells, Half>>}...}};
+}
+
+}  // namespace
+
+extern const CudaTable kCudaTable = make_table(Registry{});
+
+}  // namespace fusedrnn

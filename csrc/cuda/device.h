@@ -1,0 +1,27 @@
+// The one door from the ops to the CUDA kernels: a table of functions, as cpu/dispatch.h has for the CPU. No CUDA or
+// torch header here: compiled with nvcc alone on one side, with torch on the other (cuda/backend.cpp).
+#pragma once
+
+#include "../cpu/dispatch.h"
+#include "product.h"
+
+namespace fusedrnn {
+
+// Where a call runs. The kernels allocate nothing and wait for nothing.
+struct CudaCall {
+  void* stream;  // a cudaStream_t
+  void* memory;  // device memory of the problem's `bytes`
+  void (*product)(const Product& p, void* context);
+  void* context;
+};
+
+struct CudaTable {
+  int64_t (*forward_bytes[kMaxCells][kDTypes])(const ForwardProblem&);
+  int64_t (*backward_bytes[kMaxCells][kDTypes])(const BackwardProblem&);
+  // Null, or what the first launch that failed was told.
+  const char* (*forward[kMaxCells][kDTypes])(const ForwardProblem&, const CudaCall&);
+  const char* (*backward[kMaxCells][kDTypes])(const BackwardProblem&, const CudaCall&);
+};
+extern const CudaTable kCudaTable;
+
+}  // namespace fusedrnn

@@ -1,0 +1,373 @@
+// The element-wise kernels of the stepwise road, as bodies: body(s, row, column) does one element, of slot s (a direction
+// of the layer) and does nothing for rows that its slot does not have. A device runs a body over all elements, in any
+// order: on the GPU one thread each (device.cu), in the tests a loop on the CPU (host.cpp). The equations are the cells'.
+//
+// S compute type, T storage type of x, weights and results (the same, or S float and T half as wide). Buffers of the
+// driver (stepwise.h) are contiguous with a slot's rows together: h [slots][B][R].
+#pragma once
+
+#include "element.h"
+
+namespace fusedrnn {
+
+constexpr int kMaxSlots = 2;
+
+// The rows of a time step, for each slot.
+struct StepRows {
+  int64_t rows[kMaxSlots];      // active samples
+  int64_t first[kMaxSlots];     // their first row among all N
+  int64_t carried[kMaxSlots];   // samples [0, carried) have a step before this one, in the direction's order
+  int64_t previous[kMaxSlots];  // its first row
+};
+
+template <class T>
+using PerSlot = T[kMaxSlots];
+
+// Rows of [T, B, *] or [N, *] as in problem.h: sample b of step t at data[t * time + b * batch].
+template <class T>
+struct StepView {
+  const T* data;  // of this step and slot, or null
+  int64_t batch;
+};
+
+// ---- forward ----------------------------------------------------------------------------------------------------
+
+// States at the start: zeros where there are none.
+template <class S, class T>
+struct BeginStates {
+  int64_t B, R, H;
+  PerSlot<const T*> h0;  // [B, R] or null
+  PerSlot<const T*> c0;  // [B, H] or null
+  T* operand;            // [slots][B][R]
+  S* h;                  // [slots][B][R], or null: operand is it
+  S* c;                  // [slots][B][H] or null
+
+  FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t j) const {
+    if (j < R) {
+      const T value = h0[s] ? h0[s][b * R + j] : narrow<T>(0);
+      operand[(s * B + b) * R + j] = value;
+      if (h) h[(s * B + b) * R + j] = widen(value);
+    }
+    if (c && j < H) c[(s * B + b) * H + j] = c0[s] ? widen(c0[s][b * H + j]) : S(0);
+  }
+};
+
+// Final states from those of the driver; h already in the storage type, c in the compute type.
+template <class S, class T>
+struct EndStates {
+  int64_t B, R, H;
+  const T* operand;
+  const S* c;
+  PerSlot<T*> h_n;
+  PerSlot<T*> c_n;
+
+  FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t j) const {
+    if (j < R) h_n[s][b * R + j] = operand[(s * B + b) * R + j];
+    if (c && j < H) c_n[s][b * H + j] = narrow<T>(c[(s * B + b) * H + j]);
+  }
+};
+
+// What the steps of a forward pass share.
+template <class S, class T>
+struct ForwardBuffers {
+  int64_t B, H, R, width;     // width: of a row of y, D * R
+  PerSlot<const T*> b_ih;     // [G*H] or null
+  PerSlot<const T*> b_hh;     // [G*H] or null
+  PerSlot<T*> y;              // [N, width], from the direction's first column on
+  PerSlot<S*> saved;          // [N, saved_stride] or null
+  int64_t saved_stride;
+  S* kept;                    // [slots][B][kSaved*H]: the saved values of this step alone, if `saved` is null
+  const S* rec;               // [slots][B][G*H]: W_hh h_{t-1}
+  T* operand;                 // [slots][B][R]: h as the next product reads it
+  S* h;                       // [slots][B][R], or null: operand is it
+  S* c;                       // [slots][B][H]
+  T* q;                       // [slots][B][H]: the operand of the second product, or the output before its projection
+};
+
+template <class Cell, class S, class T>
+struct ForwardElement {
+  ForwardBuffers<S, T> u;
+  StepRows at;
+  PerSlot<const S*> x;  // [rows, G*H]: W_ih x_t
+
+  static constexpr int G = Cell::kGates;
+
+  FUSEDRNN_INLINE S* saved_row(int s, int64_t b) const {
+    return u.saved[s] ? u.saved[s] + (at.first[s] + b) * u.saved_stride
+                      : u.kept ? u.kept + (s * u.B + b) * Cell::kSaved * u.H : nullptr;
+  }
+  FUSEDRNN_INLINE S x_gate(int s, int64_t b, int64_t j, int g) const {
+    const S product = x[s][(b * G + g) * u.H + j];
+    return u.b_ih[s] ? product + widen(u.b_ih[s][g * u.H + j]) : product;
+  }
+  FUSEDRNN_INLINE S rec_gate(int s, int64_t b, int64_t j, int g) const {
+    const S product = u.rec[((s * u.B + b) * G + g) * u.H + j];
+    return u.b_hh[s] ? product + widen(u.b_hh[s][g * u.H + j]) : product;
+  }
+  FUSEDRNN_INLINE S previous_h(int64_t i) const { return u.h ? u.h[i] : widen(u.operand[i]); }
+};
+
+// The first gates and q, of cells with two products a step.
+template <class Cell, class S, class T>
+struct ForwardFirst : ForwardElement<Cell, S, T> {
+  FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t j) const {
+    if (b >= this->at.rows[s]) return;
+    const int64_t H = this->u.H, i = (s * this->u.B + b) * H + j;
+    Values<S, Cell::kGates> x, rec;
+    for (int g = 0; g < Cell::kFirst; ++g) x[g] = this->x_gate(s, b, j, g), rec[g] = this->rec_gate(s, b, j, g);
+    Values<S, 1> previous = {this->previous_h(i)};
+    Values<S, Cell::kSaved> saved;
+    S q;
+    Cell::forward_first(x, rec, previous, saved, q);
+    S* row = this->saved_row(s, b);
+    for (int k = 0; k < Cell::kFirst; ++k) row[k * H + j] = saved[k];
+    this->u.q[i] = narrow<T>(q);
+  }
+};
+
+template <class Cell, class S, class T, bool kProjected>
+struct ForwardStep : ForwardElement<Cell, S, T> {
+  FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t j) const {
+    if (b >= this->at.rows[s]) return;
+    const auto& u = this->u;
+    const int64_t H = u.H, i = (s * u.B + b) * H + j;
+    S* row = this->saved_row(s, b);
+    Values<S, Cell::kGates> x, rec;
+    Values<S, Cell::kSaved> saved;
+    if constexpr (Cell::kFirst < Cell::kGates) {
+      for (int k = 0; k < Cell::kFirst; ++k) saved[k] = row[k * H + j];
+      for (int g = 0; g < Cell::kFirst; ++g) x[g] = rec[g] = S(0);  // not read again
+    }
+    for (int g = Cell::kFirst < Cell::kGates ? Cell::kFirst : 0; g < Cell::kGates; ++g) {
+      x[g] = this->x_gate(s, b, j, g);
+      rec[g] = this->rec_gate(s, b, j, g);
+    }
+    Values<S, Cell::kStates> state;
+    state[0] = kProjected ? S(0) : this->previous_h(i);  // no cell that is projected reads it
+    if constexpr (Cell::kStates == 2) state[1] = u.c[i];
+    if constexpr (Cell::kLate > 0) {
+      Values<S, Cell::kLate> late;
+      Cell::forward(x, rec, state, saved, late);
+      Cell::finish(late, state, saved);
+    } else {
+      Cell::forward(x, rec, state, saved);
+    }
+    if constexpr (Cell::kStates == 2) u.c[i] = state[1];
+    const T h = narrow<T>(state[0]);
+    if constexpr (kProjected) {
+      u.q[i] = h;
+    } else {
+      u.operand[i] = h;
+      if (u.h) u.h[i] = state[0];
+      u.y[s][(this->at.first[s] + b) * u.width + j] = h;
+    }
+    if (u.saved[s]) {
+      for (int k = 0; k < Cell::kSaved; ++k) row[k * H + j] = saved[k];
+      if constexpr (Cell::kStates == 2) row[Cell::kSaved * H + j] = state[1];
+    }
+  }
+};
+
+// y of a projected layer, from the product that the next step reads.
+template <class S, class T>
+struct PublishProjected {
+  ForwardBuffers<S, T> u;
+  StepRows at;
+
+  FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t r) const {
+    if (b >= at.rows[s]) return;
+    u.y[s][(at.first[s] + b) * u.width + r] = u.operand[(s * u.B + b) * u.R + r];
+  }
+};
+
+// ---- backward ---------------------------------------------------------------------------------------------------
+
+template <class S, class T>
+struct BeginGradients {
+  int64_t B, R, H;
+  PerSlot<const T*> dh_n;  // [B, R] or null
+  PerSlot<const T*> dc_n;  // [B, H] or null
+  S* dh;                   // [slots][B][R]
+  S* dc;                   // [slots][B][H] or null
+
+  FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t j) const {
+    if (j < R) dh[(s * B + b) * R + j] = dh_n[s] ? widen(dh_n[s][b * R + j]) : S(0);
+    if (dc && j < H) dc[(s * B + b) * H + j] = dc_n[s] ? widen(dc_n[s][b * H + j]) : S(0);
+  }
+};
+
+template <class S, class T>
+struct EndGradients {
+  int64_t B, R, H;
+  const S* dh;
+  const S* dc;
+  PerSlot<T*> dh0;
+  PerSlot<T*> dc0;
+
+  FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t j) const {
+    if (j < R) dh0[s][b * R + j] = narrow<T>(dh[(s * B + b) * R + j]);
+    if (dc && j < H) dc0[s][b * H + j] = narrow<T>(dc[(s * B + b) * H + j]);
+  }
+};
+
+// What the steps of a backward pass share. A row of dg holds first the gradients of x for the last kSplit gates, then
+// those of rec for all gates, kSplit + kGates blocks of H.
+template <class S, class T>
+struct BackwardBuffers {
+  int64_t B, H, R, width;
+  PerSlot<const T*> h0;        // [B, R] or null
+  PerSlot<const T*> c0;        // [B, H] or null
+  PerSlot<const T*> y;         // [N, width], from the direction's first column on
+  PerSlot<const S*> saved;     // [N, saved_stride]
+  int64_t saved_stride;
+  PerSlot<T*> dg;              // [N, (kSplit + G)*H]
+  PerSlot<T*> before;          // [N, R]: h_{t-1} of each row, or null
+  PerSlot<T*> q;               // [N, H]: the operand of the second product, or the output before its projection, or null
+  PerSlot<T*> dy_rows;         // [N, R]: dL/dy of a projected layer
+  S* dh;                       // [slots][B][R]: dL/dh of this step but for dy
+  S* dc;                       // [slots][B][H]
+  S* through;                  // [slots][B][H]: dL/dq, or the gradient through the projection
+};
+
+template <class S, class T>
+struct BackwardElement {
+  BackwardBuffers<S, T> u;
+  StepRows at;
+  PerSlot<StepView<T>> dy;
+
+  FUSEDRNN_INLINE T previous_h(int s, int64_t b, int64_t r) const {
+    return b < at.carried[s] ? u.y[s][(at.previous[s] + b) * u.width + r]
+                             : u.h0[s] ? u.h0[s][b * u.R + r] : narrow<T>(0);
+  }
+  FUSEDRNN_INLINE S total_dh(int s, int64_t b, int64_t r) const {
+    const S dh = u.dh[(s * u.B + b) * u.R + r];
+    return dy[s].data ? dh + widen(dy[s].data[b * dy[s].batch + r]) : dh;
+  }
+  FUSEDRNN_INLINE const S* saved_row(int s, int64_t b) const { return u.saved[s] + (at.first[s] + b) * u.saved_stride; }
+};
+
+// dL/dy of a projected layer, as its product reads it, and h_{t-1}.
+template <class S, class T>
+struct BackwardProjected : BackwardElement<S, T> {
+  FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t r) const {
+    if (b >= this->at.rows[s]) return;
+    const int64_t i = (this->at.first[s] + b) * this->u.R + r;
+    this->u.dy_rows[s][i] = narrow<T>(this->total_dh(s, b, r));
+    if (this->u.before[s]) this->u.before[s][i] = this->previous_h(s, b, r);
+  }
+};
+
+template <class Cell, class S, class T, bool kProjected>
+struct BackwardStep : BackwardElement<S, T> {
+  FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t j) const {
+    if (b >= this->at.rows[s]) return;
+    const auto& u = this->u;
+    const int64_t H = u.H, i = (s * u.B + b) * H + j, n = this->at.first[s] + b;
+    const S* row = this->saved_row(s, b);
+    Values<S, Cell::kSaved> saved;
+    for (int k = 0; k < Cell::kSaved; ++k) saved[k] = row[k * H + j];
+    Values<S, Cell::kStates> previous, current, d;
+    if constexpr (kProjected) {
+      previous[0] = current[0] = S(0);  // no cell that is projected reads them
+      d[0] = u.through[i];
+    } else {
+      const T before = this->previous_h(s, b, j);
+      if (u.before[s]) u.before[s][n * H + j] = before;
+      previous[0] = widen(before);
+      current[0] = widen(u.y[s][n * u.width + j]);
+      d[0] = this->total_dh(s, b, j);
+    }
+    if constexpr (Cell::kStates == 2) {
+      previous[1] = b < this->at.carried[s] ? u.saved[s][(this->at.previous[s] + b) * u.saved_stride + Cell::kSaved * H + j]
+                                            : u.c0[s] ? widen(u.c0[s][b * H + j]) : S(0);
+      current[1] = row[Cell::kSaved * H + j];
+      d[1] = u.dc[i];
+    }
+    if constexpr (Cell::kFirst < Cell::kGates) {
+      if (u.q[s]) u.q[s][n * H + j] = narrow<T>(Cell::recurrent_operand(saved, previous));
+    }
+    if constexpr (kProjected) {
+      if (u.q[s]) u.q[s][n * H + j] = narrow<T>(Cell::output(saved, current));
+    }
+    Values<S, Cell::kGates> dx = {}, drec = {};
+    Cell::backward(saved, previous, current, d, dx, drec);
+    T* out = u.dg[s] + n * (Cell::kSplit + Cell::kGates) * H + j;
+    for (int k = 0; k < Cell::kSplit; ++k) out[k * H] = narrow<T>(dx[Cell::kGates - Cell::kSplit + k]);
+    for (int g = 0; g < Cell::kGates; ++g) out[(Cell::kSplit + g) * H] = narrow<T>(drec[g]);
+    if constexpr (!kProjected) u.dh[i] = d[0];
+    if constexpr (Cell::kStates == 2) u.dc[i] = d[1];
+  }
+};
+
+// The first gates of cells with two products a step, from dL/dq.
+template <class Cell, class S, class T>
+struct BackwardFirst : BackwardElement<S, T> {
+  FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t j) const {
+    if (b >= this->at.rows[s]) return;
+    const auto& u = this->u;
+    const int64_t H = u.H, i = (s * u.B + b) * H + j;
+    const S* row = this->saved_row(s, b);
+    T* out = u.dg[s] + (this->at.first[s] + b) * (Cell::kSplit + Cell::kGates) * H + Cell::kSplit * H + j;
+    Values<S, Cell::kSaved> saved;
+    for (int k = 0; k < Cell::kSaved; ++k) saved[k] = row[k * H + j];
+    const Values<S, 1> previous = {widen(this->previous_h(s, b, j))};
+    Values<S, 1> d = {u.dh[i]};
+    Values<S, Cell::kGates> dx = {}, drec = {};
+    for (int g = 0; g < Cell::kFirst; ++g) dx[g] = drec[g] = widen(out[g * H]);
+    Cell::backward_first(saved, previous, u.through[i], d, dx, drec);
+    for (int g = 0; g < Cell::kFirst; ++g) out[g * H] = narrow<T>(drec[g]);
+    u.dh[i] = d[0];
+  }
+};
+
+// ---- after the steps --------------------------------------------------------------------------------------------
+
+// Sums of the rows of dg in an order that depends on N alone: row p of `part` sums rows [p * step, (p + 1) * step).
+template <class S, class T>
+struct SumRows {
+  int64_t N, columns, step;
+  PerSlot<const T*> dg;  // [N, columns]
+  PerSlot<S*> part;      // [parts, columns]
+
+  FUSEDRNN_INLINE void operator()(int s, int64_t p, int64_t j) const {
+    const int64_t end = (p + 1) * step < N ? (p + 1) * step : N;
+    S sum = S(0);
+    for (int64_t n = p * step; n < end; ++n) sum += widen(dg[s][n * columns + j]);
+    part[s][p * columns + j] = sum;
+  }
+};
+
+// The bias gradients: column j of a row of dg is a gate's gradient of x, of rec, or of both.
+template <class S, class T, int kGates, int kSplit>
+struct BiasGradients {
+  int64_t H, parts;
+  PerSlot<const S*> part;  // [parts, (kSplit + kGates)*H]
+  PerSlot<T*> db_ih;       // [G*H]
+  PerSlot<T*> db_hh;       // [G*H]
+
+  FUSEDRNN_INLINE void operator()(int s, int64_t, int64_t j) const {
+    constexpr int kBlocks = kSplit + kGates;
+    S sum = S(0);
+    for (int64_t p = 0; p < parts; ++p) sum += part[s][p * kBlocks * H + j];
+    const T value = narrow<T>(sum);
+    if (j < kSplit * H) {
+      db_ih[s][(kGates - kSplit) * H + j] = value;
+    } else {
+      const int64_t gate = j - kSplit * H;
+      db_hh[s][gate] = value;
+      if (gate < (kGates - kSplit) * H) db_ih[s][gate] = value;
+    }
+  }
+};
+
+template <class S, class T>
+struct Round {
+  int64_t columns;
+  const S* from;
+  T* to;
+  FUSEDRNN_INLINE void operator()(int, int64_t row, int64_t j) const {
+    to[row * columns + j] = narrow<T>(from[row * columns + j]);
+  }
+};
+
+}  // namespace fusedrnn

@@ -1,0 +1,478 @@
+// The stepwise road: one recurrent layer as matrix products and one element-wise kernel a time step, forward and
+// backward. Written once, for any device that can run a body over elements and make a product:
+//
+//   device.each(slots, rows, columns, body)   body(s, row, column) for all of them (step.h)
+//   device.product(p)                         product.h
+//   Device::kProjectionBytes                  memory for input products of several steps
+//
+// in this order, each after the one before. On the GPU (device.cu) both only enqueue; nothing here reads a result. The
+// input products of all steps are one product before the loop, unless they take more than kProjectionBytes; the weight
+// gradients one after it. Both directions take each step side by side: a slot is a direction.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#include "product.h"
+#include "step.h"
+
+namespace fusedrnn {
+
+// Cuts a block of memory into arrays; with no block it only counts.
+class Arena {
+ public:
+  explicit Arena(void* memory) : memory_(static_cast<char*>(memory)) {}
+  template <class E>
+  E* take(int64_t count) {
+    E* result = memory_ ? reinterpret_cast<E*>(memory_ + used_) : nullptr;
+    used_ += (count * static_cast<int64_t>(sizeof(E)) + kAlign - 1) / kAlign * kAlign;
+    return result;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  static constexpr int64_t kAlign = 256;
+  char* memory_;
+  int64_t used_ = 0;
+};
+
+// Which direction a slot holds, and the rows of its steps. Slots follow the addresses of W_hh: the products of two
+// slots then have strides that are not negative, and are one batched product.
+struct Slots {
+  int count;
+  int direction[kMaxSlots] = {0, 1};
+
+  Slots(const LayerSizes& size, const LayerWeights* weights) : count(size.D) {
+    if (count == 2 && weights[1].w_hh < weights[0].w_hh) std::swap(direction[0], direction[1]);
+  }
+  // The time of step i in the direction's own order.
+  int64_t time(const LayerSizes& z, int slot, int64_t i) const { return direction[slot] ? z.T - 1 - i : i; }
+
+  StepRows rows(const LayerSizes& z, int64_t i) const {
+    StepRows at = {};
+    for (int s = 0; s < count; ++s) {
+      const int64_t t = time(z, s, i);
+      at.rows[s] = z.active[t];
+      at.first[s] = z.offset[t];
+      if (i > 0) {
+        const int64_t before = time(z, s, i - 1);
+        at.carried[s] = std::min(z.active[t], z.active[before]);
+        at.previous[s] = z.offset[before];
+      }
+    }
+    return at;
+  }
+  int64_t most_rows(const StepRows& at) const { return count == 2 ? std::max(at.rows[0], at.rows[1]) : at.rows[0]; }
+
+  // Rows [first, first + rows) of the steps [begin, end): they lie together in both orders.
+  StepRows span(const LayerSizes& z, int64_t begin, int64_t end) const {
+    StepRows at = {};
+    for (int s = 0; s < count; ++s) {
+      const int64_t low = std::min(time(z, s, begin), time(z, s, end - 1));
+      const int64_t high = std::max(time(z, s, begin), time(z, s, end - 1));
+      at.first[s] = z.offset[low];
+      at.rows[s] = z.offset[high] + z.active[high] - z.offset[low];
+    }
+    return at;
+  }
+  // The end of the longest run of steps from `begin` on that has at most `limit` rows in each slot; one step at least.
+  int64_t span_end(const LayerSizes& z, int64_t begin, int64_t limit) const {
+    int64_t end = begin + 1, rows[kMaxSlots] = {};
+    for (int s = 0; s < count; ++s) rows[s] = z.active[time(z, s, begin)];
+    for (; end < z.T; ++end) {
+      bool fits = true;
+      for (int s = 0; s < count; ++s) fits = (rows[s] += z.active[time(z, s, end)]) <= limit && fits;
+      if (!fits) break;
+    }
+    return end;
+  }
+};
+
+// Makes one product of all slots where they have as many rows, else one each. `rows` is the number of rows of a; of
+// both, and the sum's length, if a is transposed.
+template <class Device>
+void product_of_rows(Device& device, const Slots& slots, const int64_t* rows, const Product& product) {
+  const auto make = [&](int first, int count) {
+    Product p = product;
+    p.count = count;
+    (p.a_transposed ? p.k : p.m) = rows[first];
+    p.a[0] = product.a[first], p.b[0] = product.b[first], p.c[0] = product.c[first];
+    if (rows[first] > 0 || p.a_transposed) device.product(p);
+  };
+  if (slots.count == 2 && rows[0] != rows[1]) {
+    make(0, 1);
+    make(1, 1);
+  } else {
+    make(0, slots.count);
+  }
+}
+
+template <class E>
+const E* typed(const void* p, int64_t offset = 0) {
+  return p ? static_cast<const E*>(p) + offset : nullptr;
+}
+template <class E>
+E* typed(void* p, int64_t offset = 0) {
+  return p ? static_cast<E*>(p) + offset : nullptr;
+}
+
+template <class Cell, class T>
+struct StepwiseForward {
+  using Problem = ForwardProblem;
+  using S = Compute<T>;
+  static constexpr DType kDType = Element<T>::kDType;
+  static constexpr int G = Cell::kGates;
+  static constexpr bool kTwoProducts = Cell::kFirst < G, kOneType = std::is_same_v<S, T>;
+
+  struct Work {
+    S* x;        // [slots][limit][G*H]
+    S* rec;      // [slots][B][G*H]
+    T* operand;  // [slots][B][R]
+    S* h;        // [slots][B][R] or null
+    S* c;        // [slots][B][H] or null
+    T* q;        // [slots][B][H] or null
+    S* kept;     // [slots][B][kSaved*H] or null
+    int64_t limit;
+  };
+
+  template <class Device>
+  static Work arrange(Arena& arena, const ForwardProblem& p) {
+    const LayerSizes& z = p.size;
+    Work w = {};
+    const int64_t row = z.D * G * z.H;
+    w.limit = std::min(z.N, std::max(z.B, Device::kProjectionBytes / (row * static_cast<int64_t>(sizeof(S)))));
+    w.x = arena.take<S>(w.limit * row);
+    w.rec = arena.take<S>(z.B * row);
+    w.operand = arena.take<T>(z.D * z.B * z.R);
+    if (!kOneType && !z.projected) w.h = arena.take<S>(z.D * z.B * z.R);
+    if (Cell::kStates == 2) w.c = arena.take<S>(z.D * z.B * z.H);
+    if (kTwoProducts || z.projected) w.q = arena.take<T>(z.D * z.B * z.H);
+    if (kTwoProducts && !p.saved) w.kept = arena.take<S>(z.D * z.B * Cell::kSaved * z.H);
+    return w;
+  }
+
+  template <class Device>
+  static int64_t bytes(const ForwardProblem& p) {
+    Arena counting(nullptr);
+    arrange<Device>(counting, p);
+    return counting.used();
+  }
+
+  template <class Device>
+  static void run(const ForwardProblem& p, void* memory, Device& device) {
+    const LayerSizes& z = p.size;
+    const Slots slots(z, p.weights);
+    Arena arena(memory);
+    const Work w = arrange<Device>(arena, p);
+    const int64_t H = z.H, R = z.R, B = z.B;
+    BeginStates<S, T> begin = {B, R, H, {}, {}, w.operand, w.h, w.c};
+    EndStates<S, T> finish = {B, R, H, w.operand, w.c, {}, {}};
+    ForwardBuffers<S, T> u = {};
+    u.B = B, u.H = H, u.R = R, u.width = z.D * R;
+    u.saved_stride = p.saved_stride;
+    u.kept = w.kept, u.rec = w.rec, u.operand = w.operand, u.h = w.h, u.c = w.c, u.q = w.q;
+    for (int s = 0; s < slots.count; ++s) {
+      const int d = slots.direction[s];
+      begin.h0[s] = typed<T>(p.h0, d * B * R);
+      begin.c0[s] = typed<T>(p.c0, d * B * H);
+      finish.h_n[s] = typed<T>(p.h_n, d * B * R);
+      finish.c_n[s] = typed<T>(p.c_n, d * B * H);
+      u.b_ih[s] = typed<T>(p.weights[d].b_ih);
+      u.b_hh[s] = typed<T>(p.weights[d].b_hh);
+      u.y[s] = typed<T>(p.y, d * R);
+      u.saved[s] = typed<S>(p.saved, d * z.N * p.saved_stride);
+    }
+    device.each(slots.count, B, std::max(H, R), begin);
+    for (int64_t i = 0; i < z.T;) {
+      const int64_t chunk = i, end = slots.span_end(z, i, w.limit);
+      project(device, p, slots, w, slots.span(z, i, end));
+      for (; i < end; ++i) step(device, p, slots, w, u, slots.span(z, chunk, end), i);
+    }
+    device.each(slots.count, B, std::max(H, R), finish);
+  }
+
+ private:
+  // W_ih x of the rows of a span.
+  template <class Device>
+  static void project(Device& device, const ForwardProblem& p, const Slots& slots, const Work& w, const StepRows& span) {
+    const LayerSizes& z = p.size;
+    Product product = {0, G * z.H, z.I, 0, kDType};
+    product.lda = row_stride(p.x, z), product.ldb = z.I, product.ldc = G * z.H;
+    product.b_transposed = product.c_compute = true;
+    for (int s = 0; s < slots.count; ++s) {
+      product.a[s] = typed<T>(p.x.data, span.first[s] * product.lda);
+      product.b[s] = p.weights[slots.direction[s]].w_ih;
+      product.c[s] = w.x + s * w.limit * G * z.H;
+    }
+    product_of_rows(device, slots, span.rows, product);
+  }
+
+  template <class Device>
+  static void step(Device& device, const ForwardProblem& p, const Slots& slots, const Work& w,
+                   const ForwardBuffers<S, T>& u, const StepRows& span, int64_t i) {
+    const LayerSizes& z = p.size;
+    const int64_t H = z.H, R = z.R;
+    const StepRows at = slots.rows(z, i);
+    PerSlot<const S*> x = {};
+    Product product = {0, Cell::kFirst * H, R, 0, kDType};
+    product.lda = product.ldb = R, product.ldc = G * H;
+    product.b_transposed = product.c_compute = true;
+    for (int s = 0; s < slots.count; ++s) {
+      x[s] = w.x + (s * w.limit + at.first[s] - span.first[s]) * G * H;
+      product.a[s] = w.operand + s * z.B * R;
+      product.b[s] = p.weights[slots.direction[s]].w_hh;
+      product.c[s] = w.rec + s * z.B * G * H;
+    }
+    product_of_rows(device, slots, at.rows, product);
+    const int64_t rows = slots.most_rows(at);
+    if constexpr (kTwoProducts) {
+      device.each(slots.count, rows, H, ForwardFirst<Cell, S, T>{{u, at, {x[0], x[1]}}});
+      product.n = (G - Cell::kFirst) * H;
+      for (int s = 0; s < slots.count; ++s) {
+        product.a[s] = w.q + s * z.B * H;
+        product.b[s] = typed<T>(p.weights[slots.direction[s]].w_hh, Cell::kFirst * H * R);
+        product.c[s] = w.rec + s * z.B * G * H + Cell::kFirst * H;
+      }
+      product_of_rows(device, slots, at.rows, product);
+    }
+    if constexpr (Cell::kStates == 2) {
+      if (z.projected) {
+        device.each(slots.count, rows, H, ForwardStep<Cell, S, T, true>{{u, at, {x[0], x[1]}}});
+        return project_output(device, p, slots, w, u, at);
+      }
+    }
+    device.each(slots.count, rows, H, ForwardStep<Cell, S, T, false>{{u, at, {x[0], x[1]}}});
+  }
+
+  // h = W_hr (o * tanh(c)), where the next product reads it; then y.
+  template <class Device>
+  static void project_output(Device& device, const ForwardProblem& p, const Slots& slots, const Work& w,
+                             const ForwardBuffers<S, T>& u, const StepRows& at) {
+    const LayerSizes& z = p.size;
+    Product product = {0, z.R, z.H, 0, kDType};
+    product.lda = product.ldb = z.H, product.ldc = z.R;
+    product.b_transposed = true;
+    for (int s = 0; s < slots.count; ++s) {
+      product.a[s] = w.q + s * z.B * z.H;
+      product.b[s] = p.weights[slots.direction[s]].w_hr;
+      product.c[s] = w.operand + s * z.B * z.R;
+    }
+    product_of_rows(device, slots, at.rows, product);
+    device.each(slots.count, slots.most_rows(at), z.R, PublishProjected<S, T>{u, at});
+  }
+};
+
+template <class Cell, class T>
+struct StepwiseBackward {
+  using Problem = BackwardProblem;
+  using S = Compute<T>;
+  static constexpr DType kDType = Element<T>::kDType;
+  static constexpr int G = Cell::kGates, kSplit = Cell::kSplit, kBlocks = kSplit + G;
+  static constexpr bool kTwoProducts = Cell::kFirst < G, kOneType = std::is_same_v<S, T>;
+
+  // Rows that a bias gradient adds up at a time; then it adds as many such sums: short sums are exact ones.
+  static int64_t rows_of_part(int64_t N) { return static_cast<int64_t>(std::ceil(std::sqrt(static_cast<double>(N)))); }
+  static int64_t parts(int64_t N) { return (N + rows_of_part(N) - 1) / rows_of_part(N); }
+
+  struct Work {
+    S* dh;       // [slots][B][R]
+    S* dc;       // [slots][B][H] or null
+    S* through;  // [slots][B][H] or null
+    T* dg;       // [slots][N][kBlocks*H]
+    T* before;   // [slots][N][R] or null
+    T* q;        // [slots][N][H] or null
+    T* dy_rows;  // [slots][N][R] or null
+    S* part;     // [slots][parts][kBlocks*H] or null
+  };
+
+  template <class Device>
+  static Work arrange(Arena& arena, const BackwardProblem& p) {
+    const LayerSizes& z = p.size;
+    Work w = {};
+    w.dh = arena.take<S>(z.D * z.B * z.R);
+    if (Cell::kStates == 2) w.dc = arena.take<S>(z.D * z.B * z.H);
+    if (kTwoProducts || z.projected) w.through = arena.take<S>(z.D * z.B * z.H);
+    w.dg = arena.take<T>(z.D * z.N * kBlocks * z.H);
+    if (p.weight_gradients) w.before = arena.take<T>(z.D * z.N * z.R);
+    if (p.weight_gradients && (kTwoProducts || z.projected)) w.q = arena.take<T>(z.D * z.N * z.H);
+    if (z.projected) w.dy_rows = arena.take<T>(z.D * z.N * z.R);
+    if (p.weight_gradients && p.dw[0].b_ih) w.part = arena.take<S>(z.D * parts(z.N) * kBlocks * z.H);
+    return w;
+  }
+
+  template <class Device>
+  static int64_t bytes(const BackwardProblem& p) {
+    Arena counting(nullptr);
+    arrange<Device>(counting, p);
+    return counting.used();
+  }
+
+  template <class Device>
+  static void run(const BackwardProblem& p, void* memory, Device& device) {
+    const LayerSizes& z = p.size;
+    const Slots slots(z, p.weights);
+    Arena arena(memory);
+    const Work w = arrange<Device>(arena, p);
+    const int64_t H = z.H, R = z.R, B = z.B, N = z.N;
+    BeginGradients<S, T> begin = {B, R, H, {}, {}, w.dh, w.dc};
+    EndGradients<S, T> finish = {B, R, H, w.dh, w.dc, {}, {}};
+    BackwardBuffers<S, T> u = {};
+    u.B = B, u.H = H, u.R = R, u.width = z.D * R;
+    u.saved_stride = p.saved_stride;
+    u.dh = w.dh, u.dc = w.dc, u.through = w.through;
+    for (int s = 0; s < slots.count; ++s) {
+      const int d = slots.direction[s];
+      begin.dh_n[s] = typed<T>(p.dh_n, d * B * R);
+      begin.dc_n[s] = typed<T>(p.dc_n, d * B * H);
+      finish.dh0[s] = typed<T>(p.dh0, d * B * R);
+      finish.dc0[s] = typed<T>(p.dc0, d * B * H);
+      u.h0[s] = typed<T>(p.h0, d * B * R);
+      u.c0[s] = typed<T>(p.c0, d * B * H);
+      u.y[s] = typed<T>(p.y, d * R);
+      u.saved[s] = typed<S>(p.saved, d * N * p.saved_stride);
+      u.dg[s] = w.dg + s * N * kBlocks * H;
+      u.before[s] = w.before ? w.before + s * N * R : nullptr;
+      u.q[s] = w.q ? w.q + s * N * H : nullptr;
+      u.dy_rows[s] = w.dy_rows ? w.dy_rows + s * N * R : nullptr;
+    }
+    device.each(slots.count, B, std::max(H, R), begin);
+    for (int64_t i = z.T - 1; i >= 0; --i) step(device, p, slots, u, i);
+    device.each(slots.count, B, std::max(H, R), finish);
+    if (p.weight_gradients) weight_gradients(device, p, slots, w, u);
+    if (p.dx) input_gradient(device, p, slots, u);
+  }
+
+ private:
+  template <class Device>
+  static void step(Device& device, const BackwardProblem& p, const Slots& slots, const BackwardBuffers<S, T>& u,
+                   int64_t i) {
+    const LayerSizes& z = p.size;
+    const int64_t H = z.H, R = z.R;
+    const StepRows at = slots.rows(z, i);
+    const int64_t rows = slots.most_rows(at);
+    PerSlot<StepView<T>> dy = {};
+    for (int s = 0; s < slots.count; ++s) {
+      const int64_t t = slots.time(z, s, i), row = p.dy.time < 0 ? z.offset[t] * p.dy.batch : t * p.dy.time;
+      dy[s] = {typed<T>(p.dy.data, row + slots.direction[s] * R), p.dy.batch};
+    }
+    const BackwardElement<S, T> element = {u, at, {dy[0], dy[1]}};
+    if (z.projected) {
+      if constexpr (Cell::kStates == 2) {
+        device.each(slots.count, rows, R, BackwardProjected<S, T>{element});
+        through_weights(device, p, slots, at, u.dy_rows, R, 0, &LayerWeights::w_hr, 0, R, H, u.through, false);
+        device.each(slots.count, rows, H, BackwardStep<Cell, S, T, true>{element});
+      }
+    } else {
+      device.each(slots.count, rows, H, BackwardStep<Cell, S, T, false>{element});
+    }
+    const int64_t width = kBlocks * H;
+    if constexpr (kTwoProducts) {
+      through_weights(device, p, slots, at, u.dg, width, (kSplit + Cell::kFirst) * H, &LayerWeights::w_hh,
+                      Cell::kFirst * H * R, (G - Cell::kFirst) * H, H, u.through, false);
+      device.each(slots.count, rows, H, BackwardFirst<Cell, S, T>{element});
+    }
+    // A cell's direct path to h_{t-1} is in dh already; a projected one has none.
+    through_weights(device, p, slots, at, u.dg, width, kSplit * H, &LayerWeights::w_hh, 0, Cell::kFirst * H, R, u.dh,
+                    !z.projected);
+  }
+
+  // to [slots][B][columns] = or += rows of this step, `length` elements each from column `offset` of `from` on, times
+  // the matrix [length, columns] at `weight_offset` of a weight.
+  template <class Device>
+  static void through_weights(Device& device, const BackwardProblem& p, const Slots& slots, const StepRows& at,
+                              T* const* from, int64_t width, int64_t offset, const void* LayerWeights::*weight,
+                              int64_t weight_offset, int64_t length, int64_t columns, S* to, bool add) {
+    Product product = {0, columns, length, 0, kDType};
+    product.lda = width, product.ldb = product.ldc = columns;
+    product.c_compute = true, product.add = add;
+    for (int s = 0; s < slots.count; ++s) {
+      product.a[s] = from[s] + at.first[s] * width + offset;
+      product.b[s] = typed<T>(p.weights[slots.direction[s]].*weight, weight_offset);
+      product.c[s] = to + s * p.size.B * columns;
+    }
+    product_of_rows(device, slots, at.rows, product);
+  }
+
+  template <class Device>
+  static void weight_gradients(Device& device, const BackwardProblem& p, const Slots& slots, const Work& w,
+                               const BackwardBuffers<S, T>& u) {
+    const LayerSizes& z = p.size;
+    const int64_t H = z.H, R = z.R, I = z.I, width = kBlocks * H;
+    const int64_t rows[kMaxSlots] = {z.N, z.N};
+    // to [length, columns], from its element `at` on: columns [offset, offset + length) of `from`, transposed, times
+    // rows of `columns` elements, `stride` apart.
+    const auto outer = [&](T* const* from, int64_t from_width, int64_t offset, int64_t length, const T* const* by,
+                           int64_t stride, int64_t columns, void* WeightGradients::*to, int64_t at) {
+      if (length == 0) return;
+      Product product = {length, columns, 0, 0, kDType};
+      product.lda = from_width, product.ldb = stride, product.ldc = columns;
+      product.a_transposed = true;
+      for (int s = 0; s < slots.count; ++s) {
+        product.a[s] = from[s] + offset;
+        product.b[s] = by[s];
+        product.c[s] = typed<T>(p.dw[slots.direction[s]].*to, at);
+      }
+      product_of_rows(device, slots, rows, product);
+    };
+    const T* const x = typed<T>(p.x.data);
+    const T* const xs[kMaxSlots] = {x, x};
+    const int64_t own = (G - kSplit) * H;  // gates whose dx is drec
+    outer(u.dg, width, kSplit * H, own, xs, row_stride(p.x, z), I, &WeightGradients::w_ih, 0);
+    outer(u.dg, width, 0, kSplit * H, xs, row_stride(p.x, z), I, &WeightGradients::w_ih, own * I);
+    outer(u.dg, width, kSplit * H, Cell::kFirst * H, u.before, R, R, &WeightGradients::w_hh, 0);
+    if (kTwoProducts) {
+      outer(u.dg, width, (kSplit + Cell::kFirst) * H, (G - Cell::kFirst) * H, u.q, H, H, &WeightGradients::w_hh,
+            Cell::kFirst * H * R);
+    }
+    if (z.projected) outer(u.dy_rows, R, 0, R, u.q, H, H, &WeightGradients::w_hr, 0);
+    if (w.part) bias_gradients(device, p, slots, w, u);
+  }
+
+  template <class Device>
+  static void bias_gradients(Device& device, const BackwardProblem& p, const Slots& slots, const Work& w,
+                             const BackwardBuffers<S, T>& u) {
+    const LayerSizes& z = p.size;
+    const int64_t width = kBlocks * z.H, count = parts(z.N);
+    SumRows<S, T> sums = {z.N, width, rows_of_part(z.N), {}, {}};
+    BiasGradients<S, T, G, kSplit> gradients = {z.H, count, {}, {}, {}};
+    for (int s = 0; s < slots.count; ++s) {
+      const WeightGradients& dw = p.dw[slots.direction[s]];
+      sums.dg[s] = u.dg[s];
+      gradients.part[s] = sums.part[s] = w.part + s * count * width;
+      gradients.db_ih[s] = typed<T>(dw.b_ih);
+      gradients.db_hh[s] = typed<T>(dw.b_hh);
+    }
+    device.each(slots.count, count, width, sums);
+    device.each(slots.count, 1, width, gradients);
+  }
+
+  // dx = the sum over directions of dL/d(W_ih x) W_ih, in the compute type, then rounded.
+  template <class Device>
+  static void input_gradient(Device& device, const BackwardProblem& p, const Slots& slots,
+                             const BackwardBuffers<S, T>& u) {
+    const LayerSizes& z = p.size;
+    const int64_t H = z.H, own = (G - kSplit) * H, width = kBlocks * H;
+    const bool rounded = !kOneType && z.D * (kSplit ? 2 : 1) > 1;
+    bool first = true;
+    const auto add = [&](int s, int64_t offset, int64_t length, int64_t weight_row) {
+      if (length == 0) return;
+      Product product = {z.N, z.I, length, 1, kDType};
+      product.a[0] = u.dg[s] + offset, product.lda = width;
+      product.b[0] = typed<T>(p.weights[slots.direction[s]].w_ih, weight_row * z.I), product.ldb = z.I;
+      product.c[0] = rounded ? p.dx_part[0] : p.dx, product.ldc = z.I;
+      product.c_compute = rounded || kOneType;
+      product.add = !first;
+      first = false;
+      device.product(product);
+    };
+    for (int d = 0; d < z.D; ++d) {  // in this order, whatever the slots': the same sum in every call
+      const int s = slots.direction[d];
+      add(s, kSplit * H, own, 0);
+      add(s, 0, kSplit * H, own);
+    }
+    if (rounded) device.each(1, z.N, z.I, Round<S, T>{z.I, static_cast<const S*>(p.dx_part[0]), static_cast<T*>(p.dx)});
+  }
+};
+
+}  // namespace fusedrnn
