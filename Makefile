@@ -15,7 +15,7 @@ BUILD   := build/stamp$(subst /,-,$(VENV))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: help demo test bench bench-peers phases test-avx512 sanitize sanitize-memory sanitize-threads build clean distclean
-.PHONY: check force
+.PHONY: check force gpu
 .NOTPARALLEL:
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo 'make phases     time fusedrnn with timers inside: where the time of a layer goes'
 	@echo 'make test-avx512  run the tests on the AVX-512 kernels, compiled for AVX2'
 	@echo 'make sanitize   run the tests with AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer'
+	@echo 'make gpu        build, test, check and time the CUDA kernels, with the torch of the active environment'
 	@echo 'make build      set up and compile only (the others do so by themselves)'
 	@echo 'make clean      delete what was compiled; make distclean: the virtual environment too'
 	@echo
@@ -65,6 +66,10 @@ USING = cd build/$(1) && PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/$(1)/lib:$
 phases: $(SETUP) | check
 	$(call variant,phases,-DFUSEDRNN_PHASES)
 	@$(call USING,phases) $(abspath $(BIN)) -m benchmarks --phases $(ARGS)
+
+# Everything there is to run on a machine with a GPU, in the environment that is active: its torch is for that GPU.
+gpu:
+	@$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 # The AVX-512 kernels on a processor that has AVX2 alone: the same source, two registers a vector. No timing.
 test-avx512: $(SETUP) | check

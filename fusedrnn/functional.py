@@ -39,7 +39,8 @@ def _check_devices(x: Tensor, *tensors: Tensor | None) -> None:
         names = ", ".join(sorted(map(str, devices)))
         raise RuntimeError(f"input, hidden state and weights must be on one device, got {names}")
     if x.device.type not in ("meta", *KERNEL_DTYPES):
-        raise NotImplementedError(f"this build of fusedrnn runs on {', '.join(KERNEL_DTYPES)}, got tensors on {x.device}")
+        devices = ", ".join(KERNEL_DTYPES)
+        raise NotImplementedError(f"this build of fusedrnn runs on {devices}, got tensors on {x.device}")
 
 
 def _stack(

@@ -21,6 +21,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "isa: run once more under each instruction set that the processor has")
+    config.addinivalue_line("markers", "cuda: needs a GPU; python -m benchmarks.gpu tests runs these and isa there")
 
 
 def pytest_report_header() -> str:

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn.cells import CELLS
 from loops import SINGLES, TWINS
-from parity import Case, packer, ragged
+from parity import DEVICE, Case, packer, ragged
 
 PROJECTED = [name for name, cell in CELLS.items() if cell.projectable]
 
@@ -28,9 +28,9 @@ def test_every_cell_of_the_registry_has_a_twin() -> None:
 
 
 def check(case: Case, *, fast: bool) -> None:
-    module = case.module()
+    module = case.module().to(DEVICE)
     names = [name for name, _ in module.named_parameters()]
-    tensors = case.tensors()
+    tensors = {name: t.detach().to(DEVICE).requires_grad_() for name, t in case.tensors().items()}
     pack = packer(case)
 
     def outputs(*leaves: Tensor) -> tuple[Tensor, ...]:

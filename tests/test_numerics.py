@@ -1,8 +1,8 @@
 """How exact the numbers are, and what becomes of numbers that are not ordinary.
 
 The error of our float32 and bfloat16 against float64 on the same values is like torch.nn's own (the plain loop's for a
-cell that torch.nn lacks), at most a fifth larger in the mean. NaN and Inf come out where torch's do; denormals, saturated gates and constant
-input give no NaN of our own. ``pytest -s`` prints the measured table.
+cell that torch.nn lacks), at most a fifth larger in the mean. NaN and Inf come out where torch's do; denormals,
+saturated gates and constant input give no NaN of our own. ``pytest -s`` prints the measured table.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def test_projected_lstm(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_weights_in_any_order_in_memory(cell: str) -> None:
-    """Two directions are one product where the addresses of their weights allow it: the numbers do not depend on that."""
+    """Two directions are one product where the addresses of their weights allow it: the numbers are the same."""
     case = Case(cell, T=6, B=4, I=5, H=7, bidirectional=True, dtype=torch.float32)
     x, h0, *c0 = (t.detach().to(DEVICE) for t in case.tensors().values())
     names = [name for name, _ in case.module().named_parameters()]

@@ -28,7 +28,8 @@ constexpr int kThreads = 128;
 constexpr int64_t kMaxBlocks = 65535;  // of a grid's y
 
 template <class Body>
-__global__ void __launch_bounds__(kThreads) each_element(const __grid_constant__ Body body, int64_t rows, int64_t columns) {
+__global__ void __launch_bounds__(kThreads)
+    each_element(const __grid_constant__ Body body, int64_t rows, int64_t columns) {
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (column >= columns) return;
   for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) body(blockIdx.z, row, column);
@@ -61,14 +62,19 @@ const char* run(const typename Pass::Problem& p, const CudaCall& call) {
   return device.error == cudaSuccess ? nullptr : cudaGetErrorString(device.error);
 }
 
+template <class Pass>
+int64_t bytes(const typename Pass::Problem& p) {
+  return Pass::template bytes<Cuda>(p);
+}
+
 template <class... Cells>
 constexpr CudaTable make_table(CellList<Cells...>) {
   using Bf16 = __nv_bfloat16;
   using Half = __half;
-  return {{{StepwiseForward<Cells, float>::template bytes<Cuda>, StepwiseForward<Cells, double>::template bytes<Cuda>,
-            StepwiseForward<Cells, Bf16>::template bytes<Cuda>, StepwiseForward<Cells, Half>::template bytes<Cuda>}...},
-          {{StepwiseBackward<Cells, float>::template bytes<Cuda>, StepwiseBackward<Cells, double>::template bytes<Cuda>,
-            StepwiseBackward<Cells, Bf16>::template bytes<Cuda>, StepwiseBackward<Cells, Half>::template bytes<Cuda>}...},
+  return {{{bytes<StepwiseForward<Cells, float>>, bytes<StepwiseForward<Cells, double>>,
+            bytes<StepwiseForward<Cells, Bf16>>, bytes<StepwiseForward<Cells, Half>>}...},
+          {{bytes<StepwiseBackward<Cells, float>>, bytes<StepwiseBackward<Cells, double>>,
+            bytes<StepwiseBackward<Cells, Bf16>>, bytes<StepwiseBackward<Cells, Half>>}...},
           {{run<StepwiseForward<Cells, float>>, run<StepwiseForward<Cells, double>>,
             run<StepwiseForward<Cells, Bf16>>, run<StepwiseForward<Cells, Half>>}...},
           {{run<StepwiseBackward<Cells, float>>, run<StepwiseBackward<Cells, double>>,

@@ -8,7 +8,8 @@
 namespace fusedrnn {
 
 // Row-major: c [m, n] = a [m, k] b [k, n], or c += that; `count` of them with the same sizes. a and b hold elements of
-// `dtype`; so does c, or of its compute type (problem.h), in which sums are made. Rows are lda, ldb, ldc elements apart.
+// `dtype`, c of the same or of its compute type (element.h), in which sums are made. Rows are lda, ldb, ldc elements
+// apart.
 struct Product {
   int64_t m, n, k;
   int count;

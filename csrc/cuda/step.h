@@ -1,9 +1,9 @@
-// The element-wise kernels of the stepwise road, as bodies: body(s, row, column) does one element, of slot s (a direction
-// of the layer) and does nothing for rows that its slot does not have. A device runs a body over all elements, in any
-// order: on the GPU one thread each (device.cu), in the tests a loop on the CPU (host.cpp). The equations are the cells'.
+// The element-wise kernels of the stepwise road, as bodies: body(s, row, column) does one element of slot s (a direction
+// of the layer), or nothing where the slot has no such row. A device runs a body over all elements, in any order: on
+// the GPU one thread each (device.cu), in the tests a loop on the CPU (host.cpp). The equations are the cells'.
 //
-// S compute type, T storage type of x, weights and results (the same, or S float and T half as wide). Buffers of the
-// driver (stepwise.h) are contiguous with a slot's rows together: h [slots][B][R].
+// T is the type of x, weights and results, S the one they are computed in (element.h). Buffers of the driver
+// (stepwise.h) have a slot's rows together: h [slots][B][R].
 #pragma once
 
 #include "element.h"
@@ -222,7 +222,7 @@ struct BackwardBuffers {
   int64_t saved_stride;
   PerSlot<T*> dg;              // [N, (kSplit + G)*H]
   PerSlot<T*> before;          // [N, R]: h_{t-1} of each row, or null
-  PerSlot<T*> q;               // [N, H]: the operand of the second product, or the output before its projection, or null
+  PerSlot<T*> q;               // [N, H]: operand of the second product or output before its projection; or null
   PerSlot<T*> dy_rows;         // [N, R]: dL/dy of a projected layer
   S* dh;                       // [slots][B][R]: dL/dh of this step but for dy
   S* dc;                       // [slots][B][H]
@@ -278,8 +278,8 @@ struct BackwardStep : BackwardElement<S, T> {
       d[0] = this->total_dh(s, b, j);
     }
     if constexpr (Cell::kStates == 2) {
-      previous[1] = b < this->at.carried[s] ? u.saved[s][(this->at.previous[s] + b) * u.saved_stride + Cell::kSaved * H + j]
-                                            : u.c0[s] ? widen(u.c0[s][b * H + j]) : S(0);
+      const int64_t before = (this->at.previous[s] + b) * u.saved_stride + Cell::kSaved * H + j;
+      previous[1] = b < this->at.carried[s] ? u.saved[s][before] : u.c0[s] ? widen(u.c0[s][b * H + j]) : S(0);
       current[1] = row[Cell::kSaved * H + j];
       d[1] = u.dc[i];
     }

@@ -195,7 +195,8 @@ struct StepwiseForward {
  private:
   // W_ih x of the rows of a span.
   template <class Device>
-  static void project(Device& device, const ForwardProblem& p, const Slots& slots, const Work& w, const StepRows& span) {
+  static void project(Device& device, const ForwardProblem& p, const Slots& slots, const Work& w,
+                      const StepRows& span) {
     const LayerSizes& z = p.size;
     Product product = {0, G * z.H, z.I, 0, kDType};
     product.lda = row_stride(p.x, z), product.ldb = z.I, product.ldc = G * z.H;
@@ -471,7 +472,7 @@ struct StepwiseBackward {
       add(s, kSplit * H, own, 0);
       add(s, 0, kSplit * H, own);
     }
-    if (rounded) device.each(1, z.N, z.I, Round<S, T>{z.I, static_cast<const S*>(p.dx_part[0]), static_cast<T*>(p.dx)});
+    if (rounded) device.each(1, z.N, z.I, Round<S, T>{z.I, typed<S>(p.dx_part[0]), typed<T>(p.dx)});
   }
 };
 

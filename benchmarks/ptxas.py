@@ -1,0 +1,103 @@
+"""The command ``python -m benchmarks.ptxas``: what the compiler makes of each CUDA kernel, on a machine with no GPU.
+
+Compiles csrc/cuda/*.cu with nvcc alone, for each architecture, and prints a kernel's registers, shared memory, stack
+and spills. The exit status is 1 if one spills or has a stack.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["ARCHITECTURES", "Kernel", "compile_kernels", "table"]
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
+ARCHITECTURES = ("sm_80", "sm_90a")
+# As torch compiles extensions: no implicit conversions of 16-bit types.
+FLAGS = ("-std=c++17", "-O3", *(f"-D__CUDA_NO_{n}__" for n in ("HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS")))
+ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'")
+MEMORY = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+USED = re.compile(r"Used (\d+) registers")
+SHARED = re.compile(r"(\d+) bytes smem")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel for an architecture; sizes in bytes a thread, shared memory a block."""
+
+    name: str
+    architecture: str
+    registers: int
+    shared: int
+    stack: int
+    spills: int
+
+
+def _readable(names: Sequence[str]) -> list[str]:
+    """Names without the mangling, the namespaces and the arguments."""
+    done = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True)
+    short = (re.sub(r"fusedrnn::|\(anonymous namespace\)::|void ", "", name) for name in done.stdout.splitlines())
+    return [re.sub(r"\(.*", "", name).replace(" >", ">") for name in short]
+
+
+def compile_kernels(architectures: Sequence[str] = ARCHITECTURES) -> list[Kernel]:
+    """Compile every kernel and read what ptxas says of it.
+
+    Raises:
+        FileNotFoundError: no nvcc.
+        RuntimeError: nvcc failed; with what it printed.
+    """
+    nvcc = shutil.which("nvcc")
+    if not nvcc:
+        raise FileNotFoundError("nvcc is not on the PATH")
+    kernels = []
+    targets = [f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in architectures]
+    for source in SOURCES:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [nvcc, *FLAGS, *targets, "--threads", "2", "-Xptxas", "-v", "-c", source, "-o", f"{folder}/out"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        _, *entries = re.split(r"(?=Compiling entry function)", done.stderr)
+        names = _readable([ENTRY.search(entry)[1] for entry in entries])
+        for name, entry in zip(names, entries, strict=True):
+            stack, stores, loads = map(int, MEMORY.search(entry).groups())
+            shared = SHARED.search(entry)
+            kernels.append(
+                Kernel(
+                    name, ENTRY.search(entry)[2], int(USED.search(entry)[1]), int(shared[1]) if shared else 0, stack,
+                    stores + loads,
+                )
+            )  # fmt: skip
+    return kernels
+
+
+def table(kernels: Sequence[Kernel]) -> str:
+    """A line for each kernel, the architectures beside one another."""
+    found = {(kernel.name, kernel.architecture): kernel for kernel in kernels}
+    architectures = sorted({kernel.architecture for kernel in kernels})
+    lines = [f"{'registers, shared memory, stack, spills':72} {' '.join(f'{a:>20}' for a in architectures)}"]
+    for name in sorted({kernel.name for kernel in kernels}):
+        cells = (found[name, a] for a in architectures)
+        lines.append(f"{name:72} {' '.join(f'{k.registers:>5}{k.shared:>5}{k.stack:>5}{k.spills:>5}' for k in cells)}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ptxas", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, help="default: %(default)s")
+    kernels = compile_kernels(parser.parse_args(argv).arch)
+    print(table(kernels))
+    return 1 if any(kernel.stack or kernel.spills for kernel in kernels) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,213 @@
+"""What a GPU alone can show: graphs, streams, no waiting for the device, cuDNN's limits and errors beside ours.
+
+The numbers of every layer are checked on the GPU by the tests marked ``isa``, under FUSEDRNN_TEST_DEVICE=cuda; this
+file is marked ``cuda`` and needs no setting. Tests named ``small`` are what compute-sanitizer runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fusedrnn
+from fusedrnn.cells import CELLS
+from fusedrnn.ops import KERNEL_DTYPES
+from loops import TWINS
+from parity import Case
+
+AVAILABLE = "cuda" in KERNEL_DTYPES and torch.cuda.is_available()
+REASON = "no GPU" if "cuda" in KERNEL_DTYPES else "this build has no CUDA kernels"
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not AVAILABLE, reason=REASON)]
+CUDA = torch.device("cuda")
+HALF = (torch.float16, torch.bfloat16)
+
+
+@pytest.fixture
+def strict_float32() -> Iterator[None]:
+    """float32 products are float32 products, whatever was set before."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def leaves(case: Case) -> tuple[nn.Module, list[Tensor], tuple[Tensor, ...] | Tensor]:
+    """The module of a case on the GPU; its input and parameters; its initial states."""
+    module = case.module().to(CUDA)
+    x, *states = (t.detach().to(CUDA).requires_grad_() for t in case.tensors().values())
+    return module, [x, *states, *module.parameters()], tuple(states) if len(states) > 1 else states[0]
+
+
+def gradients(module: nn.Module, wanted: list[Tensor], hx: tuple[Tensor, ...] | Tensor) -> list[Tensor]:
+    """The output, and the gradients of half the sum of its squares."""
+    y, _ = module(wanted[0], hx)
+    return [y, *torch.autograd.grad(y.square().sum() / 2, wanted)]
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_small_layers(cell: str) -> None:
+    for dtype in KERNEL_DTYPES["cuda"]:
+        found = gradients(*leaves(Case(cell, T=3, B=2, I=5, H=9, bidirectional=True, dtype=dtype)))
+        assert all(t.isfinite().all() for t in found)
+    if CELLS[cell].projectable:
+        assert all(t.isfinite().all() for t in gradients(*leaves(Case(cell, T=3, proj_size=2, bidirectional=True))))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_same_bits_in_a_hundred_runs(cell: str) -> None:
+    case = Case(cell, T=20, B=16, I=64, H=128, num_layers=2, bidirectional=True, dtype=torch.float32)
+    arguments = leaves(case)
+    first = gradients(*arguments)
+    for _ in range(100):
+        assert all(torch.equal(a, b) for a, b in zip(first, gradients(*arguments), strict=True))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_graph_replays_forward_and_backward(cell: str) -> None:
+    arguments = leaves(Case(cell, T=9, B=4, I=8, H=16, bidirectional=True, dtype=torch.float32))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        gradients(*arguments)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients(*arguments)
+    for seed in range(3):
+        with torch.no_grad():
+            arguments[1][0].copy_(torch.randn(arguments[1][0].shape, generator=torch.Generator().manual_seed(seed)))
+        graph.replay()
+        replayed = [t.clone() for t in captured]
+        assert all(torch.equal(a, b) for a, b in zip(replayed, gradients(*arguments), strict=True))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_nothing_waits_for_the_device(cell: str) -> None:
+    arguments = leaves(Case(cell, T=9, B=4, I=8, H=16, num_layers=2, dtype=torch.float32))
+    gradients(*arguments)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradients(*arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_two_streams_at_once() -> None:
+    arguments = leaves(Case("lstm", T=50, B=16, I=64, H=128, dtype=torch.float32))
+    expected = gradients(*arguments)
+    torch.cuda.synchronize()
+    streams, found = [torch.cuda.Stream() for _ in range(2)], []
+    for _ in range(5):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(gradients(*arguments))
+    torch.cuda.synchronize()
+    for again in found:
+        assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+
+
+def test_more_steps_than_cudnn_takes() -> None:
+    layer = fusedrnn.LSTM(4, 8, dtype=torch.float64)
+    x = torch.randn(70_000, 2, 4, dtype=torch.float64)
+    with torch.no_grad():
+        expected = layer(x)[0]
+        found = layer.to(CUDA)(x.to(CUDA))[0]
+    assert (found.cpu() - expected).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_backward_in_eval(cell: str) -> None:
+    module, wanted, hx = leaves(Case(cell, dtype=torch.float32))
+    found = gradients(module.eval(), wanted, hx)
+    expected = gradients(module.train(), wanted, hx)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_any_strides(cell: str) -> None:
+    """A sliced, a transposed and an expanded input; a sliced and an expanded gradient."""
+    module, _, hx = leaves(Case(cell, T=6, B=4, I=8, H=10, dtype=torch.float64))
+    options = {"device": CUDA, "dtype": torch.float64}
+    inputs = torch.randn(6, 4, 16, **options)[..., ::2], torch.randn(4, 6, 8, **options).transpose(0, 1)
+    for view in (*inputs, torch.randn(6, 1, 8, **options).expand(6, 4, 8)):
+        strided, whole = view.detach().requires_grad_(), view.detach().contiguous().requires_grad_()
+        for dy in (torch.ones(1, 1, 1, **options).expand(6, 4, 10), torch.randn(6, 4, 20, **options)[..., ::2]):
+            (found,) = torch.autograd.grad(module(strided, hx)[0], strided, dy)
+            (expected,) = torch.autograd.grad(module(whole, hx)[0], whole, dy.contiguous())
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_nan_stays_in_its_sample() -> None:
+    module, (x, *_), hx = leaves(Case("lstm", T=5, B=4, I=8, H=16, dtype=torch.float32))
+    with torch.no_grad():
+        clean = module(x, hx)[0]
+        x[2, 1, 3] = math.nan
+        dirty = module(x, hx)[0]
+    keep = [0, 2, 3]
+    assert torch.equal(clean[:, keep], dirty[:, keep])
+    assert dirty[2:, 1].isnan().all() and torch.equal(clean[:2, 1], dirty[:2, 1])
+
+
+def test_no_samples() -> None:
+    layer = fusedrnn.GRU(4, 8, device=CUDA)
+    y, h = layer(torch.zeros(3, 0, 4, device=CUDA))
+    assert y.shape == (3, 0, 8) and h.shape == (1, 0, 8)
+    (gradient,) = torch.autograd.grad(y.sum() + h.sum(), [layer.weight_hh_l0])
+    assert not gradient.any()
+
+
+def test_tensors_on_two_devices() -> None:
+    layer = fusedrnn.LSTM(4, 8, device=CUDA)
+    with pytest.raises(RuntimeError, match="device"):
+        layer(torch.zeros(3, 2, 4))
+    with pytest.raises(RuntimeError, match="device"):
+        fusedrnn.LSTM(4, 8)(torch.zeros(3, 2, 4, device=CUDA))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_autocast(dtype: torch.dtype) -> None:
+    layer = fusedrnn.LSTM(4, 8, num_layers=2, device=CUDA)
+    with torch.autocast("cuda", dtype=dtype):
+        y, _ = layer(torch.randn(5, 3, 4, device=CUDA))
+    assert y.dtype == dtype
+    y.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.usefixtures("strict_float32")
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32, "tf32"], ids=str)
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if TWINS[cell].torch_layer])
+def test_errors_are_no_larger_than_cudnn_s(cell: str, dtype: torch.dtype | str) -> None:
+    """Against float64 on the CPU: relative errors of the output and of every gradient, geometric means over seeds."""
+    if dtype == "tf32":
+        torch.backends.cuda.matmul.allow_tf32 = True
+    storage = torch.float32 if dtype == "tf32" else dtype
+    tf32_before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
+    logs = []
+    try:
+        for seed in range(4):
+            case = Case(cell, T=40, B=16, I=64, H=128, dtype=storage, seed=seed)
+            ours, wanted, hx = leaves(case)
+            theirs = copy.deepcopy(ours)
+            fusedrnn.revert(theirs)
+            exact = copy.deepcopy(ours).double().cpu()
+            values = [t.detach().double().cpu().requires_grad_() for t in wanted]
+            states = 1 + len(CELLS[cell].states)
+            expected = gradients(
+                exact, [*values[:states], *exact.parameters()], tuple(values[1:states]) if states > 2 else values[1]
+            )
+            found = [gradients(m, [*wanted[:states], *m.parameters()], hx) for m in (ours, theirs)]
+            for a, b, t in zip(*found, expected, strict=True):
+                logs.append([((v.double().cpu() - t).norm() / t.norm()).log() for v in (a, b)])
+    finally:
+        torch.backends.cudnn.allow_tf32 = tf32_before
+    mean, theirs_mean = torch.tensor(logs).mean(dim=0).exp().tolist()
+    print(f"{cell}, {dtype}: relative error {mean:.2e}, cuDNN's {theirs_mean:.2e}")
+    assert mean <= 1.05 * theirs_mean
