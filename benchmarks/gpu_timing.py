@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -182,14 +183,29 @@ def calls_of(point: Point, steps: int, device: torch.device) -> tuple[dict[str, 
     return calls, deviation
 
 
+@contextmanager
+def tf32(on: bool) -> Iterator[None]:
+    """float32 products, torch's and cuDNN's, rounded to TF32 or not."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = on
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=on):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def measure(point: Point, device: torch.device, steps: int = STEPS, rounds: int = ROUNDS) -> dict:
     """Medians of the rounds: milliseconds a call, microseconds a step, and for each opponent its time over ours.
 
     Raises:
         RuntimeError: our output is not torch.nn's.
     """
-    tf32 = point.dtype == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    with tf32(point.dtype == "tf32"):
+        return _measure(point, device, steps, rounds)
+
+
+def _measure(point: Point, device: torch.device, steps: int, rounds: int) -> dict:
     clock, calls = Clock(device), {}
     for length in (steps // 2, steps):
         calls[length], deviation = calls_of(point, length, device)

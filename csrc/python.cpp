@@ -12,6 +12,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/plan.h"
+#include "cuda/slots.h"
 #include "inference.h"
 
 namespace py = pybind11;
@@ -114,6 +115,24 @@ int64_t steps_of_pipeline(int64_t T, int64_t B, int64_t H, int gates, int lanes,
     throw py::value_error("pipeline_steps: every size must be at least 1");
   }
   return pipeline_steps(Lengths(std::vector<int64_t>(T, B), H, H, 1).size, gates, lanes, layers, threads);
+}
+
+// The spans of steps whose input products the stepwise road makes at once, of at most `limit` rows or one step: begin
+// and end in a direction's own order, and for the forward and the reverse direction their first row and number of rows.
+std::vector<std::vector<int64_t>> projection_spans(const std::vector<int64_t>& batch_sizes, int64_t limit) {
+  if (batch_sizes.empty()) throw py::value_error("projection_spans: no steps");
+  const Lengths lengths(batch_sizes, 1, 1, 2);
+  const LayerSizes& z = lengths.size;
+  const LayerWeights weights[2] = {};
+  const Slots slots(z, weights);
+  std::vector<std::vector<int64_t>> spans;
+  for (int64_t begin = 0; begin < z.T;) {
+    const int64_t end = slots.span_end(z, begin, limit);
+    const StepRows at = slots.span(z, begin, end);
+    spans.push_back({begin, end, at.first[0], at.rows[0], at.first[1], at.rows[1]});
+    begin = end;
+  }
+  return spans;
 }
 
 // y, h_n, c_n, or None: see inference.h. Of one step x [B, I], with states [B, *], the same without the time.
@@ -246,6 +265,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("pipeline_steps", steps_of_pipeline, py::arg("T"), py::arg("B"), py::arg("H"), py::arg("gates"),
         py::arg("lanes"), py::arg("layers"), py::arg("threads"),
         "Steps of a chunk in which stacked layers run side by side; 0: they do not.");
+  m.def("projection_spans", projection_spans, py::arg("batch_sizes"), py::arg("limit"),
+        "Steps whose input products are made at once on a GPU, and their rows in both directions.");
   m.def("peak_flops", peak_flops, py::arg("threads"), py::arg("seconds") = 0.02,
         py::call_guard<py::gil_scoped_release>(), "float32 operations a second, multiplying and adding in registers.");
   m.def("phases", phases, "Seconds of all threads in each phase since the last call; None if the build has no timers.");

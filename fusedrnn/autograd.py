@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import differentiable
 from .cells import CELLS
 from .ops import layer_backward, layer_forward
 
@@ -104,7 +105,12 @@ class RecurrentLayer(torch.autograd.Function):
 
 
 class RecurrentLayerBackward(torch.autograd.Function):
-    """The hand-derived gradients of :class:`RecurrentLayer`, themselves not differentiable yet."""
+    """The hand-derived gradients of :class:`RecurrentLayer`, as a function that may be differentiated again.
+
+    *Its derivative* is that of :func:`fusedrnn.differentiable.layer`, differentiated twice by torch: correct to any
+    order on any device, and as slow as a Python loop through time. ``y`` and ``saved`` are functions of the other
+    arguments; what goes through them is part of those arguments' gradients.
+    """
 
     @staticmethod
     def forward(  # noqa: D102
@@ -117,11 +123,38 @@ class RecurrentLayerBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # noqa: D102
+        ctx.cell, ctx.bidirectional, ctx.need_x, _, dy, dh_n, dc_n, x, batch_sizes, h0, c0, _, _, *weights = inputs
         ctx.set_materialize_grads(False)
+        ctx.save_for_backward(batch_sizes, dy, dh_n, dc_n, x, h0, c0, *weights)
 
     @staticmethod
-    def backward(ctx, *_):  # noqa: D102
-        raise NotImplementedError(
-            "fusedrnn: double backward (create_graph=True through a recurrent layer) is not supported; "
-            "use fusedrnn.revert(model) for that computation"
-        )
+    def backward(ctx, ddx, ddh0, ddc0, *ddweights):  # noqa: D102
+        batch_sizes, *inputs = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        needs = (*needs[4:8], *needs[9:11], *needs[13:])  # of dy, dh_n, dc_n, x, h0, c0, weights
+        with torch.enable_grad():
+            # Views: a saved tensor may itself depend on another one, and paths outside this layer are not ours.
+            inputs = [t if t is None else t.view_as(t) if t.requires_grad else t.detach() for t in inputs]
+            inputs = [t if t is None else t.requires_grad_() for t in inputs]
+            cotangents, (x, h0, c0, *weights) = inputs[:3], inputs[3:]
+            outputs = differentiable.layer(ctx.cell, ctx.bidirectional, x, batch_sizes, h0, c0, weights)
+            used = [(out, d) for out, d in zip(outputs, cotangents) if d is not None]
+            asked = {3: ddx if ctx.need_x else None, 4: ddh0, 5: ddc0, **dict(enumerate(ddweights, 6))}
+            asked = {i: dd for i, dd in asked.items() if dd is not None and inputs[i] is not None}
+            if not asked:
+                return (None,) * len(ctx.needs_input_grad)
+            first = torch.autograd.grad(
+                [out for out, _ in used], [inputs[i] for i in asked], [d for _, d in used],
+                create_graph=True, allow_unused=True,
+            )  # fmt: skip
+        pairs = [(g, dd) for g, dd in zip(first, asked.values(), strict=True) if g is not None and g.requires_grad]
+        wanted = [i for i, need in enumerate(needs) if need and inputs[i] is not None]
+        second = {}
+        if pairs and wanted:
+            found = torch.autograd.grad(
+                [g for g, _ in pairs], [inputs[i] for i in wanted], [dd for _, dd in pairs],
+                create_graph=torch.is_grad_enabled(), allow_unused=True,
+            )  # fmt: skip
+            second = dict(zip(wanted, found, strict=True))
+        d = [second.get(i) for i in range(len(inputs))]
+        return (None, None, None, None, *d[:4], None, *d[4:6], None, None, *d[6:])

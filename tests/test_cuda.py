@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fusedrnn
+from benchmarks.gpu_timing import tf32
 from fusedrnn.cells import CELLS
 from fusedrnn.ops import KERNEL_DTYPES
 from loops import TWINS
@@ -25,15 +25,6 @@ REASON = "no GPU" if "cuda" in KERNEL_DTYPES else "this build has no CUDA kernel
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not AVAILABLE, reason=REASON)]
 CUDA = torch.device("cuda")
 HALF = (torch.float16, torch.bfloat16)
-
-
-@pytest.fixture
-def strict_float32() -> Iterator[None]:
-    """float32 products are float32 products, whatever was set before."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def leaves(case: Case) -> tuple[nn.Module, list[Tensor], tuple[Tensor, ...] | Tensor]:
@@ -130,6 +121,20 @@ def test_backward_in_eval(cell: str) -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
+def test_double_backward(cell: str) -> None:
+    """As on the CPU; cuDNN has none."""
+    found = []
+    for device in (CUDA, torch.device("cpu")):
+        module, x = Case(cell).module().to(device), Case(cell).tensors()["x"].detach().to(device).requires_grad_()
+        (dx,) = torch.autograd.grad(module(x)[0].pow(2).sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(dx.pow(2).sum(), [x, *module.parameters()], allow_unused=True))
+    for a, b in zip(*found, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a.cpu(), b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("cell", CELLS)
 def test_any_strides(cell: str) -> None:
     """A sliced, a transposed and an expanded input; a sliced and an expanded gradient."""
     module, _, hx = leaves(Case(cell, T=6, B=4, I=8, H=10, dtype=torch.float64))
@@ -180,34 +185,23 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in layer.parameters())
 
 
-@pytest.mark.usefixtures("strict_float32")
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32, "tf32"], ids=str)
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if TWINS[cell].torch_layer])
 def test_errors_are_no_larger_than_cudnn_s(cell: str, dtype: torch.dtype | str) -> None:
     """Against float64 on the CPU: relative errors of the output and of every gradient, geometric means over seeds."""
-    if dtype == "tf32":
-        torch.backends.cuda.matmul.allow_tf32 = True
-    storage = torch.float32 if dtype == "tf32" else dtype
-    tf32_before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = dtype == "tf32"
-    logs = []
-    try:
-        for seed in range(4):
-            case = Case(cell, T=40, B=16, I=64, H=128, dtype=storage, seed=seed)
-            ours, wanted, hx = leaves(case)
-            theirs = copy.deepcopy(ours)
-            fusedrnn.revert(theirs)
-            exact = copy.deepcopy(ours).double().cpu()
-            values = [t.detach().double().cpu().requires_grad_() for t in wanted]
-            states = 1 + len(CELLS[cell].states)
-            expected = gradients(
-                exact, [*values[:states], *exact.parameters()], tuple(values[1:states]) if states > 2 else values[1]
-            )
+    logs, states = [], 1 + len(CELLS[cell].states)
+    for seed in range(4):
+        case = Case(cell, T=40, B=16, I=64, H=128, dtype=torch.float32 if dtype == "tf32" else dtype, seed=seed)
+        ours, wanted, hx = leaves(case)
+        theirs = copy.deepcopy(ours)
+        fusedrnn.revert(theirs)
+        exact = copy.deepcopy(ours).double().cpu()
+        x, *h = (t.detach().double().cpu().requires_grad_() for t in wanted[:states])
+        expected = gradients(exact, [x, *h, *exact.parameters()], tuple(h) if len(h) > 1 else h[0])
+        with tf32(dtype == "tf32"):
             found = [gradients(m, [*wanted[:states], *m.parameters()], hx) for m in (ours, theirs)]
-            for a, b, t in zip(*found, expected, strict=True):
-                logs.append([((v.double().cpu() - t).norm() / t.norm()).log() for v in (a, b)])
-    finally:
-        torch.backends.cudnn.allow_tf32 = tf32_before
+        for a, b, t in zip(*found, expected, strict=True):
+            logs.append([((v.double().cpu() - t).norm() / t.norm()).log() for v in (a, b)])
     mean, theirs_mean = torch.tensor(logs).mean(dim=0).exp().tolist()
     print(f"{cell}, {dtype}: relative error {mean:.2e}, cuDNN's {theirs_mean:.2e}")
     assert mean <= 1.05 * theirs_mean

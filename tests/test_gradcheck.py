@@ -1,11 +1,12 @@
 """Every hand-derived backward against central differences in float64, for every cell and every kind of layer.
 
 Small odd shapes. The whole product of options runs in gradcheck's fast mode (one random projection of the Jacobian);
-one case of each kind runs in the slow mode, entry by entry. A second derivative must raise, never be wrong.
+one case of each kind runs in the slow mode, entry by entry. Second derivatives likewise, and a third.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 
@@ -16,9 +17,11 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence
 
+from fusedrnn import differentiable
 from fusedrnn.cells import CELLS
+from fusedrnn.ops import layer_forward
 from loops import SINGLES, TWINS
-from parity import DEVICE, Case, packer, ragged
+from parity import DEVICE, Case, packer, ragged, twin
 
 PROJECTED = [name for name, cell in CELLS.items() if cell.projectable]
 
@@ -27,7 +30,8 @@ def test_every_cell_of_the_registry_has_a_twin() -> None:
     assert set(TWINS) == set(CELLS)
 
 
-def check(case: Case, *, fast: bool) -> None:
+def problem(case: Case) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor]]:
+    """The layer as a function of everything that has a gradient, and these values: x, states, parameters."""
     module = case.module().to(DEVICE)
     names = [name for name, _ in module.named_parameters()]
     tensors = {name: t.detach().to(DEVICE).requires_grad_() for name, t in case.tensors().items()}
@@ -41,8 +45,11 @@ def check(case: Case, *, fast: bool) -> None:
         last = last if isinstance(last, tuple) else (last,)
         return y.data if isinstance(y, PackedSequence) else y, *last
 
-    leaves = [*tensors.values(), *(p.detach().requires_grad_() for p in module.parameters())]
-    assert torch.autograd.gradcheck(outputs, leaves, fast_mode=fast)
+    return outputs, [*tensors.values(), *(p.detach().requires_grad_() for p in module.parameters())]
+
+
+def check(case: Case, *, fast: bool) -> None:
+    assert torch.autograd.gradcheck(*problem(case), fast_mode=fast)
 
 
 def kinds(cell: str) -> list[Case]:
@@ -113,13 +120,67 @@ def test_batch_first_and_unbatched(cell: str) -> None:
     assert torch.autograd.gradcheck(lambda x: module(x)[0], x)
 
 
+SMOOTH = [name for name in CELLS if name != "rnn_relu"]  # relu has no second derivative to check at its corner
+
+
 @pytest.mark.parametrize("cell", CELLS)
-def test_second_derivative_raises(cell: str) -> None:
-    """Even where another path to x would give the graph a second derivative of its own."""
-    module, x = Case(cell).module(), Case(cell).tensors()["x"]
-    (dx,) = torch.autograd.grad(module(x)[0].pow(2).sum() + x.pow(3).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="twice|once_differentiable|[Ss]econd derivative|[Dd]ouble backward"):
-        torch.autograd.grad(dx.sum(), x)
+def test_second_derivatives_of_every_kind_of_layer(cell: str) -> None:
+    for case in (case for case in kinds(cell) if case.num_layers == 1):
+        assert torch.autograd.gradgradcheck(*problem(case), fast_mode=True, atol=1e-4)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "ragged"])
+@pytest.mark.parametrize("cell", SMOOTH)
+def test_second_derivatives_entry_by_entry(cell: str, packed: bool) -> None:
+    case = Case(cell, T=2, I=1, H=2, bidirectional=True)
+    assert torch.autograd.gradgradcheck(*problem(ragged(replace(case, B=3)) if packed else case))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_gradient_penalty_and_a_third_derivative(cell: str) -> None:
+    """As torch.nn's module, or the loop, gives them, through a layer above a layer."""
+    case = Case(cell, T=4, B=3, I=4, H=4)
+    lower, upper = case.module(), replace(case, seed=1).module()
+
+    def penalties(call_lower: Callable, call_upper: Callable) -> list[Tensor]:
+        x = case.tensors()["x"]
+        y = call_upper(call_lower(x)[0])[0]
+        (dx,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        (ddx,) = torch.autograd.grad((dx.norm() - 1).pow(2), x, create_graph=True)
+        parameters = [*lower.parameters(), *upper.parameters()]
+        return [dx, ddx, *torch.autograd.grad(ddx.pow(2).sum() + dx.sum(), [x, *parameters])]
+
+    found, expected = penalties(lower, upper), penalties(twin(cell, lower), twin(cell, upper))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_differentiable_layer_is_the_kernel_s(cell: str) -> None:
+    for case in (replace(case, T=5, B=4) for case in kinds(cell) if case.num_layers == 1):
+        x, *states = case.tensors().values()
+        h0, c0 = (*states, None, None)[:2]
+        weights, sizes = list(case.module().parameters()), None
+        if case.lengths:
+            sizes = torch.tensor([4, 3, 3, 1, 1])
+            x = x.reshape(20, -1)[: sizes.sum()]
+        expected = layer_forward(x, sizes, h0, c0, weights, cell, case.bidirectional, False)
+        found = differentiable.layer(cell, case.bidirectional, x, sizes, h0, c0, weights)
+        for a, b in zip(found, expected):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_is_not_wanted_has_no_second_derivative(cell: str) -> None:
+    """Frozen weights, no input gradient, initial states alone; tensors of the caller are left as they are."""
+    module, tensors = Case(cell).module(), Case(cell).tensors()
+    module.weight_ih_l0.requires_grad_(False)
+    x = tensors["x"].detach()
+    hx = (tensors["h0"], tensors["c0"].detach()) if "c0" in tensors else tensors["h0"]
+    (dh0,) = torch.autograd.grad(module(x, hx)[0].pow(2).sum(), tensors["h0"], create_graph=True)
+    found = torch.autograd.grad(dh0.pow(2).sum(), [module.weight_hh_l0, tensors["h0"]])
+    assert all(t.isfinite().all() and t.any() for t in found)
+    assert not x.requires_grad and not module.weight_ih_l0.requires_grad
 
 
 @pytest.mark.parametrize("cell", CELLS)

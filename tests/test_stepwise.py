@@ -6,16 +6,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fusedrnn
 from fusedrnn.cells import CELLS
 from parity import DEVICE, Case, assert_parity, ragged, run_ours
 
 STEPWISE = DEVICE.type == "cuda" or fusedrnn._C.isa() == "stepwise"
-pytestmark = [
-    pytest.mark.isa,
-    pytest.mark.skipif(not STEPWISE, reason="this process runs the CPU's own kernels: test_isa.py starts another"),
-]
+stepwise = pytest.mark.skipif(not STEPWISE, reason="the CPU's own kernels are in use here: test_isa.py runs this")
 SHAPES = {
     "odd": {"T": 7, "B": 3, "I": 5, "H": 9},
     "one step": {"T": 1, "B": 2},
@@ -26,6 +25,31 @@ SHAPES = {
 }
 
 
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=9).map(lambda n: sorted(n, reverse=True)),
+    limit=st.integers(1, 60),
+)
+def test_spans_of_steps_cover_every_row_once(lengths: list[int], limit: int) -> None:
+    """In both directions; no longer than the limit, or one step; and no shorter than it allows."""
+    sizes = [sum(length > t for length in lengths) for t in range(lengths[0])]
+    rows = {0: sizes, 1: sizes[::-1]}  # of each step in a direction's own order
+    spans = fusedrnn._C.projection_spans(sizes, limit)
+    assert [begin for begin, *_ in spans] == [0, *(end for _, end, *_ in spans[:-1])] and spans[-1][1] == len(sizes)
+    for begin, end, *places in spans:
+        counts = [sum(rows[d][begin:end]) for d in rows]
+        assert counts == places[1::2]
+        assert max(counts) <= limit or end == begin + 1
+        if end < len(sizes):
+            assert max(sum(rows[d][begin : end + 1]) for d in rows) > limit
+    for d in rows:
+        covered = [range(span[2 + 2 * d], span[2 + 2 * d] + span[3 + 2 * d]) for span in spans]
+        assert sorted(row for part in covered for row in part) == list(range(sum(sizes)))
+        starts = [part.start for part in covered]
+        assert starts == sorted(starts, reverse=bool(d))
+
+
+@stepwise
+@pytest.mark.isa
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("cell", CELLS)
 def test_float16(cell: str, shape: str) -> None:
@@ -34,6 +58,8 @@ def test_float16(cell: str, shape: str) -> None:
     assert_parity(ragged(case))
 
 
+@stepwise
+@pytest.mark.isa
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_projected_lstm(dtype: torch.dtype) -> None:
     for shape in SHAPES.values():
@@ -42,6 +68,8 @@ def test_projected_lstm(dtype: torch.dtype) -> None:
         assert_parity(ragged(case))
 
 
+@stepwise
+@pytest.mark.isa
 @pytest.mark.parametrize("cell", CELLS)
 def test_weights_in_any_order_in_memory(cell: str) -> None:
     """Two directions are one product where the addresses of their weights allow it: the numbers are the same."""

@@ -1,5 +1,5 @@
-// The element-wise kernels of the stepwise road, as bodies: body(s, row, column) does one element of slot s (a direction
-// of the layer), or nothing where the slot has no such row. A device runs a body over all elements, in any order: on
+// The element-wise kernels of the stepwise road, as bodies: body(s, row, column) does one element of slot s (a
+// direction of the layer), or nothing where the slot has no such row. A device runs a body over all elements, in any order: on
 // the GPU one thread each (device.cu), in the tests a loop on the CPU (host.cpp). The equations are the cells'.
 //
 // T is the type of x, weights and results, S the one they are computed in (element.h). Buffers of the driver
@@ -7,18 +7,9 @@
 #pragma once
 
 #include "element.h"
+#include "slots.h"
 
 namespace fusedrnn {
-
-constexpr int kMaxSlots = 2;
-
-// The rows of a time step, for each slot.
-struct StepRows {
-  int64_t rows[kMaxSlots];      // active samples
-  int64_t first[kMaxSlots];     // their first row among all N
-  int64_t carried[kMaxSlots];   // samples [0, carried) have a step before this one, in the direction's order
-  int64_t previous[kMaxSlots];  // its first row
-};
 
 template <class T>
 using PerSlot = T[kMaxSlots];

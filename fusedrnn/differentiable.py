@@ -1,0 +1,126 @@
+"""One layer in plain torch operations: what derivatives beyond the first are made of.
+
+The kernels know their first derivative alone. A second one takes this loop through time instead, and torch's own
+autograd: the same numbers, any device, any order, at the speed of a Python loop. Equations: ``docs/derivations.md``;
+tests hold :func:`layer` equal to the kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+__all__ = ["layer"]
+
+States = tuple[Tensor, ...]
+Recurrent = Callable[[Tensor, int, int], Sequence[Tensor]]  # (h, first, last) -> W_hh h + b_hh of these gates
+
+
+def _rnn_tanh(x: Sequence[Tensor], rec: Recurrent, h: Tensor) -> States:
+    return (torch.tanh(x[0] + rec(h, 0, 1)[0]),)  # (R1), (R2)
+
+
+def _rnn_relu(x: Sequence[Tensor], rec: Recurrent, h: Tensor) -> States:
+    return (torch.relu(x[0] + rec(h, 0, 1)[0]),)  # (R1), (R3)
+
+
+def _residual_rnn(x: Sequence[Tensor], rec: Recurrent, h: Tensor) -> States:
+    return (h + torch.tanh(x[0] + rec(h, 0, 1)[0]),)  # (S1), (S2)
+
+
+def _lstm(x: Sequence[Tensor], rec: Recurrent, h: Tensor, c: Tensor) -> States:
+    a_i, a_f, a_g, a_o = (own + other for own, other in zip(x, rec(h, 0, 4), strict=True))
+    c = torch.sigmoid(a_f) * c + torch.sigmoid(a_i) * torch.tanh(a_g)  # (L1), (L2), (L3), (L5)
+    return torch.sigmoid(a_o) * torch.tanh(c), c  # (L4), (L6)
+
+
+def _gru(x: Sequence[Tensor], rec: Recurrent, h: Tensor) -> States:
+    rec_r, rec_z, rec_n = rec(h, 0, 3)
+    r, z = torch.sigmoid(x[0] + rec_r), torch.sigmoid(x[1] + rec_z)  # (G1), (G2)
+    n = torch.tanh(x[2] + r * rec_n)  # (G3)
+    return (n + z * (h - n),)  # (G4)
+
+
+def _gru_reset_before(x: Sequence[Tensor], rec: Recurrent, h: Tensor) -> States:
+    rec_r, rec_z = rec(h, 0, 2)
+    r, z = torch.sigmoid(x[0] + rec_r), torch.sigmoid(x[1] + rec_z)  # (H1), (H2)
+    n = torch.tanh(x[2] + rec(r * h, 2, 3)[0])  # (H3), (H4)
+    return (n + z * (h - n),)  # (H5)
+
+
+_STEPS: dict[str, tuple[int, Callable[..., States]]] = {
+    "rnn_tanh": (1, _rnn_tanh),
+    "rnn_relu": (1, _rnn_relu),
+    "residual_rnn": (1, _residual_rnn),
+    "lstm": (4, _lstm),
+    "gru": (3, _gru),
+    "gru_reset_before": (3, _gru_reset_before),
+}
+
+
+def layer(
+    cell: str,
+    bidirectional: bool,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """What :data:`fusedrnn.ops.layer_forward` computes, without ``saved``: y, h_n[, c_n], of the same shapes."""
+    directions = 2 if bidirectional else 1
+    each = len(weights) // directions
+    rows = batch_sizes.tolist() if batch_sizes is not None else [x.size(1)] * x.size(0)
+    outputs, finals = [], []
+    for d in range(directions):
+        y, final = _direction(
+            cell, bool(d), x, rows, [None if s is None else s[d] for s in (h0, c0)], weights[d * each : (d + 1) * each]
+        )
+        outputs.append(y)
+        finals.append(final)
+    y = torch.cat(outputs, dim=-1)
+    return (y if batch_sizes is not None else y.unflatten(0, x.shape[:2]), *map(torch.stack, zip(*finals, strict=True)))
+
+
+def _direction(
+    cell: str,
+    reverse: bool,
+    x: Tensor,
+    rows: Sequence[int],
+    start: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+) -> tuple[Tensor, States]:
+    """One direction: y, the rows of all steps in the order of time, and the final states."""
+    w_ih, w_hh = weights[:2]
+    b_ih, b_hh = weights[2:4] if len(weights) >= 4 else (None, None)
+    w_hr = weights[-1] if len(weights) % 2 else None
+    gates, step = _STEPS[cell]
+    hidden = w_hh.size(0) // gates
+    projections = linear(x.reshape(-1, w_ih.size(1)), w_ih, b_ih).split(list(rows))
+
+    def recurrent(h: Tensor, first: int, last: int) -> Sequence[Tensor]:
+        part = slice(first * hidden, last * hidden)
+        return linear(h, w_hh[part], None if b_hh is None else b_hh[part]).split(hidden, dim=1)
+
+    sizes = (w_hh.size(1), hidden)[: 2 if cell == "lstm" else 1]
+    start = [x.new_zeros(rows[0], size) if s is None else s for s, size in zip(start, sizes)]
+    # Samples beyond those of a step have ended (forward) or not begun (reverse).
+    count = rows[-1] if reverse else rows[0]
+    states, ended = tuple(s[:count] for s in start), []
+    outputs: list[Tensor] = [x] * len(rows)
+    for t in reversed(range(len(rows))) if reverse else range(len(rows)):
+        if rows[t] > count:
+            states = tuple(torch.cat([s, first[count : rows[t]]]) for s, first in zip(states, start, strict=True))
+        elif rows[t] < count:
+            ended.append(tuple(s[rows[t] :] for s in states))
+            states = tuple(s[: rows[t]] for s in states)
+        count = rows[t]
+        states = step(projections[t].split(hidden, dim=1), recurrent, *states)
+        if w_hr is not None:
+            states = (linear(states[0], w_hr), *states[1:])
+        outputs[t] = states[0]
+    finals = tuple(torch.cat(parts) for parts in zip(states, *reversed(ended), strict=True))
+    return torch.cat(outputs), finals
