@@ -50,8 +50,15 @@ def with_cuda() -> bool:
         missing = f"torch {torch.__version__} is built without CUDA"
     elif not CUDA_HOME or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
         missing = "nvcc is not found: set CUDA_HOME"
+    else:
+        told = subprocess.run([Path(CUDA_HOME) / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+        release = re.search(r"release (\d+)", told)
+        if not release or release[1] != torch.version.cuda.partition(".")[0]:
+            missing = f"torch is built for CUDA {torch.version.cuda}, nvcc in {CUDA_HOME} is of another major version"
     if missing and wish == "1":
         sys.exit(f"FUSEDRNN_CUDA=1, but {missing}")
+    if missing and torch.version.cuda and wish == "auto":
+        print(f"fusedrnn: building without CUDA kernels: {missing}")
     return wish != "0" and not missing
 
 

@@ -12,17 +12,20 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import geometric_mean
 
 ROOT = Path(__file__).resolve().parents[1]
-TOOLS = ("memcheck", "racecheck", "initcheck")
-SMALL = ("tests/test_cuda.py", "-k", "small")  # what the sanitizer's tools run: they slow kernels a hundredfold
+# No racecheck: it looks at shared memory, which no kernel of ours uses (python -m benchmarks.ptxas shows it).
+TOOLS = ("memcheck", "initcheck")
+SMALL = ("tests/test_cuda.py", "-k", "small")  # what the sanitizer's tools run, our own kernels only: they are slow
 FACTS = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.draw"
 VERSIONS = """
 import json, platform, torch, fusedrnn
@@ -44,7 +47,7 @@ class Part:
 def parts(out: Path, device: str, quick: bool) -> dict[str, Part]:
     """The commands, by name; a tool of the sanitizer is a part of its own."""
     python, here, cuda = sys.executable, (("FUSEDRNN_TEST_DEVICE", device),), "1" if device == "cuda" else "0"
-    pytest = (python, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    pytest = (python, "-m", "pytest", "-v", "--tb=short", "--durations=20", "-p", "no:cacheprovider")
     tests = ("-m", "isa", "-k", "float16") if quick else ("-m", "isa or cuda")
     timing = (python, "-m", "benchmarks.gpu_timing", "--device", device, "--out", str(out / "timing.jsonl"))
     return {
@@ -52,8 +55,9 @@ def parts(out: Path, device: str, quick: bool) -> dict[str, Part]:
         "tests": Part((*pytest, *tests, "tests"), 180, here),
         **{
             f"sanitizer-{tool}": Part(
-                ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *pytest, "--timeout", "600", *SMALL),
-                40, (*here, ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")), "compute-sanitizer",
+                ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=each_element",
+                 *pytest, "--timeout", "600", *SMALL),
+                60, (*here, ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")), "compute-sanitizer",
             )
             for tool in TOOLS
         },
@@ -67,13 +71,16 @@ def run(name: str, part: Part, out: Path) -> dict:
         return {"status": None, "seconds": 0.0, "last": f"{part.needs} is not found"}
     start, log = time.monotonic(), out / f"{name}.log"
     with log.open("w") as file:
+        process = subprocess.Popen(
+            part.command, cwd=ROOT, env=os.environ | dict(part.environment), stdout=file, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
         try:
-            status = subprocess.run(
-                part.command, cwd=ROOT, env=os.environ | dict(part.environment), stdout=file,
-                stderr=subprocess.STDOUT, timeout=part.seconds, check=False,
-            ).returncode  # fmt: skip
+            status = process.wait(part.seconds)
         except subprocess.TimeoutExpired:
             status = None
+            os.killpg(process.pid, signal.SIGKILL)  # with what it started
+            process.wait()
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return {"status": status, "seconds": round(time.monotonic() - start, 1), "last": lines[-1] if lines else ""}
 
@@ -86,6 +93,32 @@ def gpu() -> dict[str, str]:
     told = subprocess.run(command, capture_output=True, text=True, check=False)
     values = told.stdout.splitlines()[0].split(", ") if told.returncode == 0 and told.stdout else []
     return dict(zip(FACTS.split(","), values))
+
+
+@contextmanager
+def watched(file: Path) -> Iterator[None]:
+    """Clocks, power and reasons to slow down, twice a second, into a file; nothing without nvidia-smi."""
+    if not shutil.which("nvidia-smi"):
+        yield
+        return
+    facts = "clocks.sm,power.draw,clocks_event_reasons.active"
+    command = ["nvidia-smi", f"--query-gpu={facts}", "--format=csv", "-lms", "500"]
+    with file.open("w") as out:
+        watch = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        try:
+            yield
+        finally:
+            watch.terminate()
+            watch.wait()
+
+
+def commit() -> str:
+    """The commit of the checkout, with a mark if it was changed; empty where git cannot tell."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def versions() -> dict[str, str]:
@@ -116,17 +149,18 @@ def markdown(report: dict) -> str:
             "",
             "Ratios: an opponent's time over ours, medians of interleaved rounds; above 1 we are faster.",
             "",
-            f"| point | us per step | {' | '.join(opponents)} |",
-            f"|---|---:|{'---:|' * len(opponents)}",
+            f"| point | torch.nn runs | us per step | {' | '.join(opponents)} |",
+            f"|---|---|---:|{'---:|' * len(opponents)}",
         ]
         for reading in timed:
             ratios = (f"{reading['ratio'][name]:.2f}" if name in reading["ratio"] else "" for name in opponents)
-            lines.append(f"| {reading['point']} | {reading['us_per_step']['ours']:.2f} | {' | '.join(ratios)} |")
+            step = f"{reading['us_per_step']['ours']:.2f}"
+            lines.append(f"| {reading['point']} | {reading['torch_nn']} | {step} | {' | '.join(ratios)} |")
         means = []
         for name in opponents:
             ratios = [reading["ratio"][name] for reading in timed if name in reading["ratio"]]
             means.append(f"{geometric_mean(ratios):.2f}")
-        lines.append(f"| geometric mean of {len(timed)} | | {' | '.join(means)} |")
+        lines.append(f"| geometric mean of {len(timed)} | | | {' | '.join(means)} |")
     for reading in report["timing"]:
         if "error" in reading:
             lines += ["", f"{reading['point']} failed: {reading['error']}"]
@@ -134,19 +168,19 @@ def markdown(report: dict) -> str:
 
 
 def summary(report: dict) -> str:
-    """The README's table: over cuDNN, geometric mean and least ratio of points alike."""
+    """The README's table: over torch.nn, geometric mean and least ratio of points alike."""
     facts, alike = report["gpu"]["before"], {}
     for reading in report["timing"]:
         if "ratio" in reading:
             size = "H >= 256" if reading["hidden"] >= 256 else "H < 256"
-            key = (reading["cell"].upper(), reading["mode"], reading["dtype"], size)
-            alike.setdefault(key, []).append(reading["ratio"]["cudnn"])
+            key = (reading["cell"].upper(), reading["mode"], reading["dtype"], size, reading["torch_nn"])
+            alike.setdefault(key, []).append(reading["ratio"]["torch.nn"])
     lines = [
         f"{facts.get('name', 'no GPU')}, driver {facts.get('driver_version', 'none')}, torch"
         f" {report['versions'].get('torch')}, {report['date']}; torch.nn's time over ours, T = {report['steps']}.",
         "",
-        "| layers | mode | type | size | points | geometric mean | least |",
-        "|---|---|---|---|---:|---:|---:|",
+        "| layers | mode | type | size | torch.nn runs | points | geometric mean | least |",
+        "|---|---|---|---|---|---:|---:|---:|",
     ]
     for key, ratios in sorted(alike.items()):
         lines.append(f"| {' | '.join(key)} | {len(ratios)} | {geometric_mean(ratios):.2f} | {min(ratios):.2f} |")
@@ -157,13 +191,14 @@ def publish(out: Path, results: Path, readme: Path) -> Path:
     """Copy the report of ``out`` into ``results``, by its GPU and date, and renew the README's table from it.
 
     Raises:
-        RuntimeError: it is not of a GPU, or a part of it failed.
+        RuntimeError: it is not of a GPU, a part of it failed, or the tests or the timing are missing.
     """
     from .report import update_readme  # needs the extension, which `build` may have to make first
 
     report = json.loads((out / "report.json").read_text())
     facts = report["gpu"]["before"]
     failed = [name for name, found in report["parts"].items() if found["status"] != 0]
+    failed += [f"no {name}" for name in ("tests", "timing") if name not in report["parts"]]
     if report["device"] != "cuda" or not facts or failed:
         raise RuntimeError(f"not to be published: {', '.join(failed) or 'no GPU'}")
     results.mkdir(parents=True, exist_ok=True)
@@ -194,13 +229,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no such part: {', '.join(unknown)}; there are {', '.join(kinds)}")
     out.mkdir(parents=True, exist_ok=True)
     timing = out / "timing.jsonl"
-    timing.unlink(missing_ok=True)
-    report = {"date": time.strftime("%Y-%m-%d"), "device": args.device, "parts": {}, "gpu": {"before": gpu()}}
+    report = {"date": time.strftime("%Y-%m-%d"), "device": args.device, "commit": commit(), "parts": {}}
+    if (out / "report.json").exists():  # parts of the same code run before stay
+        earlier = json.loads((out / "report.json").read_text())
+        if all(earlier.get(key) == report[key] for key in ("date", "device", "commit")):
+            report["parts"] = earlier["parts"]
+    report["gpu"] = {"before": gpu()}
     for name, part in available.items():
         if args.parts and name.partition("-")[0] not in args.parts:
             continue
         print(f"{name} ...", flush=True)
-        report["parts"][name] = found = run(name, part, out)
+        if name == "timing":
+            timing.unlink(missing_ok=True)
+        with watched(out / f"{name}-clocks.csv"):
+            report["parts"][name] = found = run(name, part, out)
         print(f"{name}: exit status {found['status']}, {found['seconds']} s: {found['last']}", flush=True)
     report["gpu"]["after"] = gpu()
     report["versions"] = versions()

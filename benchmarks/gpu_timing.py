@@ -1,9 +1,9 @@
 """The command ``python -m benchmarks.gpu_timing``: fusedrnn against torch.nn on a GPU, layer by layer.
 
-Opponents: ``cudnn``, torch.nn as it is; ``native``, torch.nn with cuDNN switched off. All take each point in turn,
-round by round; a ratio is the median of the rounds' own ratios. Times are of CUDA events around whole calls, so they
-hold what the processor adds between kernels; ``graph`` is our call, and cuDNN's, replayed from a CUDA graph, where it
-adds nothing. Microseconds per step are the slope between T/2 and T steps. One JSON line a point.
+Opponents: ``torch.nn`` as it is, and what it runs, cuDNN or kernels of its own; ``native``, torch.nn with cuDNN
+switched off. All take each point in turn, round by round; a ratio is the median of the rounds' own ratios. Times are of
+CUDA events around whole calls, so they hold what the processor adds between kernels; ``graph`` is a call replayed from
+a CUDA graph, where it adds nothing. Microseconds per step are the slope between T/2 and T steps. One JSON line a point.
 """
 
 from __future__ import annotations
@@ -161,26 +161,34 @@ def replayed(call: Call) -> Call | None:
     return graph.replay
 
 
-def calls_of(point: Point, steps: int, device: torch.device) -> tuple[dict[str, Call], float]:
-    """What is timed, by name, and how far our output is from torch.nn's."""
+def road_of(call: Call) -> str:
+    """What torch.nn runs: ``cudnn``, or ``native``, its own kernels, where it does not take cuDNN for the case."""
+    with torch.profiler.profile() as profile:
+        call()
+    return "cudnn" if any("cudnn_rnn" in event.key for event in profile.key_averages()) else "native"
+
+
+def calls_of(point: Point, steps: int, device: torch.device) -> tuple[dict[str, Call], float, str]:
+    """What is timed, by name; how far our output is from torch.nn's; what torch.nn runs."""
     theirs = layer_of(point, device)
     ours = copy.deepcopy(theirs)
     left = fusedrnn.convert(ours).left
     if left:
         raise RuntimeError(f"{point}: not converted: {left[0].reason}")
     argument, leaf, dy = problem(point, steps, device)
-    layers = {"ours": ours, "cudnn": theirs}
+    layers = {"ours": ours, "torch.nn": theirs}
     calls = {name: call_of(layer, argument, leaf, dy, point.mode) for name, layer in layers.items()}
     with torch.no_grad():
         found, expected = (call_of(layer, argument, leaf, dy, "forward")() for layer in (ours, theirs))
     deviation = ((found.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
-    calls["native"] = without_cudnn(calls["cudnn"])
+    calls["native"] = without_cudnn(calls["torch.nn"])
+    road = road_of(calls["torch.nn"])
     if device.type == "cuda":
-        for name in ("ours", "cudnn"):
+        for name in ("ours", "torch.nn"):
             captured = replayed(calls[name])
             if captured:
                 calls[f"{name} graph"] = captured
-    return calls, deviation
+    return calls, deviation, road
 
 
 @contextmanager
@@ -208,7 +216,7 @@ def measure(point: Point, device: torch.device, steps: int = STEPS, rounds: int 
 def _measure(point: Point, device: torch.device, steps: int, rounds: int) -> dict:
     clock, calls = Clock(device), {}
     for length in (steps // 2, steps):
-        calls[length], deviation = calls_of(point, length, device)
+        calls[length], deviation, road = calls_of(point, length, device)
         if not deviation <= TOLERANCE[point.dtype]:
             raise RuntimeError(f"{point}: our output is {deviation:.1e} of its largest value from torch.nn's")
     for _ in range(WARM_CALLS):
@@ -230,6 +238,7 @@ def _measure(point: Point, device: torch.device, steps: int, rounds: int) -> dic
         "steps": steps,
         "rounds": rounds,
         "deviation": deviation,
+        "torch_nn": road,
         "ms": {name: statistics.median(values) for name, values in whole.items()},
         "us_per_step": slope,
         "ratio": {

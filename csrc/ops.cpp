@@ -83,8 +83,9 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> layer_backward(
   const auto compute = x.options().dtype(layer.compute_type());
   Tensor dx = at::empty(need_x ? x.sizes() : at::IntArrayRef{0}, x.options());
   Tensor dx_part[2];  // the directions are worked on at the same time
-  if (need_x) dx_part[0] = z.D == 1 && layer.compute_type() == layer.dtype ? dx : at::empty({z.N, z.I}, compute);
-  if (need_x && z.D == 2) dx_part[1] = at::empty({z.N, z.I}, compute);
+  const bool wide = layer.compute_type() == layer.dtype, cuda = x.is_cuda();
+  if (need_x) dx_part[0] = wide && (cuda || z.D == 1) ? dx : at::empty({z.N, z.I}, compute);
+  if (need_x && z.D == 2 && !cuda) dx_part[1] = at::empty({z.N, z.I}, compute);
   Tensor dh0 = at::empty({z.D, z.B, z.R}, x.options());
   Tensor dc0 = at::empty({two_states ? z.D : 0, z.B, z.H}, x.options());
   std::vector<Tensor> dw;

@@ -123,8 +123,7 @@ std::vector<std::vector<int64_t>> projection_spans(const std::vector<int64_t>& b
   if (batch_sizes.empty()) throw py::value_error("projection_spans: no steps");
   const Lengths lengths(batch_sizes, 1, 1, 2);
   const LayerSizes& z = lengths.size;
-  const LayerWeights weights[2] = {};
-  const Slots slots(z, weights);
+  const Slots slots(z);
   std::vector<std::vector<int64_t>> spans;
   for (int64_t begin = 0; begin < z.T;) {
     const int64_t end = slots.span_end(z, begin, limit);

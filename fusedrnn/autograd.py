@@ -50,10 +50,11 @@ class RecurrentLayer(torch.autograd.Function):
     *Saved for backward*: the inputs, ``y`` (which holds every h_t), and one buffer ``saved`` with, for each unit,
     sample and step, the activated gates (LSTM i, f, g, o; GRU r, z, n and, with the reset gate after the product,
     W_hn h + b_hn; residual RNN g; RNN nothing) and c_t: 5 values for the LSTM, 4 for the GRU (3 with
-    ``reset_after=False``), 1 for the residual RNN, none for the RNN. bfloat16 layers save float32.
+    ``reset_after=False``), 1 for the residual RNN, none for the RNN. Layers of 16-bit types save float32.
 
     *Recomputed in backward*: tanh(c_t), the operands r * h_{t-1} (GRU with ``reset_after=False``) and
-    o * tanh(c_t) (projected LSTM). The gradients of the gates are never stored for all steps.
+    o * tanh(c_t) (projected LSTM). The gradients of the gates are never stored for all steps, on the CPU; on a GPU they
+    are, during the backward pass.
     """
 
     @classmethod
@@ -129,32 +130,35 @@ class RecurrentLayerBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, ddx, ddh0, ddc0, *ddweights):  # noqa: D102
-        batch_sizes, *inputs = ctx.saved_tensors
-        needs = ctx.needs_input_grad
-        needs = (*needs[4:8], *needs[9:11], *needs[13:])  # of dy, dh_n, dc_n, x, h0, c0, weights
-        with torch.enable_grad():
-            # Views: a saved tensor may itself depend on another one, and paths outside this layer are not ours.
-            inputs = [t if t is None else t.view_as(t) if t.requires_grad else t.detach() for t in inputs]
-            inputs = [t if t is None else t.requires_grad_() for t in inputs]
-            cotangents, (x, h0, c0, *weights) = inputs[:3], inputs[3:]
-            outputs = differentiable.layer(ctx.cell, ctx.bidirectional, x, batch_sizes, h0, c0, weights)
-            used = [(out, d) for out, d in zip(outputs, cotangents) if d is not None]
-            asked = {3: ddx if ctx.need_x else None, 4: ddh0, 5: ddc0, **dict(enumerate(ddweights, 6))}
-            asked = {i: dd for i, dd in asked.items() if dd is not None and inputs[i] is not None}
-            if not asked:
-                return (None,) * len(ctx.needs_input_grad)
-            first = torch.autograd.grad(
-                [out for out, _ in used], [inputs[i] for i in asked], [d for _, d in used],
-                create_graph=True, allow_unused=True,
-            )  # fmt: skip
-        pairs = [(g, dd) for g, dd in zip(first, asked.values(), strict=True) if g is not None and g.requires_grad]
-        wanted = [i for i, need in enumerate(needs) if need and inputs[i] is not None]
-        second = {}
-        if pairs and wanted:
-            found = torch.autograd.grad(
-                [g for g, _ in pairs], [inputs[i] for i in wanted], [dd for _, dd in pairs],
-                create_graph=torch.is_grad_enabled(), allow_unused=True,
-            )  # fmt: skip
-            second = dict(zip(wanted, found, strict=True))
-        d = [second.get(i) for i in range(len(inputs))]
-        return (None, None, None, None, *d[:4], None, *d[4:6], None, None, *d[6:])
+        batch_sizes, dy, dh_n, dc_n, x, h0, c0, *weights = ctx.saved_tensors
+        asked = {"x": ddx if ctx.need_x else None, "h0": ddh0, "c0": ddc0}
+        if all(dd is None for dd in (*asked.values(), *ddweights)):
+            return (None,) * len(ctx.needs_input_grad)
+        cotangents = {name: d for name, d in (("y", dy), ("h_n", dh_n), ("c_n", dc_n)) if d is not None}
+        leaves = {name: t for name, t in (("x", x), ("h0", h0), ("c0", c0)) if t is not None} | {"weights": weights}
+
+        def first(cotangents: dict, leaves: dict) -> dict:
+            """The gradients of x, h0, c0 and the weights, by name."""
+
+            def outputs(leaves: dict) -> dict[str, Tensor]:
+                states = leaves.get("h0"), leaves.get("c0")
+                y = differentiable.layer(
+                    ctx.cell, ctx.bidirectional, leaves["x"], batch_sizes, *states, leaves["weights"]
+                )
+                return {name: out for name, out in zip(("y", "h_n", "c_n"), y) if name in cotangents}
+
+            return torch.func.vjp(outputs, leaves)[1](cotangents)[0]
+
+        # In the tensors' own type, whatever autocast is on around backward().
+        with torch.autocast(x.device.type, enabled=False):
+            found, pull = torch.func.vjp(first, cotangents, leaves)
+            dd = {name: _or_zeros(g, asked[name]) for name, g in found.items() if name != "weights"}
+            ddweights = ddweights or [None] * len(weights)
+            dd["weights"] = [_or_zeros(g, dw) for g, dw in zip(found["weights"], ddweights, strict=True)]
+            d_cotangents, d_leaves = pull(dd)
+        d = [d_cotangents.get(name) for name in ("y", "h_n", "c_n")] + [d_leaves.get(name) for name in ("x", "h0", "c0")]
+        return (None, None, None, None, *d[:4], None, *d[4:], None, None, *d_leaves["weights"])
+
+
+def _or_zeros(like: Tensor, given: Tensor | None) -> Tensor:
+    return torch.zeros_like(like) if given is None else given

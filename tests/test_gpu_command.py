@@ -13,34 +13,45 @@ from benchmarks import gpu, gpu_timing, report
 
 READING = {
     "point": "lstm-both-H256-B32-bfloat16", "cell": "lstm", "hidden": 256, "mode": "both", "dtype": "bfloat16",
-    "steps": 256, "us_per_step": {"ours": 5.0}, "ratio": {"cudnn": 2.0, "native": 4.0},
+    "steps": 256, "torch_nn": "cudnn", "us_per_step": {"ours": 5.0}, "ratio": {"torch.nn": 2.0, "native": 4.0},
 }  # fmt: skip
 REPORT = {
     "date": "2026-01-02",
     "device": "cuda",
     "steps": 256,
-    "parts": {"timing": {"status": 0, "seconds": 1.0, "last": "a|b"}},
+    "parts": {name: {"status": 0, "seconds": 1.0, "last": "a|b"} for name in ("tests", "timing")},
     "gpu": {"before": {"name": "A GPU", "driver_version": "1"}, "after": {}},
     "versions": {"torch": "2"},
-    "timing": [READING, READING | {"ratio": {"cudnn": 8.0}}, {"point": "gru", "error": "no memory"}],
+    "timing": [READING, READING | {"ratio": {"torch.nn": 8.0}}, {"point": "gru", "error": "no memory"}],
 }
 
 
 def test_tests_and_timing_on_the_cpu(tmp_path: Path) -> None:
-    assert gpu.main(["tests", "timing", "--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
+    for part in ("tests", "timing"):  # one after the other, one report
+        assert gpu.main([part, "--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "report.json").read_text())
     assert list(found["parts"]) == ["tests", "timing"] and found["versions"]["torch"] == torch.__version__
     assert "passed" in found["parts"]["tests"]["last"]
     assert [reading["point"] for reading in found["timing"]] == [str(point) for point in gpu_timing.QUICK]
     for reading in found["timing"]:
         assert reading["deviation"] <= gpu_timing.TOLERANCE[reading["dtype"]]
-        assert set(reading["ratio"]) == {"cudnn", "native"} and reading["ms"]["ours"] > 0
+        assert reading["torch_nn"] == "native"
+        assert set(reading["ratio"]) == {"torch.nn", "native"} and reading["ms"]["ours"] > 0
         assert reading["point"] in (tmp_path / "report.md").read_text()
 
 
 def test_a_part_that_is_cut_off_fails_or_is_missing(tmp_path: Path) -> None:
     slow = gpu.Part((sys.executable, "-uc", "import time; print('begun'); time.sleep(60)"), 3)
     assert gpu.run("slow", slow, tmp_path) | {"seconds": 0} == {"status": None, "seconds": 0, "last": "begun"}
+    child = tmp_path / "child"
+    code = f"""
+import pathlib, subprocess, time
+pathlib.Path({str(child)!r}).write_text(str(subprocess.Popen(["sleep", "60"]).pid))
+time.sleep(60)
+"""
+    assert gpu.run("parent", gpu.Part((sys.executable, "-c", code), 3), tmp_path)["status"] is None
+    state = Path("/proc") / child.read_text() / "stat"
+    assert not state.exists() or state.read_text().split()[2] == "Z"
     wrong = gpu.run("wrong", gpu.Part((sys.executable, "-c", "raise SystemExit(3)"), 30), tmp_path)
     assert wrong["status"] == 3
     missing = gpu.run("missing", gpu.Part(("no-such-tool",), 30, needs="no-such-tool"), tmp_path)
@@ -69,7 +80,7 @@ def test_points_are_different_and_named() -> None:
 def test_the_report_for_people_and_the_readme(tmp_path: Path) -> None:
     text = gpu.markdown(REPORT)
     assert "| timing | 0 | 1.0 | a/b |" in text and "gru failed: no memory" in text
-    assert "| geometric mean of 2 | | 4.00 | 4.00 |" in text
+    assert "| geometric mean of 2 | | | 4.00 | 4.00 |" in text
     (tmp_path / "report.json").write_text(json.dumps(REPORT))
     (tmp_path / "report.md").write_text(text)
     readme = tmp_path / "README.md"
@@ -77,11 +88,17 @@ def test_the_report_for_people_and_the_readme(tmp_path: Path) -> None:
     readme.write_text(f"{begin}\nnothing yet\n{end}\n")
     written = gpu.publish(tmp_path, tmp_path / "results", readme)
     assert written.name == "2026-01-02-A-GPU.md" and written.with_suffix(".json").exists()
-    assert "| LSTM | both | bfloat16 | H >= 256 | 2 | 4.00 | 2.00 |" in readme.read_text()
+    assert "| LSTM | both | bfloat16 | H >= 256 | cudnn | 2 | 4.00 | 2.00 |" in readme.read_text()
 
 
 @pytest.mark.parametrize(
-    "change", [{"device": "cpu"}, {"parts": {"tests": {"status": 1, "seconds": 1.0, "last": ""}}}], ids=str
+    "change",
+    [
+        {"device": "cpu"},
+        {"parts": REPORT["parts"] | {"tests": {"status": 1, "seconds": 1.0, "last": ""}}},
+        {"parts": {"timing": REPORT["parts"]["timing"]}},
+    ],
+    ids=("cpu", "tests failed", "no tests"),
 )
 def test_what_failed_or_had_no_gpu_is_not_published(change: dict, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(json.dumps(REPORT | change))

@@ -155,6 +155,28 @@ def test_a_gradient_penalty_and_a_third_derivative(cell: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("cell", SMOOTH)
+def test_second_derivatives_of_torch_func(cell: str) -> None:
+    module, x = Case(cell).module(), Case(cell).tensors()["x"].detach()
+
+    def penalty(x: Tensor) -> Tensor:
+        return torch.func.grad(lambda x: module(x)[0].pow(3).sum())(x).pow(2).sum()
+
+    leaf = x.clone().requires_grad_()
+    (dx,) = torch.autograd.grad(module(leaf)[0].pow(3).sum(), leaf, create_graph=True)
+    (expected,) = torch.autograd.grad(dx.pow(2).sum(), leaf)
+    torch.testing.assert_close(torch.func.grad(penalty)(x), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_autocast_around_a_second_derivative_does_not_change_it() -> None:
+    module, x = Case("lstm", dtype=torch.float32).module(), Case("lstm", dtype=torch.float32).tensors()["x"]
+    (dx,) = torch.autograd.grad(module(x)[0].pow(3).sum(), x, create_graph=True)
+    (expected,) = torch.autograd.grad(dx.pow(2).sum(), x, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (found,) = torch.autograd.grad(dx.pow(2).sum(), x)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_the_differentiable_layer_is_the_kernel_s(cell: str) -> None:
     for case in (replace(case, T=5, B=4) for case in kinds(cell) if case.num_layers == 1):

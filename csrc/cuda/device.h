@@ -1,5 +1,5 @@
 // The one door from the ops to the CUDA kernels: a table of functions, as cpu/dispatch.h has for the CPU. No CUDA or
-// torch header here: compiled with nvcc alone on one side, with torch on the other (cuda/backend.cpp).
+// torch header here: compiled with nvcc alone on one side, with torch on the other (cuda/launch.cpp).
 #pragma once
 
 #include "../cpu/dispatch.h"

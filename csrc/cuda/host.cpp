@@ -37,18 +37,18 @@ struct Host {
   void product(const Product& p) {
     for (int i = 0; i < p.count; ++i) {
       switch (p.dtype) {
-        case DType::kFloat32: multiply<float>(p, i); break;
-        case DType::kFloat64: multiply<double>(p, i); break;
-        case DType::kBFloat16: multiply<c10::BFloat16>(p, i); break;
-        case DType::kFloat16: multiply<c10::Half>(p, i); break;
+        case DType::kFloat32: multiply<float>(one_of(p, i)); break;
+        case DType::kFloat64: multiply<double>(one_of(p, i)); break;
+        case DType::kBFloat16: multiply<c10::BFloat16>(one_of(p, i)); break;
+        case DType::kFloat16: multiply<c10::Half>(one_of(p, i)); break;
       }
     }
   }
 
   template <class T>
-  void multiply(const Product& p, int i) {
+  void multiply(const Product& p) {
     using S = Compute<T>;
-    const T *a = static_cast<const T*>(p.a[i]), *b = static_cast<const T*>(p.b[i]);
+    const T *a = static_cast<const T*>(p.a), *b = static_cast<const T*>(p.b);
     for (int64_t row = 0; row < p.m; ++row) {
       for (int64_t column = 0; column < p.n; ++column) {
         double sum = 0;  // a plain float sum of many terms would be less exact than any BLAS
@@ -58,10 +58,10 @@ struct Host {
         }
         const int64_t at = row * p.ldc + column;
         if (p.c_compute) {
-          S& c = static_cast<S*>(p.c[i])[at];
+          S& c = static_cast<S*>(p.c)[at];
           c = static_cast<S>(p.add ? c + sum : sum);
         } else {
-          T& c = static_cast<T*>(p.c[i])[at];
+          T& c = static_cast<T*>(p.c)[at];
           c = narrow<T>(static_cast<S>(p.add ? widen(c) + sum : sum));
         }
       }

@@ -17,17 +17,12 @@ struct StepRows {
   int64_t previous[kMaxSlots];  // its first row
 };
 
-// Which direction a slot holds, and the rows of its steps. Slots follow the addresses of W_hh: the products of two
-// slots then have strides that are not negative, and are one batched product.
+// The steps of each direction, a slot each, and their rows. In a direction's own order step i is at time i, or T-1-i.
 struct Slots {
   int count;
-  int direction[kMaxSlots] = {0, 1};
 
-  Slots(const LayerSizes& size, const LayerWeights* weights) : count(size.D) {
-    if (count == 2 && weights[1].w_hh < weights[0].w_hh) std::swap(direction[0], direction[1]);
-  }
-  // The time of step i in the direction's own order.
-  int64_t time(const LayerSizes& z, int slot, int64_t i) const { return direction[slot] ? z.T - 1 - i : i; }
+  explicit Slots(const LayerSizes& z) : count(z.D) {}
+  static int64_t time(const LayerSizes& z, int slot, int64_t i) { return slot ? z.T - 1 - i : i; }
 
   StepRows rows(const LayerSizes& z, int64_t i) const {
     StepRows at = {};

@@ -21,6 +21,18 @@ struct StepView {
   int64_t batch;
 };
 
+// One matrix of each slot, [rows][columns], side by side.
+template <class T>
+struct Beside {
+  int64_t rows, columns;
+  PerSlot<const T*> from;
+  T* to;  // [slots][rows][columns]
+
+  FUSEDRNN_INLINE void operator()(int s, int64_t row, int64_t j) const {
+    to[(s * rows + row) * columns + j] = from[s][row * columns + j];
+  }
+};
+
 // ---- forward ----------------------------------------------------------------------------------------------------
 
 // States at the start: zeros where there are none.

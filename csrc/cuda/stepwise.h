@@ -38,22 +38,19 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// Makes one product of all slots where they have as many rows, else one each. `rows` is the number of rows of a; of
-// both, and the sum's length, if a is transposed.
+// The products of all slots, rows[s] rows in slot s: one batched product where the rows are as many and no stride is
+// negative, else one each. So what is asked of the device depends on the problem, never on addresses, and the same
+// problem has the same bits.
 template <class Device>
-void product_of_rows(Device& device, const Slots& slots, const int64_t* rows, const Product& product) {
-  const auto make = [&](int first, int count) {
-    Product p = product;
-    p.count = count;
-    (p.a_transposed ? p.k : p.m) = rows[first];
-    p.a[0] = product.a[first], p.b[0] = product.b[first], p.c[0] = product.c[first];
-    if (rows[first] > 0 || p.a_transposed) device.product(p);
-  };
-  if (slots.count == 2 && rows[0] != rows[1]) {
-    make(0, 1);
-    make(1, 1);
-  } else {
-    make(0, slots.count);
+void product_of_rows(Device& device, const Slots& slots, const int64_t* rows, Product product) {
+  product.m = rows[0];
+  product.count = slots.count;
+  if (slots.count == 1) product = one_of(product, 0);
+  if (slots.count == 1 || (rows[0] == rows[1] && product.a_stride >= 0)) return device.product(product);
+  for (int s = 0; s < slots.count; ++s) {
+    Product one = one_of(product, s);
+    one.m = rows[s];
+    device.product(one);
   }
 }
 
@@ -64,6 +61,16 @@ const E* typed(const void* p, int64_t offset = 0) {
 template <class E>
 E* typed(void* p, int64_t offset = 0) {
   return p ? static_cast<E*>(p) + offset : nullptr;
+}
+
+// A weight of every slot, as the batched products read them: as it lies, or of two directions copied side by side.
+template <class Device, class T, class Problem>
+const T* beside(Device& device, const Problem& p, const void* LayerWeights::*weight, T* copies, int64_t rows,
+                int64_t columns) {
+  if (p.size.D == 1) return typed<T>(p.weights[0].*weight);
+  const Beside<T> body = {rows, columns, {typed<T>(p.weights[0].*weight), typed<T>(p.weights[1].*weight)}, copies};
+  device.each(2, rows, columns, body);
+  return copies;
 }
 
 template <class Cell, class T>
@@ -82,6 +89,9 @@ struct StepwiseForward {
     S* c;        // [slots][B][H] or null
     T* q;        // [slots][B][H] or null
     S* kept;     // [slots][B][kSaved*H] or null
+    T* w_ih;     // [2][G*H][I], of two directions, as all the weights here
+    T* w_hh;     // [2][G*H][R]
+    T* w_hr;     // [2][R][H]
     int64_t limit;
   };
 
@@ -98,6 +108,11 @@ struct StepwiseForward {
     if (Cell::kStates == 2) w.c = arena.take<S>(z.D * z.B * z.H);
     if (kTwoProducts || z.projected) w.q = arena.take<T>(z.D * z.B * z.H);
     if (kTwoProducts && !p.saved) w.kept = arena.take<S>(z.D * z.B * Cell::kSaved * z.H);
+    if (z.D == 2) {
+      w.w_ih = arena.take<T>(row * z.I);
+      w.w_hh = arena.take<T>(row * z.R);
+      if (z.projected) w.w_hr = arena.take<T>(2 * z.R * z.H);
+    }
     return w;
   }
 
@@ -111,10 +126,13 @@ struct StepwiseForward {
   template <class Device>
   static void run(const ForwardProblem& p, void* memory, Device& device) {
     const LayerSizes& z = p.size;
-    const Slots slots(z, p.weights);
+    const Slots slots(z);
     Arena arena(memory);
     const Work w = arrange<Device>(arena, p);
     const int64_t H = z.H, R = z.R, B = z.B;
+    const Weights weights = {beside(device, p, &LayerWeights::w_ih, w.w_ih, G * H, z.I),
+                             beside(device, p, &LayerWeights::w_hh, w.w_hh, G * H, R),
+                             z.projected ? beside(device, p, &LayerWeights::w_hr, w.w_hr, R, H) : nullptr};
     BeginStates<S, T> begin = {B, R, H, {}, {}, w.operand, w.h, w.c};
     EndStates<S, T> finish = {B, R, H, w.operand, w.c, {}, {}};
     ForwardBuffers<S, T> u = {};
@@ -122,74 +140,73 @@ struct StepwiseForward {
     u.saved_stride = p.saved_stride;
     u.kept = w.kept, u.rec = w.rec, u.operand = w.operand, u.h = w.h, u.c = w.c, u.q = w.q;
     for (int s = 0; s < slots.count; ++s) {
-      const int d = slots.direction[s];
-      begin.h0[s] = typed<T>(p.h0, d * B * R);
-      begin.c0[s] = typed<T>(p.c0, d * B * H);
-      finish.h_n[s] = typed<T>(p.h_n, d * B * R);
-      finish.c_n[s] = typed<T>(p.c_n, d * B * H);
-      u.b_ih[s] = typed<T>(p.weights[d].b_ih);
-      u.b_hh[s] = typed<T>(p.weights[d].b_hh);
-      u.y[s] = typed<T>(p.y, d * R);
-      u.saved[s] = typed<S>(p.saved, d * z.N * p.saved_stride);
+      begin.h0[s] = typed<T>(p.h0, s * B * R);
+      begin.c0[s] = typed<T>(p.c0, s * B * H);
+      finish.h_n[s] = typed<T>(p.h_n, s * B * R);
+      finish.c_n[s] = typed<T>(p.c_n, s * B * H);
+      u.b_ih[s] = typed<T>(p.weights[s].b_ih);
+      u.b_hh[s] = typed<T>(p.weights[s].b_hh);
+      u.y[s] = typed<T>(p.y, s * R);
+      u.saved[s] = typed<S>(p.saved, s * z.N * p.saved_stride);
     }
     device.each(slots.count, B, std::max(H, R), begin);
     for (int64_t i = 0; i < z.T;) {
       const int64_t chunk = i, end = slots.span_end(z, i, w.limit);
-      project(device, p, slots, w, slots.span(z, i, end));
-      for (; i < end; ++i) step(device, p, slots, w, u, slots.span(z, chunk, end), i);
+      project(device, p, slots, w, weights, slots.span(z, i, end));
+      for (; i < end; ++i) step(device, p, slots, w, weights, u, slots.span(z, chunk, end), i);
     }
     device.each(slots.count, B, std::max(H, R), finish);
   }
 
  private:
+  struct Weights {
+    const T* w_ih;
+    const T* w_hh;
+    const T* w_hr;
+  };
+
   // W_ih x of the rows of a span.
   template <class Device>
   static void project(Device& device, const ForwardProblem& p, const Slots& slots, const Work& w,
-                      const StepRows& span) {
+                      const Weights& weights, const StepRows& span) {
     const LayerSizes& z = p.size;
     Product product = {0, G * z.H, z.I, 0, kDType};
     product.lda = row_stride(p.x, z), product.ldb = z.I, product.ldc = G * z.H;
+    product.a = typed<T>(p.x.data, span.first[0] * product.lda);
+    product.a_stride = (span.first[1] - span.first[0]) * product.lda;
+    product.b = weights.w_ih, product.b_stride = G * z.H * z.I;
+    product.c = w.x, product.c_stride = w.limit * G * z.H;
     product.b_transposed = product.c_compute = true;
-    for (int s = 0; s < slots.count; ++s) {
-      product.a[s] = typed<T>(p.x.data, span.first[s] * product.lda);
-      product.b[s] = p.weights[slots.direction[s]].w_ih;
-      product.c[s] = w.x + s * w.limit * G * z.H;
-    }
     product_of_rows(device, slots, span.rows, product);
   }
 
   template <class Device>
-  static void step(Device& device, const ForwardProblem& p, const Slots& slots, const Work& w,
+  static void step(Device& device, const ForwardProblem& p, const Slots& slots, const Work& w, const Weights& weights,
                    const ForwardBuffers<S, T>& u, const StepRows& span, int64_t i) {
     const LayerSizes& z = p.size;
     const int64_t H = z.H, R = z.R;
     const StepRows at = slots.rows(z, i);
-    PerSlot<const S*> x = {};
-    Product product = {0, Cell::kFirst * H, R, 0, kDType};
-    product.lda = product.ldb = R, product.ldc = G * H;
-    product.b_transposed = product.c_compute = true;
-    for (int s = 0; s < slots.count; ++s) {
-      x[s] = w.x + (s * w.limit + at.first[s] - span.first[s]) * G * H;
-      product.a[s] = w.operand + s * z.B * R;
-      product.b[s] = p.weights[slots.direction[s]].w_hh;
-      product.c[s] = w.rec + s * z.B * G * H;
-    }
-    product_of_rows(device, slots, at.rows, product);
     const int64_t rows = slots.most_rows(at);
+    PerSlot<const S*> x = {};
+    for (int s = 0; s < slots.count; ++s) x[s] = w.x + (s * w.limit + at.first[s] - span.first[s]) * G * H;
+    Product product = {0, Cell::kFirst * H, R, 0, kDType};
+    product.a = w.operand, product.lda = R, product.a_stride = z.B * R;
+    product.b = weights.w_hh, product.ldb = R, product.b_stride = G * H * R;
+    product.c = w.rec, product.ldc = G * H, product.c_stride = z.B * G * H;
+    product.b_transposed = product.c_compute = true;
+    product_of_rows(device, slots, at.rows, product);
     if constexpr (kTwoProducts) {
       device.each(slots.count, rows, H, ForwardFirst<Cell, S, T>{{u, at, {x[0], x[1]}}});
       product.n = (G - Cell::kFirst) * H;
-      for (int s = 0; s < slots.count; ++s) {
-        product.a[s] = w.q + s * z.B * H;
-        product.b[s] = typed<T>(p.weights[slots.direction[s]].w_hh, Cell::kFirst * H * R);
-        product.c[s] = w.rec + s * z.B * G * H + Cell::kFirst * H;
-      }
+      product.a = w.q, product.a_stride = z.B * H;
+      product.b = weights.w_hh + Cell::kFirst * H * R;
+      product.c = w.rec + Cell::kFirst * H;
       product_of_rows(device, slots, at.rows, product);
     }
     if constexpr (Cell::kStates == 2) {
       if (z.projected) {
         device.each(slots.count, rows, H, ForwardStep<Cell, S, T, true>{{u, at, {x[0], x[1]}}});
-        return project_output(device, p, slots, w, u, at);
+        return project_output(device, p, slots, w, weights, u, at);
       }
     }
     device.each(slots.count, rows, H, ForwardStep<Cell, S, T, false>{{u, at, {x[0], x[1]}}});
@@ -198,16 +215,13 @@ struct StepwiseForward {
   // h = W_hr (o * tanh(c)), where the next product reads it; then y.
   template <class Device>
   static void project_output(Device& device, const ForwardProblem& p, const Slots& slots, const Work& w,
-                             const ForwardBuffers<S, T>& u, const StepRows& at) {
+                             const Weights& weights, const ForwardBuffers<S, T>& u, const StepRows& at) {
     const LayerSizes& z = p.size;
     Product product = {0, z.R, z.H, 0, kDType};
-    product.lda = product.ldb = z.H, product.ldc = z.R;
+    product.a = w.q, product.lda = z.H, product.a_stride = z.B * z.H;
+    product.b = weights.w_hr, product.ldb = z.H, product.b_stride = z.R * z.H;
+    product.c = w.operand, product.ldc = z.R, product.c_stride = z.B * z.R;
     product.b_transposed = true;
-    for (int s = 0; s < slots.count; ++s) {
-      product.a[s] = w.q + s * z.B * z.H;
-      product.b[s] = p.weights[slots.direction[s]].w_hr;
-      product.c[s] = w.operand + s * z.B * z.R;
-    }
     product_of_rows(device, slots, at.rows, product);
     device.each(slots.count, slots.most_rows(at), z.R, PublishProjected<S, T>{u, at});
   }
@@ -234,6 +248,8 @@ struct StepwiseBackward {
     T* q;        // [slots][N][H] or null
     T* dy_rows;  // [slots][N][R] or null
     S* part;     // [slots][parts][kBlocks*H] or null
+    T* w_hh;     // [2][G*H][R], of two directions
+    T* w_hr;     // [2][R][H]
   };
 
   template <class Device>
@@ -247,6 +263,8 @@ struct StepwiseBackward {
     if (p.weight_gradients) w.before = arena.take<T>(z.D * z.N * z.R);
     if (p.weight_gradients && (kTwoProducts || z.projected)) w.q = arena.take<T>(z.D * z.N * z.H);
     if (z.projected) w.dy_rows = arena.take<T>(z.D * z.N * z.R);
+    if (z.D == 2) w.w_hh = arena.take<T>(2 * G * z.H * z.R);
+    if (z.D == 2 && z.projected) w.w_hr = arena.take<T>(2 * z.R * z.H);
     if (p.weight_gradients && p.dw[0].b_ih) w.part = arena.take<S>(z.D * parts(z.N) * kBlocks * z.H);
     return w;
   }
@@ -261,10 +279,12 @@ struct StepwiseBackward {
   template <class Device>
   static void run(const BackwardProblem& p, void* memory, Device& device) {
     const LayerSizes& z = p.size;
-    const Slots slots(z, p.weights);
+    const Slots slots(z);
     Arena arena(memory);
     const Work w = arrange<Device>(arena, p);
     const int64_t H = z.H, R = z.R, B = z.B, N = z.N;
+    const T* const w_hh = beside(device, p, &LayerWeights::w_hh, w.w_hh, G * H, R);
+    const T* const w_hr = z.projected ? beside(device, p, &LayerWeights::w_hr, w.w_hr, R, H) : nullptr;
     BeginGradients<S, T> begin = {B, R, H, {}, {}, w.dh, w.dc};
     EndGradients<S, T> finish = {B, R, H, w.dh, w.dc, {}, {}};
     BackwardBuffers<S, T> u = {};
@@ -272,22 +292,21 @@ struct StepwiseBackward {
     u.saved_stride = p.saved_stride;
     u.dh = w.dh, u.dc = w.dc, u.through = w.through;
     for (int s = 0; s < slots.count; ++s) {
-      const int d = slots.direction[s];
-      begin.dh_n[s] = typed<T>(p.dh_n, d * B * R);
-      begin.dc_n[s] = typed<T>(p.dc_n, d * B * H);
-      finish.dh0[s] = typed<T>(p.dh0, d * B * R);
-      finish.dc0[s] = typed<T>(p.dc0, d * B * H);
-      u.h0[s] = typed<T>(p.h0, d * B * R);
-      u.c0[s] = typed<T>(p.c0, d * B * H);
-      u.y[s] = typed<T>(p.y, d * R);
-      u.saved[s] = typed<S>(p.saved, d * N * p.saved_stride);
+      begin.dh_n[s] = typed<T>(p.dh_n, s * B * R);
+      begin.dc_n[s] = typed<T>(p.dc_n, s * B * H);
+      finish.dh0[s] = typed<T>(p.dh0, s * B * R);
+      finish.dc0[s] = typed<T>(p.dc0, s * B * H);
+      u.h0[s] = typed<T>(p.h0, s * B * R);
+      u.c0[s] = typed<T>(p.c0, s * B * H);
+      u.y[s] = typed<T>(p.y, s * R);
+      u.saved[s] = typed<S>(p.saved, s * N * p.saved_stride);
       u.dg[s] = w.dg + s * N * kBlocks * H;
       u.before[s] = w.before ? w.before + s * N * R : nullptr;
       u.q[s] = w.q ? w.q + s * N * H : nullptr;
       u.dy_rows[s] = w.dy_rows ? w.dy_rows + s * N * R : nullptr;
     }
     device.each(slots.count, B, std::max(H, R), begin);
-    for (int64_t i = z.T - 1; i >= 0; --i) step(device, p, slots, u, i);
+    for (int64_t i = z.T - 1; i >= 0; --i) step(device, p, slots, w_hh, w_hr, u, i);
     device.each(slots.count, B, std::max(H, R), finish);
     if (p.weight_gradients) weight_gradients(device, p, slots, w, u);
     if (p.dx) input_gradient(device, p, slots, u);
@@ -295,53 +314,46 @@ struct StepwiseBackward {
 
  private:
   template <class Device>
-  static void step(Device& device, const BackwardProblem& p, const Slots& slots, const BackwardBuffers<S, T>& u,
-                   int64_t i) {
+  static void step(Device& device, const BackwardProblem& p, const Slots& slots, const T* w_hh, const T* w_hr,
+                   const BackwardBuffers<S, T>& u, int64_t i) {
     const LayerSizes& z = p.size;
-    const int64_t H = z.H, R = z.R;
+    const int64_t H = z.H, R = z.R, width = kBlocks * H;
     const StepRows at = slots.rows(z, i);
     const int64_t rows = slots.most_rows(at);
     PerSlot<StepView<T>> dy = {};
     for (int s = 0; s < slots.count; ++s) {
       const int64_t t = slots.time(z, s, i), row = p.dy.time < 0 ? z.offset[t] * p.dy.batch : t * p.dy.time;
-      dy[s] = {typed<T>(p.dy.data, row + slots.direction[s] * R), p.dy.batch};
+      dy[s] = {typed<T>(p.dy.data, row + s * R), p.dy.batch};
     }
     const BackwardElement<S, T> element = {u, at, {dy[0], dy[1]}};
+    // to [slots][B][columns] = or += rows of this step, `length` elements each from column `offset` of `from`
+    // [slots][N][from_width] on, times a matrix [length, columns] at `weight`, of weights `distance` apart.
+    const auto multiply = [&](const T* from, int64_t from_width, int64_t offset, const T* weight, int64_t distance,
+                              int64_t length, int64_t columns, S* to, bool add) {
+      Product product = {0, columns, length, 0, kDType};
+      product.a = from + at.first[0] * from_width + offset, product.lda = from_width;
+      product.a_stride = (z.N + at.first[1] - at.first[0]) * from_width;
+      product.b = weight, product.ldb = columns, product.b_stride = distance;
+      product.c = to, product.ldc = columns, product.c_stride = z.B * columns;
+      product.c_compute = true, product.add = add;
+      product_of_rows(device, slots, at.rows, product);
+    };
     if (z.projected) {
       if constexpr (Cell::kStates == 2) {
         device.each(slots.count, rows, R, BackwardProjected<S, T>{element});
-        through_weights(device, p, slots, at, u.dy_rows, R, 0, &LayerWeights::w_hr, 0, R, H, u.through, false);
+        multiply(u.dy_rows[0], R, 0, w_hr, R * H, R, H, u.through, false);
         device.each(slots.count, rows, H, BackwardStep<Cell, S, T, true>{element});
       }
     } else {
       device.each(slots.count, rows, H, BackwardStep<Cell, S, T, false>{element});
     }
-    const int64_t width = kBlocks * H;
     if constexpr (kTwoProducts) {
-      through_weights(device, p, slots, at, u.dg, width, (kSplit + Cell::kFirst) * H, &LayerWeights::w_hh,
-                      Cell::kFirst * H * R, (G - Cell::kFirst) * H, H, u.through, false);
+      multiply(u.dg[0], width, (kSplit + Cell::kFirst) * H, w_hh + Cell::kFirst * H * R, G * H * R,
+               (G - Cell::kFirst) * H, H, u.through, false);
       device.each(slots.count, rows, H, BackwardFirst<Cell, S, T>{element});
     }
     // A cell's direct path to h_{t-1} is in dh already; a projected one has none.
-    through_weights(device, p, slots, at, u.dg, width, kSplit * H, &LayerWeights::w_hh, 0, Cell::kFirst * H, R, u.dh,
-                    !z.projected);
-  }
-
-  // to [slots][B][columns] = or += rows of this step, `length` elements each from column `offset` of `from` on, times
-  // the matrix [length, columns] at `weight_offset` of a weight.
-  template <class Device>
-  static void through_weights(Device& device, const BackwardProblem& p, const Slots& slots, const StepRows& at,
-                              T* const* from, int64_t width, int64_t offset, const void* LayerWeights::*weight,
-                              int64_t weight_offset, int64_t length, int64_t columns, S* to, bool add) {
-    Product product = {0, columns, length, 0, kDType};
-    product.lda = width, product.ldb = product.ldc = columns;
-    product.c_compute = true, product.add = add;
-    for (int s = 0; s < slots.count; ++s) {
-      product.a[s] = from[s] + at.first[s] * width + offset;
-      product.b[s] = typed<T>(p.weights[slots.direction[s]].*weight, weight_offset);
-      product.c[s] = to + s * p.size.B * columns;
-    }
-    product_of_rows(device, slots, at.rows, product);
+    multiply(u.dg[0], width, kSplit * H, w_hh, G * H * R, Cell::kFirst * H, R, u.dh, !z.projected);
   }
 
   template <class Device>
@@ -349,21 +361,20 @@ struct StepwiseBackward {
                                const BackwardBuffers<S, T>& u) {
     const LayerSizes& z = p.size;
     const int64_t H = z.H, R = z.R, I = z.I, width = kBlocks * H;
-    const int64_t rows[kMaxSlots] = {z.N, z.N};
     // to [length, columns], from its element `at` on: columns [offset, offset + length) of `from`, transposed, times
-    // rows of `columns` elements, `stride` apart.
+    // rows of `columns` elements, `stride` apart. A product a direction: they are large, and lie where torch put them.
     const auto outer = [&](T* const* from, int64_t from_width, int64_t offset, int64_t length, const T* const* by,
                            int64_t stride, int64_t columns, void* WeightGradients::*to, int64_t at) {
       if (length == 0) return;
-      Product product = {length, columns, 0, 0, kDType};
+      Product product = {length, columns, z.N, 1, kDType};
       product.lda = from_width, product.ldb = stride, product.ldc = columns;
       product.a_transposed = true;
       for (int s = 0; s < slots.count; ++s) {
-        product.a[s] = from[s] + offset;
-        product.b[s] = by[s];
-        product.c[s] = typed<T>(p.dw[slots.direction[s]].*to, at);
+        product.a = from[s] + offset;
+        product.b = by[s];
+        product.c = typed<T>(p.dw[s].*to, at);
+        device.product(product);
       }
-      product_of_rows(device, slots, rows, product);
     };
     const T* const x = typed<T>(p.x.data);
     const T* const xs[kMaxSlots] = {x, x};
@@ -387,7 +398,7 @@ struct StepwiseBackward {
     SumRows<S, T> sums = {z.N, width, rows_of_part(z.N), {}, {}};
     BiasGradients<S, T, G, kSplit> gradients = {z.H, count, {}, {}, {}};
     for (int s = 0; s < slots.count; ++s) {
-      const WeightGradients& dw = p.dw[slots.direction[s]];
+      const WeightGradients& dw = p.dw[s];
       sums.dg[s] = u.dg[s];
       gradients.part[s] = sums.part[s] = w.part + s * count * width;
       gradients.db_ih[s] = typed<T>(dw.b_ih);
@@ -408,16 +419,15 @@ struct StepwiseBackward {
     const auto add = [&](int s, int64_t offset, int64_t length, int64_t weight_row) {
       if (length == 0) return;
       Product product = {z.N, z.I, length, 1, kDType};
-      product.a[0] = u.dg[s] + offset, product.lda = width;
-      product.b[0] = typed<T>(p.weights[slots.direction[s]].w_ih, weight_row * z.I), product.ldb = z.I;
-      product.c[0] = rounded ? p.dx_part[0] : p.dx, product.ldc = z.I;
+      product.a = u.dg[s] + offset, product.lda = width;
+      product.b = typed<T>(p.weights[s].w_ih, weight_row * z.I), product.ldb = z.I;
+      product.c = rounded ? p.dx_part[0] : p.dx, product.ldc = z.I;
       product.c_compute = rounded || kOneType;
       product.add = !first;
       first = false;
       device.product(product);
     };
-    for (int d = 0; d < z.D; ++d) {  // in this order, whatever the slots': the same sum in every call
-      const int s = slots.direction[d];
+    for (int s = 0; s < slots.count; ++s) {
       add(s, kSplit * H, own, 0);
       add(s, 0, kSplit * H, own);
     }
