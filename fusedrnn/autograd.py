@@ -156,7 +156,8 @@ class RecurrentLayerBackward(torch.autograd.Function):
             ddweights = ddweights or [None] * len(weights)
             dd["weights"] = [_or_zeros(g, dw) for g, dw in zip(found["weights"], ddweights, strict=True)]
             d_cotangents, d_leaves = pull(dd)
-        d = [d_cotangents.get(name) for name in ("y", "h_n", "c_n")] + [d_leaves.get(name) for name in ("x", "h0", "c0")]
+        d = [d_cotangents.get(name) for name in ("y", "h_n", "c_n")]
+        d += [d_leaves.get(name) for name in ("x", "h0", "c0")]
         return (None, None, None, None, *d[:4], None, *d[4:], None, None, *d_leaves["weights"])
 
 

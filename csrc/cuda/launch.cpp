@@ -24,8 +24,8 @@ Types types(DType dtype) {
   }
 }
 
-// Row-major c = a b is column-major c^T = b^T a^T. Whether float32 products may round to TF32 is the handle's mode, which
-// torch sets by its own switch.
+// Row-major c = a b is column-major c^T = b^T a^T. Whether float32 products may round to TF32 is the handle's mode,
+// which torch sets by its own switch.
 void multiply(const Product& p, void* context) {
   if (p.m == 0 || p.n == 0) return;
   const Types of = types(p.dtype);

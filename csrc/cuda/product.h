@@ -7,9 +7,9 @@
 
 namespace fusedrnn {
 
-// Row-major: c [m, n] = a [m, k] b [k, n], or c += that; `count` of them, `*_stride` elements apart, none negative. a and
-// b hold elements of `dtype`, c of the same or of its compute type (element.h), in which sums are made. Rows are lda,
-// ldb, ldc elements apart.
+// Row-major: c [m, n] = a [m, k] b [k, n], or c += that; `count` of them, `*_stride` elements apart, none negative. a
+// and b hold elements of `dtype`, c of the same or of its compute type (element.h), in which sums are made. Rows are
+// lda, ldb, ldc elements apart.
 struct Product {
   int64_t m, n, k;
   int count;

@@ -1,6 +1,7 @@
 // The element-wise kernels of the stepwise road, as bodies: body(s, row, column) does one element of slot s (a
-// direction of the layer), or nothing where the slot has no such row. A device runs a body over all elements, in any order: on
-// the GPU one thread each (device.cu), in the tests a loop on the CPU (host.cpp). The equations are the cells'.
+// direction of the layer), or nothing where the slot has no such row. A device runs a body over all elements, in any
+// order: on the GPU one thread each (device.cu), in the tests a loop on the CPU (host.cpp). The equations are the
+// cells'.
 //
 // T is the type of x, weights and results, S the one they are computed in (element.h). Buffers of the driver
 // (stepwise.h) have a slot's rows together: h [slots][B][R].
