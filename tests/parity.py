@@ -131,9 +131,14 @@ def packer(case: Case) -> Callable[[Tensor], PackedSequence] | None:
 
 def run_ours(case: Case, **options) -> Results:
     """Everything our layer computes on the case."""
-    module = case.module().to(DEVICE)
-    tensors = {name: t.detach().to(DEVICE).requires_grad_() for name, t in case.tensors().items()}
-    return results(module, tensors, dict(module.named_parameters()), pack=packer(case), **options)
+    return module_results(case.module(), case.tensors(), pack=packer(case), **options)
+
+
+def module_results(module: nn.Module, tensors: Mapping[str, Tensor], **options) -> Results:
+    """Everything our module computes from given inputs, on DEVICE."""
+    module = copy.deepcopy(module).to(DEVICE)
+    tensors = {name: t.detach().to(DEVICE).requires_grad_() for name, t in tensors.items()}
+    return results(module, tensors, dict(module.named_parameters()), **options)
 
 
 def run_twin(case: Case, dtype: torch.dtype | None = None, **options) -> Results:

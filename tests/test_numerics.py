@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fusedrnn
 from fusedrnn.cells import CELLS
-from parity import Case, ragged, reference_results, results, run_ours, run_twin
+from parity import DEVICE, Case, module_results, ragged, reference_results, run_ours, run_twin
 from tolerances import assert_all_close, assert_close
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -112,7 +112,7 @@ def test_nan_and_inf_come_out_as_torchs(cell: str, dtype: torch.dtype) -> None:
     case = Case(cell, T=4, B=3, I=6, H=19, num_layers=2, bidirectional=True, dtype=dtype)
     module = case.module()
     for label, x in special_inputs(case.tensors()["x"]).items():
-        found = results(module, {"x": x.requires_grad_()}, dict(module.named_parameters()))
+        found = module_results(module, {"x": x})
         expected = reference_results(cell, module, {"x": x})
         assert not expected["y"].isfinite().all() or "inf" in label
         for name in expected:
@@ -149,7 +149,7 @@ def test_saturated_gates(cell: str, dtype: torch.dtype) -> None:
                 parameter.copy_(5e3 * signs[torch.arange(parameter.numel()) % 3])
     tensors = case.tensors()
     tensors["x"] = (tensors["x"].detach() * 10).requires_grad_()
-    found = results(module, tensors, dict(module.named_parameters()))
+    found = module_results(module, tensors)
     assert all(t.isfinite().all() for t in found.values())
     assert_all_close(found, reference_results(cell, module, tensors), dtype)
 
@@ -164,7 +164,7 @@ def test_denormal_huge_and_constant_input(cell: str, dtype: torch.dtype) -> None
     shape = case.tensors()["x"].shape
     for value in (tiny / 4, -tiny / 2, 1.0, -1.0, 0.0, 1e4, -1e4):
         tensors = {"x": torch.full(shape, value, dtype=dtype).requires_grad_()}
-        found = results(module, tensors, dict(module.named_parameters()))
+        found = module_results(module, tensors)
         assert all(t.isfinite().all() for t in found.values()), value
         assert_all_close(found, reference_results(cell, module, tensors), dtype)
 
@@ -177,7 +177,7 @@ def test_activations_over_their_whole_range(dtype: torch.dtype) -> None:
     module.weight_ih_l0.fill_(1.0)
     x = torch.cat([torch.logspace(-44, 4, 4801, dtype=torch.float64), torch.linspace(0, 30, 3001, dtype=torch.float64)])
     x = torch.cat([x, -x]).to(dtype)
-    h = module(x[None, :, None])[0].flatten()
+    h = module.to(DEVICE)(x[None, :, None].to(DEVICE))[0].flatten().cpu()
     exact = torch.tanh(x.double())
     ulp = 2.0 ** (exact.abs().clamp_min(torch.finfo(dtype).smallest_normal).log2().floor()) * torch.finfo(dtype).eps
     assert ((h.double() - exact).abs() / ulp).max() <= 4
