@@ -48,7 +48,7 @@ def parts(out: Path, device: str, quick: bool) -> dict[str, Part]:
     """The commands, by name; a tool of the sanitizer is a part of its own."""
     python, here, cuda = sys.executable, (("FUSEDRNN_TEST_DEVICE", device),), "1" if device == "cuda" else "0"
     pytest = (python, "-m", "pytest", "-v", "--tb=short", "--durations=20", "-p", "no:cacheprovider")
-    tests = ("-m", "isa", "-k", "float16") if quick else ("-m", "isa or cuda")
+    tests = ("-m", "isa", "-k", "float16") if quick else ("-m", "isa or device or cuda")
     timing = (python, "-m", "benchmarks.gpu_timing", "--device", device, "--out", str(out / "timing.jsonl"))
     return {
         "build": Part((python, "setup.py", "build_ext", "--inplace"), 400, (("FUSEDRNN_CUDA", cuda),)),

@@ -21,7 +21,8 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "isa: run once more under each instruction set that the processor has")
-    config.addinivalue_line("markers", "cuda: needs a GPU; python -m benchmarks.gpu tests runs these and isa there")
+    config.addinivalue_line("markers", "device: computes on FUSEDRNN_TEST_DEVICE, as those marked isa do")
+    config.addinivalue_line("markers", "cuda: needs a GPU; python -m benchmarks.gpu tests runs all three there")
 
 
 def pytest_report_header() -> str:

@@ -63,6 +63,7 @@ def kinds(cell: str) -> list[Case]:
     return cases
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("cell", CELLS)
 def test_every_kind_of_layer(cell: str) -> None:
     for case in kinds(cell):

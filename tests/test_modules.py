@@ -71,6 +71,7 @@ def test_projection(cell: str, dtype: torch.dtype) -> None:
         assert_parity(case)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("use", [("y",), ("h_n",), ("c_n",), ("h_n", "c_n")], ids="+".join)
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradient_of_some_outputs(cell: str, use: tuple[str, ...]) -> None:
@@ -169,6 +170,7 @@ def test_noncontiguous_inputs_states_and_weights(cell: str) -> None:
     assert_all_close(results(module, expanded, parameters), results(module, copied, parameters))
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("cell", CELLS)
 def test_empty_batch(cell: str) -> None:
     for both, first in product((False, True), repeat=2):

@@ -11,12 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import hypothesis.strategies as st
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 
 from fusedrnn.cells import CELLS
-from parity import Case, Results, packer, results, twin
+from parity import DEVICE, Case, Results, packer, results, twin
 from tolerances import assert_all_close
 
 SIZE = st.one_of(st.integers(1, 9), st.sampled_from((15, 16, 17, 31, 33, 63, 65)), st.integers(1, 130))
@@ -91,8 +92,9 @@ def strided(t: Tensor) -> Tensor:
     return (buffer.transpose(0, 1) if t.dim() > 1 else buffer).copy_(t.detach())
 
 
-def leaves_of(drawn: Draw, dtype: torch.dtype) -> tuple[nn.Module, Results]:
-    module, tensors = drawn.case.module(), drawn.case.tensors()
+def leaves_of(drawn: Draw, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Results]:
+    module = drawn.case.module().to(device)
+    tensors = {name: t.detach().to(device) for name, t in drawn.case.tensors().items()}
     for name, parameter in list(module.named_parameters()):
         value = (strided(parameter) if name in drawn.strided else parameter.detach()).to(dtype)
         setattr(module, name, nn.Parameter(value, requires_grad=name not in drawn.frozen))
@@ -102,8 +104,10 @@ def leaves_of(drawn: Draw, dtype: torch.dtype) -> tuple[nn.Module, Results]:
     return module, tensors
 
 
-def run(drawn: Draw, call_of: Callable[[nn.Module], Callable], dtype: torch.dtype) -> Results:
-    module, tensors = leaves_of(drawn, dtype)
+def run(
+    drawn: Draw, call_of: Callable[[nn.Module], Callable], dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Results:
+    module, tensors = leaves_of(drawn, dtype, torch.device(device))
     call = call_of(module)
 
     def partial_output(x, hx):
@@ -116,11 +120,12 @@ def run(drawn: Draw, call_of: Callable[[nn.Module], Callable], dtype: torch.dtyp
     return results(partial_output, tensors, dict(module.named_parameters()), pack=packer(drawn.case), use=drawn.use)
 
 
+@pytest.mark.device
 @settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture])
 @given(drawn=draws())
 def test_any_configuration(threads: Callable[[int], None], drawn: Draw) -> None:
     threads(1)
     expected = run(drawn, lambda module: twin(drawn.case.cell, module), torch.float64)
     threads(drawn.threads)
-    found = run(drawn, lambda module: module, drawn.case.dtype)
+    found = run(drawn, lambda module: module, drawn.case.dtype, DEVICE)
     assert_all_close(found, expected, drawn.case.dtype)
