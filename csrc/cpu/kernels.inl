@@ -10,6 +10,8 @@ namespace {
 //
 #include "gemm.h"
 //
+#include "outer.h"
+//
 #include "team.h"
 //
 #include "forward.inl"

@@ -5,7 +5,8 @@
 
 #include "../cells/registry.h"
 #include "device.h"
-#include "stepwise.h"
+#include "stepwise_backward.h"
+#include "stepwise_forward.h"
 
 namespace fusedrnn {
 

@@ -34,42 +34,48 @@ struct Beside {
   }
 };
 
-// ---- forward ----------------------------------------------------------------------------------------------------
+// ---- states, or their gradients ---------------------------------------------------------------------------------
 
-// States at the start: zeros where there are none.
+// From the tensors of a call into the driver's buffers; zeros where there are none.
 template <class S, class T>
-struct BeginStates {
+struct LoadStates {
   int64_t B, R, H;
-  PerSlot<const T*> h0;  // [B, R] or null
-  PerSlot<const T*> c0;  // [B, H] or null
-  T* operand;            // [slots][B][R]
-  S* h;                  // [slots][B][R], or null: operand is it
-  S* c;                  // [slots][B][H] or null
+  T* operand;                 // [slots][B][R]: h as a product reads it, or null
+  S* h;                       // [slots][B][R], or null
+  S* c;                       // [slots][B][H], or null
+  PerSlot<const T*> from_h;   // [B, R] or null
+  PerSlot<const T*> from_c;   // [B, H] or null
 
   FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t j) const {
     if (j < R) {
-      const T value = h0[s] ? h0[s][b * R + j] : narrow<T>(0);
-      operand[(s * B + b) * R + j] = value;
+      const T value = from_h[s] ? from_h[s][b * R + j] : narrow<T>(0);
+      if (operand) operand[(s * B + b) * R + j] = value;
       if (h) h[(s * B + b) * R + j] = widen(value);
     }
-    if (c && j < H) c[(s * B + b) * H + j] = c0[s] ? widen(c0[s][b * H + j]) : S(0);
+    if (c && j < H) c[(s * B + b) * H + j] = from_c[s] ? widen(from_c[s][b * H + j]) : S(0);
   }
 };
 
-// Final states from those of the driver; h already in the storage type, c in the compute type.
-template <class S, class T>
-struct EndStates {
+// And back. E: the type of h, T or S.
+template <class E, class S, class T>
+struct StoreStates {
   int64_t B, R, H;
-  const T* operand;
-  const S* c;
-  PerSlot<T*> h_n;
-  PerSlot<T*> c_n;
+  const E* h;         // [slots][B][R]
+  const S* c;         // [slots][B][H], or null
+  PerSlot<T*> to_h;   // [B, R]
+  PerSlot<T*> to_c;   // [B, H]
 
   FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t j) const {
-    if (j < R) h_n[s][b * R + j] = operand[(s * B + b) * R + j];
-    if (c && j < H) c_n[s][b * H + j] = narrow<T>(c[(s * B + b) * H + j]);
+    if (j < R) {
+      const E value = h[(s * B + b) * R + j];
+      if constexpr (std::is_same_v<E, T>) to_h[s][b * R + j] = value;
+      else to_h[s][b * R + j] = narrow<T>(value);
+    }
+    if (c && j < H) to_c[s][b * H + j] = narrow<T>(c[(s * B + b) * H + j]);
   }
 };
+
+// ---- forward ----------------------------------------------------------------------------------------------------
 
 // What the steps of a forward pass share.
 template <class S, class T>
@@ -185,34 +191,6 @@ struct PublishProjected {
 };
 
 // ---- backward ---------------------------------------------------------------------------------------------------
-
-template <class S, class T>
-struct BeginGradients {
-  int64_t B, R, H;
-  PerSlot<const T*> dh_n;  // [B, R] or null
-  PerSlot<const T*> dc_n;  // [B, H] or null
-  S* dh;                   // [slots][B][R]
-  S* dc;                   // [slots][B][H] or null
-
-  FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t j) const {
-    if (j < R) dh[(s * B + b) * R + j] = dh_n[s] ? widen(dh_n[s][b * R + j]) : S(0);
-    if (dc && j < H) dc[(s * B + b) * H + j] = dc_n[s] ? widen(dc_n[s][b * H + j]) : S(0);
-  }
-};
-
-template <class S, class T>
-struct EndGradients {
-  int64_t B, R, H;
-  const S* dh;
-  const S* dc;
-  PerSlot<T*> dh0;
-  PerSlot<T*> dc0;
-
-  FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t j) const {
-    if (j < R) dh0[s][b * R + j] = narrow<T>(dh[(s * B + b) * R + j]);
-    if (dc && j < H) dc0[s][b * H + j] = narrow<T>(dc[(s * B + b) * H + j]);
-  }
-};
 
 // What the steps of a backward pass share. A row of dg holds first the gradients of x for the last kSplit gates, then
 // those of rec for all gates, kSplit + kGates blocks of H.

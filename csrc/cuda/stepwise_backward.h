@@ -1,0 +1,221 @@
+// The backward pass of the stepwise road (stepwise.h): back through the steps, which leaves dG of all of them; then the
+// gradients that are sums over rows. `run` takes device memory of `bytes`.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#include "stepwise.h"
+
+namespace fusedrnn {
+
+template <class Cell, class T>
+struct StepwiseBackward {
+  using Problem = BackwardProblem;
+  using S = Compute<T>;
+  static constexpr DType kDType = Element<T>::kDType;
+  static constexpr int G = Cell::kGates, kSplit = Cell::kSplit, kBlocks = kSplit + G;
+  static constexpr bool kTwoProducts = Cell::kFirst < G, kOneType = std::is_same_v<S, T>;
+
+  // Rows that a bias gradient adds up at a time; then it adds as many such sums: short sums are exact ones.
+  static int64_t rows_of_part(int64_t N) { return static_cast<int64_t>(std::ceil(std::sqrt(static_cast<double>(N)))); }
+  static int64_t parts(int64_t N) { return (N + rows_of_part(N) - 1) / rows_of_part(N); }
+
+  struct Work {
+    S* dh;       // [slots][B][R]
+    S* dc;       // [slots][B][H] or null
+    S* through;  // [slots][B][H] or null
+    T* dg;       // [slots][N][kBlocks*H]
+    T* before;   // [slots][N][R] or null
+    T* q;        // [slots][N][H] or null
+    T* dy_rows;  // [slots][N][R] or null
+    S* part;     // [slots][parts][kBlocks*H] or null
+    T* w_hh;     // [2][G*H][R], of two directions
+    T* w_hr;     // [2][R][H]
+  };
+
+  template <class Device>
+  static Work arrange(Arena& arena, const BackwardProblem& p) {
+    const LayerSizes& z = p.size;
+    Work w = {};
+    w.dh = arena.take<S>(z.D * z.B * z.R);
+    if (Cell::kStates == 2) w.dc = arena.take<S>(z.D * z.B * z.H);
+    if (kTwoProducts || z.projected) w.through = arena.take<S>(z.D * z.B * z.H);
+    w.dg = arena.take<T>(z.D * z.N * kBlocks * z.H);
+    if (p.weight_gradients) w.before = arena.take<T>(z.D * z.N * z.R);
+    if (p.weight_gradients && (kTwoProducts || z.projected)) w.q = arena.take<T>(z.D * z.N * z.H);
+    if (z.projected) w.dy_rows = arena.take<T>(z.D * z.N * z.R);
+    if (z.D == 2) w.w_hh = arena.take<T>(2 * G * z.H * z.R);
+    if (z.D == 2 && z.projected) w.w_hr = arena.take<T>(2 * z.R * z.H);
+    if (p.weight_gradients && p.dw[0].b_ih) w.part = arena.take<S>(z.D * parts(z.N) * kBlocks * z.H);
+    return w;
+  }
+
+  template <class Device>
+  static int64_t bytes(const BackwardProblem& p) {
+    Arena counting(nullptr);
+    arrange<Device>(counting, p);
+    return counting.used();
+  }
+
+  template <class Device>
+  static void run(const BackwardProblem& p, void* memory, Device& device) {
+    const LayerSizes& z = p.size;
+    const Slots slots(z);
+    Arena arena(memory);
+    const Work w = arrange<Device>(arena, p);
+    const int64_t H = z.H, R = z.R, B = z.B, N = z.N;
+    const T* const w_hh = beside(device, p, &LayerWeights::w_hh, w.w_hh, G * H, R);
+    const T* const w_hr = z.projected ? beside(device, p, &LayerWeights::w_hr, w.w_hr, R, H) : nullptr;
+    LoadStates<S, T> begin = {B, R, H, nullptr, w.dh, w.dc, {}, {}};
+    StoreStates<S, S, T> finish = {B, R, H, w.dh, w.dc, {}, {}};
+    BackwardBuffers<S, T> u = {};
+    u.B = B, u.H = H, u.R = R, u.width = z.D * R;
+    u.saved_stride = p.saved_stride;
+    u.dh = w.dh, u.dc = w.dc, u.through = w.through;
+    for (int s = 0; s < slots.count; ++s) {
+      begin.from_h[s] = typed<T>(p.dh_n, s * B * R);
+      begin.from_c[s] = typed<T>(p.dc_n, s * B * H);
+      finish.to_h[s] = typed<T>(p.dh0, s * B * R);
+      finish.to_c[s] = typed<T>(p.dc0, s * B * H);
+      u.h0[s] = typed<T>(p.h0, s * B * R);
+      u.c0[s] = typed<T>(p.c0, s * B * H);
+      u.y[s] = typed<T>(p.y, s * R);
+      u.saved[s] = typed<S>(p.saved, s * N * p.saved_stride);
+      u.dg[s] = w.dg + s * N * kBlocks * H;
+      u.before[s] = w.before ? w.before + s * N * R : nullptr;
+      u.q[s] = w.q ? w.q + s * N * H : nullptr;
+      u.dy_rows[s] = w.dy_rows ? w.dy_rows + s * N * R : nullptr;
+    }
+    device.each(slots.count, B, std::max(H, R), begin);
+    for (int64_t i = z.T - 1; i >= 0; --i) step(device, p, slots, w_hh, w_hr, u, i);
+    device.each(slots.count, B, std::max(H, R), finish);
+    if (p.weight_gradients) weight_gradients(device, p, slots, w, u);
+    if (p.dx) input_gradient(device, p, slots, u);
+  }
+
+ private:
+  template <class Device>
+  static void step(Device& device, const BackwardProblem& p, const Slots& slots, const T* w_hh, const T* w_hr,
+                   const BackwardBuffers<S, T>& u, int64_t i) {
+    const LayerSizes& z = p.size;
+    const int64_t H = z.H, R = z.R, width = kBlocks * H;
+    const StepRows at = slots.rows(z, i);
+    const int64_t rows = slots.most_rows(at);
+    PerSlot<StepView<T>> dy = {};
+    for (int s = 0; s < slots.count; ++s) {
+      const int64_t t = slots.time(z, s, i), row = p.dy.time < 0 ? z.offset[t] * p.dy.batch : t * p.dy.time;
+      dy[s] = {typed<T>(p.dy.data, row + s * R), p.dy.batch};
+    }
+    const BackwardElement<S, T> element = {u, at, {dy[0], dy[1]}};
+    // to [slots][B][columns] = or += rows of this step, `length` elements each from column `offset` of `from`
+    // [slots][N][from_width] on, times a matrix [length, columns] at `weight`, of weights `distance` apart.
+    const auto multiply = [&](const T* from, int64_t from_width, int64_t offset, const T* weight, int64_t distance,
+                              int64_t length, int64_t columns, S* to, bool add) {
+      Product product = {0, columns, length, 0, kDType};
+      product.a = from + at.first[0] * from_width + offset, product.lda = from_width;
+      product.a_stride = (z.N + at.first[1] - at.first[0]) * from_width;
+      product.b = weight, product.ldb = columns, product.b_stride = distance;
+      product.c = to, product.ldc = columns, product.c_stride = z.B * columns;
+      product.c_compute = true, product.add = add;
+      product_of_rows(device, slots, at.rows, product);
+    };
+    if (z.projected) {
+      if constexpr (Cell::kStates == 2) {
+        device.each(slots.count, rows, R, BackwardProjected<S, T>{element});
+        multiply(u.dy_rows[0], R, 0, w_hr, R * H, R, H, u.through, false);
+        device.each(slots.count, rows, H, BackwardStep<Cell, S, T, true>{element});
+      }
+    } else {
+      device.each(slots.count, rows, H, BackwardStep<Cell, S, T, false>{element});
+    }
+    if constexpr (kTwoProducts) {
+      multiply(u.dg[0], width, (kSplit + Cell::kFirst) * H, w_hh + Cell::kFirst * H * R, G * H * R,
+               (G - Cell::kFirst) * H, H, u.through, false);
+      device.each(slots.count, rows, H, BackwardFirst<Cell, S, T>{element});
+    }
+    // A cell's direct path to h_{t-1} is in dh already; a projected one has none.
+    multiply(u.dg[0], width, kSplit * H, w_hh, G * H * R, Cell::kFirst * H, R, u.dh, !z.projected);
+  }
+
+  template <class Device>
+  static void weight_gradients(Device& device, const BackwardProblem& p, const Slots& slots, const Work& w,
+                               const BackwardBuffers<S, T>& u) {
+    const LayerSizes& z = p.size;
+    const int64_t H = z.H, R = z.R, I = z.I, width = kBlocks * H;
+    // to [length, columns], from its element `at` on: columns [offset, offset + length) of `from`, transposed, times
+    // rows of `columns` elements, `stride` apart. A product a direction: they are large, and lie where torch put them.
+    const auto outer = [&](T* const* from, int64_t from_width, int64_t offset, int64_t length, const T* const* by,
+                           int64_t stride, int64_t columns, void* WeightGradients::*to, int64_t at) {
+      if (length == 0) return;
+      Product product = {length, columns, z.N, 1, kDType};
+      product.lda = from_width, product.ldb = stride, product.ldc = columns;
+      product.a_transposed = true;
+      for (int s = 0; s < slots.count; ++s) {
+        product.a = from[s] + offset;
+        product.b = by[s];
+        product.c = typed<T>(p.dw[s].*to, at);
+        device.product(product);
+      }
+    };
+    const T* const x = typed<T>(p.x.data);
+    const T* const xs[kMaxSlots] = {x, x};
+    const int64_t own = (G - kSplit) * H;  // gates whose dx is drec
+    outer(u.dg, width, kSplit * H, own, xs, row_stride(p.x, z), I, &WeightGradients::w_ih, 0);
+    outer(u.dg, width, 0, kSplit * H, xs, row_stride(p.x, z), I, &WeightGradients::w_ih, own * I);
+    outer(u.dg, width, kSplit * H, Cell::kFirst * H, u.before, R, R, &WeightGradients::w_hh, 0);
+    if (kTwoProducts) {
+      outer(u.dg, width, (kSplit + Cell::kFirst) * H, (G - Cell::kFirst) * H, u.q, H, H, &WeightGradients::w_hh,
+            Cell::kFirst * H * R);
+    }
+    if (z.projected) outer(u.dy_rows, R, 0, R, u.q, H, H, &WeightGradients::w_hr, 0);
+    if (w.part) bias_gradients(device, p, slots, w, u);
+  }
+
+  template <class Device>
+  static void bias_gradients(Device& device, const BackwardProblem& p, const Slots& slots, const Work& w,
+                             const BackwardBuffers<S, T>& u) {
+    const LayerSizes& z = p.size;
+    const int64_t width = kBlocks * z.H, count = parts(z.N);
+    SumRows<S, T> sums = {z.N, width, rows_of_part(z.N), {}, {}};
+    BiasGradients<S, T, G, kSplit> gradients = {z.H, count, {}, {}, {}};
+    for (int s = 0; s < slots.count; ++s) {
+      const WeightGradients& dw = p.dw[s];
+      sums.dg[s] = u.dg[s];
+      gradients.part[s] = sums.part[s] = w.part + s * count * width;
+      gradients.db_ih[s] = typed<T>(dw.b_ih);
+      gradients.db_hh[s] = typed<T>(dw.b_hh);
+    }
+    device.each(slots.count, count, width, sums);
+    device.each(slots.count, 1, width, gradients);
+  }
+
+  // dx = the sum over directions of dL/d(W_ih x) W_ih, in the compute type, then rounded.
+  template <class Device>
+  static void input_gradient(Device& device, const BackwardProblem& p, const Slots& slots,
+                             const BackwardBuffers<S, T>& u) {
+    const LayerSizes& z = p.size;
+    const int64_t H = z.H, own = (G - kSplit) * H, width = kBlocks * H;
+    const bool rounded = !kOneType && z.D * (kSplit ? 2 : 1) > 1;
+    bool first = true;
+    const auto add = [&](int s, int64_t offset, int64_t length, int64_t weight_row) {
+      if (length == 0) return;
+      Product product = {z.N, z.I, length, 1, kDType};
+      product.a = u.dg[s] + offset, product.lda = width;
+      product.b = typed<T>(p.weights[s].w_ih, weight_row * z.I), product.ldb = z.I;
+      product.c = rounded ? p.dx_part[0] : p.dx, product.ldc = z.I;
+      product.c_compute = rounded || kOneType;
+      product.add = !first;
+      first = false;
+      device.product(product);
+    };
+    for (int s = 0; s < slots.count; ++s) {
+      add(s, kSplit * H, own, 0);
+      add(s, 0, kSplit * H, own);
+    }
+    if (rounded) device.each(1, z.N, z.I, Round<S, T>{z.I, typed<S>(p.dx_part[0]), typed<T>(p.dx)});
+  }
+};
+
+}  // namespace fusedrnn

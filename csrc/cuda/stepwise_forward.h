@@ -1,0 +1,166 @@
+// The forward pass of the stepwise road (stepwise.h): the products W_ih x of a span of steps, then step by step W_hh h
+// and the cell. `run` takes device memory of `bytes`.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "stepwise.h"
+
+namespace fusedrnn {
+
+template <class Cell, class T>
+struct StepwiseForward {
+  using Problem = ForwardProblem;
+  using S = Compute<T>;
+  static constexpr DType kDType = Element<T>::kDType;
+  static constexpr int G = Cell::kGates;
+  static constexpr bool kTwoProducts = Cell::kFirst < G, kOneType = std::is_same_v<S, T>;
+
+  struct Work {
+    S* x;        // [slots][limit][G*H]
+    S* rec;      // [slots][B][G*H]
+    T* operand;  // [slots][B][R]
+    S* h;        // [slots][B][R] or null
+    S* c;        // [slots][B][H] or null
+    T* q;        // [slots][B][H] or null
+    S* kept;     // [slots][B][kSaved*H] or null
+    T* w_ih;     // [2][G*H][I], of two directions, as all the weights here
+    T* w_hh;     // [2][G*H][R]
+    T* w_hr;     // [2][R][H]
+    int64_t limit;
+  };
+
+  template <class Device>
+  static Work arrange(Arena& arena, const ForwardProblem& p) {
+    const LayerSizes& z = p.size;
+    Work w = {};
+    const int64_t row = z.D * G * z.H;
+    w.limit = std::min(z.N, std::max(z.B, Device::kProjectionBytes / (row * static_cast<int64_t>(sizeof(S)))));
+    w.x = arena.take<S>(w.limit * row);
+    w.rec = arena.take<S>(z.B * row);
+    w.operand = arena.take<T>(z.D * z.B * z.R);
+    if (!kOneType && !z.projected) w.h = arena.take<S>(z.D * z.B * z.R);
+    if (Cell::kStates == 2) w.c = arena.take<S>(z.D * z.B * z.H);
+    if (kTwoProducts || z.projected) w.q = arena.take<T>(z.D * z.B * z.H);
+    if (kTwoProducts && !p.saved) w.kept = arena.take<S>(z.D * z.B * Cell::kSaved * z.H);
+    if (z.D == 2) {
+      w.w_ih = arena.take<T>(row * z.I);
+      w.w_hh = arena.take<T>(row * z.R);
+      if (z.projected) w.w_hr = arena.take<T>(2 * z.R * z.H);
+    }
+    return w;
+  }
+
+  template <class Device>
+  static int64_t bytes(const ForwardProblem& p) {
+    Arena counting(nullptr);
+    arrange<Device>(counting, p);
+    return counting.used();
+  }
+
+  template <class Device>
+  static void run(const ForwardProblem& p, void* memory, Device& device) {
+    const LayerSizes& z = p.size;
+    const Slots slots(z);
+    Arena arena(memory);
+    const Work w = arrange<Device>(arena, p);
+    const int64_t H = z.H, R = z.R, B = z.B;
+    const Weights weights = {beside(device, p, &LayerWeights::w_ih, w.w_ih, G * H, z.I),
+                             beside(device, p, &LayerWeights::w_hh, w.w_hh, G * H, R),
+                             z.projected ? beside(device, p, &LayerWeights::w_hr, w.w_hr, R, H) : nullptr};
+    LoadStates<S, T> begin = {B, R, H, w.operand, w.h, w.c, {}, {}};
+    StoreStates<T, S, T> finish = {B, R, H, w.operand, w.c, {}, {}};
+    ForwardBuffers<S, T> u = {};
+    u.B = B, u.H = H, u.R = R, u.width = z.D * R;
+    u.saved_stride = p.saved_stride;
+    u.kept = w.kept, u.rec = w.rec, u.operand = w.operand, u.h = w.h, u.c = w.c, u.q = w.q;
+    for (int s = 0; s < slots.count; ++s) {
+      begin.from_h[s] = typed<T>(p.h0, s * B * R);
+      begin.from_c[s] = typed<T>(p.c0, s * B * H);
+      finish.to_h[s] = typed<T>(p.h_n, s * B * R);
+      finish.to_c[s] = typed<T>(p.c_n, s * B * H);
+      u.b_ih[s] = typed<T>(p.weights[s].b_ih);
+      u.b_hh[s] = typed<T>(p.weights[s].b_hh);
+      u.y[s] = typed<T>(p.y, s * R);
+      u.saved[s] = typed<S>(p.saved, s * z.N * p.saved_stride);
+    }
+    device.each(slots.count, B, std::max(H, R), begin);
+    for (int64_t i = 0; i < z.T;) {
+      const int64_t chunk = i, end = slots.span_end(z, i, w.limit);
+      project(device, p, slots, w, weights, slots.span(z, i, end));
+      for (; i < end; ++i) step(device, p, slots, w, weights, u, slots.span(z, chunk, end), i);
+    }
+    device.each(slots.count, B, std::max(H, R), finish);
+  }
+
+ private:
+  struct Weights {
+    const T* w_ih;
+    const T* w_hh;
+    const T* w_hr;
+  };
+
+  // W_ih x of the rows of a span.
+  template <class Device>
+  static void project(Device& device, const ForwardProblem& p, const Slots& slots, const Work& w,
+                      const Weights& weights, const StepRows& span) {
+    const LayerSizes& z = p.size;
+    Product product = {0, G * z.H, z.I, 0, kDType};
+    product.lda = row_stride(p.x, z), product.ldb = z.I, product.ldc = G * z.H;
+    product.a = typed<T>(p.x.data, span.first[0] * product.lda);
+    product.a_stride = (span.first[1] - span.first[0]) * product.lda;
+    product.b = weights.w_ih, product.b_stride = G * z.H * z.I;
+    product.c = w.x, product.c_stride = w.limit * G * z.H;
+    product.b_transposed = product.c_compute = true;
+    product_of_rows(device, slots, span.rows, product);
+  }
+
+  template <class Device>
+  static void step(Device& device, const ForwardProblem& p, const Slots& slots, const Work& w, const Weights& weights,
+                   const ForwardBuffers<S, T>& u, const StepRows& span, int64_t i) {
+    const LayerSizes& z = p.size;
+    const int64_t H = z.H, R = z.R;
+    const StepRows at = slots.rows(z, i);
+    const int64_t rows = slots.most_rows(at);
+    PerSlot<const S*> x = {};
+    for (int s = 0; s < slots.count; ++s) x[s] = w.x + (s * w.limit + at.first[s] - span.first[s]) * G * H;
+    Product product = {0, Cell::kFirst * H, R, 0, kDType};
+    product.a = w.operand, product.lda = R, product.a_stride = z.B * R;
+    product.b = weights.w_hh, product.ldb = R, product.b_stride = G * H * R;
+    product.c = w.rec, product.ldc = G * H, product.c_stride = z.B * G * H;
+    product.b_transposed = product.c_compute = true;
+    product_of_rows(device, slots, at.rows, product);
+    if constexpr (kTwoProducts) {
+      device.each(slots.count, rows, H, ForwardFirst<Cell, S, T>{{u, at, {x[0], x[1]}}});
+      product.n = (G - Cell::kFirst) * H;
+      product.a = w.q, product.a_stride = z.B * H;
+      product.b = weights.w_hh + Cell::kFirst * H * R;
+      product.c = w.rec + Cell::kFirst * H;
+      product_of_rows(device, slots, at.rows, product);
+    }
+    if constexpr (Cell::kStates == 2) {
+      if (z.projected) {
+        device.each(slots.count, rows, H, ForwardStep<Cell, S, T, true>{{u, at, {x[0], x[1]}}});
+        return project_output(device, p, slots, w, weights, u, at);
+      }
+    }
+    device.each(slots.count, rows, H, ForwardStep<Cell, S, T, false>{{u, at, {x[0], x[1]}}});
+  }
+
+  // h = W_hr (o * tanh(c)), where the next product reads it; then y.
+  template <class Device>
+  static void project_output(Device& device, const ForwardProblem& p, const Slots& slots, const Work& w,
+                             const Weights& weights, const ForwardBuffers<S, T>& u, const StepRows& at) {
+    const LayerSizes& z = p.size;
+    Product product = {0, z.R, z.H, 0, kDType};
+    product.a = w.q, product.lda = z.H, product.a_stride = z.B * z.H;
+    product.b = weights.w_hr, product.ldb = z.H, product.b_stride = z.R * z.H;
+    product.c = w.operand, product.ldc = z.R, product.c_stride = z.B * z.R;
+    product.b_transposed = true;
+    product_of_rows(device, slots, at.rows, product);
+    device.each(slots.count, slots.most_rows(at), z.R, PublishProjected<S, T>{u, at});
+  }
+};
+
+}  // namespace fusedrnn
