@@ -3,7 +3,7 @@
 Parts, in this order by default: ``build`` the extension in place, ``tests`` on the GPU, the ``sanitizer``'s tools over
 a few of them, ``timing`` against torch.nn. Each is a process of its own with a limit of time, and what it finds goes
 into ``report.json`` and ``report.md`` beside its log: a part that fails or is cut off leaves the others' results whole.
-The limits of all but ``build`` add up to 7.5 minutes.
+The limits of all but ``build`` add up to 7.75 minutes.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from pathlib import Path
 from statistics import geometric_mean
 
 ROOT = Path(__file__).resolve().parents[1]
-# No racecheck: it looks at shared memory, which no kernel of ours uses (python -m benchmarks.ptxas shows it).
-TOOLS = ("memcheck", "initcheck")
+TOOLS = ("memcheck", "racecheck", "initcheck")
 SMALL = ("tests/test_cuda.py", "-k", "small")  # what the sanitizer's tools run, our own kernels only: they are slow
 FACTS = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.draw"
 VERSIONS = """
@@ -55,9 +54,9 @@ def parts(out: Path, device: str, quick: bool) -> dict[str, Part]:
         "tests": Part((*pytest, *tests, "tests"), 180, here),
         **{
             f"sanitizer-{tool}": Part(
-                ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--kernel-regex", "kns=each_element",
+                ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--kernel-name", "kns=each_element",
                  *pytest, "--timeout", "600", *SMALL),
-                60, (*here, ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")), "compute-sanitizer",
+                45, (*here, ("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")), "compute-sanitizer",
             )
             for tool in TOOLS
         },

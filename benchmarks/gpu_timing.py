@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +104,12 @@ def layer_of(point: Point, device: torch.device) -> nn.Module:
     if point.projection:
         options["proj_size"] = point.projection
     layer = getattr(nn, point.cell.upper())(point.hidden, point.hidden, **options)
-    return layer.to(device, DTYPES[point.dtype]).train(point.mode == "both")
+    layer = layer.to(device, DTYPES[point.dtype]).train(point.mode == "both")
+    # torch.nn leaves bfloat16 weights apart, and cuDNN then copies them at each call: together, it is at its best.
+    cudnn = torch.backends.cudnn
+    with mock.patch.object(cudnn, "CUDNN_TENSOR_DTYPES", {*cudnn.CUDNN_TENSOR_DTYPES, torch.bfloat16}):
+        layer.flatten_parameters()
+    return layer
 
 
 def problem(point: Point, steps: int, device: torch.device) -> tuple[Tensor | PackedSequence, Tensor, Tensor]:

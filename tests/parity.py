@@ -167,7 +167,9 @@ def assert_parity(case: Case) -> None:
     assert all(t.dtype == case.dtype for t in found.values())
     if case.cell == "rnn_relu" and case.dtype.itemsize == 2:
         found, expected = ({name: r[name] for name in ("y", "h_n")} for r in (found, expected))
-    assert_all_close(found, expected, case.dtype)
+    # The state of the residual RNN grows with the steps, and so does what a product loses that takes it in 16 bits.
+    margin = 4.0 if case.cell == "residual_rnn" and case.dtype.itemsize == 2 else 1.0
+    assert_all_close(found, expected, case.dtype, margin)
 
 
 def ragged(case: Case, *, sorted_lengths: bool = False) -> Case:

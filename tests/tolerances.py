@@ -20,8 +20,10 @@ TOLERANCE: dict[torch.dtype, float] = {
 }
 
 
-def assert_close(name: str, actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
-    """Same shape, same NaN and infinities, and no difference above ``TOLERANCE[dtype]`` (default: actual's dtype)."""
+def assert_close(
+    name: str, actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None, margin: float = 1.0
+) -> None:
+    """Same shape, same NaN and infinities, and no difference above ``margin * TOLERANCE[dtype]`` (default: actual's)."""
     dtype = dtype or actual.dtype
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     assert actual.layout == expected.layout == torch.strided
@@ -31,16 +33,16 @@ def assert_close(name: str, actual: Tensor, expected: Tensor, dtype: torch.dtype
         actual.to(expected.dtype),
         expected,
         rtol=0.0,
-        atol=TOLERANCE[dtype] * scale,
+        atol=margin * TOLERANCE[dtype] * scale,
         equal_nan=True,
         msg=lambda text: f"{name}: {text}",
     )
 
 
 def assert_all_close(
-    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], dtype: torch.dtype | None = None
+    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], dtype: torch.dtype | None = None, margin: float = 1.0
 ) -> None:
     """:func:`assert_close` for two dictionaries of tensors with the same names."""
     assert list(actual) == list(expected)
     for name in expected:
-        assert_close(name, actual[name], expected[name], dtype)
+        assert_close(name, actual[name], expected[name], dtype, margin)

@@ -87,7 +87,8 @@ const char* isa_error() {
     if (!forced || !*forced) return std::string();
     if (!find_isa(forced)) {
       std::string known;
-      for (const KernelTable* table : kTables) known += std::string(known.empty() ? "" : ", ") + table->name;
+      for (const KernelTable* table : kTables) known += std::string(table->name) + ", ";
+      known += table_stepwise().name;
       return "FUSEDRNN_CPU_ISA must be one of " + known + ", got '" + forced + "'";
     }
     if (!isa_supported(forced)) return "FUSEDRNN_CPU_ISA=" + std::string(forced) + ": this CPU does not have it";
