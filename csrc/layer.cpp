@@ -112,16 +112,14 @@ Layer read_layer(const Tensor& x, const OptionalTensor& batch_sizes, const Optio
   layer.cell = find_cell(std::string(cell).c_str());
   TORCH_CHECK_VALUE(layer.cell >= 0, "unknown cell '", cell, "'");
   layer.dtype = x.scalar_type();
-  const int dtype = layer.kernel_dtype();
-  const bool cuda = x.is_cuda();
-  TORCH_CHECK_TYPE(dtype >= 0 && (cuda || kernels().forward[layer.cell][dtype]), "fusedrnn supports float32, float64, ",
-                   cuda ? "bfloat16 and float16 on CUDA" : "and bfloat16 on the CPU", ", got ", layer.dtype);
+  TORCH_CHECK_TYPE(layer.kernel_dtype() >= 0, "fusedrnn supports float32, float64, bfloat16 and float16, got ",
+                   layer.dtype);
   layer.x = x.dim() > 0 && x.stride(-1) == 1 ? x : x.contiguous();
   read_steps(layer, batch_sizes);
   const int directions = bidirectional ? 2 : 1;
   read_weights(layer, weights, directions);
   const LayerSizes& z = layer.size;
-  if ((cuda || kernels().even_rows) && !has_even_rows(rows(layer.x, layer.packed), z)) layer.x = layer.x.contiguous();
+  if ((x.is_cuda() || kernels().even_rows) && !has_even_rows(rows(layer.x, layer.packed), z)) layer.x = layer.x.contiguous();
   layer.h0 = check_optional(h0, x, "h0", {directions, z.B, z.R});
   layer.c0 = check_optional(c0, x, "c0", {directions, z.B, z.H});
   TORCH_CHECK(layer.constants().states == 2 || !layer.c0.defined(), "cell ", layer.constants().name, " has no c0");
@@ -135,6 +133,18 @@ int Layer::kernel_dtype() const {
     case at::kBFloat16: return static_cast<int>(DType::kBFloat16);
     case at::kHalf: return static_cast<int>(DType::kFloat16);
     default: return -1;
+  }
+}
+
+void Layer::widen_without_kernel() {
+  if (x.is_cuda() || kernels().forward[cell][kernel_dtype()]) return;
+  dtype = at::kFloat;
+  const auto widen = [](Tensor& t) {
+    if (t.defined()) t = t.to(at::kFloat);
+  };
+  for (Tensor* t : {&x, &h0, &c0}) widen(*t);
+  for (DirectionWeights& w : weights) {
+    for (Tensor* t : {&w.w_ih, &w.w_hh, &w.b_ih, &w.b_hh, &w.w_hr}) widen(*t);
   }
 }
 

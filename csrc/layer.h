@@ -34,6 +34,8 @@ struct Layer {
     return spread_stride(width, at::elementSize(compute_type()));
   }
   int kernel_dtype() const;  // its place in the kernels' tables; -1: none
+  // float32 copies where the device has no kernel of the dtype: float16 on the CPU.
+  void widen_without_kernel();
 };
 
 // Throws what torch.nn would, or names the argument that does not fit.

@@ -3,6 +3,7 @@
 //   layer_forward   one layer, all its directions: y, h_n, c_n and what backward needs (`saved`, empty if not asked)
 //   layer_backward  its hand-derived gradients
 //
+// float16 on the CPU is computed by the kernels of float32.
 // weights: for each direction w_ih, w_hh[, b_ih, b_hh][, w_hr], as torch.nn lays them out. x is [T, B, I], or [N, I]
 // with batch_sizes (a PackedSequence's). Outputs never alias inputs or one another.
 #include <torch/library.h>
@@ -31,17 +32,22 @@ void run(const Layer& layer, const BackwardProblem& p) {
   check_memory(kernels().backward[layer.cell][layer.kernel_dtype()](p));
 }
 
+// In the type of the caller's tensors, from that of a layer that was widened.
+Tensor narrowed(const Tensor& t, const Tensor& like) { return t.to(like.scalar_type()); }
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_forward(const Tensor& x, const OptionalTensor& batch_sizes,
                                                          const OptionalTensor& h0, const OptionalTensor& c0,
                                                          at::TensorList weights, c10::string_view cell,
                                                          bool bidirectional, bool save) {
-  const Layer layer = read_layer(x, batch_sizes, h0, c0, weights, cell, bidirectional);
+  Layer layer = read_layer(x, batch_sizes, h0, c0, weights, cell, bidirectional);
+  layer.widen_without_kernel();
   const LayerSizes& z = layer.size;
   const int64_t width = z.D * z.R;
-  Tensor y = layer.packed ? at::empty({z.N, width}, x.options()) : at::empty({z.T, z.B, width}, x.options());
-  Tensor h_n = at::empty({z.D, z.B, z.R}, x.options());
-  Tensor c_n = at::empty({layer.constants().states == 2 ? z.D : 0, z.B, z.H}, x.options());
-  Tensor saved = at::empty({z.D, save ? z.N : 0, layer.saved_width()}, x.options().dtype(layer.compute_type()));
+  const auto options = layer.x.options();
+  Tensor y = layer.packed ? at::empty({z.N, width}, options) : at::empty({z.T, z.B, width}, options);
+  Tensor h_n = at::empty({z.D, z.B, z.R}, options);
+  Tensor c_n = at::empty({layer.constants().states == 2 ? z.D : 0, z.B, z.H}, options);
+  Tensor saved = at::empty({z.D, save ? z.N : 0, layer.saved_width()}, options.dtype(layer.compute_type()));
   if (z.B > 0) {
     ForwardProblem p;
     fill(p, layer);
@@ -52,15 +58,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_forward(const Tensor& x, const 
     p.saved_stride = layer.saved_width();
     run(layer, p);
   }
-  return {y, h_n, c_n, saved};
+  return {narrowed(y, x), narrowed(h_n, x), narrowed(c_n, x), saved};
 }
 
-// needs: whether the gradients of x, (h0, c0), weights are wanted; the others come back empty.
-std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> layer_backward(
+// need_*: which gradients are wanted beside those of h0 and c0; the others come back empty.
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor> layer_backward(
     const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& x,
     const OptionalTensor& batch_sizes, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
-    const Tensor& y, const Tensor& saved, c10::string_view cell, bool bidirectional, bool need_x, bool need_weights) {
-  const Layer layer = read_layer(x, batch_sizes, h0, c0, weights, cell, bidirectional);
+    const Tensor& y, const Tensor& saved, c10::string_view cell, bool bidirectional, bool need_x, bool need_weights,
+    bool need_gates) {
+  Layer layer = read_layer(x, batch_sizes, h0, c0, weights, cell, bidirectional);
   const LayerSizes& z = layer.size;
   const bool two_states = layer.constants().states == 2;
   std::vector<int64_t> y_sizes = layer.packed ? std::vector<int64_t>{z.N, z.D * z.R}
@@ -71,26 +78,32 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> layer_backward(
   TORCH_CHECK(saved.sizes() == at::IntArrayRef({z.D, z.N, layer.saved_width()}),
               "saved must be what layer_forward(save=True) returned, of shape ",
               at::IntArrayRef({z.D, z.N, layer.saved_width()}), ", got ", saved.sizes());
-  Tensor dy_rows;
-  if (dy.has_value() && dy->defined()) {
-    check_tensor(*dy, x, "dy", y_sizes);
-    dy_rows = dy->stride(-1) == 1 || dy->size(-1) == 1 ? *dy : dy->contiguous();
-  }
-  const Tensor dh = check_optional(dh_n, x, "dh_n", {z.D, z.B, z.R});
-  const Tensor dc = check_optional(dc_n, x, "dc_n", {two_states ? z.D : 0, z.B, z.H});
-  const Tensor y_rows = y.contiguous(), saved_rows = saved.contiguous();
+  if (dy.has_value() && dy->defined()) check_tensor(*dy, x, "dy", y_sizes);
+  Tensor dh = check_optional(dh_n, x, "dh_n", {z.D, z.B, z.R});
+  Tensor dc = check_optional(dc_n, x, "dc_n", {two_states ? z.D : 0, z.B, z.H});
+  layer.widen_without_kernel();
+  const auto options = layer.x.options();
+  const auto widened = [&](const Tensor& t) { return t.defined() ? t.to(layer.dtype) : t; };
+  Tensor dy_rows = widened(dy.value_or(Tensor()));
+  if (dy_rows.defined() && dy_rows.stride(-1) != 1 && dy_rows.size(-1) != 1) dy_rows = dy_rows.contiguous();
+  dh = widened(dh), dc = widened(dc);
+  const Tensor y_rows = widened(y).contiguous(), saved_rows = saved.contiguous();
 
-  const auto compute = x.options().dtype(layer.compute_type());
-  Tensor dx = at::empty(need_x ? x.sizes() : at::IntArrayRef{0}, x.options());
+  const auto compute = options.dtype(layer.compute_type());
+  Tensor dx = at::empty(need_x ? x.sizes() : at::IntArrayRef{0}, options);
   Tensor dx_part[2];  // the directions are worked on at the same time
   const bool wide = layer.compute_type() == layer.dtype, cuda = x.is_cuda();
   if (need_x) dx_part[0] = wide && (cuda || z.D == 1) ? dx : at::empty({z.N, z.I}, compute);
   if (need_x && z.D == 2 && !cuda) dx_part[1] = at::empty({z.N, z.I}, compute);
-  Tensor dh0 = at::empty({z.D, z.B, z.R}, x.options());
-  Tensor dc0 = at::empty({two_states ? z.D : 0, z.B, z.H}, x.options());
+  Tensor dh0 = at::empty({z.D, z.B, z.R}, options);
+  Tensor dc0 = at::empty({two_states ? z.D : 0, z.B, z.H}, options);
+  const CellConstants& cell_of = layer.constants();
+  const int64_t rows_of_gates = need_gates ? z.N : 0;
+  Tensor dgates = at::empty({z.D, rows_of_gates, (cell_of.gates + cell_of.split) * z.H}, compute);
+  Tensor dh_rows = at::empty({z.D, z.projected ? rows_of_gates : 0, z.R}, compute);
   std::vector<Tensor> dw;
   for (const Tensor& w : weights) {
-    if (need_weights) dw.push_back(z.B > 0 ? at::empty(w.sizes(), x.options()) : at::zeros(w.sizes(), x.options()));
+    if (need_weights) dw.push_back(z.B > 0 ? at::empty(w.sizes(), options) : at::zeros(w.sizes(), options));
   }
   if (z.B > 0) {
     BackwardProblem p;
@@ -106,6 +119,8 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> layer_backward(
     p.dx_part[1] = result(dx_part[1]);
     p.dh0 = result(dh0);
     p.dc0 = two_states ? result(dc0) : nullptr;
+    p.dgates = need_gates ? result(dgates) : nullptr;
+    p.dh = need_gates && z.projected ? result(dh_rows) : nullptr;
     p.weight_gradients = need_weights;
     const size_t each = weights.size() / z.D;
     for (int d = 0; need_weights && d < z.D; ++d) {
@@ -116,7 +131,8 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> layer_backward(
     }
     run(layer, p);
   }
-  return {dx, dh0, dc0, dw};
+  for (Tensor& g : dw) g = narrowed(g, x);
+  return {narrowed(dx, x), narrowed(dh0, x), narrowed(dc0, x), dw, dgates, dh_rows};
 }
 
 }  // namespace
@@ -127,8 +143,8 @@ TORCH_LIBRARY(fusedrnn, m) {
       "bool bidirectional, bool save) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? batch_sizes, Tensor? h0, Tensor? c0, "
-      "Tensor[] weights, Tensor y, Tensor saved, str cell, bool bidirectional, bool need_x, bool need_weights) "
-      "-> (Tensor, Tensor, Tensor, Tensor[])");
+      "Tensor[] weights, Tensor y, Tensor saved, str cell, bool bidirectional, bool need_x, bool need_weights, "
+      "bool need_gates) -> (Tensor, Tensor, Tensor, Tensor[], Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {

@@ -102,6 +102,10 @@ struct BackwardProblem {
   void* dx_part[2];   // [N, I], of each direction, in the compute type; with one of the same type: dx itself
   void* dh0;          // [D, B, R]
   void* dc0;          // [D, B, H], cells with two states
+  // In the compute type, or null: not wanted. A row of dgates: dL/d(W_hh h + b_hh) of all gates, then
+  // dL/d(W_ih x + b_ih) of the last kSplit; that of the others is the same.
+  void* dgates;       // [D, N, (G + kSplit)*H]
+  void* dh;           // [D, N, R]: dL/dh_t of a projected layer, by all ways
   WeightGradients dw[2];
   bool weight_gradients;
   int threads;

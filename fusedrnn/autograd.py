@@ -6,12 +6,15 @@ One call of the fused kernel forward, one backward; :mod:`fusedrnn.functional` s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import differentiable
+from .batching import is_batched_by_autograd, map_backward
 from .cells import CELLS
 from .ops import layer_backward, layer_forward
 
@@ -28,17 +31,17 @@ def recurrent_layer(
     weights: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer: y, h_n, c_n. What the backward pass needs is kept only if some gradient is wanted."""
-    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
-        _refuse_tangents(x, h0, c0, *weights)
+    if (forward_ad._current_level >= 0 or _transformed()) and not torch.compiler.is_compiling():
+        # Transforms see Functions, whatever their tensors seem to require.
+        return RecurrentLayerWithTangents.apply(cell, bidirectional, x, batch_sizes, h0, c0, *weights)[:3]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights)):
         return RecurrentLayer.apply(cell, bidirectional, x, batch_sizes, h0, c0, *weights)[:3]
     return layer_forward(x, batch_sizes, h0, c0, weights, cell, bidirectional, False)[:3]
 
 
-def _refuse_tangents(*tensors: Tensor | None) -> None:
-    """With gradients off no autograd.Function would notice them, and they would be lost."""
-    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
-        raise NotImplementedError("fusedrnn: forward-mode AD (a dual tensor in a recurrent layer) is not supported")
+def _transformed() -> bool:
+    """Whether a transform of torch.func is at work, vmap or another."""
+    return torch._C._are_functorch_transforms_active()
 
 
 class RecurrentLayer(torch.autograd.Function):
@@ -57,9 +60,11 @@ class RecurrentLayer(torch.autograd.Function):
     are, during the backward pass.
     """
 
+    generate_vmap_rule = True  # from the ops' rules (batching.py)
+
     @classmethod
     def apply(cls, *args):  # noqa: D102
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or _transformed():
             return super().apply(*args)
         # Function.apply would look up default values of forward's arguments: 80 us, and there are none.
         return super(torch.autograd.Function, cls).apply(*args)
@@ -78,15 +83,17 @@ class RecurrentLayer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n, _):  # noqa: D102
+        if is_batched_by_autograd(dy, dh_n, dc_n):
+            return tuple(map_backward(partial(RecurrentLayer.backward, ctx), dy, dh_n, dc_n, None))
         x, batch_sizes, h0, c0, y, saved, *weights = ctx.saved_tensors
         _, _, need_x, _, need_h0, need_c0, *need_weights = ctx.needs_input_grad
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * len(ctx.needs_input_grad)
         # Another Function only where its result may be differentiated. Dynamo traces none inside a backward.
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            dx, dh0, dc0, dweights = layer_backward(
+        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or _transformed()):
+            dx, dh0, dc0, dweights, _, _ = layer_backward(
                 dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, ctx.cell, ctx.bidirectional, need_x,
-                any(need_weights),
+                any(need_weights), False,
             )  # fmt: skip
         else:
             dx, dh0, dc0, *dweights = RecurrentLayerBackward.apply(
@@ -105,61 +112,106 @@ class RecurrentLayer(torch.autograd.Function):
         )
 
 
+class RecurrentLayerWithTangents(RecurrentLayer):
+    """:class:`RecurrentLayer` with derivatives in forward mode, by :func:`fusedrnn.differentiable.layer`.
+
+    A class of its own: Dynamo traces no Function that has a ``jvp``.
+    """
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # noqa: D102
+        RecurrentLayer.setup_context(ctx, inputs, output)
+        _, _, x, batch_sizes, h0, c0, *weights = inputs
+        y, _, _, saved = output
+        ctx.save_for_forward(x, batch_sizes, h0, c0, y, saved, *weights)
+
+    @staticmethod
+    def jvp(ctx, _, __, dx, ___, dh0, dc0, *dweights):  # noqa: D102
+        x, batch_sizes, h0, c0, _, _, *weights = ctx.saved_tensors
+        leaves = _leaves(x, h0, c0, weights)
+        tangents = _like(leaves, {"x": dx, "h0": dh0, "c0": dc0, "weights": dweights})
+        with torch.autocast(x.device.type, enabled=False):
+            outputs = partial(differentiable.outputs, ctx.cell, ctx.bidirectional, batch_sizes)
+            found = differentiable.jvp(outputs, (leaves,), (tangents,))
+        return found["y"], found["h_n"], found.get("c_n"), None
+
+
 class RecurrentLayerBackward(torch.autograd.Function):
     """The hand-derived gradients of :class:`RecurrentLayer`, as a function that may be differentiated again.
 
     *Its derivative* is that of :func:`fusedrnn.differentiable.layer`, differentiated twice by torch: correct to any
     order on any device, and as slow as a Python loop through time. ``y`` and ``saved`` are functions of the other
-    arguments; what goes through them is part of those arguments' gradients.
+    arguments; what goes through them is part of those arguments' gradients, and of their tangents.
     """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(  # noqa: D102
         cell, bidirectional, need_x, need_weights, dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *weights
     ):
-        dx, dh0, dc0, dweights = layer_backward(
-            dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, cell, bidirectional, need_x, need_weights
+        dx, dh0, dc0, dweights, _, _ = layer_backward(
+            dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, cell, bidirectional, need_x, need_weights, False
         )
         return dx, dh0, dc0, *dweights
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # noqa: D102
-        ctx.cell, ctx.bidirectional, ctx.need_x, _, dy, dh_n, dc_n, x, batch_sizes, h0, c0, _, _, *weights = inputs
+        ctx.cell, ctx.bidirectional, ctx.need_x, ctx.need_weights, dy, dh_n, dc_n, x, batch_sizes, h0, c0, _, _, *weights = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(batch_sizes, dy, dh_n, dc_n, x, h0, c0, *weights)
+        _, dh0, dc0, *_ = output
+        for save in (ctx.save_for_backward, ctx.save_for_forward):
+            save(batch_sizes, dy, dh_n, dc_n, x, h0, c0, dh0, dc0, *weights)
 
     @staticmethod
     def backward(ctx, ddx, ddh0, ddc0, *ddweights):  # noqa: D102
-        batch_sizes, dy, dh_n, dc_n, x, h0, c0, *weights = ctx.saved_tensors
+        if is_batched_by_autograd(ddx, ddh0, ddc0, *ddweights):
+            return tuple(map_backward(partial(RecurrentLayerBackward.backward, ctx), ddx, ddh0, ddc0, *ddweights))
+        batch_sizes, dy, dh_n, dc_n, x, h0, c0, _, _, *weights = ctx.saved_tensors
         asked = {"x": ddx if ctx.need_x else None, "h0": ddh0, "c0": ddc0}
         if all(dd is None for dd in (*asked.values(), *ddweights)):
             return (None,) * len(ctx.needs_input_grad)
-        cotangents = {name: d for name, d in (("y", dy), ("h_n", dh_n), ("c_n", dc_n)) if d is not None}
-        leaves = {name: t for name, t in (("x", x), ("h0", h0), ("c0", c0)) if t is not None} | {"weights": weights}
-
-        def first(cotangents: dict, leaves: dict) -> dict:
-            """The gradients of x, h0, c0 and the weights, by name."""
-
-            def outputs(leaves: dict) -> dict[str, Tensor]:
-                states = leaves.get("h0"), leaves.get("c0")
-                y = differentiable.layer(
-                    ctx.cell, ctx.bidirectional, leaves["x"], batch_sizes, *states, leaves["weights"]
-                )
-                return {name: out for name, out in zip(("y", "h_n", "c_n"), y) if name in cotangents}
-
-            return torch.func.vjp(outputs, leaves)[1](cotangents)[0]
-
+        asked["weights"] = ddweights or [None] * len(weights)
+        gradients = partial(differentiable.gradients, ctx.cell, ctx.bidirectional, batch_sizes)
         # In the tensors' own type, whatever autocast is on around backward().
         with torch.autocast(x.device.type, enabled=False):
-            found, pull = torch.func.vjp(first, cotangents, leaves)
-            dd = {name: _or_zeros(g, asked[name]) for name, g in found.items() if name != "weights"}
-            ddweights = ddweights or [None] * len(weights)
-            dd["weights"] = [_or_zeros(g, dw) for g, dw in zip(found["weights"], ddweights, strict=True)]
-            d_cotangents, d_leaves = pull(dd)
+            found, pull = torch.func.vjp(gradients, _cotangents(dy, dh_n, dc_n), _leaves(x, h0, c0, weights))
+            d_cotangents, d_leaves = pull(_like(found, asked))
         d = [d_cotangents.get(name) for name in ("y", "h_n", "c_n")]
         d += [d_leaves.get(name) for name in ("x", "h0", "c0")]
         return (None, None, None, None, *d[:4], None, *d[4:], None, None, *d_leaves["weights"])
 
+    @staticmethod
+    def jvp(ctx, _, __, ___, ____, tdy, tdh_n, tdc_n, tx, _____, th0, tc0, ______, _______, *tweights):  # noqa: D102
+        batch_sizes, dy, dh_n, dc_n, x, h0, c0, dh0, dc0, *weights = ctx.saved_tensors
+        cotangents, leaves = _cotangents(dy, dh_n, dc_n), _leaves(x, h0, c0, weights)
+        tangents = (
+            _like(cotangents, {"y": tdy, "h_n": tdh_n, "c_n": tdc_n}),
+            _like(leaves, {"x": tx, "h0": th0, "c0": tc0, "weights": tweights}),
+        )
+        gradients = partial(differentiable.gradients, ctx.cell, ctx.bidirectional, batch_sizes)
+        with torch.autocast(x.device.type, enabled=False):
+            found = differentiable.jvp(gradients, (cotangents, leaves), tangents)
+        states = [found.get(name, torch.zeros_like(d)) for name, d in (("h0", dh0), ("c0", dc0))]
+        dweights = found["weights"] if ctx.need_weights else []
+        return found["x"] if ctx.need_x else x.new_zeros(0), *states, *dweights
 
-def _or_zeros(like: Tensor, given: Tensor | None) -> Tensor:
-    return torch.zeros_like(like) if given is None else given
+
+def _leaves(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]) -> dict:
+    """A layer's arguments as :mod:`fusedrnn.differentiable` names them."""
+    return {name: t for name, t in (("x", x), ("h0", h0), ("c0", c0)) if t is not None} | {"weights": list(weights)}
+
+
+def _cotangents(dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None) -> dict[str, Tensor]:
+    return {name: d for name, d in (("y", dy), ("h_n", dh_n), ("c_n", dc_n)) if d is not None}
+
+
+def _like(tree: dict, given: dict) -> dict:
+    """What is given, with the structure of ``tree``; zeros where nothing is."""
+
+    def value(t: Any, d: Any) -> Any:
+        if isinstance(t, list):
+            return [value(own, other) for own, other in zip(t, d, strict=True)]
+        return torch.zeros_like(t) if d is None else d
+
+    return {name: value(t, given[name]) for name, t in tree.items()}

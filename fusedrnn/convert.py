@@ -133,7 +133,7 @@ def _obstacle_to_convert(module: nn.Module) -> str | None:
         device, dtype = parameter.device.type, parameter.dtype
         if device not in ("meta", *KERNEL_DTYPES):
             return f"{name} is on device {parameter.device}, fusedrnn runs on {', '.join(KERNEL_DTYPES)}"
-        dtypes = KERNEL_DTYPES.get(device) or [kind for kinds in KERNEL_DTYPES.values() for kind in kinds]  # meta: any
+        dtypes = KERNEL_DTYPES.get(device, KERNEL_DTYPES["cpu"])
         if dtype not in dtypes:
             return f"{name} has dtype {dtype}, fusedrnn computes in {', '.join(map(str, dtypes))}"
     return None

@@ -1,8 +1,8 @@
-"""One layer in plain torch operations: what derivatives beyond the first are made of.
+"""One layer in plain torch operations: what derivatives beyond the first gradient are made of.
 
-The kernels know their first derivative alone. A second one takes this loop through time instead, and torch's own
-autograd: the same numbers, any device, any order, at the speed of a Python loop. Equations: ``docs/derivations.md``;
-tests hold :func:`layer` equal to the kernels.
+The kernels know their gradients alone. Derivatives of those, and derivatives in forward mode, take this loop through
+time instead, and torch's own autograd: the same numbers, any device, any order, at the speed of a Python loop.
+Equations: ``docs/derivations.md``; tests hold :func:`layer` equal to the kernels.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+from torch.utils._pytree import tree_map
 
-__all__ = ["layer"]
+__all__ = ["gradients", "jvp", "layer", "outputs"]
 
 States = tuple[Tensor, ...]
 Recurrent = Callable[[Tensor, int, int], Sequence[Tensor]]  # (h, first, last) -> W_hh h + b_hh of these gates
@@ -83,6 +84,32 @@ def layer(
         finals.append(final)
     y = torch.cat(outputs, dim=-1)
     return (y if batch_sizes is not None else y.unflatten(0, x.shape[:2]), *map(torch.stack, zip(*finals, strict=True)))
+
+
+def outputs(cell: str, bidirectional: bool, batch_sizes: Tensor | None, leaves: dict) -> dict[str, Tensor]:
+    """:func:`layer` by name: of x[, h0][, c0] and the list ``weights``, y, h_n[, c_n]."""
+    states = leaves.get("h0"), leaves.get("c0")
+    found = layer(cell, bidirectional, leaves["x"], batch_sizes, *states, leaves["weights"])
+    return dict(zip(("y", "h_n", "c_n"), found))
+
+
+def gradients(cell: str, bidirectional: bool, batch_sizes: Tensor | None, cotangents: dict, leaves: dict) -> dict:
+    """The gradients of ``leaves``, named as in :func:`outputs`, from those of the outputs named in ``cotangents``."""
+
+    def asked(leaves: dict) -> dict[str, Tensor]:
+        found = outputs(cell, bidirectional, batch_sizes, leaves)
+        return {name: found[name] for name in cotangents}
+
+    return torch.func.vjp(asked, leaves)[1](cotangents)[0]
+
+
+def jvp(function: Callable[..., dict], primals: tuple[dict, ...], tangents: tuple[dict, ...]) -> dict:
+    """The derivative of ``function`` along ``tangents``: J t, the gradient of u -> J^T u.
+
+    In reverse mode twice, because torch nests no forward mode (``torch.func.jvp`` inside a dual level).
+    """
+    out, pull = torch.func.vjp(function, *primals)
+    return torch.func.vjp(pull, tree_map(torch.zeros_like, out))[1](tangents)[0]
 
 
 def _direction(

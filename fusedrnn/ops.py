@@ -18,9 +18,14 @@ from .cells import CELLS
 __all__ = ["KERNEL_DTYPES", "layer_backward", "layer_forward"]
 
 #: The devices that this build has kernels for, and the element types they take there.
-KERNEL_DTYPES: dict[str, tuple[torch.dtype, ...]] = {"cpu": (torch.float32, torch.float64, torch.bfloat16)}
+KERNEL_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "cpu": (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+}
 if _C.build()["cuda"]:
-    KERNEL_DTYPES["cuda"] = (*KERNEL_DTYPES["cpu"], torch.float16)
+    KERNEL_DTYPES["cuda"] = KERNEL_DTYPES["cpu"]
+
+#: Gates of each cell whose gradients before and behind the reset differ: both are in ``dgates``.
+_SPLIT: dict[str, int] = {entry["name"]: entry["split"] for entry in _C.cells()}
 
 layer_forward = torch.ops.fusedrnn.layer_forward.default
 layer_backward = torch.ops.fusedrnn.layer_backward.default
@@ -87,7 +92,8 @@ def _(
     bidirectional: bool,
     need_x: bool,
     need_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    need_gates: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor]:
     named = {"dy": dy, "dh_n": dh_n, "dc_n": dc_n, "h0": h0, "c0": c0, "y": y, "saved": saved}
     _check_devices(x, **named, **{f"weights[{i}]": weight for i, weight in enumerate(weights)})
     info, directions = CELLS[cell], 2 if bidirectional else 1
@@ -101,4 +107,8 @@ def _(
     dx = x.new_empty(x.shape if need_x else (0,))
     dh0 = x.new_empty((directions, batch, weights[1].size(1)))
     dc0 = x.new_empty((directions if len(info.states) == 2 else 0, batch, hidden))
-    return dx, dh0, dc0, [w.new_empty(w.shape) for w in weights] if need_weights else []
+    rows = (x.size(0) if batch_sizes is not None else x.size(0) * x.size(1)) if need_gates else 0
+    projected = len(weights) // directions % 2
+    dgates = saved.new_empty((directions, rows, (len(info.gates) + _SPLIT[cell]) * hidden))
+    dh = saved.new_empty((directions, rows if projected else 0, weights[1].size(1)))
+    return dx, dh0, dc0, [w.new_empty(w.shape) for w in weights] if need_weights else [], dgates, dh

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-FLOATS = (torch.float32, torch.float64, torch.bfloat16)
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+KEPT = FLOATS[:3]  # whose packed weights are kept: float16 goes by the ops
 
 
 def tensors(result) -> list[Tensor]:

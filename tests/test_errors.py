@@ -258,12 +258,11 @@ def test_malformed_packed_sequences(cell: str) -> None:
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_dtypes_without_a_kernel(cell: str) -> None:
-    for dtype, name in ((torch.float16, "float16|Half"), (torch.complex64, "complex64|ComplexFloat")):
-        module = TWINS[cell].layer(4, 5).to(torch.float32)
-        for key, parameter in list(module.named_parameters()):
-            setattr(module, key, nn.Parameter(parameter.detach().to(dtype)))
-        with pytest.raises(WRONG, match=name):
-            module(torch.zeros(3, 2, 4, dtype=dtype))
+    module = TWINS[cell].layer(4, 5)
+    for key, parameter in list(module.named_parameters()):
+        setattr(module, key, nn.Parameter(parameter.detach().to(torch.complex64)))
+    with pytest.raises(WRONG, match="complex64|ComplexFloat"):
+        module(torch.zeros(3, 2, 4, dtype=torch.complex64))
 
 
 @pytest.mark.parametrize("cell", CELLS)

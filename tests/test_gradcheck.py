@@ -13,7 +13,6 @@ from itertools import product
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence
 
@@ -204,10 +203,3 @@ def test_what_is_not_wanted_has_no_second_derivative(cell: str) -> None:
     found = torch.autograd.grad(dh0.pow(2).sum(), [module.weight_hh_l0, tensors["h0"]])
     assert all(t.isfinite().all() and t.any() for t in found)
     assert not x.requires_grad and not module.weight_ih_l0.requires_grad
-
-
-@pytest.mark.parametrize("cell", CELLS)
-def test_forward_mode_raises(cell: str) -> None:
-    module, x = Case(cell).module(), Case(cell).tensors()["x"].detach()
-    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward.mode|jvp|forward AD"):
-        module(forward_ad.make_dual(x, torch.ones_like(x)))

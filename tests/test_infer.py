@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -127,21 +126,6 @@ def test_functions_that_are_overridden_are_called() -> None:
     assert seen.names.count("fusedrnn.layer_forward.default") == 2
     module.weight_hh_l0 = Loud(module.weight_hh_l0)
     assert same(tensors(module(x)), expected) and "fusedrnn.layer_forward.default" in Loud.heard
-
-
-@pytest.mark.parametrize("layers", [1, 2])
-def test_tangents_are_refused_not_lost(layers: int) -> None:
-    """Forward-mode AD also works with gradients off, in torch: until it does here, no result may lack it silently."""
-    module, cell, x = fusedrnn.GRU(4, 5, num_layers=layers), fusedrnn.GRUCell(4, 5), torch.randn(20, 2, 4)
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(x, torch.ones_like(x))
-        state = dual[0, :, :1] + torch.ones(5)
-        for grad in (False, True):
-            with torch.set_grad_enabled(grad):
-                for call in (lambda: module(dual), lambda: cell(dual[0]), lambda: cell(x[0], state)):
-                    with pytest.raises(NotImplementedError, match="forward-mode AD"):
-                        call()
-                assert module(x)[0].shape == (20, 2, 5)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

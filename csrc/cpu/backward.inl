@@ -182,6 +182,7 @@ class BackwardPass {
       }
       step(item.d, row - later, later, row, 0);  // dL/dh_{t-1} of the chunk's last step, into the carry
       if (p_.weight_gradients) weight_gradients(item, index, s0, s1, rows);
+      if (p_.dgates) give_gate_gradients(item, s0, s1, rows);
       if (p_.dx) input_gradient(item, s0, s1, rows);
       team_.meet();  // before the next chunk's dG
     }
@@ -258,6 +259,19 @@ class BackwardPass {
   V pairwise_sum(const S* column, int64_t rows) const;
   void add_slices();
   void add_slices_of(const S* slices, int64_t stride, int64_t n, void* result);
+
+  void give_gate_gradients(const Item& item, int64_t s0, int64_t s1, int64_t rows) {
+    const auto copy = [&](int64_t at, const S* from, int64_t n, void* to) {
+      __builtin_memcpy(static_cast<S*>(to) + (item.d * z_.N + at) * n, from, n * sizeof(S));
+    };
+    for_steps(item, s0, s1, part(rows, team_.me, team_.members), [&](int64_t t, int64_t first, Range samples) {
+      for (int64_t b = samples.begin; b < samples.end; ++b) {
+        const int64_t at = z_.offset[t] + item.first + b;
+        copy(at, b_.dg + (first + b) * ldg_, C * z_.H, p_.dgates);
+        if (z_.projected) copy(at, b_.dh + (first + b) * ldh_, z_.R, p_.dh);
+      }
+    });
+  }
 
   void input_gradient(const Item& item, int64_t s0, int64_t s1, int64_t rows) {
     const Timed timed(Phase::kInputGradient);

@@ -34,6 +34,19 @@ struct Beside {
   }
 };
 
+// The matrices of all slots in the wide type, the first `shift` columns after the others.
+template <class S, class T>
+struct Rotated {
+  int64_t rows, columns, shift;
+  const T* from;  // [slots][rows][columns]
+  S* to;          // [slots][rows][columns]
+
+  FUSEDRNN_INLINE void operator()(int s, int64_t row, int64_t j) const {
+    const int64_t last = columns - shift;
+    to[(s * rows + row) * columns + j] = widen(from[(s * rows + row) * columns + (j < last ? j + shift : j - last)]);
+  }
+};
+
 // ---- states, or their gradients ---------------------------------------------------------------------------------
 
 // From the tensors of a call into the driver's buffers; zeros where there are none.

@@ -93,6 +93,11 @@ struct StepwiseBackward {
     device.each(slots.count, B, std::max(H, R), finish);
     if (p.weight_gradients) weight_gradients(device, p, slots, w, u);
     if (p.dx) input_gradient(device, p, slots, u);
+    if (p.dgates) {
+      const int64_t width = kBlocks * H;
+      device.each(z.D, N, width, Rotated<S, T>{N, width, kSplit * H, w.dg, typed<S>(p.dgates)});
+      if (z.projected) device.each(z.D, N, R, Rotated<S, T>{N, R, 0, w.dy_rows, typed<S>(p.dh)});
+    }
   }
 
  private:
