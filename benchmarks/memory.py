@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -51,12 +51,8 @@ def kept(library, case: Case) -> float:
     return sum(storages.values()) / (4 * T * B * H)
 
 
-def peak_here(library, case: Case) -> float:
-    """MiB by which this process's memory rises in two training steps."""
-    tiny = make_layer(library, Case(case.cell, "train", (2, 2, 4, 4)), torch.float32)
-    tiny(torch.randn(2, 2, 4))[0].sum().backward()
-    layer, problem = make_layer(library, case, torch.float32), Problem.of(case)
-    step = problem.call(layer, torch.float32, "train")
+def rise(step: Callable[[], object]) -> float:
+    """MiB by which this process's memory rises in two steps."""
 
     def field(name: str) -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -67,6 +63,14 @@ def peak_here(library, case: Case) -> float:
     for _ in range(2):
         step()
     return field("VmHWM") - before
+
+
+def peak_here(library, case: Case) -> float:
+    """The rise of two training steps."""
+    tiny = make_layer(library, Case(case.cell, "train", (2, 2, 4, 4)), torch.float32)
+    tiny(torch.randn(2, 2, 4))[0].sum().backward()
+    layer, problem = make_layer(library, case, torch.float32), Problem.of(case)
+    return rise(problem.call(layer, torch.float32, "train"))
 
 
 def peak(library: str, case: Case) -> float:

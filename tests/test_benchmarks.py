@@ -13,7 +13,7 @@ import torch
 
 import fusedrnn
 from benchmarks import __main__ as command
-from benchmarks import cases, limits, measure, memory, report, scaling
+from benchmarks import cases, limits, measure, memory, per_sample, report, scaling
 from benchmarks.cases import CASES, CELL_NAMES, REGIMES, Case
 from fusedrnn.cells import CELLS
 
@@ -273,3 +273,18 @@ def test_the_scaling_command_prints_readings_beside_the_model(capsys, monkeypatc
     assert found == plan and seconds == pytest.approx(1 / plan["members"] + 100 * 1e-3 * (plan["members"] - 1))
     with pytest.raises(SystemExit):
         scaling.main(["--cells", "nothing"])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_per_sample_gradients_are_compared_before_they_are_timed(capsys, monkeypatch):
+    name = "gru-train-T50-B32-I64-H64"
+    assert per_sample.main([name, "--seconds", "0.01"]) == 0
+    row = capsys.readouterr().out.splitlines()[-1].split()
+    assert row[0] == name and all(float(value) > 0 for value in row[1:3]) and "loop" in row
+    calls = per_sample.contenders(per_sample.CASES[name])
+    wrong = calls["fusedrnn"]()
+    wrong["weight_hh_l0"][3] *= 1.01
+    with pytest.raises(measure.Disagreement, match="weight_hh_l0"):
+        per_sample.check(per_sample.CASES[name], calls | {"fusedrnn": lambda: wrong})
+    with pytest.raises(SystemExit):
+        per_sample.main(["no-such-case"])
