@@ -35,6 +35,11 @@ def recurrent_layer(
         # Transforms see Functions, whatever their tensors seem to require.
         return RecurrentLayerWithTangents.apply(cell, bidirectional, x, batch_sizes, h0, c0, *weights)[:3]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights)):
+        if torch._C._get_tracing_state() is not None:
+            raise NotImplementedError(
+                "fusedrnn: TorchScript cannot hold the backward pass of a recurrent layer: use torch.export.export, or,"
+                " for inference, torch.jit.trace under torch.no_grad()"
+            )
         return RecurrentLayer.apply(cell, bidirectional, x, batch_sizes, h0, c0, *weights)[:3]
     return layer_forward(x, batch_sizes, h0, c0, weights, cell, bidirectional, False)[:3]
 

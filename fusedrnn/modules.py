@@ -86,8 +86,8 @@ def _short_road(
         return None
     if result is None:
         return None
-    y, h_n, c_n = result
-    return y.transpose(0, 1) if module.batch_first else y, (h_n, c_n) if c_n.size(0) else (h_n,)
+    y, *finals = result
+    return y.transpose(0, 1) if module.batch_first else y, tuple(finals[: len(CELLS[cell].states)])
 
 
 def _infers() -> bool:
@@ -175,8 +175,10 @@ def _check_args(
 _KEPT = "_packed_weights"  # attribute of a module that has been used for inference
 
 
-class _InferenceModule:
-    """What our modules keep for inference: packed weights. Copies and pickles of a module hold none."""
+class _FusedModule:
+    """What our modules do not share with torch.nn's: packed weights for inference, of which copies and pickles of a
+    module hold none, and an answer to TorchScript.
+    """
 
     def _apply(self, *args: Any, **kwargs: Any) -> torch.nn.Module:  # by .to(), .double(), .share_memory() ...
         vars(self).pop(_KEPT, None)
@@ -188,8 +190,14 @@ class _InferenceModule:
             vars(self).pop(_KEPT, None)
         return super().train(mode)
 
+    def __prepare_scriptable__(self) -> torch.nn.Module:  # by torch.jit.script
+        raise NotImplementedError(
+            f"fusedrnn.{type(self).__name__} cannot be compiled by TorchScript: use torch.export.export, or"
+            " fusedrnn.revert(model), which makes torch.nn modules of fusedrnn's, before torch.jit.script"
+        )
 
-class _SequenceModule(_InferenceModule):
+
+class _SequenceModule(_FusedModule):
     """What our sequence modules do not share with torch.nn's."""
 
     def flatten_parameters(self) -> None:
@@ -330,7 +338,7 @@ def _short_road_of_cell(
     return (h, c) if len(CELLS[cell].states) == 2 else (h,)
 
 
-class RNNCell(_InferenceModule, torch.nn.RNNCell):
+class RNNCell(_FusedModule, torch.nn.RNNCell):
     """One step of :class:`RNN`, in the place of :class:`torch.nn.RNNCell`: input (B, I), h (B, H) -> h (B, H)."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
@@ -340,14 +348,14 @@ class RNNCell(_InferenceModule, torch.nn.RNNCell):
         return _forward_cell(self, cell, "RNNCell", input, None if hx is None else (hx,))[0]
 
 
-class LSTMCell(_InferenceModule, torch.nn.LSTMCell):
+class LSTMCell(_FusedModule, torch.nn.LSTMCell):
     """One step of :class:`LSTM`, in the place of :class:`torch.nn.LSTMCell`: input (B, I), (h, c) -> (h, c)."""
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         return _forward_cell(self, "lstm", "LSTMCell", input, hx)
 
 
-class GRUCell(_InferenceModule, torch.nn.GRUCell):
+class GRUCell(_FusedModule, torch.nn.GRUCell):
     """One step of :class:`GRU`, in the place of :class:`torch.nn.GRUCell`: input (B, I), h (B, H) -> h (B, H)."""
 
     reset_after: bool = True

@@ -1,16 +1,19 @@
 """The compiled ops and their shapes: ``torch.ops.fusedrnn.layer_forward`` and ``layer_backward``.
 
 Importing this module loads the extension, which registers the ops and holds every check (``csrc/layer.cpp``). Here are
-only the fake kernels, which give torch.compile, torch.export and the meta device the shapes of the results.
+only the fake kernels, which give torch.compile, torch.export and the meta device the shapes of the results, and what
+torch.utils.flop_counter counts.
 The ops do not differentiate themselves: :mod:`fusedrnn.functional` does.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import _C  # registers the ops; torch must be loaded first
 from .cells import CELLS
@@ -112,3 +115,27 @@ def _(
     dgates = saved.new_empty((directions, rows, (len(info.gates) + _SPLIT[cell]) * hidden))
     dh = saved.new_empty((directions, rows if projected else 0, weights[1].size(1)))
     return dx, dh0, dc0, [w.new_empty(w.shape) for w in weights] if need_weights else [], dgates, dh
+
+
+def _products(x: Sequence[int], weights: Sequence[Sequence[int]]) -> int:
+    """Operations of a product of every row with each of these matrices, as torch counts a torch.mm; biases: none."""
+    return 2 * math.prod(x[:-1]) * sum(math.prod(w) for w in weights if len(w) == 2)
+
+
+@register_flop_formula(torch.ops.fusedrnn.layer_forward)
+def _(x, batch_sizes, h0, c0, weights, cell, bidirectional, save, *, out_shape=None) -> int:
+    return _products(x, weights)
+
+
+@register_flop_formula(torch.ops.fusedrnn.layer_backward)
+def _(
+    dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, cell, bidirectional, need_x, need_weights, need_gates, *,
+    out_shape=None,
+) -> int:  # fmt: skip
+    each = len(weights) // (2 if bidirectional else 1)
+    through_time = [w for i, w in enumerate(weights) if i % each > 0]  # to the states, those of the start included
+    return (
+        _products(x, through_time)
+        + need_x * _products(x, weights[::each])
+        + need_weights * _products(x, weights)
+    )

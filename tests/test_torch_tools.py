@@ -1,0 +1,150 @@
+"""Tools of torch that look at a model from outside: the flop counter, the profiler, TorchScript."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import fusedrnn
+from fusedrnn import differentiable
+from fusedrnn.autograd import recurrent_layer
+from fusedrnn.cells import CELLS
+
+
+def flops(call: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def layer_arguments(cell: str, *, packed: bool, bidirectional: bool, bias: bool, proj: int) -> list:
+    """cell, bidirectional, x, batch_sizes, h0, c0, weights of a layer of random numbers."""
+    gates, directions, out = len(CELLS[cell].gates), 2 if bidirectional else 1, proj or 5
+    shapes = [(gates * 5, 4), (gates * 5, out), *[(gates * 5,)] * (2 * bias), *[(proj, 5)] * bool(proj)] * directions
+    x = torch.randn((7, 4) if packed else (3, 4, 4))
+    h0 = torch.randn(directions, 4, out, requires_grad=True)
+    c0 = torch.randn(directions, 4, 5, requires_grad=True) if len(CELLS[cell].states) == 2 else None
+    batch_sizes = torch.tensor([4, 2, 1]) if packed else None
+    return [cell, bidirectional, x, batch_sizes, h0, c0, [torch.randn(shape) for shape in shapes]]
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_flops_are_those_of_a_loop_of_products(cell: str) -> None:
+    """Forward and backward, dense and packed; of a backward pass only what was asked for."""
+    for packed, bidirectional in product((False, True), repeat=2):
+        for proj in (0, 2)[: 1 + CELLS[cell].projectable]:
+            arguments = layer_arguments(cell, packed=packed, bidirectional=bidirectional, bias=not packed, proj=proj)
+            for need_x, need_weights in product((False, True), repeat=2):
+                arguments[2].requires_grad_(need_x)
+                for weight in arguments[6]:
+                    weight.requires_grad_(need_weights)
+                counts = []
+                for layer in (differentiable.layer, recurrent_layer):
+                    y, *finals = layer(*arguments)
+                    total = y.sum() + sum(final.sum() for final in finals)
+                    counts.append((flops(lambda: layer(*arguments)), flops(total.backward)))
+                assert counts[0] == counts[1] and min(counts[0]) > 0
+
+
+def test_flops_of_modules() -> None:
+    """Of a stack, of a cell, in inference, whose short way goes past the dispatcher, and without data."""
+    for options in ({}, {"num_layers": 2, "bidirectional": True}):
+        ours, theirs, x = fusedrnn.GRU(4, 5, **options), nn.GRU(4, 5, **options), torch.randn(3, 2, 4)
+        expected = flops(lambda: theirs(x))
+        assert flops(lambda: ours(x)) == expected > 0
+        with torch.inference_mode():
+            ours(x)
+            assert flops(lambda: ours(x)) == expected
+        assert flops(lambda: ours.to("meta")(x.to("meta"))) == expected
+    ours, theirs, x = fusedrnn.LSTMCell(4, 5), nn.LSTMCell(4, 5), torch.randn(3, 4)
+    assert flops(lambda: ours(x)) == flops(lambda: theirs(x)) == 2 * 3 * 20 * (4 + 5)
+
+
+def test_flops_by_module() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.recurrent, self.head = fusedrnn.LSTM(4, 5), nn.Linear(5, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.recurrent(x)[0])
+
+    with FlopCounterMode(display=False) as counter:
+        Model()(torch.randn(3, 2, 4)).sum().backward()
+    assert counter.get_flop_counts()["Model.recurrent"] == {
+        torch.ops.fusedrnn.layer_forward: 2 * 6 * 20 * (4 + 5),
+        torch.ops.fusedrnn.layer_backward: 2 * 6 * 20 * (5 + 4 + 5),  # x wants no gradient
+    }
+
+
+def test_profiler_names_and_shapes() -> None:
+    layer, x = fusedrnn.LSTM(4, 5, bidirectional=True), torch.randn(3, 2, 4, requires_grad=True)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        layer(x)[0].sum().backward()
+        with torch.no_grad():
+            layer(x)
+    seen = {event.name: event for event in profiler.events()}
+    assert {"RecurrentLayer", "fusedrnn::layer_forward", "fusedrnn::layer_backward", "fusedrnn::infer"} <= set(seen)
+    assert seen["RecurrentLayer"].input_shapes[1] == [3, 2, 4] and [20, 5] in seen["RecurrentLayer"].input_shapes
+    assert seen["fusedrnn::layer_forward"].input_shapes[0] == [3, 2, 4]
+    assert seen["fusedrnn::layer_backward"].input_shapes[0] == [3, 2, 10]  # dy
+
+
+class Padded(nn.Module):
+    """Ragged input through a layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return pad_packed_sequence(self.layer(pack_padded_sequence(x, lengths, enforce_sorted=False))[0])[0]
+
+
+CLASSES = ("RNN", "LSTM", "GRU", "ResidualRNN", "RNNCell", "LSTMCell", "GRUCell")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit
+@pytest.mark.parametrize("name", CLASSES)
+def test_scripting_is_an_error_that_names_the_ways_out(name: str) -> None:
+    module = getattr(fusedrnn, name)(4, 5)
+    for model in (module, nn.Sequential(module)):
+        with pytest.raises(NotImplementedError, match=rf"fusedrnn.{name} cannot .* torch.export.export, or fusedrnn.re"):
+            torch.jit.script(model)
+    if hasattr(nn, name):
+        model, x = nn.Sequential(module), torch.randn(*(3, 2, 4)[-2 if "Cell" in name else -3 :])
+        expected = model(x)
+        fusedrnn.revert(model)
+        torch.testing.assert_close(torch.jit.script(model)(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_tracing() -> None:
+    """With gradients an error; without, the op is in the trace, for any T and B, and can be saved."""
+    x = torch.randn(3, 2, 4)
+    with pytest.raises(NotImplementedError, match=r"TorchScript cannot .* torch.export.export, or, for inference"):
+        torch.jit.trace(fusedrnn.LSTM(4, 5), (x,))
+    stack = {"num_layers": 2, "bidirectional": True, "batch_first": True}
+    lengths, longer = torch.tensor([1, 3]), torch.tensor([2, 5, 1])
+    for model, example, other in (
+        (fusedrnn.LSTM(4, 5), (x,), (torch.randn(7, 3, 4),)),
+        (fusedrnn.GRU(4, 5, **stack), (x,), (torch.randn(7, 3, 4),)),
+        (fusedrnn.LSTMCell(4, 5), (x[0],), (torch.randn(7, 4),)),
+        (Padded(fusedrnn.GRU(4, 5, 2, bidirectional=True)), (x, lengths), (torch.randn(5, 3, 4), longer)),
+    ):
+        with torch.no_grad():
+            traced = torch.jit.trace(model, example)
+            file = io.BytesIO()
+            torch.jit.save(traced, file)
+            file.seek(0)
+            for call in (traced, torch.jit.load(file), torch.jit.freeze(copy.deepcopy(traced).eval())):
+                torch.testing.assert_close(call(*other), model(*other))
