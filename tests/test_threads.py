@@ -1,5 +1,6 @@
 """Threads: results do not depend on their number beyond rounding, and repeat bit for bit; several Python threads, a
-number that changes between forward and backward, calls from a parallel region and from a forked process.
+number that changes between forward and backward, calls from a parallel region, from a forked process and from the
+workers of a DataLoader.
 
 That torch.set_num_threads is honoured at all, test_build.py tests.
 """
@@ -16,11 +17,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 import fusedrnn
 from fusedrnn.cells import CELLS
+from loops import TWINS
 from parity import Case, Results, assert_parity, ragged, results, run_ours, run_twin
-from tolerances import assert_all_close
+from tolerances import assert_all_close, assert_close
 
 ROOT = Path(__file__).parent.parent
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -181,6 +185,42 @@ def test_a_forked_process_computes(dtype: str) -> None:
             os._exit(not all(torch.allclose(a, b, rtol=0.02, atol=0.02) for a, b in zip(after, before, strict=True)))
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=ROOT, timeout=60)
+
+
+class Computed(Dataset):
+    """Each item is what every layer makes of a batch: its output, in inference and in training, and a gradient."""
+
+    def __init__(self) -> None:
+        self.layers = nn.ModuleList(TWINS[cell].layer(33, 70) for cell in CELLS)
+        self.x = torch.randn(3, 12, 35, 33)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> list[Tensor]:
+        found = []
+        for layer in self.layers:
+            with torch.no_grad():
+                found.append(layer(self.x[index])[0])
+            y, _ = layer(self.x[index])
+            found += [y.detach(), *torch.autograd.grad(y.sum(), list(layer.parameters()))]
+        return found
+
+
+@pytest.mark.parametrize("method, workers", [("fork", 2), ("spawn", 1)])
+def test_workers_of_a_data_loader_compute(method: str, workers: int, threads: Callable[[int], None]) -> None:
+    """After threads have worked in the parent. Spawned workers get the layers, and what they kept, by pickle."""
+    threads(2)
+    items = Computed()
+    torch.randn(1000, 1000).relu_()
+    for _ in range(2):  # the second time with kept weights
+        expected = [items[i] for i in range(len(items))]
+    loader = DataLoader(items, batch_size=None, num_workers=workers, multiprocessing_context=method, timeout=60)
+    for found, known in zip(loader, expected, strict=True):
+        for ours, parents in zip(found, known, strict=True):
+            assert_close("worker", ours, parents)
+    again = items[0]
+    assert all(torch.equal(a, b) for a, b in zip(again, expected[0], strict=True))  # the parent goes on
 
 
 def test_little_work_wakes_no_other_thread() -> None:
