@@ -6,21 +6,29 @@ Python's standard library. Writes char_lm.png to --out: both curves, and their d
 
     python examples/char_lm.py --cell gru --hidden 128 --steps 100
     python examples/char_lm.py --text a.txt b.txt
+    python examples/char_lm.py --steps 1000 --checkpoint out/run      # again: goes on where it was interrupted
+    torchrun --nproc-per-node=2 examples/char_lm.py                   # each process reads a part of the batch
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import math
 import statistics
+import sys
 import sysconfig
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import fusedrnn
@@ -38,6 +46,7 @@ TOLERANCE = {"float32": (1e-4, 2e-1), "float64": (1e-12, 1e-6), "bfloat16": (1e-
 VALIDATION_PART = 0.1  # of the text, its end
 VALIDATION_CHUNKS = 20  # at most
 WARM_UP_STEPS = 10  # not counted in characters per second
+CHECKPOINT_STEPS = 100  # between two checkpoints
 
 
 class CharModel(nn.Module):
@@ -61,10 +70,16 @@ class CharModel(nn.Module):
 
 @dataclass
 class Run:
-    """What one training run gave: a loss (nats per character) and a time (seconds) for each step."""
+    """One training run: what goes from step to step, and a loss (nats per character) and a time (seconds) for each.
+
+    ``state`` holds the recurrent states after the last step of all streams, [1 or 2, L, B, H]. ``state_dict`` and
+    ``load_state_dict`` are what torch.distributed.checkpoint asks for.
+    """
 
     name: str
     model: CharModel
+    optimizer: torch.optim.Optimizer
+    state: Tensor
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     validation: float = math.nan
@@ -73,6 +88,44 @@ class Run:
         """The rate of the median step of ``characters``, the first steps left out."""
         warm_up = min(WARM_UP_STEPS, len(self.seconds) // 2)
         return characters / statistics.median(self.seconds[warm_up:])
+
+    def state_dict(self) -> dict:
+        from torch.distributed.checkpoint.state_dict import get_state_dict
+
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        progress = {"state": self.state, "losses": self.losses, "seconds": self.seconds}
+        return {"model": model, "optimizer": optimizer, **progress}
+
+    def load_state_dict(self, saved: dict) -> None:
+        from torch.distributed.checkpoint.state_dict import set_state_dict
+
+        model, optimizer = saved["model"], saved["optimizer"]
+        set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+        self.state, self.losses, self.seconds = saved["state"], saved["losses"], saved["seconds"]
+
+
+class Processes:
+    """Those that torchrun started, of which this one has number ``rank``; without torchrun one."""
+
+    def __init__(self) -> None:
+        self.count, self.rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+
+    def mean(self, loss: Tensor) -> float:
+        """Over all processes, each of which has as much of the batch."""
+        loss = loss.detach().clone()
+        if self.count > 1:
+            dist.all_reduce(loss)
+        return loss.item() / self.count
+
+    def own(self, streams: Tensor, dim: int = 1) -> Tensor:
+        """This process's part of the batch."""
+        return streams.chunk(self.count, dim)[self.rank].contiguous()
+
+    def all(self, part: Tensor, dim: int) -> Tensor:
+        """The whole batch, from the parts."""
+        parts = [torch.empty_like(part) for _ in range(self.count)]
+        dist.all_gather(parts, part)
+        return torch.cat(parts, dim)
 
 
 def read_text(files: Sequence[Path] | None) -> tuple[str, str]:
@@ -105,10 +158,10 @@ def make_streams(text: str, batch: int, seq: int) -> tuple[list[str], Tensor, Te
     return vocabulary, train, validation
 
 
-def chunks(streams: Tensor, seq: int, count: int) -> Iterator[tuple[Tensor, Tensor, bool]]:
-    """``count`` pieces of T = seq steps: input, target (the next characters), whether the text starts anew."""
+def chunks(streams: Tensor, seq: int, count: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """Pieces ``first`` to ``count`` of T = seq steps: input, target (the next characters), if the text starts anew."""
     per_pass = (len(streams) - 1) // seq
-    for step in range(count):
+    for step in range(first, count):
         at = step % per_pass * seq
         yield streams[at : at + seq], streams[at + 1 : at + seq + 1], at == 0
 
@@ -124,31 +177,72 @@ def loss_of(logits: Tensor, target: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
 
 
-def train(run: Run, streams: Tensor, args: argparse.Namespace) -> None:
+def train(run: Run, streams: Tensor, processes: Processes, args: argparse.Namespace) -> None:
     """Truncated backpropagation through time with Adam; the state is carried from chunk to chunk."""
-    optimizer = torch.optim.Adam(run.model.parameters(), lr=args.lr)
-    state = None
-    bar = tqdm(chunks(streams, args.seq, args.steps), run.name, args.steps, unit="step", mininterval=0.5)
+    model = DistributedDataParallel(run.model) if processes.count > 1 else run.model
+    done = len(run.losses)
+    state = processes.own(run.state, dim=2).unbind()
+    state = state if len(state) > 1 else state[0]
+    pieces = chunks(processes.own(streams), args.seq, args.steps, done)
+    bar = tqdm(pieces, run.name, args.steps, initial=done, unit="step", mininterval=0.5, disable=processes.rank > 0)
     for characters, target, fresh in bar:
         start = time.perf_counter()
-        logits, state = run.model(characters, None if fresh else detach(state))
+        logits, state = model(characters, None if fresh else detach(state))
         loss = loss_of(logits, target)
-        optimizer.zero_grad()
+        run.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(run.model.parameters(), args.clip)
-        optimizer.step()
-        run.losses.append(loss.item())
+        run.optimizer.step()
+        run.losses.append(processes.mean(loss))
         run.seconds.append(time.perf_counter() - start)
-        bar.set_postfix_str(f"loss {run.losses[-1]:.3f}, {characters.numel() / run.seconds[-1]:,.0f} chars/s", False)
+        rate = characters.numel() * processes.count / run.seconds[-1]
+        bar.set_postfix_str(f"loss {run.losses[-1]:.3f}, {rate:,.0f} chars/s", False)
+        if args.checkpoint and (len(run.losses) % CHECKPOINT_STEPS == 0 or len(run.losses) == args.steps):
+            states = torch.stack(state) if isinstance(state, tuple) else state[None]
+            run.state = processes.all(states.detach(), dim=2)
+            save(run, args.checkpoint)
+
+
+def save(run: Run, folder: Path) -> None:
+    """A checkpoint in a folder of its own, named by the number of steps."""
+    import torch.distributed.checkpoint as checkpoint  # a second, which a run without checkpoints need not wait
+
+    checkpoint.save({"run": run}, checkpoint_id=folder / run.name / f"{len(run.losses):06}")
+
+
+def resume(run: Run, folder: Path, steps: int) -> None:
+    """Go on from the last checkpoint of at most ``steps`` steps, if there is one; its .metadata was written last."""
+    import torch.distributed.checkpoint as checkpoint
+
+    complete = (file.parent for file in (folder / run.name).glob("*/.metadata"))
+    found = sorted(folder for folder in complete if int(folder.name) <= steps)
+    if found:
+        checkpoint.load({"run": run}, checkpoint_id=found[-1])
+        print(f"{run.name}: goes on after step {len(run.losses)}, from {found[-1]}")
+
+
+def check_settings(args: argparse.Namespace, text: str) -> None:
+    """The checkpoints of a folder are of one model, one text and one way to train; its settings.json says which."""
+    free = ("checkpoint", "out", "sample", "steps", "temperature", "threads")
+    settings = {name: value for name, value in vars(args).items() if name not in free}
+    settings["text"] = f"{len(text)} characters, crc32 {zlib.crc32(text.encode()):08x}"
+    file = args.checkpoint / "settings.json"
+    if file.exists():
+        known = json.loads(file.read_text())
+        if differ := [f"{name} {known.get(name)}" for name in settings if known.get(name) != settings[name]]:
+            raise ValueError(f"--checkpoint {args.checkpoint} holds a run with {', '.join(differ)}")
+    args.checkpoint.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 @torch.inference_mode()
-def validate(model: CharModel, streams: Tensor, seq: int) -> float:
+def validate(model: CharModel, streams: Tensor, processes: Processes, seq: int) -> float:
     """Mean loss on held-out text, in bits per character."""
     losses, state = [], None
-    for characters, target, _ in chunks(streams, seq, min(VALIDATION_CHUNKS, (len(streams) - 1) // seq)):
+    count = min(VALIDATION_CHUNKS, (len(streams) - 1) // seq)
+    for characters, target, _ in chunks(processes.own(streams), seq, count):
         logits, state = model(characters, state)
-        losses.append(loss_of(logits, target).item())
+        losses.append(processes.mean(loss_of(logits, target)))
     return statistics.fmean(losses) / math.log(2)
 
 
@@ -244,8 +338,49 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=positive, help="default: what torch chooses")
     add("--sample", type=int, default=300, metavar="N", help="characters to generate (default: %(default)s)")
     add("--temperature", type=above_zero, default=0.7, help="of the sample (default: %(default)s)")
+    add("--checkpoint", type=Path, metavar="DIR", help="save there, go on from what is there (default: neither)")
     add("--out", type=Path, default=Path("out"), metavar="DIR", help="where char_lm.png goes (default: %(default)s)")
     return result
+
+
+def compare(args: argparse.Namespace, text: str, source: str) -> int:
+    """Train both models and compare them; the exit status."""
+    processes = Processes()
+    if args.batch % processes.count:
+        raise ValueError(f"--batch {args.batch} cannot be shared by {processes.count} processes")
+    vocabulary, training, validation = make_streams(text, args.batch, args.seq)
+    if args.checkpoint and processes.rank == 0:
+        check_settings(args, text)
+    runs = []
+    for name, library in (("torch.nn", nn), ("fusedrnn", fusedrnn)):
+        torch.manual_seed(args.seed)
+        model = CharModel(library, args.cell, len(vocabulary), args.embedding, args.hidden, args.layers)
+        model.to(DTYPES[args.dtype])
+        state = torch.zeros(2 if args.cell == "lstm" else 1, args.layers, args.batch, args.hidden)
+        optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+        runs.append(Run(name, model, optimizer, state.to(DTYPES[args.dtype])))
+    theirs, ours = runs
+    ours.model.load_state_dict(theirs.model.state_dict())  # the same initial weights
+    parameters = sum(p.numel() for p in ours.model.parameters())
+    title = f"{CLASSES[args.cell]}, {args.layers} layer(s) of {args.hidden}, {args.dtype}"
+    workers = f"{processes.count} process(es) of " * (processes.count > 1) + f"{torch.get_num_threads()} thread(s)"
+    print(f"text: {source}, {len(text):,} characters, {len(vocabulary)} different ones")
+    print(f"model: {title}, {parameters:,} parameters; torch {torch.__version__}, {workers}")
+    for run in runs:
+        if args.checkpoint:
+            resume(run, args.checkpoint, args.steps)
+        train(run, training, processes, args)
+        run.validation = validate(run.model, validation, processes, args.seq)
+    agree = report(runs, args)
+    if processes.rank == 0:
+        if agree and args.sample > 0:
+            prompt = validation[: args.seq, :1]
+            print(f"\n{ours.name} goes on after {''.join(vocabulary[c] for c in prompt[-30:, 0])!r}:")
+            print(sample(ours.model, vocabulary, prompt, args.sample, args))
+        file = args.out / "char_lm.png"
+        plot(runs, title, file)
+        print(f"\nplot: {file}")
+    return 0 if agree else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -254,34 +389,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("gloo")
+    elif args.checkpoint:  # which asks for a group, here of one process
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        text, source = read_text(args.text)
-        vocabulary, training, validation = make_streams(text, args.batch, args.seq)
+        with contextlib.redirect_stdout(sys.stdout if Processes().rank == 0 else None):
+            return compare(args, *read_text(args.text))
     except (OSError, ValueError) as error:
         arguments.error(str(error))
-    runs = []
-    for name, library in (("torch.nn", nn), ("fusedrnn", fusedrnn)):
-        torch.manual_seed(args.seed)
-        model = CharModel(library, args.cell, len(vocabulary), args.embedding, args.hidden, args.layers)
-        runs.append(Run(name, model.to(DTYPES[args.dtype])))
-    theirs, ours = runs
-    ours.model.load_state_dict(theirs.model.state_dict())  # the same initial weights
-    parameters = sum(p.numel() for p in ours.model.parameters())
-    title = f"{CLASSES[args.cell]}, {args.layers} layer(s) of {args.hidden}, {args.dtype}"
-    print(f"text: {source}, {len(text):,} characters, {len(vocabulary)} different ones")
-    print(f"model: {title}, {parameters:,} parameters; torch {torch.__version__}, {torch.get_num_threads()} thread(s)")
-    for run in runs:
-        train(run, training, args)
-        run.validation = validate(run.model, validation, args.seq)
-    agree = report(runs, args)
-    if agree and args.sample > 0:
-        prompt = validation[: args.seq, :1]
-        print(f"\n{ours.name} goes on after {''.join(vocabulary[c] for c in prompt[-30:, 0])!r}:")
-        print(sample(ours.model, vocabulary, prompt, args.sample, args))
-    file = args.out / "char_lm.png"
-    plot(runs, title, file)
-    print(f"\nplot: {file}")
-    return 0 if agree else 1
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

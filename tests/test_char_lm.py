@@ -5,7 +5,9 @@ ones a user meets.
 """
 
 import importlib.util
+import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -139,3 +141,52 @@ def test_bad_options_are_errors(char_lm, capsys, options):
         char_lm.main(options.split())
     assert error.value.code == 2
     assert options.split()[0] in capsys.readouterr().err
+
+
+@pytest.fixture
+def losses(char_lm, text, tmp_path, monkeypatch):
+    """A function that runs the demo in small with more options, and returns the losses of both runs."""
+
+    def run(*options):
+        kept = []
+        with monkeypatch.context() as patch:
+            patch.setattr(char_lm, "plot", lambda runs, title, file: kept.extend(runs))
+            assert char_lm.main(["--text", str(text), *SMALL, "--batch", "4", "--dtype", "float64", *options]) == 0
+        return [run.losses for run in kept]
+
+    return run
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_a_resumed_run_is_the_uninterrupted_one(char_lm, losses, tmp_path, capsys, cell, monkeypatch):
+    monkeypatch.setattr(char_lm, "CHECKPOINT_STEPS", 2)
+    expected = losses("--cell", cell)
+    options = ("--cell", cell, "--checkpoint", str(tmp_path / "run"))
+    assert losses(*options, "--steps", "3") == [row[:3] for row in expected]
+    assert losses(*options, "--steps", "5") == [row[:5] for row in expected]
+    assert "fusedrnn: goes on after step 3" in capsys.readouterr().out
+    (tmp_path / "run" / "fusedrnn" / "000005" / ".metadata").unlink()  # as if interrupted while it was written
+    assert losses(*options) == expected
+    assert "fusedrnn: goes on after step 4" in capsys.readouterr().out
+    assert losses(*options) == expected  # nothing left to do
+    with pytest.raises(SystemExit):
+        losses(*options, "--lr", "0.1")
+    assert f"holds a run with lr {3e-3}" in capsys.readouterr().err
+
+
+def test_two_processes(losses, text, tmp_path):
+    """torchrun goes on with the checkpoint of one process, and one process with theirs: the same losses throughout."""
+    expected = losses("--steps", "7")
+    options = ("--checkpoint", str(tmp_path / "run"))
+    losses(*options, "--steps", "3")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(EXAMPLE)]
+    small = [*SMALL, "--batch", "4", "--dtype", "float64", "--steps", "6", "--text", str(text), "--out", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [*torchrun, *small, *options], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the curves agree") == 1 and "goes on after step 3" in done.stdout
+    assert is_png(tmp_path / "char_lm.png")
+    for found, known in zip(losses(*options, "--steps", "7"), expected, strict=True):
+        assert found == pytest.approx(known, rel=1e-12)

@@ -24,6 +24,7 @@ from tolerances import assert_all_close, assert_close
 
 RANKS = 2
 LENGTHS = (6, 5, 3, 1)  # of the whole batch
+Steps = tuple[tuple[str, str], ...]
 Both = Callable[..., list[Any]]
 
 
@@ -70,7 +71,7 @@ class Model(nn.Module):
         return states.square().sum((0, 2)) + 0.0 * self.head(last).sum()
 
 
-def gradients(model: nn.Module, rank: int | None, steps: tuple[tuple[str, str], ...], packed: bool) -> dict[str, Tensor]:
+def gradients(model: nn.Module, rank: int | None, steps: Steps, packed: bool) -> dict[str, Tensor]:
     """Of SGD steps on a half of the batch, or on all of it: each step's gradients by name, and the last weights."""
     torch.manual_seed(2)
     x, lengths = torch.randn(6, 4, 4, dtype=torch.float64), torch.tensor(LENGTHS)
@@ -86,7 +87,7 @@ def gradients(model: nn.Module, rank: int | None, steps: tuple[tuple[str, str], 
     return found | {name: p.detach().clone() for name, p in named}
 
 
-def ddp_gradients(options: dict[str, Any], steps: tuple, packed: bool, rank: int) -> dict[str, Tensor]:
+def ddp_gradients(options: dict[str, Any], steps: Steps, packed: bool, rank: int) -> dict[str, Tensor]:
     model = Model()
     model.direct.requires_grad_(any(layer == "direct" for _, layer in steps))
     return gradients(DistributedDataParallel(model, **options), rank, steps, packed)
@@ -141,7 +142,7 @@ UNUSED = (("y", "gru"), ("y", "direct"), ("last", "gru"))
     ],
     ids=["plain", "parts", "static_graph", "bucket_view", "unused"],
 )
-def test_ddp(both: Both, options: dict[str, Any], steps: tuple, packed: bool) -> None:
+def test_ddp(both: Both, options: dict[str, Any], steps: Steps, packed: bool) -> None:
     found = both(ddp_gradients, options, steps, packed)
     model = Model()
     model.direct.requires_grad_(any(layer == "direct" for _, layer in steps))
