@@ -115,6 +115,8 @@ def _exchange(
     vars(module).pop("reset_after", None)  # True here, as the class says
     vars(module).pop(modules._KEPT, None)
     module.__class__ = after
+    if isinstance(module, modules._SequenceModule):
+        module._drop_weak_references()
 
 
 def _own_class(module: nn.Module) -> type[nn.Module]:

@@ -8,6 +8,8 @@ there. Nothing here computes: the modules check as torch.nn does and call :mod:`
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from operator import getitem
 from typing import Any
 
 import torch
@@ -199,6 +201,20 @@ class _FusedModule:
 
 class _SequenceModule(_FusedModule):
     """What our sequence modules do not share with torch.nn's."""
+
+    def _init_flat_weights(self) -> None:
+        super()._init_flat_weights()
+        self._drop_weak_references()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._drop_weak_references()
+
+    def _drop_weak_references(self) -> None:
+        """torch.nn asks a weak reference to each weight whether it changed, and torch.utils.swap_tensors refuses a
+        tensor that has one. Look-ups in the list of weights, which the module holds anyway, answer as well.
+        """
+        self._flat_weight_refs = [partial(getitem, self._flat_weights, i) for i in range(len(self._flat_weights))]
 
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels read the parameters where they are. Kept because callers use it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -343,3 +343,40 @@ def test_moving(cell: str) -> None:
     assert default.weight_hh_l0.dtype == torch.get_default_dtype()
     default.share_memory()
     assert default.weight_hh_l0.is_shared() and default(case.tensors()["x"])[0].isfinite().all()
+
+
+@pytest.fixture
+def swapping() -> Iterator[None]:
+    """Modules exchange what their Parameters hold, not the Parameters."""
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.usefixtures("swapping")
+@pytest.mark.parametrize("converted", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_swapped_tensors(name: str, converted: bool) -> None:
+    """Of a module that has been used, by hand, by load_state_dict and by .to(). torch.nn's layers refuse the first two:
+    they hold weak references to their weights.
+    """
+    module, theirs = pair(name, num_layers=2)
+    if converted:
+        module = theirs
+        fusedrnn.convert(module)
+    x, other, parameters = input_of(module), pair(name, num_layers=2)[0], list(module.parameters())
+    for _ in range(2):  # the second time with kept weights
+        with torch.no_grad():
+            module(x)
+    trained(module)
+    torch.utils.swap_tensors(module.weight_hh_l0, nn.Parameter(other.weight_hh_l0 * 2))
+    other.load_state_dict(module.state_dict())
+    torch.nn.init.normal_(other.weight_ih_l1)
+    module.load_state_dict(other.state_dict())
+    assert_same(trained(module), trained(other))
+    module.float()
+    assert_same(trained(module, x.float()), trained(other.float(), x.float()))
+    assert all(a is b is c for a, b, c in zip(module.parameters(), parameters, module._flat_weights, strict=True))
+    if converted:
+        fusedrnn.revert(module)
+        assert_close("y", first(module(x.float())), first(other(x.float())))

@@ -10,6 +10,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -124,6 +126,39 @@ def test_called_from_several_python_threads_at_once(cell: str, threads: Callable
         found = list(pool.map(train, range(12)))
     for each in found:
         assert all(torch.equal(each[name], expected[name]) for name in expected)
+
+
+def test_other_python_threads_run_meanwhile(threads: Callable[[int], None]) -> None:
+    """The interpreter's lock is free while a kernel works: inference, an op without gradients, forward and backward.
+
+    With the lock held another thread would run for one switch interval, 5 ms, before a call and one after.
+    """
+    threads(1)
+    layer, x = fusedrnn.LSTM(256, 256), torch.randn(300, 64, 256)
+    packed = nn.utils.rnn.pack_padded_sequence(x, torch.full((64,), 300))
+    ticks, done = [], threading.Event()
+
+    def tick() -> None:
+        while not done.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(0.001)
+
+    def ticks_during(call: Callable[[], object]) -> int:
+        start = time.perf_counter()
+        call()
+        end = time.perf_counter()
+        return sum(start + 0.01 < at < end - 0.01 for at in ticks)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    with torch.no_grad():
+        found = [ticks_during(lambda: layer(x)), ticks_during(lambda: layer(packed))]
+    outputs = []
+    found.append(ticks_during(lambda: outputs.append(layer(x)[0])))
+    found.append(ticks_during(outputs[0].sum().backward))
+    done.set()
+    thread.join()
+    assert min(found) >= 10, found
 
 
 @pytest.mark.parametrize("forward, backward", [(1, 2), (2, 1), (4, 3)])
