@@ -183,7 +183,7 @@ def test_two_processes(losses, text, tmp_path):
     small = [*SMALL, "--batch", "4", "--dtype", "float64", "--steps", "6", "--text", str(text), "--out", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
-        [*torchrun, *small, *options], env=environment, capture_output=True, text=True, timeout=120, check=False
+        [*torchrun, *small, *options], env=environment, capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("the curves agree") == 1 and "goes on after step 3" in done.stdout

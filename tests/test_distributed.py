@@ -30,7 +30,7 @@ Both = Callable[..., list[Any]]
 
 def join(rank: int, file: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{file}", timedelta(minutes=1), RANKS, rank)
+    dist.init_process_group("gloo", f"file://{file}", timedelta(minutes=4), RANKS, rank)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
     pools = [ProcessPoolExecutor(1, context, join, (rank, str(file))) for rank in range(RANKS)]
 
     def call(function: Callable[..., Any], *args: Any) -> list[Any]:
-        return [future.result(60) for future in [pool.submit(function, *args, rank) for rank, pool in enumerate(pools)]]
+        return [future.result(240) for future in [pool.submit(function, *args, rank) for rank, pool in enumerate(pools)]]
 
     yield call
     for pool in pools:

@@ -250,7 +250,7 @@ def test_workers_of_a_data_loader_compute(method: str, workers: int, threads: Ca
     torch.randn(1000, 1000).relu_()
     for _ in range(2):  # the second time with kept weights
         expected = [items[i] for i in range(len(items))]
-    loader = DataLoader(items, batch_size=None, num_workers=workers, multiprocessing_context=method, timeout=60)
+    loader = DataLoader(items, batch_size=None, num_workers=workers, multiprocessing_context=method, timeout=200)
     for found, known in zip(loader, expected, strict=True):
         for ours, parents in zip(found, known, strict=True):
             assert_close("worker", ours, parents)
