@@ -13,7 +13,7 @@ import torch
 
 import fusedrnn
 from benchmarks import __main__ as command
-from benchmarks import cases, limits, measure, memory, per_sample, report, scaling
+from benchmarks import cases, limits, measure, memory, per_sample, python_threads, report, scaling
 from benchmarks.cases import CASES, CELL_NAMES, REGIMES, Case
 from fusedrnn.cells import CELLS
 
@@ -257,6 +257,20 @@ def test_the_limits_are_readings(capsys):
             call()
     with pytest.raises(ValueError, match="kilobytes"):
         fusedrnn._C.read_bandwidth(1, 0)
+
+
+def test_the_command_for_python_threads_prints_calls_and_ready_threads(capsys, monkeypatch):
+    monkeypatch.setattr(python_threads, "SHAPES", (TINY,))
+    assert python_threads.main(["--cells", "gru,residual", "--seconds", "0.01", "--rounds", "1"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "-T3-B2-" in line]
+    assert [line.split()[:2] for line in rows] == [
+        [f"{cell}-{mode}-T3-B2-I5-H7", name]
+        for mode in cases.MODES
+        for cell, name in (("gru", "torch.nn"), ("gru", "fusedrnn"), ("residual", "fusedrnn"))
+    ]
+    assert all("(1.00)" in line for line in rows)
+    with pytest.raises(SystemExit):
+        python_threads.main(["--cells", "nothing"])
 
 
 def test_the_scaling_command_prints_readings_beside_the_model(capsys, monkeypatch):
