@@ -186,7 +186,7 @@ std::optional<Inferred> infer(const Tensor& x, const OptionalTensor& h0, const O
   bool all_plain = plain(x) && (!h0 || plain(*h0)) && (!c0 || plain(*c0)) && !watched();
   for (const Tensor& w : weights) all_plain = all_plain && w.defined() && plain(w);
   if (!all_plain || x.scalar_type() == at::kHalf) return std::nullopt;  // float16: not every set has kernels
-  RECORD_FUNCTION("fusedrnn::infer", std::vector<c10::IValue>());
+  RECORD_FUNCTION("fusedrnn::infer", std::vector<c10::IValue>({x}));
   const int64_t each = layers > 0 ? static_cast<int64_t>(weights.size()) / layers : 0, D = bidirectional ? 2 : 1;
   bool fit = layers > 0 && each * layers == static_cast<int64_t>(weights.size());
   for (const OptionalTensor* state : {&h0, &c0}) {

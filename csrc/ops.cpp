@@ -6,6 +6,7 @@
 // float16 on the CPU is computed by the kernels of float32.
 // weights: for each direction w_ih, w_hh[, b_ih, b_hh][, w_hr], as torch.nn lays them out. x is [T, B, I], or [N, I]
 // with batch_sizes (a PackedSequence's). Outputs never alias inputs or one another.
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include "layer.h"
@@ -145,6 +146,12 @@ TORCH_LIBRARY(fusedrnn, m) {
       "layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? batch_sizes, Tensor? h0, Tensor? c0, "
       "Tensor[] weights, Tensor y, Tensor saved, str cell, bool bidirectional, bool need_x, bool need_weights, "
       "bool need_gates) -> (Tensor, Tensor, Tensor, Tensor[], Tensor, Tensor)");
+}
+
+// fusedrnn.autograd differentiates layers. A call of an op by itself, from a trace say, has no gradient: an error.
+TORCH_LIBRARY_IMPL(fusedrnn, Autograd, m) {
+  m.impl("layer_forward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("layer_backward", torch::autograd::autogradNotImplementedFallback());
 }
 
 TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {

@@ -95,7 +95,7 @@ def test_profiler_names_and_shapes() -> None:
     seen = {event.name: event for event in profiler.events()}
     assert {"RecurrentLayer", "fusedrnn::layer_forward", "fusedrnn::layer_backward", "fusedrnn::infer"} <= set(seen)
     assert seen["RecurrentLayer"].input_shapes[1] == [3, 2, 4] and [20, 5] in seen["RecurrentLayer"].input_shapes
-    assert seen["fusedrnn::layer_forward"].input_shapes[0] == [3, 2, 4]
+    assert seen["fusedrnn::layer_forward"].input_shapes[0] == seen["fusedrnn::infer"].input_shapes[0] == [3, 2, 4]
     assert seen["fusedrnn::layer_backward"].input_shapes[0] == [3, 2, 10]  # dy
 
 
@@ -148,3 +148,6 @@ def test_tracing() -> None:
             file.seek(0)
             for call in (traced, torch.jit.load(file), torch.jit.freeze(copy.deepcopy(traced).eval())):
                 torch.testing.assert_close(call(*other), model(*other))
+        y = traced(*other)
+        with pytest.raises(RuntimeError, match="derivative for fusedrnn::layer_forward is not implemented"):
+            (y if isinstance(y, torch.Tensor) else y[0]).sum().backward()
