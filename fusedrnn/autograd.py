@@ -31,17 +31,36 @@ def recurrent_layer(
     weights: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer: y, h_n, c_n. What the backward pass needs is kept only if some gradient is wanted."""
-    if (forward_ad._current_level >= 0 or _transformed()) and not torch.compiler.is_compiling():
-        # Transforms see Functions, whatever their tensors seem to require.
-        return RecurrentLayerWithTangents.apply(cell, bidirectional, x, batch_sizes, h0, c0, *weights)[:3]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights)):
+    forward = x, batch_sizes, h0, c0, weights, cell, bidirectional
+    if torch.compiler.is_exporting():  # an exported program has no backward
+        return layer_forward(*forward, False)[:3]
+    arguments = cell, bidirectional, x, batch_sizes, h0, c0, *weights
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights))
+    if torch.compiler.is_compiling():
+        if _transformed() and torch.is_grad_enabled():
+            # Dynamo takes no tensor inside torch.func.grad for one that requires a gradient: it would be lost.
+            raise NotImplementedError("fusedrnn: torch.compile cannot trace a recurrent layer inside torch.func.grad")
+        return RecurrentLayer.apply(*arguments)[:3] if wanted else layer_forward(*forward, False)[:3]
+    if _transformed():  # transforms see Functions, whatever their tensors seem to require
+        return RecurrentLayerWithTangents.apply(*arguments)[:3]
+    if forward_ad._current_level >= 0:
+        return _apply(RecurrentLayerWithTangents, arguments)[:3]
+    if wanted:
         if torch._C._get_tracing_state() is not None:
             raise NotImplementedError(
                 "fusedrnn: TorchScript cannot hold the backward pass of a recurrent layer: use torch.export.export, or,"
                 " for inference, torch.jit.trace under torch.no_grad()"
             )
-        return RecurrentLayer.apply(cell, bidirectional, x, batch_sizes, h0, c0, *weights)[:3]
-    return layer_forward(x, batch_sizes, h0, c0, weights, cell, bidirectional, False)[:3]
+        return _apply(RecurrentLayer, arguments)[:3]
+    return layer_forward(*forward, False)[:3]
+
+
+def _apply(function: type[torch.autograd.Function], arguments: tuple) -> tuple[Tensor, ...]:
+    """``function.apply`` without its look-up of default values, 80 us: there are none.
+
+    Not a method of the class: after a graph break Dynamo would begin a frame there, and fail.
+    """
+    return super(torch.autograd.Function, function).apply(*arguments)
 
 
 def _transformed() -> bool:
@@ -66,13 +85,6 @@ class RecurrentLayer(torch.autograd.Function):
     """
 
     generate_vmap_rule = True  # from the ops' rules (batching.py)
-
-    @classmethod
-    def apply(cls, *args):  # noqa: D102
-        if torch.compiler.is_compiling() or _transformed():
-            return super().apply(*args)
-        # Function.apply would look up default values of forward's arguments: 80 us, and there are none.
-        return super(torch.autograd.Function, cls).apply(*args)
 
     @staticmethod
     def forward(cell, bidirectional, x, batch_sizes, h0, c0, *weights):  # noqa: D102
