@@ -174,7 +174,8 @@ class RecurrentLayerBackward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # noqa: D102
-        ctx.cell, ctx.bidirectional, ctx.need_x, ctx.need_weights, dy, dh_n, dc_n, x, batch_sizes, h0, c0, _, _, *weights = inputs
+        ctx.cell, ctx.bidirectional, ctx.need_x, ctx.need_weights, *tensors = inputs
+        dy, dh_n, dc_n, x, batch_sizes, h0, c0, _, _, *weights = tensors
         ctx.set_materialize_grads(False)
         _, dh0, dc0, *_ = output
         for save in (ctx.save_for_backward, ctx.save_for_forward):
