@@ -1,0 +1,118 @@
+"""Export to ONNX: the layers become its standard operators LSTM, GRU and RNN.
+
+>>> torch.onnx.export(                                                                          # doctest: +SKIP
+...     model, (x,), "model.onnx", dynamo=True, custom_translation_table=fusedrnn.onnx.table())
+
+One operator a layer, both directions, with PackedSequence input too (its ``sequence_lens``). What the operators cannot
+say raises: a projection, the residual RNN, bfloat16. Needs onnxscript, which only this module imports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .cells import CELLS
+from .ops import layer_forward
+
+__all__ = ["table"]
+
+# For each cell its operator, the order of ONNX's gates in ours, and attributes of the operator.
+_OPERATORS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "rnn_tanh": ("RNN", "h", {"activations": ["Tanh"]}),
+    "rnn_relu": ("RNN", "h", {"activations": ["Relu"]}),
+    "lstm": ("LSTM", "iofg", {}),
+    "gru": ("GRU", "zrn", {"linear_before_reset": 1}),
+    "gru_reset_before": ("GRU", "zrn", {"linear_before_reset": 0}),
+}
+
+
+def table() -> dict[Callable, Callable]:
+    """What ``torch.onnx.export(..., dynamo=True)`` takes as ``custom_translation_table``.
+
+    Raises:
+        ImportError: onnxscript is not installed.
+    """
+    try:
+        from onnxscript import opset18 as op
+    except ImportError as error:
+        raise ImportError("export to ONNX needs the package onnxscript: pip install onnxscript") from error
+
+    def fusedrnn_layer(x, batch_sizes, h0, c0, weights, cell, bidirectional, save):  # noqa: ANN001, ANN202
+        return _layer(op, x, batch_sizes, h0, c0, weights, cell, bidirectional)
+
+    return {layer_forward: fusedrnn_layer}
+
+
+def _layer(
+    op: Any, x: Any, batch_sizes: Any, h0: Any, c0: Any, weights: Sequence[Any], cell: str, bidirectional: bool
+) -> tuple[Any, Any, Any, Any]:
+    """``layer_forward`` in ONNX's operators; ``saved`` and the c_n of cells without c are empty and go nowhere."""
+    directions = 2 if bidirectional else 1
+    each = len(weights) // directions
+    _check(cell, each, x.dtype)
+    name, order, attributes = _OPERATORS[cell]
+
+    hidden = weights[1].shape[1]
+    gates = CELLS[cell].gates
+    rows = [gates.index(gate) * hidden + unit for gate in order for unit in range(hidden)]
+
+    def stack(first: int, last: int) -> Any:
+        """[D, (last - first) * G * H, ...]: weights first..last of each direction, gates in ONNX's order."""
+        stacked = []
+        for d in range(directions):
+            parts = weights[d * each + first : d * each + last]
+            if len(gates) > 1:
+                parts = [op.Gather(part, op.Constant(value_ints=rows), axis=0) for part in parts]
+            stacked.append(op.Unsqueeze(op.Concat(*parts, axis=0), [0]))
+        return op.Concat(*stacked, axis=0)
+
+    w_ih, w_hh, bias = stack(0, 1), stack(1, 2), stack(2, 4) if each == 4 else None
+    if "activations" in attributes:
+        attributes = {"activations": attributes["activations"] * directions}
+    lengths = active = None
+    if batch_sizes is not None:
+        x, lengths, active = _padded(op, x, batch_sizes)
+    y, *states = getattr(op, name)(
+        x,
+        w_ih,
+        w_hh,
+        bias,
+        lengths,
+        *((h0, c0) if cell == "lstm" else (h0,)),
+        hidden_size=hidden,
+        direction="bidirectional" if bidirectional else "forward",
+        **attributes,
+    )
+    y = op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), [0, 0, -1])  # [T, D, B, H] -> [T, B, D * H]
+    if active is not None:
+        y = op.Compress(op.Reshape(y, [-1, directions * hidden]), active, axis=0)
+    nothing = op.Slice(states[0], [0], [0], [1])
+    return y, states[0], states[1] if cell == "lstm" else nothing, nothing
+
+
+def _check(cell: str, each: int, dtype: Any) -> None:
+    if cell not in _OPERATORS:
+        raise NotImplementedError(f"ONNX has no operator for the cell {cell}")
+    if each % 2:
+        raise NotImplementedError("ONNX's LSTM has no projection (proj_size)")
+    if dtype.name == "BFLOAT16":
+        raise NotImplementedError("ONNX's recurrent operators do not take bfloat16: export the model in float32")
+
+
+def _padded(op: Any, x: Any, batch_sizes: Any) -> tuple[Any, Any, Any]:
+    """Packed rows [N, I] -> [T, B, I], the length of each sample [B], and which of the T * B rows are x's.
+
+    Row t * B + b is row offset[t] + b of x where b < batch_sizes[t].
+    """
+    sizes = op.Cast(batch_sizes, to=7)  # int64, whatever the exporter takes it for
+    column = op.Unsqueeze(sizes, [1])  # [T, 1]
+    batch = op.Slice(sizes, [0], [1])  # [1]: the first step has every sample
+    samples = op.Range(op.Constant(value_int=0), op.Squeeze(batch, [0]), op.Constant(value_int=1))
+    active = op.Less(samples, column)  # [T, B]
+    offset = op.Sub(op.CumSum(column, op.Constant(value_int=0)), column)
+    row = op.Where(active, op.Add(offset, samples), op.Constant(value_int=0))
+    lengths = op.ReduceSum(op.Cast(active, to=6), [0], keepdims=0)  # int32
+    return op.Gather(x, row, axis=0), lengths, op.Reshape(active, [-1])

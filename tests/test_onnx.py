@@ -1,0 +1,171 @@
+"""Export to ONNX: standard operators, and ONNX Runtime computes our numbers from the file."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves
+
+import fusedrnn
+
+T, B, N = Dim("T"), Dim("B"), Dim("N")
+TOLERANCE = 1e-5
+
+
+def layers(**options) -> nn.ModuleDict:
+    """Every kind of layer that ONNX has, H = 5."""
+    return nn.ModuleDict(
+        {
+            "lstm": fusedrnn.LSTM(4, 5, **options),
+            "gru": fusedrnn.GRU(4, 5, **options),
+            "gru_reset_before": fusedrnn.GRU(4, 5, reset_after=False, **options),
+            "rnn_tanh": fusedrnn.RNN(4, 5, **options),
+            "rnn_relu": fusedrnn.RNN(4, 5, nonlinearity="relu", **options),
+        }
+    )
+
+
+class Each(nn.Module):
+    """All modules on one input; hx, if given, is (h, c), of which all but the LSTM take h."""
+
+    def __init__(self, modules: nn.ModuleDict) -> None:
+        super().__init__()
+        self.each = modules
+
+    def forward(self, x: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> dict:
+        return {
+            name: module(x, hx if hx is None or name == "lstm" else hx[0]) for name, module in self.each.items()
+        }
+
+
+class Packed(nn.Module):
+    """A layer on the parts of a PackedSequence: the rows of all steps and the number of rows of each."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, data: Tensor, batch_sizes: Tensor) -> tuple:
+        y, last = self.layer(PackedSequence(data, batch_sizes))
+        return y.data, last
+
+
+def exported(model: nn.Module, args: tuple, dynamic_shapes: Sequence | None = None) -> torch.onnx.ONNXProgram:
+    return torch.onnx.export(
+        model.eval(),
+        args,
+        dynamo=True,
+        dynamic_shapes=dynamic_shapes,
+        custom_translation_table=fusedrnn.onnx.table(),
+        verbose=False,
+    )
+
+
+def assert_same(model: nn.Module, program: torch.onnx.ONNXProgram, *inputs: tuple) -> None:
+    """What ONNX Runtime computes from the file is what the model computes."""
+    session = onnxruntime.InferenceSession(
+        program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    names = [argument.name for argument in session.get_inputs()]
+    for args in inputs:
+        found = session.run(None, dict(zip(names, [t.numpy() for t in tree_leaves(args)], strict=True)))
+        with torch.no_grad():
+            expected = tree_leaves(model(*args))
+        for index, (ours, theirs) in enumerate(zip(expected, found, strict=True)):
+            theirs = torch.from_numpy(theirs)
+            torch.testing.assert_close(
+                theirs, ours, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda text, at=index: f"output {at}: {text}"
+            )
+
+
+def operators(program: torch.onnx.ONNXProgram) -> dict[str, int]:
+    """How many of each recurrent operator the graph has."""
+    return dict(Counter(node.op_type for node in program.model.graph if node.op_type in ("LSTM", "GRU", "RNN", "Loop")))
+
+
+def test_every_layer_without_states() -> None:
+    model = Each(layers())
+    program = exported(model, (torch.randn(3, 2, 4),), ({0: T, 1: B},))
+    assert operators(program) == {"LSTM": 1, "GRU": 2, "RNN": 2}
+    assert_same(model, program, *((torch.randn(*shape, 4),) for shape in ((3, 2), (7, 3), (1, 1))))
+
+
+def test_every_layer_stacked_in_both_directions_with_states() -> None:
+    model = Each(layers(num_layers=2, bidirectional=True, batch_first=True))
+
+    def args(batch: int, steps: int) -> tuple:
+        return torch.randn(batch, steps, 4), (torch.randn(4, batch, 5), torch.randn(4, batch, 5))
+
+    program = exported(model, args(2, 3), ({0: B, 1: T}, ({1: B}, {1: B})))
+    assert operators(program) == {"LSTM": 2, "GRU": 4, "RNN": 4}
+    assert_same(model, program, args(2, 3), args(3, 7), args(1, 1))
+
+
+def test_without_biases() -> None:
+    model = Each(layers(bias=False))
+    assert_same(model, exported(model, (torch.randn(3, 2, 4),)), (torch.randn(3, 2, 4),))
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_packed(name: str) -> None:
+    """The lengths reach the operator, both directions of it; the rows come back in the order of the input's."""
+    model = Packed(layers(bidirectional=True)[name])
+
+    def args(*batch_sizes: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(sum(batch_sizes), 4), torch.tensor(batch_sizes)
+
+    program = exported(model, args(3, 2, 1), ({0: N}, {0: T}))
+    assert operators(program) == {name.upper(): 1}
+    assert_same(model, program, args(3, 2, 1), args(4, 4, 2, 2, 1), args(1, 1), args(3,))
+
+
+def test_every_cell() -> None:
+    cells = {"lstm": fusedrnn.LSTMCell(4, 5), "gru": fusedrnn.GRUCell(4, 5), "rnn": fusedrnn.RNNCell(4, 5)}
+    cells["gru_reset_before"] = fusedrnn.GRUCell(4, 5, reset_after=False)
+    model = Each(nn.ModuleDict(cells))
+
+    def args(batch: int) -> tuple:
+        return torch.randn(batch, 4), (torch.randn(batch, 5), torch.randn(batch, 5))
+
+    program = exported(model, args(2), ({0: B}, ({0: B}, {0: B})))
+    assert operators(program) == {"LSTM": 1, "GRU": 2, "RNN": 1}
+    assert_same(model, program, args(2), args(5))
+
+
+def test_a_converted_model_with_computed_weights() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.GRU(4, 5))
+    nn.utils.parametrizations.weight_norm(model[1], "weight_hh_l0")
+    fusedrnn.convert(model)
+    assert_same(model, exported(model, (torch.randn(3, 2, 4),)), (torch.randn(3, 2, 4),))
+
+
+@pytest.mark.parametrize(
+    "layer, words",
+    [
+        (fusedrnn.LSTM(4, 5, proj_size=3), "ONNX's LSTM has no projection"),
+        (fusedrnn.ResidualRNN(4, 5), "ONNX has no operator for the cell residual_rnn"),
+        (fusedrnn.GRU(4, 5, dtype=torch.bfloat16), "bfloat16"),
+    ],
+    ids=["projection", "residual_rnn", "bfloat16"],
+)
+def test_what_onnx_cannot_say(layer: nn.Module, words: str) -> None:
+    with pytest.raises(torch.onnx.OnnxExporterError) as raised:
+        exported(layer, (torch.randn(3, 2, 4, dtype=layer.weight_ih_l0.dtype),))
+    error = raised.value
+    while error.__cause__ is not None:
+        error = error.__cause__
+    assert isinstance(error, NotImplementedError) and words in str(error)
+
+
+def test_without_onnxscript(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ImportError, match="pip install onnxscript"):
+        fusedrnn.onnx.table()
