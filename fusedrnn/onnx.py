@@ -1,10 +1,10 @@
 """Export to ONNX: the layers become its standard operators LSTM, GRU and RNN.
 
->>> torch.onnx.export(                                                                          # doctest: +SKIP
-...     model, (x,), "model.onnx", dynamo=True, custom_translation_table=fusedrnn.onnx.table())
+    torch.onnx.export(model, (x,), "model.onnx", dynamo=True, custom_translation_table=fusedrnn.onnx.table())
 
-One operator a layer, both directions, with PackedSequence input too (its ``sequence_lens``). What the operators cannot
-say raises: a projection, the residual RNN, bfloat16. Needs onnxscript, which only this module imports.
+One operator a layer, both directions, with PackedSequence input too (its ``sequence_lens``), made in the model or from
+inputs of it. What the operators cannot say raises: a projection, the residual RNN, bfloat16. Needs onnxscript, which
+only this module imports.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ def table() -> dict[Callable, Callable]:
     def fusedrnn_layer(x, batch_sizes, h0, c0, weights, cell, bidirectional, save):  # noqa: ANN001, ANN202
         return _layer(op, x, batch_sizes, h0, c0, weights, cell, bidirectional)
 
-    return {layer_forward: fusedrnn_layer}
+    def pack_padded_sequence(x, lengths, batch_first):  # noqa: ANN001, ANN202
+        return _pack(op, x, lengths, batch_first)
+
+    return {layer_forward: fusedrnn_layer, torch.ops.aten._pack_padded_sequence.default: pack_padded_sequence}
 
 
 def _layer(
@@ -54,7 +57,6 @@ def _layer(
     each = len(weights) // directions
     _check(cell, each, x.dtype)
     name, order, attributes = _OPERATORS[cell]
-
     hidden = weights[1].shape[1]
     gates = CELLS[cell].gates
     rows = [gates.index(gate) * hidden + unit for gate in order for unit in range(hidden)]
@@ -116,3 +118,14 @@ def _padded(op: Any, x: Any, batch_sizes: Any) -> tuple[Any, Any, Any]:
     row = op.Where(active, op.Add(offset, samples), op.Constant(value_int=0))
     lengths = op.ReduceSum(op.Cast(active, to=6), [0], keepdims=0)  # int32
     return op.Gather(x, row, axis=0), lengths, op.Reshape(active, [-1])
+
+
+def _pack(op: Any, x: Any, lengths: Any, batch_first: bool) -> tuple[Any, Any]:
+    """What ``torch.nn.utils.rnn.pack_padded_sequence`` calls once the lengths are sorted: data and batch_sizes."""
+    zero, one, width = op.Constant(value_int=0), op.Constant(value_int=1), x.shape[2]
+    x = op.Transpose(x, perm=[1, 0, 2]) if batch_first else x
+    steps = op.Range(zero, op.ReduceMax(lengths, keepdims=0), one)
+    active = op.Less(op.Unsqueeze(steps, [1]), lengths)  # [T, B]
+    batch_sizes = op.ReduceSum(op.Cast(active, to=7), [1], keepdims=0)
+    x = op.Slice(x, [0], op.Shape(steps))
+    return op.Compress(op.Reshape(x, [-1, width]), op.Reshape(active, [-1]), axis=0), batch_sizes

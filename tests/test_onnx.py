@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._pytree import tree_leaves
 
 import fusedrnn
@@ -125,6 +125,31 @@ def test_packed(name: str) -> None:
     program = exported(model, args(3, 2, 1), ({0: N}, {0: T}))
     assert operators(program) == {name.upper(): 1}
     assert_same(model, program, args(3, 2, 1), args(4, 4, 2, 2, 1), args(1, 1), args(3,))
+
+
+class FromPadded(nn.Module):
+    """The rows and the final states of a padded batch with its lengths."""
+
+    def __init__(self, batch_first: bool) -> None:
+        super().__init__()
+        self.layer, self.batch_first = fusedrnn.LSTM(4, 5, bidirectional=True), batch_first
+
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple:
+        y, last = self.layer(pack_padded_sequence(x, lengths, self.batch_first, enforce_sorted=False))
+        return y.data, last
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_pack_padded_sequence(batch_first: bool) -> None:
+    model = FromPadded(batch_first)
+
+    def args(*lengths: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(len(lengths), max(lengths) + 1, 4)
+        return x if batch_first else x.transpose(0, 1), torch.tensor(lengths)
+
+    program = exported(model, args(2, 3), ({0: B, 1: T} if batch_first else {0: T, 1: B}, {0: B}))
+    assert operators(program) == {"LSTM": 1}
+    assert_same(model, program, args(2, 3), args(4, 1, 7, 4), args(1))
 
 
 def test_every_cell() -> None:
