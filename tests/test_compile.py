@@ -240,5 +240,5 @@ def test_opcheck(case: Case, save: bool, need_x: bool, need_weights: bool) -> No
     dc_n = torch.ones_like(c_n) if need_weights and c_n.size(0) else None
     torch.library.opcheck(
         fusedrnn.ops.layer_backward,
-        (torch.ones_like(y), dh_n, dc_n, *given, y, saved, case.cell, case.bidirectional, need_x, need_weights),
+        (torch.ones_like(y), dh_n, dc_n, *given, y, saved, case.cell, case.bidirectional, need_x, need_weights, need_x),
     )
