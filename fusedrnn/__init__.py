@@ -11,6 +11,7 @@ from . import autograd, functional, onnx, ops, reference
 from .cells import CELLS, CellInfo
 from .convert import ConversionReport, convert, revert
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, ResidualRNN, RNNCell
+from .patch import patch_torch, unpatch_torch
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,8 @@ __all__ = [
     "functional",
     "onnx",
     "ops",
+    "patch_torch",
     "reference",
     "revert",
+    "unpatch_torch",
 ]

@@ -7,6 +7,7 @@ there. Nothing here computes: the modules check as torch.nn does and call :mod:`
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from functools import partial
 from operator import getitem
@@ -111,10 +112,11 @@ def _dense(
     Of a cell, x is (B, I), without the time, and so are the states and results.
     """
     if _infers():
-        kept = vars(module).get(_KEPT) or vars(module).setdefault(_KEPT, PackedWeights())
-        result = infer(x, h0, c0, weights, cell, bidirectional, num_layers, kept)
+        result = infer(x, h0, c0, weights, cell, bidirectional, num_layers, _kept(module))
         if result is not None:
             return result
+    elif not torch.compiler.is_compiling() and kept_aside:
+        kept_aside.pop(module, None)
     if num_layers > 1:
         return None
     if x.dim() == 3:
@@ -175,6 +177,16 @@ def _check_args(
 
 
 _KEPT = "_packed_weights"  # attribute of a module that has been used for inference
+
+#: What is kept of other people's modules (:mod:`fusedrnn.patch`), until they train: their pickles hold nothing of ours.
+kept_aside: weakref.WeakKeyDictionary[torch.nn.Module, PackedWeights] = weakref.WeakKeyDictionary()
+
+
+def _kept(module: torch.nn.Module) -> PackedWeights:
+    """The packed weights of a module, from call to call."""
+    if isinstance(module, _InferenceModule):
+        return vars(module).get(_KEPT) or vars(module).setdefault(_KEPT, PackedWeights())
+    return kept_aside.get(module) or kept_aside.setdefault(module, PackedWeights())
 
 
 class _FusedModule:
