@@ -184,7 +184,7 @@ kept_aside: weakref.WeakKeyDictionary[torch.nn.Module, PackedWeights] = weakref.
 
 def _kept(module: torch.nn.Module) -> PackedWeights:
     """The packed weights of a module, from call to call."""
-    if isinstance(module, _InferenceModule):
+    if isinstance(module, _FusedModule):
         return vars(module).get(_KEPT) or vars(module).setdefault(_KEPT, PackedWeights())
     return kept_aside.get(module) or kept_aside.setdefault(module, PackedWeights())
 
@@ -266,7 +266,10 @@ class LSTM(_SequenceModule, torch.nn.LSTM):
         return _forward(self, "lstm", "LSTM", input, hx)
 
 
-class GRU(_SequenceModule, torch.nn.GRU):
+_TorchGRU, _TorchGRUCell = torch.nn.GRU, torch.nn.GRUCell  # people give these names of torch.nn to our classes
+
+
+class GRU(_SequenceModule, _TorchGRU):
     """Gated recurrent unit in the place of :class:`torch.nn.GRU`, and with ``reset_after=False`` as first published.
 
     r, z = sigmoid(...), h_t = (1 - z) * n + z * h_{t-1} with
@@ -280,7 +283,7 @@ class GRU(_SequenceModule, torch.nn.GRU):
     reset_after: bool = True  # also for instances made by torch.nn.GRU's constructor or an old pickle
 
     def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
-        torch.nn.GRU.__init__(self, *args, **kwargs)
+        _TorchGRU.__init__(self, *args, **kwargs)
         self.reset_after = reset_after
 
     def forward(
@@ -291,7 +294,7 @@ class GRU(_SequenceModule, torch.nn.GRU):
         return output, h_n
 
     def extra_repr(self) -> str:
-        return torch.nn.GRU.extra_repr(self) + ("" if self.reset_after else ", reset_after=False")
+        return _TorchGRU.extra_repr(self) + ("" if self.reset_after else ", reset_after=False")
 
 
 class ResidualRNN(_SequenceModule, torch.nn.RNNBase):
@@ -383,13 +386,13 @@ class LSTMCell(_FusedModule, torch.nn.LSTMCell):
         return _forward_cell(self, "lstm", "LSTMCell", input, hx)
 
 
-class GRUCell(_FusedModule, torch.nn.GRUCell):
+class GRUCell(_FusedModule, _TorchGRUCell):
     """One step of :class:`GRU`, in the place of :class:`torch.nn.GRUCell`: input (B, I), h (B, H) -> h (B, H)."""
 
     reset_after: bool = True
 
     def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
-        torch.nn.GRUCell.__init__(self, *args, **kwargs)
+        _TorchGRUCell.__init__(self, *args, **kwargs)
         self.reset_after = reset_after
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
@@ -397,4 +400,4 @@ class GRUCell(_FusedModule, torch.nn.GRUCell):
         return _forward_cell(self, cell, "GRUCell", input, None if hx is None else (hx,))[0]
 
     def extra_repr(self) -> str:
-        return torch.nn.GRUCell.extra_repr(self) + ("" if self.reset_after else ", reset_after=False")
+        return _TorchGRUCell.extra_repr(self) + ("" if self.reset_after else ", reset_after=False")

@@ -67,8 +67,7 @@ class patch_torch:
         with _lock:
             _calls.add(self)
             if not _installed:
-                for name, compute in _COMPUTE.items():
-                    theirs = getattr(nn, name)
+                for theirs, compute in _COMPUTE.items():
                     _installed[theirs] = theirs.forward = _forward(theirs, theirs.forward, compute)
         return self
 
@@ -127,7 +126,7 @@ def _forward(theirs: type[nn.Module], own: Callable[..., Any], compute: Callable
         if reason is None:
             return compute(self, input, hx)
         if (theirs, reason) not in _warned:
-            text = f"torch.nn.{theirs.__name__} is left to torch.nn although fusedrnn.patch_torch() is in force: {reason}"
+            text = f"torch.nn.{theirs.__name__}, patched by fusedrnn, goes to torch.nn's own forward: {reason}"
             warnings.warn(text, stacklevel=4)  # the caller of the module
             _warned.add((theirs, reason))  # not before: a warning that raises is to raise again
         return own(self, input, hx)
@@ -165,8 +164,12 @@ def _gru_cell(self: nn.GRUCell, input: Tensor, hx: Tensor | None) -> Tensor:
     return modules._forward_cell(self, "gru", "GRUCell", input, None if hx is None else (hx,))[0]
 
 
-# Our classes' forward, but for the GRU's: torch.nn's has no ``reset_after``.
-_COMPUTE: dict[str, Callable[..., Any]] = {
-    name: getattr(modules, name).forward for name in ("RNN", "LSTM", "RNNCell", "LSTMCell")
+# torch.nn's classes as they were at import, and our forward for each; torch.nn's GRU has no ``reset_after``.
+_COMPUTE: dict[type[nn.Module], Callable[..., Any]] = {
+    nn.RNN: modules.RNN.forward,
+    nn.LSTM: modules.LSTM.forward,
+    nn.GRU: _gru,
+    nn.RNNCell: modules.RNNCell.forward,
+    nn.LSTMCell: modules.LSTMCell.forward,
+    nn.GRUCell: _gru_cell,
 }
-_COMPUTE.update(GRU=_gru, GRUCell=_gru_cell)

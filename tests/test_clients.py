@@ -197,6 +197,19 @@ def test_built_by_name(name: str) -> None:
     assert {name for name in (*LAYERS, *SINGLES)} <= set(fusedrnn.__all__)
 
 
+@pytest.mark.parametrize("name", [*LAYERS, *SINGLES])
+def test_names_of_torch_given_to_our_classes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``torch.nn.GRU = fusedrnn.GRU``, and a library that makes, prints and derives from it."""
+    monkeypatch.setattr(nn, name, getattr(fusedrnn, name))
+    module = getattr(nn, name)(4, 5)
+    derived = type("Derived", (getattr(nn, name),), {})(4, 5)
+    derived.load_state_dict(module.state_dict())
+    assert repr(module) == f"{name}(4, 5)" and repr(derived) == "Derived(4, 5)"
+    x = torch.randn(3, 4)
+    with fusedrnn.patch_torch():
+        torch.testing.assert_close(derived(x), module(x))
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradient_clipping_and_foreach_optimizers(cell: str) -> None:
     torch.manual_seed(0)
