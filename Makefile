@@ -15,12 +15,13 @@ BUILD   := build/stamp$(subst /,-,$(VENV))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: help demo test bench bench-peers phases test-avx512 sanitize sanitize-memory sanitize-threads build clean distclean
-.PHONY: check force gpu
+.PHONY: check force gpu test-clients
 .NOTPARALLEL:
 
 help:
 	@echo 'make demo       train a character model with torch.nn.LSTM, then with fusedrnn.LSTM, and compare the two'
 	@echo 'make test       run every test'
+	@echo 'make test-clients  run other libraries unchanged on torch.nn patched: the same losses, both times'
 	@echo 'make bench      time fusedrnn against torch.nn, layer by layer (make bench-peers: ONNX Runtime and OpenVINO)'
 	@echo 'make phases     time fusedrnn with timers inside: where the time of a layer goes'
 	@echo 'make test-avx512  run the tests on the AVX-512 kernels, compiled for AVX2'
@@ -38,6 +39,18 @@ demo: $(BUILD)
 
 test: $(BUILD)
 	@$(BIN) -m pytest $(ARGS)
+
+# Third-party libraries in an environment of their own, with the same Python and torch, so the same extension.
+CLIENTS := $(VENV)-clients
+$(CLIENTS)/stamp-torch-$(TORCH): requirements-clients.txt requirements-dev.txt | $(SETUP)
+	@echo 'installing torch $(TORCH) and requirements-clients.txt in $(CLIENTS)'
+	@$(BIN) -m venv --clear $(CLIENTS)
+	@$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check $(PIPARGS) torch==$(TORCH) \
+	  -r requirements-dev.txt -r requirements-clients.txt
+	@touch $@
+
+test-clients: $(BUILD) $(CLIENTS)/stamp-torch-$(TORCH)
+	@$(CLIENTS)/bin/python -m pytest -q -s tests/clients/third_party.py $(ARGS)
 
 bench: $(BUILD)
 	@$(BIN) -m benchmarks --plot out/benchmarks.png $(ARGS)
@@ -139,4 +152,4 @@ clean:
 	rm -rf build dist out fusedrnn/_C*.so fusedrnn.egg-info
 
 distclean: clean
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(CLIENTS)
