@@ -40,7 +40,9 @@ class patch_torch:
     a pickle made meanwhile loads where there is no fusedrnn.
 
     **Not covered**: a bound ``forward`` that was taken before, code that calls ``torch.lstm`` and the like itself,
-    modules that TorchScript has compiled.
+    modules that TorchScript has compiled. Two things that torch.nn allows raise: gradients of several outputs at once
+    (``is_grads_batched``, ``jacobian(vectorize=True)``), and writing into the output of an LSTM in place before
+    backward where it is float64, packed or projected (elsewhere torch.nn raises, too).
 
     **Left to torch.nn's forward**, so that code which worked goes on working:
 
@@ -155,9 +157,23 @@ def _obstacle(module: nn.Module, theirs: type[nn.Module], input: Tensor | Packed
     return None
 
 
+def _rnn(self: nn.RNN, input: Tensor | PackedSequence, hx: Tensor | None) -> tuple[Tensor | PackedSequence, Tensor]:
+    output, h_n = modules.RNN.forward(self, input, hx)
+    return _writable(output), h_n
+
+
 def _gru(self: nn.GRU, input: Tensor | PackedSequence, hx: Tensor | None) -> tuple[Tensor | PackedSequence, Tensor]:
     output, (h_n,) = modules._forward(self, "gru", "GRU", input, None if hx is None else (hx,))
-    return output, h_n
+    return _writable(output), h_n
+
+
+def _writable(output: Tensor | PackedSequence) -> Tensor | PackedSequence:
+    """A copy for the caller, where backward needs the output: torch.nn's RNN and GRU let it be written in place, and
+    people do (masks, activations with ``inplace=True``). Readings of a training step vary by more than it costs.
+    """
+    if isinstance(output, PackedSequence):
+        return output._replace(data=_writable(output.data))
+    return output.clone() if output.requires_grad else output
 
 
 def _gru_cell(self: nn.GRUCell, input: Tensor, hx: Tensor | None) -> Tensor:
@@ -166,7 +182,7 @@ def _gru_cell(self: nn.GRUCell, input: Tensor, hx: Tensor | None) -> Tensor:
 
 # torch.nn's classes as they were at import, and our forward for each; torch.nn's GRU has no ``reset_after``.
 _COMPUTE: dict[type[nn.Module], Callable[..., Any]] = {
-    nn.RNN: modules.RNN.forward,
+    nn.RNN: _rnn,
     nn.LSTM: modules.LSTM.forward,
     nn.GRU: _gru,
     nn.RNNCell: modules.RNNCell.forward,

@@ -73,7 +73,9 @@ def made(name: str, **kwargs) -> nn.Module:
 
 
 def first(result) -> Tensor:
-    return result if isinstance(result, Tensor) else result[0]
+    """The tensor of the output."""
+    output = result if isinstance(result, Tensor) else result[0]
+    return output.data if isinstance(output, PackedSequence) else output
 
 
 @pytest.fixture(autouse=True)
@@ -330,6 +332,22 @@ def test_errors_are_torchs(name: str) -> None:
             module(X[:, :3])
         with pytest.raises(AttributeError, match="list"):
             module([1.0])
+
+
+@pytest.mark.parametrize("name, packed", [(n, p) for n in ("RNN", "GRU") for p in (False, True)] + [("GRUCell", False)])
+def test_output_written_in_place(name: str, packed: bool) -> None:
+    """Before backward, where torch.nn lets it be."""
+    module, found = made(name), []
+    x = X
+    if packed:
+        x = pack_padded_sequence(X.expand(3, 3, 4), torch.tensor([3, 2, 1]))
+    for patched in (False, True):
+        if patched:
+            fusedrnn.patch_torch()
+        y = first(module(x))
+        y.mul_(X.sum())
+        found.append(torch.autograd.grad(y.pow(2).sum(), list(module.parameters())))
+    torch.testing.assert_close(found[1], found[0])
 
 
 @pytest.mark.filterwarnings("ignore")
