@@ -166,7 +166,8 @@ def _weight_gradients(
         mine = _unfold(dgates[d], 0, count)  # (N, V, (gates + split) * H)
         kept = _unfold(saved[d], 0, count)
         inputs = _unfold(x, 0, count)
-        before = _unfold(_previous(y[:, d * out : (d + 1) * out], None if h0 is None else h0[d], steps, bool(d)), 0, count)
+        start = None if h0 is None else h0[d]
+        before = _unfold(_previous(y[:, d * out : (d + 1) * out], start, steps, reverse=d == 1), 0, count)
 
         def of(begin: int, end: int, mine: Tensor = mine, hidden: int = hidden) -> Tensor:
             return mine[..., begin * hidden : end * hidden]

@@ -19,7 +19,6 @@ from torch import (
     _VF,  # noqa: F401  TorchScript, which finds torch's source through __wrapped__, looks its names up here
     nn,
 )
-from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
 from . import modules
@@ -40,16 +39,15 @@ class patch_torch:
     a pickle made meanwhile loads where there is no fusedrnn.
 
     **Not covered**: a bound ``forward`` that was taken before, code that calls ``torch.lstm`` and the like itself,
-    modules that TorchScript has compiled. Two things that torch.nn allows raise: gradients of several outputs at once
-    (``is_grads_batched``, ``jacobian(vectorize=True)``), and writing into the output of an LSTM in place before
-    backward where it is float64, packed or projected (elsewhere torch.nn raises, too).
+    modules that TorchScript has compiled. Two things that torch.nn allows raise: writing into the output of an LSTM in
+    place before backward where it is float64, packed or projected (elsewhere torch.nn raises, too), and a sparse input.
 
     **Left to torch.nn's forward**, so that code which worked goes on working:
 
     - without a word, all that leaves the process: ``torch.jit.script``, ``torch.jit.trace``, ``torch.export`` and
       with it ``torch.onnx.export``;
-    - with a UserWarning, once for each class and reason while patched: a device or dtype without a kernel,
-      forward-mode AD and transforms of torch.func, a subclass with argument checks of its own. With
+    - with a UserWarning, once for each class and reason while patched: a device or dtype without a kernel, a transform
+      of torch.func inside torch.compile, a subclass with argument checks of its own. With
       ``warnings.simplefilter("error")`` it raises instead.
 
     Packed weights, which inference keeps, are held beside the module, until it trains, goes or is patched no more.
@@ -147,10 +145,8 @@ def _obstacle(module: nn.Module, theirs: type[nn.Module], input: Tensor | Packed
             dtype = torch.get_autocast_dtype(device)
         if dtype not in KERNEL_DTYPES[device]:
             return f"no kernels for {dtype} on {device}"
-    if forward_ad._current_level >= 0:
-        return "forward-mode AD"
-    if torch._C._functorch.maybe_current_level() is not None:
-        return "a transform of torch.func"
+    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func inside torch.compile"
     cls = type(module)
     if cls is not theirs and any(getattr(cls, name, None) is not getattr(theirs, name, None) for name in _CHECKS):
         return f"{cls.__qualname__} has argument checks of its own"

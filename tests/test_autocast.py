@@ -1,4 +1,4 @@
-"""Mixed precision: every output in autocast's type, gradients in the parameters', numbers as good as the type allows."""
+"""Mixed precision: outputs in autocast's type, gradients in the parameters', numbers as good as the type allows."""
 
 from __future__ import annotations
 

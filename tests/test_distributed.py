@@ -40,7 +40,8 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Both]:
     pools = [ProcessPoolExecutor(1, context, join, (rank, str(file))) for rank in range(RANKS)]
 
     def call(function: Callable[..., Any], *args: Any) -> list[Any]:
-        return [future.result(240) for future in [pool.submit(function, *args, rank) for rank, pool in enumerate(pools)]]
+        futures = [pool.submit(function, *args, rank) for rank, pool in enumerate(pools)]
+        return [future.result(240) for future in futures]
 
     yield call
     for pool in pools:

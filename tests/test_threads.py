@@ -261,7 +261,8 @@ def test_workers_of_a_data_loader_compute(method: str, workers: int, threads: Ca
 def test_little_work_wakes_no_other_thread() -> None:
     """One step of a small cell runs where it was called: waking a team would cost a hundred times its arithmetic."""
     code = (
-        "import os, torch, fusedrnn; torch.set_num_threads(2); cell = fusedrnn.GRUCell(16, 16); x = torch.randn(1, 16)\n"
+        "import os, torch, fusedrnn; torch.set_num_threads(2)\n"
+        "cell = fusedrnn.GRUCell(16, 16); x = torch.randn(1, 16)\n"
         "before = len(os.listdir('/proc/self/task')); cell(x).sum().backward()\n"
         "print(len(os.listdir('/proc/self/task')) - before)"
     )

@@ -23,7 +23,7 @@ TOLERANCE: dict[torch.dtype, float] = {
 def assert_close(
     name: str, actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None, margin: float = 1.0
 ) -> None:
-    """Same shape, same NaN and infinities, and no difference above ``margin * TOLERANCE[dtype]`` (default: actual's)."""
+    """Same shape, same NaN and infinities, no difference above ``margin * TOLERANCE[dtype]`` (default: actual's)."""
     dtype = dtype or actual.dtype
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     assert actual.layout == expected.layout == torch.strided
