@@ -41,9 +41,11 @@ def recurrent_layer(
             # Dynamo takes no tensor inside torch.func.grad for one that requires a gradient: it would be lost.
             raise NotImplementedError("fusedrnn: torch.compile cannot trace a recurrent layer inside torch.func.grad")
         return RecurrentLayer.apply(*arguments)[:3] if wanted else layer_forward(*forward, False)[:3]
-    if _transformed():  # transforms see Functions, whatever their tensors seem to require
+    tangents = forward_ad._current_level >= 0
+    if _transformed() and (tangents or torch.is_grad_enabled()):
+        # Transforms see Functions, whatever their tensors seem to require.
         return RecurrentLayerWithTangents.apply(*arguments)[:3]
-    if forward_ad._current_level >= 0:
+    if tangents:
         return _apply(RecurrentLayerWithTangents, arguments)[:3]
     if wanted:
         if torch._C._get_tracing_state() is not None:

@@ -7,13 +7,14 @@ import json
 import math
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 import fusedrnn
 from benchmarks import __main__ as command
-from benchmarks import cases, limits, measure, memory, per_sample, python_threads, report, scaling
+from benchmarks import cases, limits, measure, memory, per_sample, python_threads, report, scaling, works_with
 from benchmarks.cases import CASES, CELL_NAMES, REGIMES, Case
 from fusedrnn.cells import CELLS
 
@@ -302,3 +303,15 @@ def test_per_sample_gradients_are_compared_before_they_are_timed(capsys, monkeyp
         per_sample.check(per_sample.CASES[name], calls | {"fusedrnn": lambda: wrong})
     with pytest.raises(SystemExit):
         per_sample.main(["no-such-case"])
+
+
+def test_the_readme_says_what_works():
+    """Everything of ours but TorchScript, and of torch.nn what the table says: a new torch may change that."""
+    found = works_with.readings()
+    assert [name for name, (_, ours) in found.items() if ours != "yes"] == [list(works_with.ROWS)[-1]]
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    table = readme.split(report.BEGIN.replace("benchmarks", "works with"))[1].split("-->")[0]
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in table.splitlines() if line.startswith("| ")}
+    for name, (theirs, _) in found.items():
+        if not name.startswith("autocast"):  # oneDNN's types are the processor's
+            assert (" | yes | " in rows[name]) == (theirs == "yes"), name

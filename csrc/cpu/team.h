@@ -59,7 +59,7 @@ class Team {
   const int me, members;
 
  private:
-  static constexpr int kSpins = 4000;
+  static constexpr int kSpins = 1000;
   FUSEDRNN_INLINE static void pause() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();

@@ -1,0 +1,283 @@
+"""The command ``python -m benchmarks.works_with``: parts of PyTorch, each tried on torch.nn's layers and on ours.
+
+A row is a small program that raises where something does not work or gives a wrong number. The command prints what
+came; ``--readme`` puts it into the README. CPU only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jvp, stack_module_state, vmap
+from torch.utils.flop_counter import FlopCounterMode
+
+import fusedrnn
+
+from . import report
+
+T, B, I, H = 5, 3, 4, 6
+Row = Callable[[ModuleType], None]
+ROWS: dict[str, Row] = {}
+
+
+def row(name: str) -> Callable[[Row], Row]:
+    """Adds a program to ROWS."""
+
+    def add(program: Row) -> Row:
+        ROWS[name] = program
+        return program
+
+    return add
+
+
+def x(*shape: int) -> Tensor:
+    return torch.randn(*(shape or (T, B)), I)
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in module.named_parameters()}
+
+
+def loss(module: nn.Module, weights: dict[str, Tensor], x: Tensor) -> Tensor:
+    return functional_call(module, weights, (x,))[0].square().sum()
+
+
+def same(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@row("double backward")
+def _(library: ModuleType) -> None:
+    for name in ("LSTM", "GRU", "RNN"):
+        leaf = x().requires_grad_()
+        (dx,) = torch.autograd.grad(getattr(library, name)(I, H)(leaf)[0].square().sum(), leaf, create_graph=True)
+        dx.square().sum().backward()
+
+
+@row("backward in eval()")
+def _(library: ModuleType) -> None:
+    for name in ("LSTM", "GRU", "RNN"):
+        getattr(library, name)(I, H).eval()(x())[0].sum().backward()
+
+
+@row("vmap over inputs")
+def _(library: ModuleType) -> None:
+    for name in ("LSTM", "GRU", "RNN"):
+        module, many = getattr(library, name)(I, H), x(7, T, B)
+        same(vmap(module)(many)[0], torch.stack([module(one)[0] for one in many]))
+
+
+@row("vmap over an ensemble of weights")
+def _(library: ModuleType) -> None:
+    for name in ("LSTM", "GRU", "RNN"):
+        modules = [getattr(library, name)(I, H) for _ in range(4)]
+        parameters, _ = stack_module_state(modules)
+        found = vmap(lambda p, own=x(), base=modules[0]: functional_call(base, p, (own,))[0])(parameters)
+        assert found.shape == (4, T, B, H)
+
+
+def per_sample(library: ModuleType, name: str) -> None:
+    module, many = getattr(library, name)(I, H), x(7, T, 1)
+    found = vmap(grad(loss, 1), (None, None, 0))(module, weights(module), many)
+    expected = grad(loss, 1)(module, weights(module), many[2])
+    for key, gradient in expected.items():
+        same(found[key][2], gradient)
+
+
+@row("per-sample gradients, `vmap(grad(...))`, LSTM")
+def _(library: ModuleType) -> None:
+    per_sample(library, "LSTM")
+
+
+@row("the same, GRU and RNN")
+def _(library: ModuleType) -> None:
+    per_sample(library, "GRU")
+    per_sample(library, "RNN")
+
+
+@row("forward-mode AD")
+def _(library: ModuleType) -> None:
+    for name in ("GRU", "RNN", "LSTM"):
+        module, here, way = getattr(library, name)(I, H), x(), x()
+        _, found = jvp(lambda x, module=module: module(x)[0], (here,), (way,))
+        same(found, (module(here + 0.01 * way)[0] - module(here - 0.01 * way)[0]) / 0.02)
+        with torch.no_grad(), forward_ad.dual_level():
+            same(forward_ad.unpack_dual(module(forward_ad.make_dual(here, way))[0]).tangent, found)
+
+
+@row("`torch.func.hessian`")
+def _(library: ModuleType) -> None:
+    for name in ("GRU", "RNN", "LSTM"):
+        module = getattr(library, name)(I, H)
+        assert hessian(lambda x, module=module: module(x)[0].square().sum())(x(2, 1)).shape == (2, 1, I) * 2
+
+
+def compiled(library: ModuleType, name: str, steps: Sequence[int]) -> int:
+    """Trains compiled, with several T; how often Dynamo compiled."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    module = getattr(library, name)(I, H)
+    with torch._dynamo.config.patch(allow_rnn=True):
+        call = torch.compile(module, backend=counter, fullgraph=True)
+        for T in steps:
+            argument = x(T, B)
+            found, expected = call(argument)[0], module(argument)[0]
+            same(found, expected)
+            first, second = (torch.autograd.grad(y.sum(), list(module.parameters())) for y in (found, expected))
+            for a, b in zip(first, second, strict=True):
+                same(a, b)
+    return counter.frame_count
+
+
+@row("`torch.compile(fullgraph=True)`, training (`torch._dynamo.config.allow_rnn = True`)")
+def _(library: ModuleType) -> None:
+    for name in ("GRU", "RNN", "LSTM"):
+        compiled(library, name, (T,))
+
+
+@row("the same, with another T each time and no more than two graphs")
+def _(library: ModuleType) -> None:
+    for name in ("GRU", "RNN", "LSTM"):
+        count = compiled(library, name, (5, 8, 11, 6))
+        assert count <= 2, f"{count} graphs for 4 lengths"
+
+
+@row("`torch.export` with dynamic T and B")
+def _(library: ModuleType) -> None:
+    sizes = {0: torch.export.Dim("T"), 1: torch.export.Dim("B")}
+    for name in ("GRU", "RNN", "LSTM"):
+        module = getattr(library, name)(I, H)
+        program = torch.export.export(module, (x(),), dynamic_shapes=(sizes,)).module()
+        other = x(T + 2, B + 2)
+        same(program(other)[0], module(other)[0])
+
+
+@row("ONNX with dynamic T and B (`torch.onnx.export(dynamo=True)`)")
+def _(library: ModuleType) -> None:
+    import onnxruntime
+
+    sizes = {0: torch.export.Dim("T"), 1: torch.export.Dim("B")}
+    table = fusedrnn.onnx.table() if library is fusedrnn else None
+    for name in ("LSTM", "GRU", "RNN"):
+        module, other = getattr(library, name)(I, H).eval(), x(T + 2, B + 2)
+        program = torch.onnx.export(
+            module, (x(),), dynamo=True, dynamic_shapes=(sizes,), custom_translation_table=table, verbose=False
+        )
+        model = program.model_proto.SerializeToString()
+        session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+        found = session.run(None, {session.get_inputs()[0].name: other.numpy()})
+        same(torch.from_numpy(found[0]), module(other)[0].detach())
+
+
+@row("autocast to bfloat16: every output in bfloat16")
+def _(library: ModuleType) -> None:
+    for module in (library.GRU(I, H), library.LSTM(I, H, proj_size=2), library.RNN(I, H), library.LSTM(I, H)):
+        with torch.autocast("cpu", torch.bfloat16):
+            y, last = module(x())
+        types = {str(t.dtype) for t in (y, *(last if isinstance(last, tuple) else (last,)))}
+        assert types == {"torch.bfloat16"}, f"{type(module).__name__}: {', '.join(sorted(types))}"
+
+
+@row("autocast to float16, on the CPU")
+def _(library: ModuleType) -> None:
+    for name in ("GRU", "RNN", "LSTM"):
+        with torch.autocast("cpu", torch.float16):
+            y = getattr(library, name)(I, H)(x())[0]
+        y.float().sum().backward()
+
+
+@row("`swap_tensors` of a weight")
+def _(library: ModuleType) -> None:
+    module = library.LSTM(I, H)
+    torch.utils.swap_tensors(module.weight_ih_l0, nn.Parameter(torch.zeros(4 * H, I)))
+    module(x())
+
+
+@row("`FlopCounterMode` counts the products")
+def _(library: ModuleType) -> None:
+    for name in ("GRU", "RNN", "LSTM"):
+        module = getattr(library, name)(I, H)
+        with FlopCounterMode(display=False) as counter:
+            module(x())
+        expected = 2 * T * B * (module.weight_ih_l0.numel() + module.weight_hh_l0.numel())
+        assert counter.get_total_flops() == expected, f"{name}: {counter.get_total_flops()} of {expected}"
+
+
+@row("deepcopy, pickle, `torch.save`")
+def _(library: ModuleType) -> None:
+    module = library.LSTM(I, H)
+    module(x())
+    copy.deepcopy(module)(x())
+
+
+@row("`torch.jit.trace` in inference")
+def _(library: ModuleType) -> None:
+    with torch.no_grad():
+        module, other = library.GRU(I, H), x(T + 2, B)
+        same(torch.jit.trace(module, (x(),))(other)[0], module(other)[0])
+
+
+@row("`torch.jit.script`; `torch.jit.trace` with gradients")
+def _(library: ModuleType) -> None:
+    torch.jit.trace(library.GRU(I, H), (x(),))
+    torch.jit.script(library.GRU(I, H))
+
+
+def outcome(program: Row, library: ModuleType) -> str:
+    """``yes``, or why not in a line."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            program(library)
+        except Exception as error:  # whatever torch raises is the reading
+            first = next((line for line in str(error).splitlines() if line.strip()), "")
+            return f"{type(error).__name__}: {first.strip()}"
+    return "yes"
+
+
+def readings() -> dict[str, tuple[str, str]]:
+    """Of torch.nn and of fusedrnn, by row."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # the exporter tells what packages it misses
+    return {name: (outcome(program, nn), outcome(program, fusedrnn)) for name, program in ROWS.items()}
+
+
+def markdown(found: dict[str, tuple[str, str]]) -> str:
+    """The table for the README."""
+
+    def cell(text: str) -> str:
+        text = re.sub(r"\s+", " ", text).replace("|", "/")
+        short = text if len(text) <= 90 else text[:87] + "..."
+        return short if short == "yes" else f"no: `{short}`"
+
+    lines = [f"| with torch {torch.__version__.partition('+')[0]} | torch.nn | fusedrnn |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | {cell(a)} | {cell(b)} |" for name, (a, b) in found.items())]) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.works_with", description=__doc__.splitlines()[0])
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="put the table between the markers of this file")
+    args = parser.parse_args(argv)
+    text = markdown(readings())
+    sys.stdout.write(text)
+    if args.readme:
+        report.update_readme(args.readme, text, "works with")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
