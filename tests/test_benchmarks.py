@@ -292,15 +292,19 @@ def test_the_scaling_command_prints_readings_beside_the_model(capsys, monkeypatc
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_per_sample_gradients_are_compared_before_they_are_timed(capsys, monkeypatch):
-    name = "gru-train-T50-B32-I64-H64"
+    name, case = "gru-train-T5-B4-I8-H8", Case("gru", "train", (5, 4, 8, 8))
+    monkeypatch.setattr(per_sample, "CASES", {name: case})
+    assert per_sample.main([name, "--peak-of", "fusedrnn"]) == 0
+    assert float(capsys.readouterr().out) >= 0
+    monkeypatch.setattr(per_sample, "peak", lambda library, case: 1.0)  # processes of their own: slow to start
     assert per_sample.main([name, "--seconds", "0.01"]) == 0
     row = capsys.readouterr().out.splitlines()[-1].split()
     assert row[0] == name and all(float(value) > 0 for value in row[1:3]) and "loop" in row
-    calls = per_sample.contenders(per_sample.CASES[name])
+    calls = per_sample.contenders(case)
     wrong = calls["fusedrnn"]()
     wrong["weight_hh_l0"][3] *= 1.01
     with pytest.raises(measure.Disagreement, match="weight_hh_l0"):
-        per_sample.check(per_sample.CASES[name], calls | {"fusedrnn": lambda: wrong})
+        per_sample.check(case, calls | {"fusedrnn": lambda: wrong})
     with pytest.raises(SystemExit):
         per_sample.main(["no-such-case"])
 

@@ -186,7 +186,7 @@ def test_forward_mode_of_every_kind_of_layer(cell: str) -> None:
 
 @pytest.mark.parametrize("cell", SMOOTH)
 def test_forward_mode_entry_by_entry_and_mapped(cell: str) -> None:
-    case = Case(cell, T=2, I=2, H=3, num_layers=2, bidirectional=True)
+    case = Case(cell, T=2, B=1, I=1, H=2, num_layers=2, bidirectional=True)
     assert torch.autograd.gradcheck(
         *problem(case), check_forward_ad=True, check_batched_forward_grad=True, check_batched_grad=True
     )
