@@ -32,29 +32,41 @@ def recurrent_layer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer: y, h_n, c_n. What the backward pass needs is kept only if some gradient is wanted."""
     forward = x, batch_sizes, h0, c0, weights, cell, bidirectional
+    arguments = cell, bidirectional, x, batch_sizes, h0, c0, *weights
+    compiling, transformed = torch.compiler.is_compiling(), _transformed()
     if torch.compiler.is_exporting():  # an exported program has no backward
         return layer_forward(*forward, False)[:3]
-    arguments = cell, bidirectional, x, batch_sizes, h0, c0, *weights
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights))
-    if torch.compiler.is_compiling():
-        if _transformed() and torch.is_grad_enabled():
-            # Dynamo takes no tensor inside torch.func.grad for one that requires a gradient: it would be lost.
-            raise NotImplementedError("fusedrnn: torch.compile cannot trace a recurrent layer inside torch.func.grad")
-        return RecurrentLayer.apply(*arguments)[:3] if wanted else layer_forward(*forward, False)[:3]
-    tangents = forward_ad._current_level >= 0
-    if _transformed() and (tangents or torch.is_grad_enabled()):
-        # Transforms see Functions, whatever their tensors seem to require.
-        return RecurrentLayerWithTangents.apply(*arguments)[:3]
-    if tangents:
-        return _apply(RecurrentLayerWithTangents, arguments)[:3]
-    if wanted:
+    if _wants_plain_operations(x, h0, c0, *weights):
+        y, h_n, *c_n = differentiable.layer(cell, bidirectional, x, batch_sizes, h0, c0, weights)
+        return y, h_n, c_n[0] if c_n else h_n[:0]
+    if compiling and transformed and torch.is_grad_enabled():
+        # Dynamo takes no tensor inside torch.func.grad for one that requires a gradient: it would be lost.
+        raise NotImplementedError("fusedrnn: torch.compile cannot trace a layer inside torch.func.grad or vmap")
+    wanted = any(t is not None and t.requires_grad for t in (x, h0, c0, *weights))
+    if torch.is_grad_enabled() and (wanted or transformed):  # what tensors inside a transform require does not show
         if torch._C._get_tracing_state() is not None:
             raise NotImplementedError(
                 "fusedrnn: TorchScript cannot hold the backward pass of a recurrent layer: use torch.export.export, or,"
                 " for inference, torch.jit.trace under torch.no_grad()"
             )
+        if compiling or transformed:
+            return RecurrentLayer.apply(*arguments)[:3]
         return _apply(RecurrentLayer, arguments)[:3]
     return layer_forward(*forward, False)[:3]
+
+
+def _wants_plain_operations(*tensors: Tensor | None) -> bool:
+    """Whether only :func:`fusedrnn.differentiable.layer` will do: forward-mode AD, whose levels torch lets no Function
+    see but one, and torch.func.functionalize, which takes none.
+    """
+    if torch.compiler.is_compiling():
+        return forward_ad._current_level >= 0
+    if _transformed():
+        stack = torch._C._functorch.get_interpreter_stack() or []
+        return forward_ad._current_level >= 0 or any(level.key() == _FUNCTIONALIZE for level in stack)
+    return forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
 
 
 def _apply(function: type[torch.autograd.Function], arguments: tuple) -> tuple[Tensor, ...]:
@@ -63,6 +75,9 @@ def _apply(function: type[torch.autograd.Function], arguments: tuple) -> tuple[T
     Not a method of the class: after a graph break Dynamo would begin a frame there, and fail.
     """
     return super(torch.autograd.Function, function).apply(*arguments)
+
+
+_FUNCTIONALIZE = torch._C._functorch.TransformType.Functionalize
 
 
 def _transformed() -> bool:
@@ -108,8 +123,13 @@ class RecurrentLayer(torch.autograd.Function):
         _, _, need_x, _, need_h0, need_c0, *need_weights = ctx.needs_input_grad
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * len(ctx.needs_input_grad)
+        if _wants_plain_operations(x, dy, dh_n, dc_n, h0, c0, *weights):
+            found = differentiable.gradients(
+                ctx.cell, ctx.bidirectional, batch_sizes, _cotangents(dy, dh_n, dc_n), _leaves(x, h0, c0, weights)
+            )
+            dx, dh0, dc0, dweights = (found.get(name) for name in ("x", "h0", "c0", "weights"))
         # Another Function only where its result may be differentiated. Dynamo traces none inside a backward.
-        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or _transformed()):
+        elif torch.compiler.is_compiling() or not (torch.is_grad_enabled() or _transformed()):
             dx, dh0, dc0, dweights, _, _ = layer_backward(
                 dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, ctx.cell, ctx.bidirectional, need_x,
                 any(need_weights), False,
@@ -131,36 +151,12 @@ class RecurrentLayer(torch.autograd.Function):
         )
 
 
-class RecurrentLayerWithTangents(RecurrentLayer):
-    """:class:`RecurrentLayer` with derivatives in forward mode, by :func:`fusedrnn.differentiable.layer`.
-
-    A class of its own: Dynamo traces no Function that has a ``jvp``.
-    """
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):  # noqa: D102
-        RecurrentLayer.setup_context(ctx, inputs, output)
-        _, _, x, batch_sizes, h0, c0, *weights = inputs
-        y, _, _, saved = output
-        ctx.save_for_forward(x, batch_sizes, h0, c0, y, saved, *weights)
-
-    @staticmethod
-    def jvp(ctx, _, __, dx, ___, dh0, dc0, *dweights):  # noqa: D102
-        x, batch_sizes, h0, c0, _, _, *weights = ctx.saved_tensors
-        leaves = _leaves(x, h0, c0, weights)
-        tangents = _like(leaves, {"x": dx, "h0": dh0, "c0": dc0, "weights": dweights})
-        with torch.autocast(x.device.type, enabled=False):
-            outputs = partial(differentiable.outputs, ctx.cell, ctx.bidirectional, batch_sizes)
-            found = differentiable.jvp(outputs, (leaves,), (tangents,))
-        return found["y"], found["h_n"], found.get("c_n"), None
-
-
 class RecurrentLayerBackward(torch.autograd.Function):
     """The hand-derived gradients of :class:`RecurrentLayer`, as a function that may be differentiated again.
 
     *Its derivative* is that of :func:`fusedrnn.differentiable.layer`, differentiated twice by torch: correct to any
     order on any device, and as slow as a Python loop through time. ``y`` and ``saved`` are functions of the other
-    arguments; what goes through them is part of those arguments' gradients, and of their tangents.
+    arguments; what goes through them is part of those arguments' gradients.
     """
 
     generate_vmap_rule = True
@@ -179,15 +175,13 @@ class RecurrentLayerBackward(torch.autograd.Function):
         ctx.cell, ctx.bidirectional, ctx.need_x, ctx.need_weights, *tensors = inputs
         dy, dh_n, dc_n, x, batch_sizes, h0, c0, _, _, *weights = tensors
         ctx.set_materialize_grads(False)
-        _, dh0, dc0, *_ = output
-        for save in (ctx.save_for_backward, ctx.save_for_forward):
-            save(batch_sizes, dy, dh_n, dc_n, x, h0, c0, dh0, dc0, *weights)
+        ctx.save_for_backward(batch_sizes, dy, dh_n, dc_n, x, h0, c0, *weights)
 
     @staticmethod
     def backward(ctx, ddx, ddh0, ddc0, *ddweights):  # noqa: D102
         if is_batched_by_autograd(ddx, ddh0, ddc0, *ddweights):
             return tuple(map_backward(partial(RecurrentLayerBackward.backward, ctx), ddx, ddh0, ddc0, *ddweights))
-        batch_sizes, dy, dh_n, dc_n, x, h0, c0, _, _, *weights = ctx.saved_tensors
+        batch_sizes, dy, dh_n, dc_n, x, h0, c0, *weights = ctx.saved_tensors
         asked = {"x": ddx if ctx.need_x else None, "h0": ddh0, "c0": ddc0}
         if all(dd is None for dd in (*asked.values(), *ddweights)):
             return (None,) * len(ctx.needs_input_grad)
@@ -200,21 +194,6 @@ class RecurrentLayerBackward(torch.autograd.Function):
         d = [d_cotangents.get(name) for name in ("y", "h_n", "c_n")]
         d += [d_leaves.get(name) for name in ("x", "h0", "c0")]
         return (None, None, None, None, *d[:4], None, *d[4:], None, None, *d_leaves["weights"])
-
-    @staticmethod
-    def jvp(ctx, _, __, ___, ____, tdy, tdh_n, tdc_n, tx, _____, th0, tc0, ______, _______, *tweights):  # noqa: D102
-        batch_sizes, dy, dh_n, dc_n, x, h0, c0, dh0, dc0, *weights = ctx.saved_tensors
-        cotangents, leaves = _cotangents(dy, dh_n, dc_n), _leaves(x, h0, c0, weights)
-        tangents = (
-            _like(cotangents, {"y": tdy, "h_n": tdh_n, "c_n": tdc_n}),
-            _like(leaves, {"x": tx, "h0": th0, "c0": tc0, "weights": tweights}),
-        )
-        gradients = partial(differentiable.gradients, ctx.cell, ctx.bidirectional, batch_sizes)
-        with torch.autocast(x.device.type, enabled=False):
-            found = differentiable.jvp(gradients, (cotangents, leaves), tangents)
-        states = [found.get(name, torch.zeros_like(d)) for name, d in (("h0", dh0), ("c0", dc0))]
-        dweights = found["weights"] if ctx.need_weights else []
-        return found["x"] if ctx.need_x else x.new_zeros(0), *states, *dweights
 
 
 def _leaves(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]) -> dict:

@@ -12,9 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
-from torch.utils._pytree import tree_map
 
-__all__ = ["gradients", "jvp", "layer", "outputs"]
+__all__ = ["gradients", "layer", "outputs"]
 
 States = tuple[Tensor, ...]
 Recurrent = Callable[[Tensor, int, int], Sequence[Tensor]]  # (h, first, last) -> W_hh h + b_hh of these gates
@@ -101,15 +100,6 @@ def gradients(cell: str, bidirectional: bool, batch_sizes: Tensor | None, cotang
         return {name: found[name] for name in cotangents}
 
     return torch.func.vjp(asked, leaves)[1](cotangents)[0]
-
-
-def jvp(function: Callable[..., dict], primals: tuple[dict, ...], tangents: tuple[dict, ...]) -> dict:
-    """The derivative of ``function`` along ``tangents``: J t, the gradient of u -> J^T u.
-
-    In reverse mode twice, because torch nests no forward mode (``torch.func.jvp`` inside a dual level).
-    """
-    out, pull = torch.func.vjp(function, *primals)
-    return torch.func.vjp(pull, tree_map(torch.zeros_like, out))[1](tangents)[0]
 
 
 def _direction(

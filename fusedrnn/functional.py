@@ -157,7 +157,7 @@ def recurrent(
         if x.dim() not in (2, 3):
             raise ValueError(f"input must have 2 (unbatched) or 3 dimensions, got {x.dim()}")
         x = x.unsqueeze(1) if unbatched else x.transpose(0, 1) if batch_first else x
-    if any(s is not None for s in states):
+    if any(s is not None for s in states) and not (packed is not None and torch.compiler.is_compiling()):
         batch = () if unbatched else (int(packed.batch_sizes[0]) if packed is not None else x.size(1),)
         _check_states(names, states, num_layers * directions, batch, weights, len(CELLS[cell].gates))
     if unbatched:

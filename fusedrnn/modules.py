@@ -38,8 +38,10 @@ def _forward(
     two_states = len(CELLS[cell].states) == 2
     states = _as_states(states, cell)
     if isinstance(input, PackedSequence):
-        # The caller's hx is checked before it is permuted: a larger batch would be cut down silently.
-        _check_args(module, input.data, input.batch_sizes, states, two_states)
+        # The caller's hx is checked before it is permuted: a larger batch would be cut down silently. While Dynamo or
+        # an exporter traces, the number of samples is not known; the op checks it.
+        checked = None if torch.compiler.is_compiling() else states
+        _check_args(module, input.data, input.batch_sizes, checked, two_states)
     else:
         if input.dim() not in (2, 3):
             noun = "D tensor instead" if name == "RNN" else "D instead"

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -167,6 +168,24 @@ def pack(lengths: list[int], enforce_sorted: bool) -> PackedSequence:
     return pack_padded_sequence(
         torch.randn(max(lengths), len(lengths), 4), torch.tensor(lengths), enforce_sorted=enforce_sorted
     )
+
+
+def test_packed_input_with_states(allow_rnn: None) -> None:
+    module = fusedrnn.GRU(4, 5)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
+    for lengths in LENGTHS:
+        assert_same(module, compiled, pack(lengths, True), torch.randn(1, len(lengths), 5))
+
+
+@pytest.mark.parametrize("allow", [False, True])
+def test_forward_mode(allow: bool) -> None:
+    module, x = fusedrnn.GRU(4, 5), torch.randn(3, 2, 4)
+    with torch._dynamo.config.patch(allow_rnn=allow), forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        found, expected = (
+            forward_ad.unpack_dual(call(dual)[0]).tangent for call in (torch.compile(module, backend="eager"), module)
+        )
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("enforce_sorted", [True, False])

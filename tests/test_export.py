@@ -98,18 +98,21 @@ class Packed(nn.Module):
         super().__init__()
         self.layer = fusedrnn.LSTM(4, 5, bidirectional=True)
 
-    def forward(self, data: Tensor, batch_sizes: Tensor) -> tuple:
-        y, last = self.layer(PackedSequence(data, batch_sizes))
+    def forward(self, data: Tensor, batch_sizes: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple:
+        y, last = self.layer(PackedSequence(data, batch_sizes), hx)
         return y.data, last
 
 
 @STRICT
-def test_packed(strict: bool) -> None:
+@pytest.mark.parametrize("given", [False, True], ids=["zeros", "states"])
+def test_packed(given: bool, strict: bool) -> None:
     def make(*batch_sizes: int) -> tuple:
-        return torch.randn(sum(batch_sizes), 4), torch.tensor(batch_sizes)
+        hx = (states("lstm", 2, batch_sizes[0], 5),) if given else ()
+        return torch.randn(sum(batch_sizes), 4), torch.tensor(batch_sizes), *hx
 
     inputs = [(3, 2, 1), (4, 4, 2, 1), (1, 1)]
-    assert_exported(Packed(), make, ({0: N}, {0: T}), inputs, strict, 1)
+    dynamic = ({0: N}, {0: T}, *[({1: B}, {1: B})] * given)
+    assert_exported(Packed(), make, dynamic, inputs, strict, 1)
 
 
 class Last(nn.Module):

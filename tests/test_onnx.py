@@ -134,20 +134,23 @@ class FromPadded(nn.Module):
         super().__init__()
         self.layer, self.batch_first = fusedrnn.LSTM(4, 5, bidirectional=True), batch_first
 
-    def forward(self, x: Tensor, lengths: Tensor) -> tuple:
-        y, last = self.layer(pack_padded_sequence(x, lengths, self.batch_first, enforce_sorted=False))
+    def forward(self, x: Tensor, lengths: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple:
+        y, last = self.layer(pack_padded_sequence(x, lengths, self.batch_first, enforce_sorted=False), hx)
         return y.data, last
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_pack_padded_sequence(batch_first: bool) -> None:
+    """Sorted in the model, there and back; without states, and with states (batch_first)."""
     model = FromPadded(batch_first)
 
-    def args(*lengths: int) -> tuple[Tensor, Tensor]:
+    def args(*lengths: int) -> tuple:
         x = torch.randn(len(lengths), max(lengths) + 1, 4)
-        return x if batch_first else x.transpose(0, 1), torch.tensor(lengths)
+        hx = (tuple(torch.randn(2, 2, len(lengths), 5)),) if batch_first else ()
+        return x if batch_first else x.transpose(0, 1), torch.tensor(lengths), *hx
 
-    program = exported(model, args(2, 3), ({0: B, 1: T} if batch_first else {0: T, 1: B}, {0: B}))
+    states = [({1: B}, {1: B})] * batch_first
+    program = exported(model, args(2, 3), ({0: B, 1: T} if batch_first else {0: T, 1: B}, {0: B}, *states))
     assert operators(program) == {"LSTM": 1}
     assert_same(model, program, args(2, 3), args(4, 1, 7, 4), args(1))
 

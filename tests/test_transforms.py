@@ -226,6 +226,71 @@ def test_dual_states_of_single_steps(cell: str) -> None:
         close(found, torch.einsum("abcd,cd->ab", jacrev(step)(h), t))
 
 
+ORDERS = {
+    "jvp(jvp)": lambda f, x, t: jvp(lambda x: jvp(f, (x,), (t,))[1], (x,), (t,))[1],
+    "jvp(grad)": lambda f, x, t: (jvp(grad(f), (x,), (t,))[1] * t).sum(),
+    "grad(jvp)": lambda f, x, t: (grad(lambda x: jvp(f, (x,), (t,))[1])(x) * t).sum(),
+    "grad(grad)": lambda f, x, t: (grad(lambda x: (grad(f)(x) * t).sum())(x) * t).sum(),
+    "jacfwd(jacfwd)": lambda f, x, t: torch.tensordot(torch.tensordot(jacfwd(jacfwd(f))(x), t, 3), t, 3),
+    "jacfwd(jacrev)": lambda f, x, t: torch.tensordot(torch.tensordot(jacfwd(jacrev(f))(x), t, 3), t, 3),
+    "jacrev(jacfwd)": lambda f, x, t: torch.tensordot(torch.tensordot(jacrev(jacfwd(f))(x), t, 3), t, 3),
+}
+
+
+@pytest.mark.parametrize("cell", SMOOTH)
+def test_the_order_of_transforms_does_not_matter(cell: str) -> None:
+    """A second derivative along a direction; and the same through a map outside, inside and between."""
+    module = Case(cell).module()
+    x, t = torch.randn(2, V, 3, 2, 4, dtype=torch.float64)
+
+    def loss(x: Tensor) -> Tensor:
+        return module(x)[0].sin().sum()
+
+    def mapped(x: Tensor) -> Tensor:
+        return vmap(loss)(x).sum()
+
+    for order in ORDERS.values():
+        found = torch.stack([order(loss, x[v], t[v]) for v in range(V)])
+        if order is ORDERS["jvp(jvp)"]:
+            expected = found
+            step = 1e-4
+            around = [loss(x[0] + s * t[0]) for s in (-step, 0, step)]
+            differences = (around[0] - 2 * around[1] + around[2]) / step**2
+            torch.testing.assert_close(found[0], differences, rtol=1e-5, atol=1e-5)
+        close(found, expected)
+        close(vmap(lambda x, t, order=order: order(loss, x, t))(x, t), expected)
+    for name in ("jvp(jvp)", "jvp(grad)", "grad(jvp)", "grad(grad)"):
+        close(ORDERS[name](mapped, x, t), expected.sum())
+    tangents = jvp(vmap(lambda x: module(x)[0]), (x,), (t,))[1]
+    close(tangents, torch.stack([jvp(lambda x: module(x)[0], (x[v],), (t[v],))[1] for v in range(V)]))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("cell", SMOOTH)
+def test_backward_inside_a_dual_level(cell: str, create_graph: bool) -> None:
+    """The tangent of the gradient is the Hessian times the tangent; gradients of what came before the level, too."""
+    module, x = Case(cell).module(), Case(cell).tensors()["x"].detach()
+    t, before = torch.randn(x.shape, dtype=x.dtype), x.clone().requires_grad_()
+    _, expected = jvp(grad(lambda x: module(x)[0].sin().sum()), (x,), (t,))
+    y = module(before)[0]
+    with forward_ad.dual_level():
+        leaf = x.clone().requires_grad_()
+        dual = forward_ad.make_dual(leaf, t)
+        (found,) = torch.autograd.grad(module(dual)[0].sin().sum(), dual, create_graph=create_graph)
+        close(forward_ad.unpack_dual(found).tangent.detach(), expected)
+        dy = forward_ad.make_dual(torch.ones_like(y), torch.full_like(y, 2.0))
+        (linear,) = torch.autograd.grad(y, before, dy)
+        close(forward_ad.unpack_dual(linear).tangent, 2 * forward_ad.unpack_dual(linear).primal)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_functionalize(cell: str) -> None:
+    module, x = Case(cell).module(), Case(cell).tensors()["x"].detach()
+    close(torch.func.functionalize(lambda x: module(x)[0])(x), module(x)[0].detach())
+    loss = lambda x: module(x)[0].sin().sum()  # noqa: E731
+    close(torch.func.functionalize(grad(loss))(x), grad(loss)(x))
+
+
 @pytest.mark.parametrize("cell", SMOOTH)
 def test_hessian(cell: str) -> None:
     """Forward over reverse; against reverse over reverse, and one entry against differences."""
