@@ -77,7 +77,7 @@ endef
 USING = cd build/$(1) && PYTHONSAFEPATH=1 PYTHONPATH="$(CURDIR)/build/$(1)/lib:$(CURDIR)"
 
 phases: $(SETUP) | check
-	$(call variant,phases,-DFUSEDRNN_PHASES)
+	$(call variant,phases,-DFUSEDRNN_PHASES $(FLAGS))
 	@$(call USING,phases) $(abspath $(BIN)) -m benchmarks --phases $(ARGS)
 
 # Everything there is to run on a machine with a GPU, in the environment that is active: its torch is for that GPU.

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import io
 import logging
+import pickle
 import re
 import sys
 import warnings
@@ -83,8 +85,9 @@ def _(library: ModuleType) -> None:
     for name in ("LSTM", "GRU", "RNN"):
         modules = [getattr(library, name)(I, H) for _ in range(4)]
         parameters, _ = stack_module_state(modules)
-        found = vmap(lambda p, own=x(), base=modules[0]: functional_call(base, p, (own,))[0])(parameters)
-        assert found.shape == (4, T, B, H)
+        own, base = x(), modules[0]
+        found = vmap(lambda p, own=own, base=base: functional_call(base, p, (own,))[0])(parameters)
+        same(found, torch.stack([module(own)[0] for module in modules]))
 
 
 def per_sample(library: ModuleType, name: str) -> None:
@@ -106,21 +109,39 @@ def _(library: ModuleType) -> None:
     per_sample(library, "RNN")
 
 
-@row("forward-mode AD")
-def _(library: ModuleType) -> None:
-    for name in ("GRU", "RNN", "LSTM"):
-        module, here, way = getattr(library, name)(I, H), x(), x()
-        _, found = jvp(lambda x, module=module: module(x)[0], (here,), (way,))
-        same(found, (module(here + 0.01 * way)[0] - module(here - 0.01 * way)[0]) / 0.02)
-        with torch.no_grad(), forward_ad.dual_level():
-            same(forward_ad.unpack_dual(module(forward_ad.make_dual(here, way))[0]).tangent, found)
+def forward_mode(module: nn.Module) -> None:
+    here, way = x(), x()
+    _, found = jvp(lambda x: module(x)[0], (here,), (way,))
+    same(found, (module(here + 0.01 * way)[0] - module(here - 0.01 * way)[0]) / 0.02)
+    with torch.no_grad(), forward_ad.dual_level():
+        same(forward_ad.unpack_dual(module(forward_ad.make_dual(here, way))[0]).tangent, found)
 
 
-@row("`torch.func.hessian`")
+def second_derivatives(module: nn.Module) -> None:
+    here = x(2, 1).double()
+
+    def loss(x: Tensor) -> Tensor:
+        return module(x)[0].square().sum()
+
+    module = module.double()
+    same(hessian(loss)(here), torch.func.jacfwd(torch.func.jacfwd(loss))(here))
+
+
+@row("forward-mode AD, float32 LSTM")
+def _(library: ModuleType) -> None:
+    forward_mode(library.LSTM(I, H))
+
+
+@row("forward-mode AD, GRU and RNN")
+def _(library: ModuleType) -> None:
+    forward_mode(library.GRU(I, H))
+    forward_mode(library.RNN(I, H))
+
+
+@row("`torch.func.hessian` in float64")
 def _(library: ModuleType) -> None:
     for name in ("GRU", "RNN", "LSTM"):
-        module = getattr(library, name)(I, H)
-        assert hessian(lambda x, module=module: module(x)[0].square().sum())(x(2, 1)).shape == (2, 1, I) * 2
+        second_derivatives(getattr(library, name)(I, H))
 
 
 def compiled(library: ModuleType, name: str, steps: Sequence[int]) -> int:
@@ -162,6 +183,25 @@ def _(library: ModuleType) -> None:
         program = torch.export.export(module, (x(),), dynamic_shapes=(sizes,)).module()
         other = x(T + 2, B + 2)
         same(program(other)[0], module(other)[0])
+
+
+@row("the same, with `pack_padded_sequence` and initial states")
+def _(library: ModuleType) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = library.LSTM(I, H)
+
+        def forward(self, x: Tensor, lengths: Tensor, h: Tensor, c: Tensor) -> Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+            return self.layer(packed, (h, c))[1][0]
+
+    steps, batch = torch.export.Dim("T"), torch.export.Dim("B")
+    sizes, model = ({0: steps, 1: batch}, {0: batch}, {1: batch}, {1: batch}), Model()
+    states = torch.randn(2, 1, B, H).unbind()
+    program = torch.export.export(model, (x(), torch.tensor([2, T, 1]), *states), dynamic_shapes=sizes).module()
+    other = x(7, 2), torch.tensor([7, 4]), *torch.randn(2, 1, 2, H).unbind()
+    same(program(*other), model(*other))
 
 
 @row("ONNX with dynamic T and B (`torch.onnx.export(dynamo=True)`)")
@@ -217,9 +257,12 @@ def _(library: ModuleType) -> None:
 
 @row("deepcopy, pickle, `torch.save`")
 def _(library: ModuleType) -> None:
-    module = library.LSTM(I, H)
-    module(x())
-    copy.deepcopy(module)(x())
+    module, file, own = library.LSTM(I, H), io.BytesIO(), x()
+    torch.save(module, file)
+    file.seek(0)
+    copies = copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(file, weights_only=False)
+    for other in copies:
+        same(other(own)[0], module(own)[0])
 
 
 @row("`torch.jit.trace` in inference")

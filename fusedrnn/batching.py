@@ -43,6 +43,26 @@ def _unfold(t: Tensor, axis: int, count: int) -> Tensor:
     return t.unflatten(axis, (t.size(axis) // count, count))
 
 
+def _nothing(rule: Callable[..., tuple[Any, Any]], info: Any, in_dims: Any, args: Sequence[Any]) -> tuple[Any, Any]:
+    """A map over no index: the shapes that one would have, without it."""
+
+    def padded(arg: Any, dim: Any) -> Any:
+        if isinstance(arg, (list, tuple)):
+            return [padded(a, d) for a, d in zip(arg, dim, strict=True)]
+        if not isinstance(arg, Tensor) or dim is None:
+            return arg
+        return arg.new_zeros([1 if axis == dim else size for axis, size in enumerate(arg.shape)])
+
+    def emptied(t: Any, dim: Any) -> Any:
+        if isinstance(t, (list, tuple)):
+            return [emptied(one, d) for one, d in zip(t, dim, strict=True)]
+        return t if dim is None else t.narrow(dim, 0, 0)
+
+    args = [padded(arg, dim) for arg, dim in zip(args, in_dims, strict=True)]
+    results, dims = rule(info._replace(batch_size=1), in_dims, *args)
+    return tuple(emptied(t, dim) for t, dim in zip(results, dims, strict=True)), dims
+
+
 def _one_by_one(op: Callable[..., Any], count: int, in_dims: Sequence[Any], args: Sequence[Any]) -> tuple[Any, Any]:
     """A call for each mapped index, the results stacked."""
 
@@ -59,8 +79,7 @@ def _one_by_one(op: Callable[..., Any], count: int, in_dims: Sequence[Any], args
     return tuple(stacked), tuple([0] * len(s) if isinstance(s, list) else 0 for s in stacked)
 
 
-@torch.library.register_vmap("fusedrnn::layer_forward")
-def _(
+def _map_forward(
     info: Any,
     in_dims: Sequence[Any],
     x: Tensor,
@@ -73,6 +92,9 @@ def _(
     save: bool,
 ) -> tuple[Any, Any]:
     op, count = torch.ops.fusedrnn.layer_forward.default, info.batch_size
+    if count == 0:
+        args = x, batch_sizes, h0, c0, weights, cell, bidirectional, save
+        return _nothing(_map_forward, info, in_dims, args)
     x_dim, sizes_dim, h0_dim, c0_dim, weight_dims, *_ = in_dims
     if sizes_dim is not None or any(d is not None for d in weight_dims):
         return _one_by_one(op, count, in_dims, (x, batch_sizes, h0, c0, weights, cell, bidirectional, save))
@@ -91,8 +113,7 @@ def _(
     return results, (rows + 1, 2, 2, 2)
 
 
-@torch.library.register_vmap("fusedrnn::layer_backward")
-def _(
+def _map_backward(
     info: Any,
     in_dims: Sequence[Any],
     dy: Tensor | None,
@@ -114,8 +135,10 @@ def _(
     op, count = torch.ops.fusedrnn.layer_backward.default, info.batch_size
     dy_dim, dh_dim, dc_dim, x_dim, sizes_dim, h0_dim, c0_dim, weight_dims, y_dim, saved_dim, *_ = in_dims
     flags = cell, bidirectional, need_x, need_weights, need_gates
+    args = dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, *flags
+    if count == 0:
+        return _nothing(_map_backward, info, in_dims, args)
     if sizes_dim is not None or any(d is not None for d in weight_dims):
-        args = dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, *flags
         return _one_by_one(op, count, in_dims, args)
     rows = 1 if batch_sizes is None else 0
     dy, x, y = (_fold(t, d, rows, count) for t, d in ((dy, dy_dim), (x, x_dim), (y, y_dim)))
@@ -142,6 +165,10 @@ def _(
         *(_unfold(t, 1, count) for t in (dgates, dh)),
     )
     return results, (rows + 1 if need_x else None, 2, 2, [0] * len(dweights), 2, 2)
+
+
+torch.library.register_vmap("fusedrnn::layer_forward", _map_forward)
+torch.library.register_vmap("fusedrnn::layer_backward", _map_backward)
 
 
 def _weight_gradients(

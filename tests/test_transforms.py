@@ -106,6 +106,21 @@ def test_any_dimension_can_be_mapped(in_dim: int) -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
+def test_a_map_over_nothing(cell: str) -> None:
+    module = Case(cell, num_layers=2).module()
+    y, last = vmap(module, 1)(torch.zeros(3, 0, 2, 4, dtype=torch.float64))
+    last = last if isinstance(last, tuple) else (last,)
+    assert y.shape == (0, 3, 2, 5) and all(state.shape == (0, 2, 2, 5) for state in last)
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(module, parameters, (x,))[0].sum()
+
+    found = vmap(grad(loss), (None, 0))(parameters, torch.zeros(0, 3, 2, 4, dtype=torch.float64))
+    assert all(found[name].shape == (0, *p.shape) for name, p in parameters.items())
+
+
+@pytest.mark.parametrize("cell", CELLS)
 def test_maps_inside_maps(cell: str) -> None:
     """Per-sample gradients of each member of an ensemble."""
     call, values, data = mapped(Case(cell, bidirectional=True))
