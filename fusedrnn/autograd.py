@@ -34,7 +34,7 @@ def recurrent_layer(
     forward = x, batch_sizes, h0, c0, weights, cell, bidirectional
     arguments = cell, bidirectional, x, batch_sizes, h0, c0, *weights
     compiling, transformed = torch.compiler.is_compiling(), _transformed()
-    if torch.compiler.is_exporting():  # an exported program has no backward
+    if torch.compiler._is_exporting_flag:  # a program has no backward. (Dynamo of 2.11 takes is_exporting() for true.)
         return layer_forward(*forward, False)[:3]
     if _wants_plain_operations(x, h0, c0, *weights):
         y, h_n, *c_n = differentiable.layer(cell, bidirectional, x, batch_sizes, h0, c0, weights)

@@ -72,7 +72,7 @@ def _stack(
 def _autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Everything in autocast's dtype where autocast is on for the device of x."""
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if kind in KERNEL_DTYPES and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         return tuple(t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in (x, *tensors))
     return (x, *tensors)

@@ -120,7 +120,7 @@ def _forward(theirs: type[nn.Module], own: Callable[..., Any], compute: Callable
 
     @functools.wraps(own)
     def forward(self: nn.Module, input: Tensor | PackedSequence, hx: Any = None) -> Any:
-        if not _calls or torch.jit.is_tracing() or torch.compiler.is_exporting():
+        if not _calls or torch.jit.is_tracing() or torch.compiler._is_exporting_flag:
             return own(self, input, hx)
         reason = _obstacle(self, theirs, input)
         if reason is None:
