@@ -16,7 +16,7 @@ import torch
 import fusedrnn
 
 from . import report
-from .cases import CASES, CELL_NAMES, Case
+from .cases import CASES, CELL_NAMES, Case, cell_names
 from .measure import MIN_ROUNDS, Disagreement, measure
 
 
@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     add = result.add_argument
     add("--all", action="store_true", help="every case of the registry")
     add("--only", metavar="REGEX", help="every case of the registry whose name has a match")
-    add("--cells", metavar="NAMES", help=f"only these, separated by commas: {', '.join(CELL_NAMES)}")
+    add("--cells", type=cell_names, metavar="NAMES", help=f"only these, separated by commas: {', '.join(CELL_NAMES)}")
     add("--list", action="store_true", help="print the names of the chosen cases and stop")
     add("--quick", action="store_true", help="three rounds a case: a look, no figure to report")
     add("--seconds", type=float, default=2.0, help="time for the rounds of a case (default: %(default)s)")
@@ -46,9 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
 def choose(args: argparse.Namespace) -> list[Case]:
     """The cases a command line asks for, in the registry's order. Raises ValueError."""
-    cells = args.cells.split(",") if args.cells else list(CELL_NAMES)
-    if unknown := sorted(set(cells) - set(CELL_NAMES)):
-        raise ValueError(f"--cells: unknown {', '.join(unknown)}; known are {', '.join(CELL_NAMES)}")
+    cells = args.cells or list(CELL_NAMES)
     try:
         pattern = re.compile(args.only or "")
     except re.error as error:

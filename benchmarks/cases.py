@@ -6,6 +6,7 @@ B batch, I input, H hidden, G gates, L layers, D directions, P size of a project
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import torch
 
 from fusedrnn.cells import CELLS
 
-__all__ = ["CASES", "CELL_NAMES", "DTYPES", "REGIMES", "Case"]
+__all__ = ["CASES", "CELL_NAMES", "DTYPES", "REGIMES", "Case", "cell_names"]
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 CELL_NAMES = {  # as the command line and the tables name them -> as fusedrnn.cells does
@@ -40,6 +41,14 @@ _MANY_STEPS = 20
 REGIMES = (
     *_SIZES, "T = 1, B = 1, H = 128", "ragged, B = 32", "bfloat16, B >= 32, H >= 256", "two directions", "other"
 )  # fmt: skip
+
+
+def cell_names(text: str) -> list[str]:
+    """The type of a ``--cells`` argument: names of CELL_NAMES, separated by commas."""
+    cells = text.split(",")
+    if unknown := sorted(set(cells) - set(CELL_NAMES)):
+        raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}; known are {', '.join(CELL_NAMES)}")
+    return cells
 
 
 @dataclass(frozen=True)

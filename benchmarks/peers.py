@@ -24,7 +24,7 @@ from torch import nn
 import fusedrnn
 
 from . import report
-from .cases import CASES, CELL_NAMES, Case
+from .cases import CASES, Case, cell_names
 from .measure import MIN_ROUNDS, Disagreement, Problem, Timer, make_layer, run_rounds
 
 # Where ONNX's operator has gate g of ours: LSTM i, o, f, c; GRU z, r, h. https://onnx.ai/onnx/operators
@@ -184,15 +184,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--only", metavar="REGEX", help="every case whose name has a match; without: ten shapes of each cell")
-    add("--cells", metavar="NAMES", default="lstm,gru,rnn", help="default: %(default)s")
+    add("--cells", type=cell_names, metavar="NAMES", default="lstm,gru,rnn", help="default: %(default)s")
     add("--seconds", type=float, default=2.0, help="time for the rounds of a case (default: %(default)s)")
     add("--threads", type=int, default=torch.get_num_threads(), help="default: what torch chooses")
     add("--readme", type=Path, metavar="FILE", help="put the table between the markers of this file")
     args = parser.parse_args(argv)
-    if unknown := sorted(set(args.cells.split(",")) - set(CELL_NAMES)):
-        parser.error(f"--cells: unknown {', '.join(unknown)}; known are {', '.join(CELL_NAMES)}")
-    cells = args.cells.split(",")
-    cases = [c for c in CASES.values() if can_say(c) and c.cell in cells]
+    cases = [c for c in CASES.values() if can_say(c) and c.cell in args.cells]
     if args.only is None:
         cases = [case for case in cases if case.shape in SHAPES and case.directions == 1]
     else:

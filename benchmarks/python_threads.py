@@ -22,7 +22,7 @@ from torch import nn
 import fusedrnn
 
 from . import report
-from .cases import CELL_NAMES, MODES, Case
+from .cases import MODES, Case, cell_names
 from .measure import MIN_ROUNDS, Problem, make_layer
 
 SHAPES = ((100, 32, 128, 128), (100, 1, 64, 64), (1, 1, 128, 128))
@@ -62,20 +62,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.python_threads", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--cells", metavar="NAMES", default="lstm,gru", help="default: %(default)s")
+    add("--cells", type=cell_names, metavar="NAMES", default="lstm,gru", help="default: %(default)s")
     add("--threads", type=int, default=1, help="torch.set_num_threads in each (default: %(default)s)")
     add("--seconds", type=float, default=0.2, help="of a reading (default: %(default)s)")
     add("--rounds", type=int, default=MIN_ROUNDS, help="readings of each, in turn (default: %(default)s)")
     args = parser.parse_args(argv)
-    cells = args.cells.split(",")
-    if unknown := sorted(set(cells) - set(CELL_NAMES)):
-        parser.error(f"--cells: unknown {', '.join(unknown)}; known are {', '.join(CELL_NAMES)}")
     if args.threads < 1 or args.rounds < 1:
         parser.error("--threads and --rounds must be at least 1")
     print(report.describe(report.machine(args.threads)))
     columns = " ".join(f"{f'{number} thread(s)':>24}" for number in NUMBERS)
     print(f"\n{'calls/s (times those of one) ready':45} {columns}")
-    for case in (Case(cell, mode, shape) for shape in SHAPES for mode in MODES for cell in cells):
+    for case in (Case(cell, mode, shape) for shape in SHAPES for mode in MODES for cell in args.cells):
         libraries = {"torch.nn": nn, "fusedrnn": fusedrnn} if case.has_torch else {"fusedrnn": fusedrnn}
         calls = {
             name: Problem.of(case).call(make_layer(library, case, torch.float32), torch.float32, case.mode)

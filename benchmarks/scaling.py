@@ -25,7 +25,7 @@ from fusedrnn import _C
 from fusedrnn.cells import CELLS
 
 from . import report
-from .cases import CELL_NAMES, Case
+from .cases import CELL_NAMES, Case, cell_names
 from .measure import MIN_ROUNDS, Problem, Timer, make_layer, run_rounds
 
 GROWTH = ((100, 32, 128, 128), (1000, 1, 128, 128), (50, 64, 256, 256))
@@ -82,22 +82,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--cells", metavar="NAMES", default="lstm", help="default: %(default)s")
+    add("--cells", type=cell_names, metavar="NAMES", default="lstm", help="default: %(default)s")
     add("--mode", choices=("infer", "train"), default="infer")
     add("--threads", type=int, default=torch.get_num_threads(), help="the most to measure; default: torch's choice")
     add("--seconds", type=float, default=2.0, help="time for a row (default: %(default)s)")
     add("--rounds", type=int, default=MIN_ROUNDS, help="the fewest of a row (default: %(default)s)")
     args = parser.parse_args(argv)
-    cells = args.cells.split(",")
-    if unknown := sorted(set(cells) - set(CELL_NAMES)):
-        parser.error(f"--cells: unknown {', '.join(unknown)}; known are {', '.join(CELL_NAMES)}")
     if args.threads < 1 or args.rounds < 1:
         parser.error("--threads and --rounds must be at least 1")
     print(report.describe(report.machine(args.threads)), flush=True)
     counts = [n for n in (2**i for i in range(1, 9)) if n <= args.threads]
 
     print(f"\n{'growth, one thread':40} {'time ~ T^p':>12} {'time ~ B^p':>12}")
-    for case in (Case(cell, args.mode, shape) for cell in cells for shape in GROWTH):
+    for case in (Case(cell, args.mode, shape) for cell in args.cells for shape in GROWTH):
         over_time, over_batch = exponents(case, args.seconds, args.rounds)
         print(f"{case.name:40} {over_time:>12.2f} {over_batch:>12.2f}", flush=True)
 
@@ -105,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"\na meeting of two: {1e9 * meeting:.0f} ns" if meeting else "\nno second thread, no reading of a meeting")
     wide = [f"{n} threads" for n in counts] + [f"model, {n}" for n in BEYOND]
     print(f"{'speed-up over one thread (model)':40} {'1 thread':>10} " + " ".join(f"{text:>24}" for text in wide))
-    for case in (Case(cell, args.mode, shape) for cell in cells for shape in SHAPES):
+    for case in (Case(cell, args.mode, shape) for cell in args.cells for shape in SHAPES):
         function = call(case)
         one, *more = medians([(function, n) for n in (1, *counts)], args.seconds, args.rounds)
         columns = []

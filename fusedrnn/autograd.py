@@ -124,9 +124,10 @@ class RecurrentLayer(torch.autograd.Function):
         if dy is None and dh_n is None and dc_n is None:
             return (None,) * len(ctx.needs_input_grad)
         if _wants_plain_operations(x, dy, dh_n, dc_n, h0, c0, *weights):
-            found = differentiable.gradients(
-                ctx.cell, ctx.bidirectional, batch_sizes, _cotangents(dy, dh_n, dc_n), _leaves(x, h0, c0, weights)
-            )
+            with torch.autocast(x.device.type, enabled=False):
+                found = differentiable.gradients(
+                    ctx.cell, ctx.bidirectional, batch_sizes, _cotangents(dy, dh_n, dc_n), _leaves(x, h0, c0, weights)
+                )
             dx, dh0, dc0, dweights = (found.get(name) for name in ("x", "h0", "c0", "weights"))
         # Another Function only where its result may be differentiated. Dynamo traces none inside a backward.
         elif torch.compiler.is_compiling() or not (torch.is_grad_enabled() or _transformed()):

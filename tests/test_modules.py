@@ -1,6 +1,6 @@
 """Every output and every gradient by name, against torch.nn with the same Parameters, or the plain loop.
 
-Fixed configurations that cover each option once, in float64, float32 and bfloat16; the functional entry points; and
+Fixed configurations that cover each option once, in every floating-point type; the functional entry points; and
 what must not depend on the road taken: no_grad, inference mode, stepping through time by hand, strides.
 """
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import fusedrnn
 from fusedrnn.cells import CELLS
-from parity import DEVICE, Case, assert_parity, ragged, run_ours
+from parity import DEVICE, Case, assert_parity, ragged
 
 STEPWISE = DEVICE.type == "cuda" or fusedrnn._C.isa() == "stepwise"
 stepwise = pytest.mark.skipif(not STEPWISE, reason="the CPU's own kernels are in use here: test_isa.py runs this")
