@@ -7,21 +7,35 @@ came; ``--readme`` puts it into the README. CPU only.
 from __future__ import annotations
 
 import argparse
+import atexit
 import copy
 import io
 import logging
+import multiprocessing
 import pickle
 import re
+import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from datetime import timedelta
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 
 import torch
+import torch.distributed as dist
+import torch.nn.utils.prune
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call, grad, hessian, jvp, stack_module_state, vmap
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrizations
+from torch.utils import checkpoint
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusedrnn
@@ -29,6 +43,7 @@ import fusedrnn
 from . import report
 
 T, B, I, H = 5, 3, 4, 6
+MODULES = {library.__name__: library for library in (nn, fusedrnn)}
 Row = Callable[[ModuleType], None]
 ROWS: dict[str, Row] = {}
 
@@ -263,6 +278,162 @@ def _(library: ModuleType) -> None:
     copies = copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(file, weights_only=False)
     for other in copies:
         same(other(own)[0], module(own)[0])
+
+
+@row("parametrizations (`weight_norm`, `spectral_norm`, `orthogonal`) and pruning")
+def _(library: ModuleType) -> None:
+    for change in (parametrizations.weight_norm, parametrizations.spectral_norm, parametrizations.orthogonal):
+        module = change(library.GRU(I, H), "weight_hh_l0")
+        module(x())[0].sum().backward()
+        assert all(p.grad is not None for p in module.parameters())
+    module = nn.utils.prune.random_unstructured(library.GRU(I, H), "weight_hh_l0", 0.5)
+    module(x())[0].sum().backward()
+    assert not module.weight_hh_l0_orig.grad[module.weight_hh_l0_mask == 0].any()
+
+
+@row("the meta device, then `load_state_dict(assign=True)`")
+def _(library: ModuleType) -> None:
+    module, own = library.LSTM(I, H), x()
+    with torch.device("meta"):
+        other = library.LSTM(I, H)
+        assert other(x())[0].shape == (T, B, H)
+    other.load_state_dict(module.state_dict(), assign=True)
+    same(other(own)[0], module(own)[0])
+
+
+@row("activation checkpointing, both kinds")
+def _(library: ModuleType) -> None:
+    module = library.LSTM(I, H, num_layers=2, dropout=0.5)
+    for reentrant in (False, True):
+        found = []
+        for call in (module, lambda x, r=reentrant: checkpoint.checkpoint(module, x, use_reentrant=r)):
+            torch.manual_seed(0)
+            leaf = x().requires_grad_()
+            call(leaf)[0].square().sum().backward()
+            found.append(leaf.grad)
+        same(*found)
+
+
+@row("anomaly and deterministic mode")
+def _(library: ModuleType) -> None:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.autograd.detect_anomaly():
+            library.LSTM(I, H)(x())[0].sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@row("a `GradScaler` loop in float16, on the CPU")
+def _(library: ModuleType) -> None:
+    module, own, scaler = library.GRU(I, H), x(), torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    optimizer, losses = torch.optim.Adam(module.parameters(), lr=0.02), []
+    for _ in range(30):
+        with torch.autocast("cpu", torch.float16):
+            error = (module(own)[0] - 0.5).square().mean()
+        scaler.scale(error).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(error.item())
+    assert losses[-1] < losses[0] / 4, f"from {losses[0]} to {losses[-1]}"
+
+
+@row("one module in four Python threads")
+def _(library: ModuleType) -> None:
+    module, inputs = library.GRU(I, H), [x() for _ in range(4)]
+
+    def gradients(x: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(module(x)[0].square().sum(), list(module.parameters())))
+
+    with ThreadPoolExecutor(4) as pool:
+        for found, one in zip(pool.map(gradients, inputs * 8), inputs * 8, strict=True):
+            for a, b in zip(found, gradients(one), strict=True):
+                same(a, b)
+
+
+def collate(library: str, samples: list[Tensor]) -> Tensor:
+    return MODULES[library].LSTM(I, H)(torch.stack(samples, 1))[0].detach()
+
+
+@row("DataLoader workers that are forked and use the layer")
+def _(library: ModuleType) -> None:
+    library.LSTM(I, H)(torch.randn(50, 64, I))[0].sum().backward()  # the parent's threads exist
+    samples, use = [x(T) for _ in range(8)], partial(collate, library.__name__)
+    loader = DataLoader(
+        samples, B, num_workers=2, collate_fn=use, multiprocessing_context="fork", timeout=60, drop_last=True
+    )
+    assert [y.shape for y in loader] == [(T, B, H)] * 2
+
+
+def join(rank: int, file: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{file}", timedelta(minutes=1), 2, rank)
+
+
+@cache
+def two_processes() -> Callable[..., list[Tensor]]:
+    """A function that calls another in two processes of one gloo group, with the rank last."""
+    folder, context = tempfile.mkdtemp(), multiprocessing.get_context("spawn")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    pools = [ProcessPoolExecutor(1, context, join, (rank, f"{folder}/store")) for rank in range(2)]
+    return lambda function, *args: [
+        future.result(60) for future in [pool.submit(function, *args, rank) for rank, pool in enumerate(pools)]
+    ]
+
+
+def train(model: nn.Module, rank: int | None) -> Tensor:
+    """The loss after each of some steps, on every second sample or on all."""
+    torch.manual_seed(1)
+    batch = x(T, 4)
+    batch = batch if rank is None else batch[:, rank::2]
+    optimizer, losses = torch.optim.Adam(model.parameters(), lr=0.05), []
+    for _ in range(4):
+        error = model(batch)[0].square().mean()
+        losses.append(error.detach())
+        error.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.stack(losses)
+
+
+def seeded(library: str) -> nn.Module:
+    torch.manual_seed(0)
+    return MODULES[library].LSTM(I, H, num_layers=2, bidirectional=True)
+
+
+def train_ddp(library: str, rank: int) -> Tensor:
+    return train(DistributedDataParallel(seeded(library)), rank)
+
+
+def train_fsdp(library: str, rank: int) -> Tensor:
+    return train(fully_shard(seeded(library)), rank)
+
+
+@row("DistributedDataParallel in two processes (gloo)")
+def _(library: ModuleType) -> None:
+    same(sum(two_processes()(train_ddp, library.__name__)) / 2, train(seeded(library.__name__), None))
+
+
+@row("FSDP2 (`fully_shard`) in two processes (gloo)")
+def _(library: ModuleType) -> None:
+    same(sum(two_processes()(train_fsdp, library.__name__)) / 2, train(seeded(library.__name__), None))
+
+
+@row("`torch.fx.symbolic_trace` of a model with a layer")
+def _(library: ModuleType) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = library.LSTM(I, H), nn.Linear(H, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y, (h_n, _) = self.layer(x)
+            return self.head(y) + h_n.sum()
+
+    model, own = Model(), x()
+    same(torch.fx.symbolic_trace(model)(own), model(own))
 
 
 @row("`torch.jit.trace` in inference")

@@ -17,6 +17,7 @@ from . import differentiable
 from .batching import is_batched_by_autograd, map_backward
 from .cells import CELLS
 from .ops import layer_backward, layer_forward
+from .second_order import Arguments, hessian_vector_product
 
 __all__ = ["RecurrentLayer", "RecurrentLayerBackward", "recurrent_layer"]
 
@@ -136,7 +137,7 @@ class RecurrentLayer(torch.autograd.Function):
                 any(need_weights), False,
             )  # fmt: skip
         else:
-            dx, dh0, dc0, *dweights = RecurrentLayerBackward.apply(
+            dx, dh0, dc0, _, *dweights = RecurrentLayerBackward.apply(
                 ctx.cell, ctx.bidirectional, need_x, any(need_weights), dy, dh_n, dc_n, x, batch_sizes, h0, c0, y,
                 saved, *weights,
             )  # fmt: skip
@@ -155,9 +156,10 @@ class RecurrentLayer(torch.autograd.Function):
 class RecurrentLayerBackward(torch.autograd.Function):
     """The hand-derived gradients of :class:`RecurrentLayer`, as a function that may be differentiated again.
 
-    *Its derivative* is that of :func:`fusedrnn.differentiable.layer`, differentiated twice by torch: correct to any
-    order on any device, and as slow as a Python loop through time. ``y`` and ``saved`` are functions of the other
-    arguments; what goes through them is part of those arguments' gradients.
+    *Its derivative* is :func:`fusedrnn.second_order.hessian_vector_product`, by hand. Where that is to be
+    differentiated in its turn, or a transform of torch.func is at work, it is that of
+    :func:`fusedrnn.differentiable.layer`, differentiated twice by torch: correct to any order, and slower. ``y`` and
+    ``saved`` are functions of the other arguments; what goes through them is part of those arguments' gradients.
     """
 
     generate_vmap_rule = True
@@ -166,35 +168,45 @@ class RecurrentLayerBackward(torch.autograd.Function):
     def forward(  # noqa: D102
         cell, bidirectional, need_x, need_weights, dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *weights
     ):
-        dx, dh0, dc0, dweights, _, _ = layer_backward(
-            dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, cell, bidirectional, need_x, need_weights, False
+        dx, dh0, dc0, dweights, dgates, _ = layer_backward(
+            dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, cell, bidirectional, need_x, need_weights, True
         )
-        return dx, dh0, dc0, *dweights
+        return dx, dh0, dc0, dgates, *dweights
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # noqa: D102
         ctx.cell, ctx.bidirectional, ctx.need_x, ctx.need_weights, *tensors = inputs
-        dy, dh_n, dc_n, x, batch_sizes, h0, c0, _, _, *weights = tensors
+        dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *weights = tensors
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(batch_sizes, dy, dh_n, dc_n, x, h0, c0, *weights)
+        ctx.mark_non_differentiable(output[3])
+        ctx.save_for_backward(batch_sizes, dy, dh_n, dc_n, x, h0, c0, y, saved, output[3], *weights)
 
     @staticmethod
-    def backward(ctx, ddx, ddh0, ddc0, *ddweights):  # noqa: D102
+    def backward(ctx, ddx, ddh0, ddc0, _, *ddweights):  # noqa: D102
         if is_batched_by_autograd(ddx, ddh0, ddc0, *ddweights):
-            return tuple(map_backward(partial(RecurrentLayerBackward.backward, ctx), ddx, ddh0, ddc0, *ddweights))
-        batch_sizes, dy, dh_n, dc_n, x, h0, c0, *weights = ctx.saved_tensors
+            return tuple(map_backward(partial(RecurrentLayerBackward.backward, ctx), ddx, ddh0, ddc0, None, *ddweights))
+        batch_sizes, dy, dh_n, dc_n, x, h0, c0, y, saved, dgates, *weights = ctx.saved_tensors
         asked = {"x": ddx if ctx.need_x else None, "h0": ddh0, "c0": ddc0}
         if all(dd is None for dd in (*asked.values(), *ddweights)):
             return (None,) * len(ctx.needs_input_grad)
         asked["weights"] = ddweights or [None] * len(weights)
-        gradients = partial(differentiable.gradients, ctx.cell, ctx.bidirectional, batch_sizes)
         # In the tensors' own type, whatever autocast is on around backward().
         with torch.autocast(x.device.type, enabled=False):
-            found, pull = torch.func.vjp(gradients, _cotangents(dy, dh_n, dc_n), _leaves(x, h0, c0, weights))
-            d_cotangents, d_leaves = pull(_like(found, asked))
-        d = [d_cotangents.get(name) for name in ("y", "h_n", "c_n")]
-        d += [d_leaves.get(name) for name in ("x", "h0", "c0")]
-        return (None, None, None, None, *d[:4], None, *d[4:], None, None, *d_leaves["weights"])
+            if torch.is_grad_enabled() or _transformed():
+                gradients = partial(differentiable.gradients, ctx.cell, ctx.bidirectional, batch_sizes)
+                found, pull = torch.func.vjp(gradients, _cotangents(dy, dh_n, dc_n), _leaves(x, h0, c0, weights))
+                d_cotangents, d_leaves = pull(_like(found, asked))
+                d = [d_cotangents.get(name) for name in ("y", "h_n", "c_n")]
+                d += [d_leaves.get(name) for name in ("x", "h0", "c0")]
+                dweights = d_leaves["weights"]
+            else:
+                first, second = hessian_vector_product(
+                    ctx.cell, ctx.bidirectional, batch_sizes, Arguments(x, h0, c0, weights), y, saved, dgates,
+                    (dy, dh_n, dc_n), Arguments(**asked), ctx.needs_input_grad[7],
+                    any(ctx.needs_input_grad[-len(weights) :]),
+                )  # fmt: skip
+                d, dweights = [*first, second.x, second.h0, second.c0], second.weights
+        return (None, None, None, None, *d[:4], None, *d[4:], None, None, *dweights)
 
 
 def _leaves(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]) -> dict:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import _C
 from .cells import CELLS
+from .differentiable import previous
 
 __all__ = ["is_batched_by_autograd", "map_backward"]
 
@@ -194,7 +195,7 @@ def _weight_gradients(
         kept = _unfold(saved[d], 0, count)
         inputs = _unfold(x, 0, count)
         start = None if h0 is None else h0[d]
-        before = _unfold(_previous(y[:, d * out : (d + 1) * out], start, steps, reverse=d == 1), 0, count)
+        before = _unfold(previous(y[:, d * out : (d + 1) * out], start, steps, reverse=d == 1), 0, count)
 
         def of(begin: int, end: int, mine: Tensor = mine, hidden: int = hidden) -> Tensor:
             return mine[..., begin * hidden : end * hidden]
@@ -220,24 +221,6 @@ def _weight_gradients(
 def _outer(gradients: Tensor, operand: Tensor) -> Tensor:
     """(N, V, A), (N, V, B) -> (V, A, B), the sum over N of outer products."""
     return torch.bmm(gradients.permute(1, 2, 0), operand.to(gradients.dtype).transpose(0, 1))
-
-
-def _previous(y: Tensor, h0: Tensor | None, steps: Sequence[int], reverse: bool) -> Tensor:
-    """h_{t-1} of every row, in the order of a direction; ``steps``: rows of each step."""
-    if h0 is None:
-        h0 = y.new_zeros(steps[0], y.size(1))
-    if steps[-1] == steps[0]:  # dense: they do not increase
-        rows = steps[0]
-        return torch.cat([y[rows:], h0] if reverse else [h0, y[:-rows]])
-    offset, parts = [0], []
-    for rows in steps:
-        offset.append(offset[-1] + rows)
-    for t, rows in enumerate(steps):
-        before = t + 1 if reverse else t - 1
-        known = min(rows, steps[before]) if 0 <= before < len(steps) else 0
-        parts += [y[offset[before] : offset[before] + known]] if known else []
-        parts += [h0[known:rows]] if known < rows else []
-    return torch.cat(parts)
 
 
 def is_batched_by_autograd(*gradients: Tensor | None) -> bool:

@@ -13,45 +13,48 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-__all__ = ["gradients", "layer", "outputs"]
+__all__ = ["STEPS", "gradients", "layer", "outputs", "previous"]
 
 States = tuple[Tensor, ...]
-Recurrent = Callable[[Tensor, int, int], Sequence[Tensor]]  # (h, first, last) -> W_hh h + b_hh of these gates
+Recurrent = Callable[[Tensor, int, int], Tensor]  # (h, first, last) -> W_hh h + b_hh of these gates
 
 
-def _rnn_tanh(x: Sequence[Tensor], rec: Recurrent, h: Tensor) -> States:
-    return (torch.tanh(x[0] + rec(h, 0, 1)[0]),)  # (R1), (R2)
+def _rnn_tanh(x: Tensor, rec: Recurrent, h: Tensor) -> States:
+    return (torch.tanh(x + rec(h, 0, 1)),)  # (R1), (R2)
 
 
-def _rnn_relu(x: Sequence[Tensor], rec: Recurrent, h: Tensor) -> States:
-    return (torch.relu(x[0] + rec(h, 0, 1)[0]),)  # (R1), (R3)
+def _rnn_relu(x: Tensor, rec: Recurrent, h: Tensor) -> States:
+    return (torch.relu(x + rec(h, 0, 1)),)  # (R1), (R3)
 
 
-def _residual_rnn(x: Sequence[Tensor], rec: Recurrent, h: Tensor) -> States:
-    return (h + torch.tanh(x[0] + rec(h, 0, 1)[0]),)  # (S1), (S2)
+def _residual_rnn(x: Tensor, rec: Recurrent, h: Tensor) -> States:
+    return (h + torch.tanh(x + rec(h, 0, 1)),)  # (S1), (S2)
 
 
-def _lstm(x: Sequence[Tensor], rec: Recurrent, h: Tensor, c: Tensor) -> States:
-    a_i, a_f, a_g, a_o = (own + other for own, other in zip(x, rec(h, 0, 4), strict=True))
+def _lstm(x: Tensor, rec: Recurrent, h: Tensor, c: Tensor) -> States:
+    a_i, a_f, a_g, a_o = (x + rec(h, 0, 4)).chunk(4, dim=1)
     c = torch.sigmoid(a_f) * c + torch.sigmoid(a_i) * torch.tanh(a_g)  # (L1), (L2), (L3), (L5)
     return torch.sigmoid(a_o) * torch.tanh(c), c  # (L4), (L6)
 
 
-def _gru(x: Sequence[Tensor], rec: Recurrent, h: Tensor) -> States:
-    rec_r, rec_z, rec_n = rec(h, 0, 3)
-    r, z = torch.sigmoid(x[0] + rec_r), torch.sigmoid(x[1] + rec_z)  # (G1), (G2)
-    n = torch.tanh(x[2] + r * rec_n)  # (G3)
+def _gru(x: Tensor, rec: Recurrent, h: Tensor) -> States:
+    sizes = [2 * h.size(1), h.size(1)]
+    x_gates, x_n = x.split(sizes, dim=1)
+    rec_gates, rec_n = rec(h, 0, 3).split(sizes, dim=1)
+    r, z = torch.sigmoid(x_gates + rec_gates).chunk(2, dim=1)  # (G1), (G2)
+    n = torch.tanh(x_n + r * rec_n)  # (G3)
     return (n + z * (h - n),)  # (G4)
 
 
-def _gru_reset_before(x: Sequence[Tensor], rec: Recurrent, h: Tensor) -> States:
-    rec_r, rec_z = rec(h, 0, 2)
-    r, z = torch.sigmoid(x[0] + rec_r), torch.sigmoid(x[1] + rec_z)  # (H1), (H2)
-    n = torch.tanh(x[2] + rec(r * h, 2, 3)[0])  # (H3), (H4)
+def _gru_reset_before(x: Tensor, rec: Recurrent, h: Tensor) -> States:
+    x_gates, x_n = x.split([2 * h.size(1), h.size(1)], dim=1)
+    r, z = torch.sigmoid(x_gates + rec(h, 0, 2)).chunk(2, dim=1)  # (H1), (H2)
+    n = torch.tanh(x_n + rec(r * h, 2, 3))  # (H3), (H4)
     return (n + z * (h - n),)  # (H5)
 
 
-_STEPS: dict[str, tuple[int, Callable[..., States]]] = {
+#: Of each cell the number of gates, and a step: (W_ih x + b_ih of all gates, :data:`Recurrent`, states) -> states.
+STEPS: dict[str, tuple[int, Callable[..., States]]] = {
     "rnn_tanh": (1, _rnn_tanh),
     "rnn_relu": (1, _rnn_relu),
     "residual_rnn": (1, _residual_rnn),
@@ -114,13 +117,17 @@ def _direction(
     w_ih, w_hh = weights[:2]
     b_ih, b_hh = weights[2:4] if len(weights) >= 4 else (None, None)
     w_hr = weights[-1] if len(weights) % 2 else None
-    gates, step = _STEPS[cell]
+    gates, step = STEPS[cell]
     hidden = w_hh.size(0) // gates
     projections = linear(x.reshape(-1, w_ih.size(1)), w_ih, b_ih).split(list(rows))
+    parts: dict[int, tuple[Tensor, Tensor | None]] = {}  # cut once: the gradient of each cut has the size of the whole
 
-    def recurrent(h: Tensor, first: int, last: int) -> Sequence[Tensor]:
-        part = slice(first * hidden, last * hidden)
-        return linear(h, w_hh[part], None if b_hh is None else b_hh[part]).split(hidden, dim=1)
+    def recurrent(h: Tensor, first: int, last: int) -> Tensor:
+        if first not in parts:
+            part = slice(first * hidden, last * hidden)
+            whole = last - first == gates
+            parts[first] = (w_hh, b_hh) if whole else (w_hh[part], None if b_hh is None else b_hh[part])
+        return linear(h, *parts[first])
 
     sizes = (w_hh.size(1), hidden)[: 2 if cell == "lstm" else 1]
     start = [x.new_zeros(rows[0], size) if s is None else s for s, size in zip(start, sizes)]
@@ -135,9 +142,27 @@ def _direction(
             ended.append(tuple(s[rows[t] :] for s in states))
             states = tuple(s[: rows[t]] for s in states)
         count = rows[t]
-        states = step(projections[t].split(hidden, dim=1), recurrent, *states)
+        states = step(projections[t], recurrent, *states)
         if w_hr is not None:
             states = (linear(states[0], w_hr), *states[1:])
         outputs[t] = states[0]
     finals = tuple(torch.cat(parts) for parts in zip(states, *reversed(ended), strict=True))
     return torch.cat(outputs), finals
+
+
+def previous(state: Tensor, start: Tensor | None, rows: Sequence[int], reverse: bool) -> Tensor:
+    """The state before every row's step, (N, *), in the order of a direction; ``start``: before the first, or zeros."""
+    if start is None:
+        start = state.new_zeros(rows[0], state.size(1))
+    if rows[-1] == rows[0]:  # dense: they do not increase
+        count = rows[0]
+        return torch.cat([state[count:], start] if reverse else [start, state[: state.size(0) - count]])
+    offset, parts = [0], []
+    for count in rows:
+        offset.append(offset[-1] + count)
+    for t, count in enumerate(rows):
+        before = t + 1 if reverse else t - 1
+        known = min(count, rows[before]) if 0 <= before < len(rows) else 0
+        parts += [state[offset[before] : offset[before] + known]] if known else []
+        parts += [start[known:count]] if known < count else []
+    return torch.cat(parts)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import has_torch_function
 
@@ -34,6 +35,9 @@ def _forward(
     short = _short_road(module, cell, input, states)
     if short is not None:
         return short
+    if isinstance(input, Proxy):
+        y, last = _node(module, input, states)
+        return y, (last[0], last[1]) if len(CELLS[cell].states) == 2 else (last,)
     module._update_flat_weights()
     two_states = len(CELLS[cell].states) == 2
     states = _as_states(states, cell)
@@ -145,6 +149,12 @@ def _is_plain(
         and forward_ad._current_level < 0
         and not has_torch_function(weights)
     )
+
+
+def _node(module: torch.nn.Module, input: Proxy, states: Sequence[Any] | None) -> Any:
+    """The call as one node of a torch.fx graph: its tracer knows torch.nn's modules alone as leaves."""
+    hx = () if states is None else (tuple(states),) if len(states) == 2 else tuple(states)
+    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), (input, *hx), {})
 
 
 def _as_states(states: Sequence[Tensor] | None, cell: str) -> Sequence[Tensor] | None:
@@ -328,6 +338,9 @@ def _forward_cell(
     short = _short_road_of_cell(module, cell, input, states)
     if short is not None:
         return short
+    if isinstance(input, Proxy):
+        found = _node(module, input, states)
+        return (found[0], found[1]) if len(CELLS[cell].states) == 2 else (found,)
     if input.dim() not in (1, 2):
         raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
     count, states = len(CELLS[cell].states), _as_states(states, cell)

@@ -14,7 +14,9 @@ import torch
 
 import fusedrnn
 from benchmarks import __main__ as command
-from benchmarks import cases, limits, measure, memory, per_sample, python_threads, report, scaling, works_with
+from benchmarks import (
+    cases, limits, measure, memory, per_sample, python_threads, report, scaling, second_order, works_with
+)  # fmt: skip
 from benchmarks.cases import CASES, CELL_NAMES, REGIMES, Case
 from fusedrnn.cells import CELLS
 
@@ -307,6 +309,21 @@ def test_per_sample_gradients_are_compared_before_they_are_timed(capsys, monkeyp
         per_sample.check(case, calls | {"fusedrnn": lambda: wrong})
     with pytest.raises(SystemExit):
         per_sample.main(["no-such-case"])
+
+
+def test_second_derivatives_are_compared_before_they_are_timed(capsys, monkeypatch):
+    cases = {case.name: case for cell in ("lstm", "rnn") for case in [Case(cell, "train", (5, 4, 8, 8))]}
+    monkeypatch.setattr(second_order, "CASES", cases)
+    assert second_order.main([*cases, "--seconds", "0.01"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-6:]]
+    assert [row[1] for row in rows] == ["penalty", "hvp", "jvp"] * 2
+    assert rows[2][3:] == ["refused", "-"] and all(float(row[2]) > 0 for row in rows)
+    calls = second_order.contenders(next(iter(cases.values())), "hvp")
+    wrong = [t * 1.01 for t in calls["fusedrnn"]()]
+    with pytest.raises(measure.Disagreement, match="result 0"):
+        second_order.check(next(iter(cases.values())), calls | {"fusedrnn": lambda: wrong})
+    with pytest.raises(SystemExit):
+        second_order.main(["no-such-case"])
 
 
 def test_the_readme_says_what_works():

@@ -30,7 +30,9 @@ def test_equations_are_numbered_once_and_in_order() -> None:
 
 
 @pytest.mark.parametrize(
-    "file", sorted([*ROOT.glob("csrc/cells/*.h"), *ROOT.glob("fusedrnn/reference/*.py")]), ids=lambda f: f.name
+    "file",
+    sorted([*ROOT.glob("csrc/cells/*.h"), *ROOT.glob("fusedrnn/reference/*.py"), *ROOT.glob("fusedrnn/*.py")]),
+    ids=lambda f: f.name,
 )
 def test_every_number_in_the_code_is_an_equation(file: Path) -> None:
     assert set(re.findall(r"\(([A-Z]\d+)\)", file.read_text(encoding="utf-8"))) <= set(EQUATIONS)

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pack_padded_sequence
 
@@ -161,3 +161,20 @@ def test_fully_sharded(both: Both, groups: bool, packed: bool) -> None:
     assert expected[4] < expected[0] / 2
     for found in both(fsdp_losses, groups, packed):
         assert_close("losses", found, expected)
+
+
+def mixed_losses(rank: int) -> tuple[Tensor, torch.dtype]:
+    """As :func:`fsdp_losses`, and the type that the LSTM computed in."""
+    model = fully_shard(Model().float(), mp_policy=MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32))
+    types = []
+    model.lstm.register_forward_hook(lambda module, args, outputs: types.append(outputs[0].dtype))
+    found = losses(model, rank, packed=False).float()
+    dist.all_reduce(found)
+    return found / RANKS, types[0]
+
+
+def test_sharded_with_mixed_precision(both: Both) -> None:
+    expected = losses(Model(), None, packed=False).float()
+    for found, dtype in both(mixed_losses):
+        assert dtype == torch.bfloat16
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02)

@@ -9,7 +9,7 @@ from itertools import product
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -151,3 +151,33 @@ def test_tracing() -> None:
         y = traced(*other)
         with pytest.raises(RuntimeError, match="derivative for fusedrnn::layer_forward is not implemented"):
             (y if isinstance(y, torch.Tensor) else y[0]).sum().backward()
+
+
+class Symbolic(nn.Module):
+    """Every kind of call: with and without states, one state and two, stacked, single steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.gru = fusedrnn.LSTM(4, 5, num_layers=2), fusedrnn.GRU(5, 3)
+        self.lstm_cell, self.rnn_cell = fusedrnn.LSTMCell(3, 5), fusedrnn.RNNCell(5, 5)
+
+    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        y, (h_n, c_n) = self.lstm(x, (h, c))
+        z, last = self.gru(y)
+        first, second = self.lstm_cell(z[0], (h[0], c[0]))
+        return self.rnn_cell(first, second), self.gru(y, last)[0], self.lstm_cell(z[1])[1], h_n, c_n
+
+
+def test_symbolic_traces_have_a_node_for_each_layer() -> None:
+    model, states = Symbolic(), torch.randn(2, 2, 2, 5).unbind()
+    traced = torch.fx.symbolic_trace(model)
+    called = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert called == ["lstm", "gru", "lstm_cell", "rnn_cell", "gru", "lstm_cell"]
+    x, found = torch.randn(6, 2, 4), []
+    for call in (model, traced, copy.deepcopy(traced)):
+        leaf = x.clone().requires_grad_()
+        outputs = call(leaf, *states)
+        found.append([*outputs, *torch.autograd.grad(sum(t.sin().sum() for t in outputs), leaf)])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert torch.equal(a, b)

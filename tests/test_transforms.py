@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.checkpoint import checkpoint
 
 from fusedrnn.cells import CELLS
 from loops import SINGLES, TWINS
-from parity import Case, twin
+from parity import DEVICE, Case, twin
 from test_gradcheck import SMOOTH, kinds, problem
 
 V = 3
@@ -41,7 +42,7 @@ def mapped(case: Case) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor],
     data = len(case.tensors())
     if case.lengths:  # packing is not torch's to map: the rows of the packed batch are the argument
         packed = Packed(case)
-        values[0] = torch.randn(V, packed.rows, case.I, generator=draw, dtype=case.dtype)
+        values[0] = torch.randn(V, packed.rows, case.I, generator=draw, dtype=case.dtype).to(DEVICE)
         return packed, values, data
     return call, values, data
 
@@ -50,7 +51,7 @@ class Packed:
     """A layer on a packed batch, as a function of its rows, initial states and parameters."""
 
     def __init__(self, case: Case) -> None:
-        self.module, self.case = case.module(), case
+        self.module, self.case = case.module().to(DEVICE), case
         sizes = [sum(length > t for length in case.lengths) for t in range(case.T)]
         self.sizes, self.rows = torch.tensor(sizes), sum(sizes)
         self.names = [name for name, _ in self.module.named_parameters()]
@@ -118,6 +119,28 @@ def test_a_map_over_nothing(cell: str) -> None:
 
     found = vmap(grad(loss), (None, 0))(parameters, torch.zeros(0, 3, 2, 4, dtype=torch.float64))
     assert all(found[name].shape == (0, *p.shape) for name, p in parameters.items())
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_map_over_one(cell: str) -> None:
+    case = Case(cell, num_layers=2, bidirectional=True)
+    call, leaves = problem(case)
+
+    def gradients(*leaves: Tensor) -> tuple[Tensor, ...]:
+        return grad(lambda *leaves: sum(t.sin().sum() for t in call(*leaves)), tuple(range(len(leaves))))(*leaves)
+
+    leaves = [t.detach() for t in leaves]
+    for function in (call, gradients):
+        found = vmap(function)(*(t.unsqueeze(0) for t in leaves))
+        close(found, tuple(t.unsqueeze(0) for t in function(*leaves)))
+
+
+def test_a_map_inside_a_checkpoint() -> None:
+    """(A checkpoint inside a map computes again outside of it: torch fails there, whatever the module.)"""
+    module, x = Case("lstm").module(), torch.randn(V, 3, 2, 4, dtype=torch.float64)
+    leaf = x.clone().requires_grad_()
+    checkpoint(lambda x: vmap(module)(x)[0], leaf, use_reentrant=False).pow(2).sum().backward()
+    close(leaf.grad, vmap(grad(lambda x: module(x)[0].pow(2).sum()))(x))
 
 
 @pytest.mark.parametrize("cell", CELLS)
