@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .autograd import RecurrentLayer, recurrent_layer
 from .cells import CELLS
 from .ops import KERNEL_DTYPES
+from .segments import cut
 
 __all__ = [
     "RecurrentLayer",
@@ -117,6 +118,8 @@ def recurrent(
     dropout: float = 0.0,
     training: bool = False,
     batch_first: bool = False,
+    lengths: Tensor | Sequence[int] | None = None,
+    reset: Tensor | None = None,
 ) -> tuple[Tensor | PackedSequence, tuple[Tensor, ...]]:
     """Stacked recurrent layers of any registered cell.
 
@@ -128,6 +131,15 @@ def recurrent(
         weights: for each layer and direction w_ih (G*H, I or D*R), w_hh (G*H, R)[, b_ih (G*H), b_hh (G*H)]
             [, w_hr (P, H)], in the order of ``torch.nn.LSTM._flat_weights``; gates in torch.nn's order.
         dropout: probability, on the output of every layer but the last, if ``training``.
+        lengths: the steps of each sample, (B,) integers from 0 to T in any order, on any device. The output is zero
+            beyond a sample's end, the final states are those of its own last step (without a step, the initial ones),
+            and a reverse direction starts there. The numbers are those of a PackedSequence; steps beyond the end are
+            neither computed nor read.
+        reset: (T, B) boolean, (B, T) if ``batch_first``: where a sample begins anew. Before a marked step the state of
+            every layer is zero, s_{t-1} := 0, and no gradient passes: what was one sequence is several, laid end to
+            end. Of these the first starts with the initial state and the last gives the final one; in a reverse
+            direction, which starts each at its own end, the last and the first.
+            Both are cuts, known to the processor before it computes: tensors on a GPU are copied to the host.
 
     Returns:
         The output, (T, B, D*R) laid out as the input, and the final states, shaped as the initial ones.
@@ -153,6 +165,9 @@ def recurrent(
     packed = input if isinstance(input, PackedSequence) else None
     x = input.data if packed is not None else input
     unbatched = packed is None and x.dim() == 2
+    if (lengths is not None or reset is not None) and (unbatched or packed is not None):
+        kind = "unbatched input" if unbatched else "a PackedSequence"
+        raise ValueError(f"lengths and reset are for a padded batch of three dimensions, got {kind}")
     if packed is None:
         if x.dim() not in (2, 3):
             raise ValueError(f"input must have 2 (unbatched) or 3 dimensions, got {x.dim()}")
@@ -166,16 +181,18 @@ def recurrent(
         states = [None if s is None else s.index_select(1, packed.sorted_indices) for s in states]
 
     x, *rest = _autocast(x, *states, *weights)
-    y, finals = _stack(
-        cell,
-        x,
-        None if packed is None else packed.batch_sizes,
-        rest[: len(names)],
-        rest[len(names) :],
-        num_layers,
-        bidirectional,
-        dropout if training else 0.0,
-    )
+    states, stack = rest[: len(names)], (rest[len(names) :], num_layers, bidirectional, dropout if training else 0.0)
+    if lengths is not None or reset is not None:
+        marks = reset.t() if batch_first and isinstance(reset, Tensor) and reset.dim() == 2 else reset
+        segments = cut(lengths, marks, x.size(0), x.size(1), x.device)
+        if not segments.whole:
+            sizes = segments.batch_sizes if len(segments.batch_sizes) else None
+            own = [segments.initial(s, directions) for s in states]
+            y, finals = _stack(cell, segments.gather(x), sizes, own, *stack)
+            finals = tuple(segments.final(s, before, directions) for s, before in zip(finals, states, strict=True))
+            y = segments.scatter(y)
+            return y.transpose(0, 1) if batch_first else y, finals
+    y, finals = _stack(cell, x, None if packed is None else packed.batch_sizes, states, *stack)
     if packed is not None:
         if packed.unsorted_indices is not None:
             finals = tuple(s.index_select(1, packed.unsorted_indices) for s in finals)
@@ -195,6 +212,8 @@ def lstm(
     dropout: float = 0.0,
     training: bool = False,
     batch_first: bool = False,
+    lengths: Tensor | Sequence[int] | None = None,
+    reset: Tensor | None = None,
 ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
     """Long short-term memory, with projection where ``w_hr`` is given. Gates i, f, g, o.
 
@@ -204,7 +223,7 @@ def lstm(
     """
     return recurrent(
         "lstm", input, hx, weights, num_layers=num_layers, bidirectional=bidirectional, dropout=dropout,
-        training=training, batch_first=batch_first,
+        training=training, batch_first=batch_first, lengths=lengths, reset=reset,
     )  # fmt: skip
 
 
@@ -218,6 +237,8 @@ def gru(
     dropout: float = 0.0,
     training: bool = False,
     batch_first: bool = False,
+    lengths: Tensor | Sequence[int] | None = None,
+    reset: Tensor | None = None,
     reset_after: bool = True,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     """Gated recurrent unit. Gates r, z, n; h_t = (1 - z) * n + z * h_{t-1}.
@@ -229,7 +250,8 @@ def gru(
     """
     y, (h_n,) = recurrent(
         "gru" if reset_after else "gru_reset_before", input, hx, weights, num_layers=num_layers,
-        bidirectional=bidirectional, dropout=dropout, training=training, batch_first=batch_first,
+        bidirectional=bidirectional, dropout=dropout, training=training, batch_first=batch_first, lengths=lengths,
+        reset=reset,
     )  # fmt: skip
     return y, h_n
 
@@ -245,6 +267,8 @@ def rnn(
     dropout: float = 0.0,
     training: bool = False,
     batch_first: bool = False,
+    lengths: Tensor | Sequence[int] | None = None,
+    reset: Tensor | None = None,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     """Simple recurrent network, h_t = g(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), g = tanh or relu.
 
@@ -252,7 +276,7 @@ def rnn(
     """
     y, (h_n,) = recurrent(
         _rnn_cell_name(nonlinearity), input, hx, weights, num_layers=num_layers, bidirectional=bidirectional,
-        dropout=dropout, training=training, batch_first=batch_first,
+        dropout=dropout, training=training, batch_first=batch_first, lengths=lengths, reset=reset,
     )  # fmt: skip
     return y, h_n
 

@@ -27,16 +27,26 @@ from .functional import recurrent, recurrent_cell
 
 __all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell", "ResidualRNN"]
 
+Lengths = Tensor | Sequence[int] | None
+
 
 def _forward(
-    module: torch.nn.RNNBase, cell: str, name: str, input: Tensor | PackedSequence, states: Sequence[Tensor] | None
+    module: torch.nn.RNNBase,
+    cell: str,
+    name: str,
+    input: Tensor | PackedSequence,
+    states: Sequence[Tensor] | None,
+    lengths: Lengths = None,
+    reset: Tensor | None = None,
 ) -> tuple[Tensor | PackedSequence, tuple[Tensor, ...]]:
     """What the sequence modules share: torch.nn's checks, in its order and words, then the layers."""
-    short = _short_road(module, cell, input, states)
-    if short is not None:
-        return short
+    cut = lengths is not None or reset is not None
+    if not cut:
+        short = _short_road(module, cell, input, states)
+        if short is not None:
+            return short
     if isinstance(input, Proxy):
-        y, last = _node(module, input, states)
+        y, last = _node(module, input, states, {"lengths": lengths, "reset": reset} if cut else {})
         return y, (last[0], last[1]) if len(CELLS[cell].states) == 2 else (last,)
     module._update_flat_weights()
     two_states = len(CELLS[cell].states) == 2
@@ -67,6 +77,8 @@ def _forward(
         dropout=module.dropout,
         training=module.training,
         batch_first=module.batch_first,
+        lengths=lengths,
+        reset=reset,
     )
 
 
@@ -151,10 +163,12 @@ def _is_plain(
     )
 
 
-def _node(module: torch.nn.Module, input: Proxy, states: Sequence[Any] | None) -> Any:
+def _node(
+    module: torch.nn.Module, input: Proxy, states: Sequence[Any] | None, options: dict[str, Any] | None = None
+) -> Any:
     """The call as one node of a torch.fx graph: its tracer knows torch.nn's modules alone as leaves."""
     hx = () if states is None else (tuple(states),) if len(states) == 2 else tuple(states)
-    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), (input, *hx), {})
+    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), (input, *hx), options or {})
 
 
 def _as_states(states: Sequence[Tensor] | None, cell: str) -> Sequence[Tensor] | None:
@@ -254,10 +268,11 @@ class RNN(_SequenceModule, torch.nn.RNN):
     """
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None, *,
+        lengths: Lengths = None, reset: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, Tensor]:  # fmt: skip
         cell = "rnn_relu" if self.mode == "RNN_RELU" else "rnn_tanh"
-        output, (h_n,) = _forward(self, cell, "RNN", input, None if hx is None else (hx,))
+        output, (h_n,) = _forward(self, cell, "RNN", input, None if hx is None else (hx,), lengths, reset)
         return output, h_n
 
 
@@ -273,9 +288,10 @@ class LSTM(_SequenceModule, torch.nn.LSTM):
     """
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
-        return _forward(self, "lstm", "LSTM", input, hx)
+        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None, *,
+        lengths: Lengths = None, reset: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:  # fmt: skip
+        return _forward(self, "lstm", "LSTM", input, hx, lengths, reset)
 
 
 _TorchGRU, _TorchGRUCell = torch.nn.GRU, torch.nn.GRUCell  # people give these names of torch.nn to our classes
@@ -299,10 +315,11 @@ class GRU(_SequenceModule, _TorchGRU):
         self.reset_after = reset_after
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None, *,
+        lengths: Lengths = None, reset: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, Tensor]:  # fmt: skip
         cell = "gru" if self.reset_after else "gru_reset_before"
-        output, (h_n,) = _forward(self, cell, "GRU", input, None if hx is None else (hx,))
+        output, (h_n,) = _forward(self, cell, "GRU", input, None if hx is None else (hx,), lengths, reset)
         return output, h_n
 
     def extra_repr(self) -> str:
@@ -325,9 +342,12 @@ class ResidualRNN(_SequenceModule, torch.nn.RNNBase):
         self.mode = "RESIDUAL_RNN"
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None
-    ) -> tuple[Tensor | PackedSequence, Tensor]:
-        output, (h_n,) = _forward(self, "residual_rnn", "ResidualRNN", input, None if hx is None else (hx,))
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None, *,
+        lengths: Lengths = None, reset: Tensor | None = None,
+    ) -> tuple[Tensor | PackedSequence, Tensor]:  # fmt: skip
+        output, (h_n,) = _forward(
+            self, "residual_rnn", "ResidualRNN", input, None if hx is None else (hx,), lengths, reset
+        )
         return output, h_n
 
 

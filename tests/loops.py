@@ -93,13 +93,14 @@ TWINS: dict[str, Twin] = {
 SINGLES = [name for name, twin in TWINS.items() if twin.cell]  # cells with a single-step module
 
 
-def layer_loop(cell: str, module: nn.Module, input: Tensor | PackedSequence, hx=None):
-    """What ``module(input, hx)`` has to return, for a batched tensor or a PackedSequence, without dropout."""
+def layer_loop(cell: str, module: nn.Module, input: Tensor | PackedSequence, hx=None, *, lengths=None, reset=None):
+    """What ``module(input, hx, ...)`` has to return, for a batched tensor or a PackedSequence, without dropout."""
     if isinstance(input, PackedSequence):
         x, lengths = pad_packed_sequence(input)
     else:
         x = input.transpose(0, 1) if module.batch_first else input
-        lengths = torch.full((x.shape[1],), x.shape[0])
+        lengths = torch.full((x.shape[1],), x.shape[0]) if lengths is None else torch.as_tensor(lengths)
+        reset = reset.T if reset is not None and module.batch_first else reset
     hx = _states(module, hx, x, cell)
     active = torch.arange(x.shape[0])[:, None, None] < lengths[:, None]
     finals = []
@@ -108,7 +109,7 @@ def layer_loop(cell: str, module: nn.Module, input: Tensor | PackedSequence, hx=
         for direction in range(2 if module.bidirectional else 1):
             suffix = f"_l{layer}" + ("_reverse" if direction else "")
             start = tuple(state[len(finals)] for state in hx)
-            output, final = _run(cell, module, suffix, x, start, active, reverse=bool(direction))
+            output, final = _run(cell, module, suffix, x, start, active, reset, reverse=bool(direction))
             outputs.append(output)
             finals.append(final)
         x = torch.cat(outputs, dim=2)
@@ -136,12 +137,15 @@ def _states(module: nn.Module, hx, x: Tensor, cell: str) -> States:
     return (h0, x.new_zeros(rows, x.shape[1], module.hidden_size)) if cell == "lstm" else (h0,)
 
 
-def _run(cell, module, suffix, x, states, active, *, reverse):
+def _run(cell, module, suffix, x, states, active, reset, *, reverse):
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     weights = [getattr(module, name + suffix, None) for name in names]
     projection = getattr(module, "weight_hr" + suffix, None)
     outputs = [None] * len(x)
     for t in reversed(range(len(x))) if reverse else range(len(x)):
+        if reset is not None and t + reverse < len(x):
+            cut = reset[t + reverse, :, None] & active[t + reverse]
+            states = tuple(torch.where(cut, 0.0, state) for state in states)
         new = TWINS[cell].step(x[t], states, *weights)
         if projection is not None:
             new = (linear(new[0], projection), *new[1:])
