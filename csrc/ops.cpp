@@ -9,6 +9,8 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
+#include <cmath>
+
 #include "layer.h"
 #if defined(FUSEDRNN_CUDA)
 #include "cuda/launch.h"
@@ -62,12 +64,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_forward(const Tensor& x, const 
   return {narrowed(y, x), narrowed(h_n, x), narrowed(c_n, x), saved};
 }
 
-// need_*: which gradients are wanted beside those of h0 and c0; the others come back empty.
-std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor> layer_backward(
-    const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const Tensor& x,
-    const OptionalTensor& batch_sizes, const OptionalTensor& h0, const OptionalTensor& c0, at::TensorList weights,
-    const Tensor& y, const Tensor& saved, c10::string_view cell, bool bidirectional, bool need_x, bool need_weights,
-    bool need_gates) {
+// need_*: which gradients are wanted beside those of h0 and c0; the others come back empty. The rest as in problem.h.
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor> layer_backward(
+    const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const OptionalTensor& dc_rows,
+    const Tensor& x, const OptionalTensor& batch_sizes, const OptionalTensor& h0, const OptionalTensor& c0,
+    at::TensorList weights, const Tensor& y, const Tensor& saved, c10::string_view cell, bool bidirectional,
+    bool need_x, bool need_weights, bool need_gates, bool need_norms, int64_t bptt_steps, double clip,
+    bool clip_by_norm) {
   Layer layer = read_layer(x, batch_sizes, h0, c0, weights, cell, bidirectional);
   const LayerSizes& z = layer.size;
   const bool two_states = layer.constants().states == 2;
@@ -80,13 +83,24 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor> layer_ba
               "saved must be what layer_forward(save=True) returned, of shape ",
               at::IntArrayRef({z.D, z.N, layer.saved_width()}), ", got ", saved.sizes());
   if (dy.has_value() && dy->defined()) check_tensor(*dy, x, "dy", y_sizes);
+  if (dc_rows.has_value() && dc_rows->defined()) {
+    TORCH_CHECK_VALUE(two_states, cell, " has no c to have a gradient dc");
+    std::vector<int64_t> sizes = y_sizes;
+    sizes.back() = z.D * z.H;
+    check_tensor(*dc_rows, x, "dc", sizes);
+  }
+  TORCH_CHECK_VALUE(bptt_steps >= 0, "bptt_steps must not be negative, got ", bptt_steps);
+  TORCH_CHECK_VALUE(clip >= 0 && std::isfinite(clip), "clip must be finite and not negative, got ", clip);
   Tensor dh = check_optional(dh_n, x, "dh_n", {z.D, z.B, z.R});
   Tensor dc = check_optional(dc_n, x, "dc_n", {two_states ? z.D : 0, z.B, z.H});
   layer.widen_without_kernel();
   const auto options = layer.x.options();
   const auto widened = [&](const Tensor& t) { return t.defined() ? t.to(layer.dtype) : t; };
-  Tensor dy_rows = widened(dy.value_or(Tensor()));
-  if (dy_rows.defined() && dy_rows.stride(-1) != 1 && dy_rows.size(-1) != 1) dy_rows = dy_rows.contiguous();
+  const auto with_even_rows = [&](const OptionalTensor& given) {
+    const Tensor t = widened(given.value_or(Tensor()));
+    return t.defined() && t.stride(-1) != 1 && t.size(-1) != 1 ? t.contiguous() : t;
+  };
+  const Tensor dy_rows = with_even_rows(dy), dc_views = with_even_rows(dc_rows);
   dh = widened(dh), dc = widened(dc);
   const Tensor y_rows = widened(y).contiguous(), saved_rows = saved.contiguous();
 
@@ -102,6 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor> layer_ba
   const int64_t rows_of_gates = need_gates ? z.N : 0;
   Tensor dgates = at::empty({z.D, rows_of_gates, (cell_of.gates + cell_of.split) * z.H}, compute);
   Tensor dh_rows = at::empty({z.D, z.projected ? rows_of_gates : 0, z.R}, compute);
+  Tensor norms = at::empty({z.D, need_norms ? z.N : 0, cell_of.states + cell_of.gates}, compute);
   std::vector<Tensor> dw;
   for (const Tensor& w : weights) {
     if (need_weights) dw.push_back(z.B > 0 ? at::empty(w.sizes(), options) : at::zeros(w.sizes(), options));
@@ -110,6 +125,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor> layer_ba
     BackwardProblem p;
     fill(p, layer);
     p.dy = rows(dy_rows, layer.packed);
+    p.dc = rows(dc_views, layer.packed);
     p.y = pointer(y_rows);
     p.saved = pointer(saved_rows);
     p.saved_stride = layer.saved_width();
@@ -122,6 +138,10 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor> layer_ba
     p.dc0 = two_states ? result(dc0) : nullptr;
     p.dgates = need_gates ? result(dgates) : nullptr;
     p.dh = need_gates && z.projected ? result(dh_rows) : nullptr;
+    p.norms = need_norms ? result(norms) : nullptr;
+    p.bptt_steps = bptt_steps;
+    p.clip = clip;
+    p.clip_by_norm = clip_by_norm && clip > 0;
     p.weight_gradients = need_weights;
     const size_t each = weights.size() / z.D;
     for (int d = 0; need_weights && d < z.D; ++d) {
@@ -133,7 +153,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor> layer_ba
     run(layer, p);
   }
   for (Tensor& g : dw) g = narrowed(g, x);
-  return {narrowed(dx, x), narrowed(dh0, x), narrowed(dc0, x), dw, dgates, dh_rows};
+  return {narrowed(dx, x), narrowed(dh0, x), narrowed(dc0, x), dw, dgates, dh_rows, norms};
 }
 
 }  // namespace
@@ -143,9 +163,10 @@ TORCH_LIBRARY(fusedrnn, m) {
       "layer_forward(Tensor x, Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor[] weights, str cell, "
       "bool bidirectional, bool save) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor x, Tensor? batch_sizes, Tensor? h0, Tensor? c0, "
-      "Tensor[] weights, Tensor y, Tensor saved, str cell, bool bidirectional, bool need_x, bool need_weights, "
-      "bool need_gates) -> (Tensor, Tensor, Tensor, Tensor[], Tensor, Tensor)");
+      "layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor x, Tensor? batch_sizes, Tensor? h0, "
+      "Tensor? c0, Tensor[] weights, Tensor y, Tensor saved, str cell, bool bidirectional, bool need_x, "
+      "bool need_weights, bool need_gates=False, bool need_norms=False, int bptt_steps=0, float clip=0., "
+      "bool clip_by_norm=False) -> (Tensor, Tensor, Tensor, Tensor[], Tensor, Tensor, Tensor)");
 }
 
 // fusedrnn.autograd differentiates layers. A call of an op by itself, from a trace say, has no gradient: an error.

@@ -91,6 +91,7 @@ struct BackwardProblem {
   LayerWeights weights[2];
   RowView x;          // [T, B, I] or [N, I]
   RowView dy;         // [T, B, D*R] or [N, D*R]; data null: zeros
+  RowView dc;         // [T, B, D*H] or [N, D*H], cells with two states; data null: zeros
   const void* h0;     // [D, B, R] or null
   const void* c0;     // [D, B, H] or null
   const void* y;      // [N, D*R]
@@ -106,6 +107,15 @@ struct BackwardProblem {
   // dL/d(W_ih x + b_ih) of the last kSplit; that of the others is the same.
   void* dgates;       // [D, N, (G + kSplit)*H]
   void* dh;           // [D, N, R]: dL/dh_t of a projected layer, by all ways
+  // In the compute type, or null: not wanted. Of each row the norms of dL/dh_t and, with two states, dL/dc_t, by all
+  // ways, then of each gate's gradient, that of W_ih x + b_ih.
+  void* norms;        // [D, N, kStates + G]
+  // What a step sends to the states before it. Nothing from a time t that is a multiple of bptt_steps to t - 1, or the
+  // other way in the reverse direction (0: everything); the rest with no element beyond `clip`, or no longer than
+  // `clip` for each sample and state (0: as it is).
+  int64_t bptt_steps;
+  double clip;
+  bool clip_by_norm;
   WeightGradients dw[2];
   bool weight_gradients;
   int threads;

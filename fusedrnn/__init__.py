@@ -12,6 +12,7 @@ from .cells import CELLS, CellInfo
 from .convert import ConversionReport, convert, revert
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, ResidualRNN, RNNCell
 from .patch import patch_torch, unpatch_torch
+from .recording import LayerGradients, record_gradients
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ __all__ = [
     "GRUCell",
     "LSTM",
     "LSTMCell",
+    "LayerGradients",
     "RNN",
     "RNNCell",
     "ResidualRNN",
@@ -32,6 +34,7 @@ __all__ = [
     "onnx",
     "ops",
     "patch_torch",
+    "record_gradients",
     "reference",
     "revert",
     "unpatch_torch",

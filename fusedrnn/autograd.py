@@ -6,21 +6,47 @@ One call of the fused kernel forward, one backward; :mod:`fusedrnn.functional` s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import differentiable
+from . import differentiable, recording
 from .batching import is_batched_by_autograd, map_backward
 from .cells import CELLS
-from .ops import layer_backward, layer_forward
+from .ops import KERNEL_DTYPES, layer_backward, layer_forward
 from .second_order import Arguments, hessian_vector_product
 
-__all__ = ["RecurrentLayer", "RecurrentLayerBackward", "recurrent_layer"]
+__all__ = ["Options", "RecurrentLayer", "RecurrentLayerBackward", "recurrent_layer"]
 
+
+class Options(NamedTuple):
+    """What a layer gives and keeps, and how its backward pass departs from the gradient.
+
+    Attributes:
+        states: whether c_t of every step is wanted.
+        recompute: whether the backward pass computes the gates again instead of keeping them.
+        bptt_steps: no gradient passes from a time t that is a multiple of it to t - 1; 0: all pass.
+        clip: the limit of what a step sends back to the states before it; 0: none.
+        clip_by_norm: whether it is one of each sample's vector, not of each element.
+    """
+
+    states: bool = False
+    recompute: bool = False
+    bptt_steps: int = 0
+    clip: float = 0.0
+    clip_by_norm: bool = False
+
+    @property
+    def limits(self) -> bool:
+        """Whether the backward pass gives something else than the gradient."""
+        return self.bptt_steps > 0 or self.clip > 0
+
+
+PLAIN = Options()
 
 def recurrent_layer(
     cell: str,
@@ -30,16 +56,22 @@ def recurrent_layer(
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One layer: y, h_n, c_n. What the backward pass needs is kept only if some gradient is wanted."""
+    options: Options = PLAIN,
+    owner: recording.Owner | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One layer: y, h_n, c_n and, if ``options`` ask for them, all c_t (T, B, D*H) or (N, D*H).
+
+    What the backward pass needs is kept only if some gradient is wanted. ``owner``: whom a recording knows it by.
+    """
     forward = x, batch_sizes, h0, c0, weights, cell, bidirectional
-    arguments = cell, bidirectional, x, batch_sizes, h0, c0, *weights
+    arguments = cell, bidirectional, options, owner, x, batch_sizes, h0, c0, *weights
     compiling, transformed = torch.compiler.is_compiling(), _transformed()
     if torch.compiler._is_exporting_flag:  # a program has no backward. (Dynamo of 2.11 takes is_exporting() for true.)
-        return layer_forward(*forward, False)[:3]
+        return _forward(options, *forward, keep=False)[:4]
     if _wants_plain_operations(x, h0, c0, *weights):
-        y, h_n, *c_n = differentiable.layer(cell, bidirectional, x, batch_sizes, h0, c0, weights)
-        return y, h_n, c_n[0] if c_n else h_n[:0]
+        _refuse(options, "forward-mode AD and torch.func.functionalize")
+        y, h_n, *cs = differentiable.layer(cell, bidirectional, x, batch_sizes, h0, c0, weights)
+        return (y, h_n, *cs) if cs else (y, h_n, h_n[:0], h_n[:0])
     if compiling and transformed and torch.is_grad_enabled():
         # Dynamo takes no tensor inside torch.func.grad for one that requires a gradient: it would be lost.
         raise NotImplementedError("fusedrnn: torch.compile cannot trace a layer inside torch.func.grad or vmap")
@@ -51,9 +83,37 @@ def recurrent_layer(
                 " for inference, torch.jit.trace under torch.no_grad()"
             )
         if compiling or transformed:
-            return RecurrentLayer.apply(*arguments)[:3]
-        return _apply(RecurrentLayer, arguments)[:3]
-    return layer_forward(*forward, False)[:3]
+            return RecurrentLayer.apply(*arguments)[:4]
+        return _apply(RecurrentLayer, arguments)[:4]
+    return _forward(options, *forward, keep=False)[:4]
+
+
+def _forward(
+    options: Options,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    cell: str,
+    bidirectional: bool,
+    *,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """y, h_n, c_n, all c_t and what the backward pass wants, the last two empty where they are not asked for."""
+    states = options.states and len(CELLS[cell].states) == 2
+    keep = keep and not options.recompute
+    y, h_n, c_n, saved = layer_forward(x, batch_sizes, h0, c0, weights, cell, bidirectional, keep or states)
+    if not states:
+        return y, h_n, c_n, y.new_empty(0), saved
+    begin = CELLS[cell].saved * c_n.size(2)
+    c = torch.cat([s[:, begin : begin + c_n.size(2)] for s in saved], dim=1).to(x.dtype)
+    return y, h_n, c_n, c.reshape(*x.shape[:-1], c.size(1)), saved if keep else saved[:, :0].clone()
+
+
+def _refuse(options: Options, what: str) -> None:
+    if options.limits:
+        raise RuntimeError(f"grad_clip and bptt_steps change the first gradient alone: {what} would not know of them")
 
 
 def _wants_plain_operations(*tensors: Tensor | None) -> bool:
@@ -87,10 +147,10 @@ def _transformed() -> bool:
 
 
 class RecurrentLayer(torch.autograd.Function):
-    """One layer, all its directions: ``apply(cell, bidirectional, x, batch_sizes, h0, c0, *weights)``.
+    """One layer, all directions: ``apply(cell, bidirectional, options, owner, x, batch_sizes, h0, c0, *weights)``.
 
-    Returns ``y, h_n, c_n, saved``. Shapes as in :func:`fusedrnn.functional.recurrent` for a single layer; ``c_n`` is
-    empty for cells without ``c``.
+    Returns ``y, h_n, c_n, c, saved``. Shapes as in :func:`fusedrnn.functional.recurrent` for a single layer; ``c_n`` is
+    empty for cells without ``c``, ``c`` if ``options`` do not ask for it.
 
     *Saved for backward*: the inputs, ``y`` (which holds every h_t), and one buffer ``saved`` with, for each unit,
     sample and step, the activated gates (LSTM i, f, g, o; GRU r, z, n and, with the reset gate after the product,
@@ -99,50 +159,61 @@ class RecurrentLayer(torch.autograd.Function):
 
     *Recomputed in backward*: tanh(c_t), the operands r * h_{t-1} (GRU with ``reset_after=False``) and
     o * tanh(c_t) (projected LSTM). The gradients of the gates are never stored for all steps, on the CPU; on a GPU they
-    are, during the backward pass.
+    are, during the backward pass. With ``options.recompute`` everything that would be in ``saved``, by a second forward
+    pass.
     """
 
     generate_vmap_rule = True  # from the ops' rules (batching.py)
 
     @staticmethod
-    def forward(cell, bidirectional, x, batch_sizes, h0, c0, *weights):  # noqa: D102
-        return layer_forward(x, batch_sizes, h0, c0, weights, cell, bidirectional, True)
+    def forward(cell, bidirectional, options, owner, x, batch_sizes, h0, c0, *weights):  # noqa: D102
+        return _forward(options, x, batch_sizes, h0, c0, weights, cell, bidirectional, keep=True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # noqa: D102
-        ctx.cell, ctx.bidirectional, x, batch_sizes, h0, c0, *weights = inputs
-        y, _, c_n, saved = output
+        ctx.cell, ctx.bidirectional, ctx.options, ctx.owner, x, batch_sizes, h0, c0, *weights = inputs
+        y, _, c_n, c, saved = output
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*([saved] if len(CELLS[ctx.cell].states) == 2 else [c_n, saved]))
+        two_states = len(CELLS[ctx.cell].states) == 2
+        constants = [] if two_states else [c_n]
+        constants += [] if two_states and ctx.options.states else [c]
+        ctx.mark_non_differentiable(*constants, saved)
         ctx.save_for_backward(x, batch_sizes, h0, c0, y, saved, *weights)
 
     @staticmethod
-    def backward(ctx, dy, dh_n, dc_n, _):  # noqa: D102
-        if is_batched_by_autograd(dy, dh_n, dc_n):
-            return tuple(map_backward(partial(RecurrentLayer.backward, ctx), dy, dh_n, dc_n, None))
+    def backward(ctx, dy, dh_n, dc_n, dc, _):  # noqa: D102
+        if not ctx.options.states:
+            dc = None  # aot_autograd gives every output a gradient
+        if is_batched_by_autograd(dy, dh_n, dc_n, dc):
+            return tuple(map_backward(partial(RecurrentLayer.backward, ctx), dy, dh_n, dc_n, dc, None))
         x, batch_sizes, h0, c0, y, saved, *weights = ctx.saved_tensors
-        _, _, need_x, _, need_h0, need_c0, *need_weights = ctx.needs_input_grad
-        if dy is None and dh_n is None and dc_n is None:
+        _, _, _, _, need_x, _, need_h0, need_c0, *need_weights = ctx.needs_input_grad
+        if dy is None and dh_n is None and dc_n is None and dc is None:
             return (None,) * len(ctx.needs_input_grad)
-        if _wants_plain_operations(x, dy, dh_n, dc_n, h0, c0, *weights):
-            with torch.autocast(x.device.type, enabled=False):
-                found = differentiable.gradients(
-                    ctx.cell, ctx.bidirectional, batch_sizes, _cotangents(dy, dh_n, dc_n), _leaves(x, h0, c0, weights)
-                )
+        if ctx.options.recompute:
+            with torch.no_grad():
+                saved = layer_forward(x, batch_sizes, h0, c0, weights, ctx.cell, ctx.bidirectional, True)[3]
+        if _wants_plain_operations(x, dy, dh_n, dc_n, dc, h0, c0, *weights):
+            _refuse(ctx.options, "forward-mode AD and torch.func.functionalize")
+            with _without_autocast(x):
+                cotangents, leaves = _cotangents(dy, dh_n, dc_n, dc), _leaves(x, h0, c0, weights)
+                found = differentiable.gradients(ctx.cell, ctx.bidirectional, batch_sizes, cotangents, leaves)
             dx, dh0, dc0, dweights = (found.get(name) for name in ("x", "h0", "c0", "weights"))
         # Another Function only where its result may be differentiated. Dynamo traces none inside a backward.
         elif torch.compiler.is_compiling() or not (torch.is_grad_enabled() or _transformed()):
-            dx, dh0, dc0, dweights, _, _ = layer_backward(
-                dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, ctx.cell, ctx.bidirectional, need_x,
-                any(need_weights), False,
+            dx, dh0, dc0, dweights, _ = _backward(
+                ctx.cell, ctx.bidirectional, ctx.options, ctx.owner, need_x, any(need_weights), dy, dh_n, dc_n, dc, x,
+                batch_sizes, h0, c0, y, saved, weights, need_gates=False,
             )  # fmt: skip
         else:
             dx, dh0, dc0, _, *dweights = RecurrentLayerBackward.apply(
-                ctx.cell, ctx.bidirectional, need_x, any(need_weights), dy, dh_n, dc_n, x, batch_sizes, h0, c0, y,
-                saved, *weights,
+                ctx.cell, ctx.bidirectional, ctx.options, ctx.owner, need_x, any(need_weights), dy, dh_n, dc_n, dc, x,
+                batch_sizes, h0, c0, y, saved, *weights,
             )  # fmt: skip
         dweights = dweights or [None] * len(weights)
         return (
+            None,
+            None,
             None,
             None,
             dx if need_x else None,
@@ -151,6 +222,38 @@ class RecurrentLayer(torch.autograd.Function):
             dc0 if need_c0 else None,
             *(dw if need else None for dw, need in zip(dweights, need_weights, strict=True)),
         )
+
+
+def _backward(
+    cell: str,
+    bidirectional: bool,
+    options: Options,
+    owner: recording.Owner | None,
+    need_x: bool,
+    need_weights: bool,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    dc: Tensor | None,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    y: Tensor,
+    saved: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    need_gates: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
+    """The kernel's backward pass: dx, dh0, dc0, the weights' gradients, those of the gates; norms for who records."""
+    recorders = () if owner is None or torch.compiler.is_compiling() else recording.interested(owner)
+    dx, dh0, dc0, dweights, dgates, _, norms = layer_backward(
+        dy, dh_n, dc_n, dc, x, batch_sizes, h0, c0, weights, y, saved, cell, bidirectional, need_x, need_weights,
+        need_gates, bool(recorders), options.bptt_steps, options.clip, options.clip_by_norm,
+    )  # fmt: skip
+    for recorder in recorders:
+        recorder.add(owner, cell, norms, x, batch_sizes)
+    return dx, dh0, dc0, dweights, dgates
 
 
 class RecurrentLayerBackward(torch.autograd.Function):
@@ -166,47 +269,54 @@ class RecurrentLayerBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: D102
-        cell, bidirectional, need_x, need_weights, dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *weights
-    ):
-        dx, dh0, dc0, dweights, dgates, _ = layer_backward(
-            dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, cell, bidirectional, need_x, need_weights, True
-        )
+        cell, bidirectional, options, owner, need_x, need_weights, dy, dh_n, dc_n, dc, x, batch_sizes, h0, c0, y,
+        saved, *weights,
+    ):  # fmt: skip
+        dx, dh0, dc0, dweights, dgates = _backward(
+            cell, bidirectional, options, owner, need_x, need_weights, dy, dh_n, dc_n, dc, x, batch_sizes, h0, c0, y,
+            saved, weights, need_gates=True,
+        )  # fmt: skip
         return dx, dh0, dc0, dgates, *dweights
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # noqa: D102
-        ctx.cell, ctx.bidirectional, ctx.need_x, ctx.need_weights, *tensors = inputs
-        dy, dh_n, dc_n, x, batch_sizes, h0, c0, y, saved, *weights = tensors
+        ctx.cell, ctx.bidirectional, ctx.options, _, ctx.need_x, ctx.need_weights, *tensors = inputs
+        dy, dh_n, dc_n, dc, x, batch_sizes, h0, c0, y, saved, *weights = tensors
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[3])
-        ctx.save_for_backward(batch_sizes, dy, dh_n, dc_n, x, h0, c0, y, saved, output[3], *weights)
+        ctx.save_for_backward(batch_sizes, dy, dh_n, dc_n, dc, x, h0, c0, y, saved, output[3], *weights)
 
     @staticmethod
     def backward(ctx, ddx, ddh0, ddc0, _, *ddweights):  # noqa: D102
         if is_batched_by_autograd(ddx, ddh0, ddc0, *ddweights):
             return tuple(map_backward(partial(RecurrentLayerBackward.backward, ctx), ddx, ddh0, ddc0, None, *ddweights))
-        batch_sizes, dy, dh_n, dc_n, x, h0, c0, y, saved, dgates, *weights = ctx.saved_tensors
+        _refuse(ctx.options, "a second derivative")
+        batch_sizes, dy, dh_n, dc_n, dc, x, h0, c0, y, saved, dgates, *weights = ctx.saved_tensors
         asked = {"x": ddx if ctx.need_x else None, "h0": ddh0, "c0": ddc0}
         if all(dd is None for dd in (*asked.values(), *ddweights)):
             return (None,) * len(ctx.needs_input_grad)
         asked["weights"] = ddweights or [None] * len(weights)
         # In the tensors' own type, whatever autocast is on around backward().
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             if torch.is_grad_enabled() or _transformed():
                 gradients = partial(differentiable.gradients, ctx.cell, ctx.bidirectional, batch_sizes)
-                found, pull = torch.func.vjp(gradients, _cotangents(dy, dh_n, dc_n), _leaves(x, h0, c0, weights))
+                found, pull = torch.func.vjp(gradients, _cotangents(dy, dh_n, dc_n, dc), _leaves(x, h0, c0, weights))
                 d_cotangents, d_leaves = pull(_like(found, asked))
-                d = [d_cotangents.get(name) for name in ("y", "h_n", "c_n")]
+                d = [d_cotangents.get(name) for name in ("y", "h_n", "c_n", "c")]
                 d += [d_leaves.get(name) for name in ("x", "h0", "c0")]
                 dweights = d_leaves["weights"]
             else:
                 first, second = hessian_vector_product(
                     ctx.cell, ctx.bidirectional, batch_sizes, Arguments(x, h0, c0, weights), y, saved, dgates,
-                    (dy, dh_n, dc_n), Arguments(**asked), ctx.needs_input_grad[7],
+                    (dy, dh_n, dc_n, dc), Arguments(**asked), ctx.needs_input_grad[10],
                     any(ctx.needs_input_grad[-len(weights) :]),
                 )  # fmt: skip
                 d, dweights = [*first, second.x, second.h0, second.c0], second.weights
-        return (None, None, None, None, *d[:4], None, *d[4:], None, None, *dweights)
+        return (None,) * 6 + (*d[:5], None, *d[5:], None, None, *dweights)
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager:
+    return torch.autocast(x.device.type, enabled=False) if x.device.type in KERNEL_DTYPES else nullcontext()
 
 
 def _leaves(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor]) -> dict:
@@ -214,8 +324,10 @@ def _leaves(x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: Sequence[T
     return {name: t for name, t in (("x", x), ("h0", h0), ("c0", c0)) if t is not None} | {"weights": list(weights)}
 
 
-def _cotangents(dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None) -> dict[str, Tensor]:
-    return {name: d for name, d in (("y", dy), ("h_n", dh_n), ("c_n", dc_n)) if d is not None}
+def _cotangents(
+    dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dc: Tensor | None
+) -> dict[str, Tensor]:
+    return {name: d for name, d in (("y", dy), ("h_n", dh_n), ("c_n", dc_n), ("c", dc)) if d is not None}
 
 
 def _like(tree: dict, given: dict) -> dict:

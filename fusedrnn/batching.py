@@ -120,6 +120,7 @@ def _map_backward(
     dy: Tensor | None,
     dh_n: Tensor | None,
     dc_n: Tensor | None,
+    dc: Tensor | None,
     x: Tensor,
     batch_sizes: Tensor | None,
     h0: Tensor | None,
@@ -131,26 +132,27 @@ def _map_backward(
     bidirectional: bool,
     need_x: bool,
     need_weights: bool,
-    need_gates: bool,
+    *rest: Any,  # need_gates and what comes after it, as far as the caller gave them
 ) -> tuple[Any, Any]:
     op, count = torch.ops.fusedrnn.layer_backward.default, info.batch_size
-    dy_dim, dh_dim, dc_dim, x_dim, sizes_dim, h0_dim, c0_dim, weight_dims, y_dim, saved_dim, *_ = in_dims
-    flags = cell, bidirectional, need_x, need_weights, need_gates
-    args = dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, *flags
+    dy_dim, dh_dim, dc_n_dim, dc_dim, x_dim, sizes_dim, h0_dim, c0_dim, weight_dims, y_dim, saved_dim, *_ = in_dims
+    flags = cell, bidirectional, need_x, need_weights, *rest
+    args = dy, dh_n, dc_n, dc, x, batch_sizes, h0, c0, weights, y, saved, *flags
+    need_gates = bool(rest) and rest[0]
     if count == 0:
         return _nothing(_map_backward, info, in_dims, args)
     if sizes_dim is not None or any(d is not None for d in weight_dims):
         return _one_by_one(op, count, in_dims, args)
     rows = 1 if batch_sizes is None else 0
-    dy, x, y = (_fold(t, d, rows, count) for t, d in ((dy, dy_dim), (x, x_dim), (y, y_dim)))
+    dy, dc, x, y = (_fold(t, d, rows, count) for t, d in ((dy, dy_dim), (dc, dc_dim), (x, x_dim), (y, y_dim)))
     dh_n, dc_n, h0, c0, saved = (
         _fold(t, d, 1, count)
-        for t, d in ((dh_n, dh_dim), (dc_n, dc_dim), (h0, h0_dim), (c0, c0_dim), (saved, saved_dim))
+        for t, d in ((dh_n, dh_dim), (dc_n, dc_n_dim), (h0, h0_dim), (c0, c0_dim), (saved, saved_dim))
     )
     sizes = None if batch_sizes is None else batch_sizes * count
-    dx, dh0, dc0, _, dgates, dh = op(
-        dy, dh_n, dc_n, x, sizes, h0, c0, weights, y, saved, cell, bidirectional, need_x, False,
-        need_weights or need_gates,
+    dx, dh0, dc0, _, dgates, dh, norms = op(
+        dy, dh_n, dc_n, dc, x, sizes, h0, c0, weights, y, saved, cell, bidirectional, need_x, False,
+        need_weights or need_gates, *rest[1:],
     )  # fmt: skip
     dweights: list[Tensor] = []
     if need_weights:
@@ -163,9 +165,9 @@ def _map_backward(
         _unfold(dx, rows, count) if need_x else dx,
         *(_unfold(t, 1, count) for t in (dh0, dc0)),
         dweights,
-        *(_unfold(t, 1, count) for t in (dgates, dh)),
+        *(_unfold(t, 1, count) for t in (dgates, dh, norms)),
     )
-    return results, (rows + 1 if need_x else None, 2, 2, [0] * len(dweights), 2, 2)
+    return results, (rows + 1 if need_x else None, 2, 2, [0] * len(dweights), 2, 2, 2)
 
 
 torch.library.register_vmap("fusedrnn::layer_forward", _map_forward)

@@ -73,26 +73,29 @@ def layer(
     c0: Tensor | None,
     weights: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    """What :data:`fusedrnn.ops.layer_forward` computes, without ``saved``: y, h_n[, c_n], of the same shapes."""
+    """What :data:`fusedrnn.ops.layer_forward` computes, without ``saved``: y, h_n[, c_n], of the same shapes, and, with
+    c_n, c_t of every step, (T, B, D*H) or (N, D*H).
+    """
     directions = 2 if bidirectional else 1
     each = len(weights) // directions
     rows = batch_sizes.tolist() if batch_sizes is not None else [x.size(1)] * x.size(0)
-    outputs, finals = [], []
+    steps, finals = [], []
     for d in range(directions):
-        y, final = _direction(
+        states, final = _direction(
             cell, bool(d), x, rows, [None if s is None else s[d] for s in (h0, c0)], weights[d * each : (d + 1) * each]
         )
-        outputs.append(y)
+        steps.append(states)
         finals.append(final)
-    y = torch.cat(outputs, dim=-1)
-    return (y if batch_sizes is not None else y.unflatten(0, x.shape[:2]), *map(torch.stack, zip(*finals, strict=True)))
+    y, *c = (torch.cat(state, dim=-1) for state in zip(*steps, strict=True))
+    y, *c = (state.reshape(*x.shape[:-1], state.size(-1)) for state in (y, *c))
+    return (y, *map(torch.stack, zip(*finals, strict=True)), *c)
 
 
 def outputs(cell: str, bidirectional: bool, batch_sizes: Tensor | None, leaves: dict) -> dict[str, Tensor]:
-    """:func:`layer` by name: of x[, h0][, c0] and the list ``weights``, y, h_n[, c_n]."""
+    """:func:`layer` by name: of x[, h0][, c0] and the list ``weights``, y, h_n[, c_n, c]."""
     states = leaves.get("h0"), leaves.get("c0")
     found = layer(cell, bidirectional, leaves["x"], batch_sizes, *states, leaves["weights"])
-    return dict(zip(("y", "h_n", "c_n"), found))
+    return dict(zip(("y", "h_n", "c_n", "c"), found))
 
 
 def gradients(cell: str, bidirectional: bool, batch_sizes: Tensor | None, cotangents: dict, leaves: dict) -> dict:
@@ -112,8 +115,8 @@ def _direction(
     rows: Sequence[int],
     start: Sequence[Tensor | None],
     weights: Sequence[Tensor],
-) -> tuple[Tensor, States]:
-    """One direction: y, the rows of all steps in the order of time, and the final states."""
+) -> tuple[States, States]:
+    """One direction: each state at all steps, rows in the order of time, and at the end."""
     w_ih, w_hh = weights[:2]
     b_ih, b_hh = weights[2:4] if len(weights) >= 4 else (None, None)
     w_hr = weights[-1] if len(weights) % 2 else None
@@ -134,7 +137,7 @@ def _direction(
     # Samples beyond those of a step have ended (forward) or not begun (reverse).
     count = rows[-1] if reverse else rows[0]
     states, ended = tuple(s[:count] for s in start), []
-    outputs: list[Tensor] = [x] * len(rows)
+    steps: list[States] = [()] * len(rows)
     for t in reversed(range(len(rows))) if reverse else range(len(rows)):
         if rows[t] > count:
             states = tuple(torch.cat([s, first[count : rows[t]]]) for s, first in zip(states, start, strict=True))
@@ -145,9 +148,9 @@ def _direction(
         states = step(projections[t], recurrent, *states)
         if w_hr is not None:
             states = (linear(states[0], w_hr), *states[1:])
-        outputs[t] = states[0]
+        steps[t] = states
     finals = tuple(torch.cat(parts) for parts in zip(states, *reversed(ended), strict=True))
-    return torch.cat(outputs), finals
+    return tuple(map(torch.cat, zip(*steps, strict=True))), finals
 
 
 def previous(state: Tensor, start: Tensor | None, rows: Sequence[int], reverse: bool) -> Tensor:

@@ -8,17 +8,21 @@ kernel, forward and backward.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout as _dropout
 from torch.nn.utils.rnn import PackedSequence
 
-from .autograd import RecurrentLayer, recurrent_layer
+from . import recording
+from .autograd import Options, RecurrentLayer, recurrent_layer
 from .cells import CELLS
 from .ops import KERNEL_DTYPES
-from .segments import cut
+from .segments import Segments, cut
 
 __all__ = [
     "RecurrentLayer",
@@ -53,21 +57,30 @@ def _stack(
     num_layers: int,
     bidirectional: bool,
     dropout: float,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Stacked layers on time-major or packed rows: the output and the final states, (L*D, B, *) each."""
+    options: Options,
+    owner: torch.nn.Module | None,
+    layout: Segments | Sequence[Tensor | None] | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...], list[tuple[Tensor, ...]]]:
+    """Stacked layers on time-major or packed rows: the output, the final states, (L*D, B, *) each, and each layer's
+    states at every step, if ``options`` ask for them.
+    """
     _check_devices(x, *states, *weights)
     directions, per_layer = 2 if bidirectional else 1, len(weights) // num_layers
     finals: list[tuple[Tensor, ...]] = []
+    steps: list[tuple[Tensor, ...]] = []
+    count = len(CELLS[cell].states)
     for layer in range(num_layers):
         own = slice(layer * directions, (layer + 1) * directions)
         h0, c0 = (None if s is None else s if num_layers == 1 else s[own] for s in (*states, None)[:2])
-        x, h_n, c_n = recurrent_layer(
-            cell, bidirectional, x, batch_sizes, h0, c0, weights[layer * per_layer : (layer + 1) * per_layer]
-        )
-        finals.append((h_n, c_n)[: len(CELLS[cell].states)])
+        x, h_n, c_n, c = recurrent_layer(
+            cell, bidirectional, x, batch_sizes, h0, c0, weights[layer * per_layer : (layer + 1) * per_layer], options,
+            recording.owner(owner, layer, layout),
+        )  # fmt: skip
+        finals.append((h_n, c_n)[:count])
+        steps.append((x, c)[:count])
         if dropout and layer + 1 < num_layers:
             x = _dropout(x, dropout, training=True)
-    return x, finals[0] if num_layers == 1 else tuple(torch.cat(state) for state in zip(*finals, strict=True))
+    return x, finals[0] if num_layers == 1 else tuple(map(torch.cat, zip(*finals, strict=True))), steps
 
 
 def _autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -120,7 +133,13 @@ def recurrent(
     batch_first: bool = False,
     lengths: Tensor | Sequence[int] | None = None,
     reset: Tensor | None = None,
-) -> tuple[Tensor | PackedSequence, tuple[Tensor, ...]]:
+    return_states: bool = False,
+    grad_clip: float | None = None,
+    grad_clip_mode: str = "value",
+    bptt_steps: int | None = None,
+    recompute: str = "none",
+    owner: torch.nn.Module | None = None,
+) -> tuple[Any, ...]:
     """Stacked recurrent layers of any registered cell.
 
     Args:
@@ -140,11 +159,27 @@ def recurrent(
             end. Of these the first starts with the initial state and the last gives the final one; in a reverse
             direction, which starts each at its own end, the last and the first.
             Both are cuts, known to the processor before it computes: tensors on a GPU are copied to the host.
+        return_states: whether to give the states of every layer at every step, too. They are differentiable.
+        grad_clip: the limit c of what a step sends back to the states before it, m = dL/dh_{t-1} and, for the LSTM,
+            dL/dc_{t-1}, before the earlier step adds its own dL/dy_{t-1}. None: m as it is.
+        grad_clip_mode: "value": each element into [-c, c]; "norm": each sample's m times min(1, c / ||m||).
+        bptt_steps: truncated back-propagation through time: from a step t that is a multiple of it, counted from 0,
+            no gradient passes to step t - 1 (in a reverse direction from t - 1 to t). The same gradients as of calls
+            with so many steps each, the states handed on detached. With ``reset``, t counts from the last reset.
+        recompute: "gates": the backward pass makes a second forward pass of each layer instead of keeping gates and
+            c_t: nothing but input and output is kept, for about a third more time. "none": everything is kept.
+        owner: the module by which :class:`fusedrnn.record_gradients` knows the call.
 
     Returns:
-        The output, (T, B, D*R) laid out as the input, and the final states, shaped as the initial ones.
+        The output, (T, B, D*R) laid out as the input, and the final states, shaped as the initial ones. With
+        ``return_states``, third, for each layer a tuple of its states at every step, h_t (before dropout) and, for the
+        LSTM, c_t, laid out as the output.
+
+        ``grad_clip`` and ``bptt_steps`` make the backward pass give something else than the gradient. To bound the
+        gradient of all parameters instead, which keeps its direction: ``torch.nn.utils.clip_grad_norm_``.
 
     Raises:
+        RuntimeError: a second derivative, or one in forward mode, with ``grad_clip`` or ``bptt_steps``.
         RuntimeError, ValueError, TypeError: a shape, device or dtype that does not fit; the message names the argument.
     """
     _check_cell_and_weights(cell, weights)
@@ -180,26 +215,53 @@ def recurrent(
     elif packed is not None and packed.sorted_indices is not None:
         states = [None if s is None else s.index_select(1, packed.sorted_indices) for s in states]
 
+    options = check_policy(grad_clip, grad_clip_mode, bptt_steps, recompute)._replace(states=return_states)
     x, *rest = _autocast(x, *states, *weights)
-    states, stack = rest[: len(names)], (rest[len(names) :], num_layers, bidirectional, dropout if training else 0.0)
+    states, weights = rest[: len(names)], rest[len(names) :]
+    stack = weights, num_layers, bidirectional, dropout if training else 0.0, options, owner
+
+    def results(y: Tensor, finals: tuple[Tensor, ...], steps: list[tuple[Tensor, ...]], laid_out: Callable) -> tuple:
+        given = laid_out(y), finals
+        return (*given, [tuple(map(laid_out, own)) for own in steps]) if return_states else given
+
     if lengths is not None or reset is not None:
         marks = reset.t() if batch_first and isinstance(reset, Tensor) and reset.dim() == 2 else reset
         segments = cut(lengths, marks, x.size(0), x.size(1), x.device)
         if not segments.whole:
             sizes = segments.batch_sizes if len(segments.batch_sizes) else None
             own = [segments.initial(s, directions) for s in states]
-            y, finals = _stack(cell, segments.gather(x), sizes, own, *stack)
+            y, finals, steps = _stack(cell, segments.gather(x), sizes, own, *stack, segments)
             finals = tuple(segments.final(s, before, directions) for s, before in zip(finals, states, strict=True))
-            y = segments.scatter(y)
-            return y.transpose(0, 1) if batch_first else y, finals
-    y, finals = _stack(cell, x, None if packed is None else packed.batch_sizes, states, *stack)
+            turn = partial(torch.transpose, dim0=0, dim1=1) if batch_first else lambda t: t
+            return results(y, finals, steps, lambda t: turn(segments.scatter(t)))
+    sizes, layout = (None, None) if packed is None else (packed.batch_sizes, packed[2:])
+    y, finals, steps = _stack(cell, x, sizes, states, *stack, layout)
     if packed is not None:
         if packed.unsorted_indices is not None:
             finals = tuple(s.index_select(1, packed.unsorted_indices) for s in finals)
-        return PackedSequence(y, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices), finals
+        return results(y, finals, steps, lambda t: PackedSequence(t, *packed[1:]))
     if unbatched:
-        return y.squeeze(1), tuple(s.squeeze(1) for s in finals)
-    return y.transpose(0, 1) if batch_first else y, finals
+        return results(y, tuple(s.squeeze(1) for s in finals), steps, lambda t: t.squeeze(1))
+    return results(y, finals, steps, lambda t: t.transpose(0, 1) if batch_first else t)
+
+
+def check_policy(
+    grad_clip: float | None, grad_clip_mode: str, bptt_steps: int | None, recompute: str
+) -> Options:
+    """These arguments of :func:`recurrent` as a layer takes them.
+
+    Raises:
+        ValueError: one that has no meaning.
+    """
+    if grad_clip_mode not in ("value", "norm"):
+        raise ValueError(f"grad_clip_mode must be 'value' or 'norm', got {grad_clip_mode!r}")
+    if recompute not in ("none", "gates"):
+        raise ValueError(f"recompute must be 'none' or 'gates', got {recompute!r}")
+    if grad_clip is not None and not 0 < grad_clip < math.inf:
+        raise ValueError(f"grad_clip must be positive and finite, or None, got {grad_clip}")
+    if bptt_steps is not None and (not isinstance(bptt_steps, int) or bptt_steps < 1):
+        raise ValueError(f"bptt_steps must be a positive integer, or None, got {bptt_steps}")
+    return Options(False, recompute == "gates", bptt_steps or 0, float(grad_clip or 0), grad_clip_mode == "norm")
 
 
 def lstm(
@@ -331,7 +393,7 @@ def recurrent_cell(
             raise RuntimeError(f"input, hidden state and weights must have one dtype, got {x.dtype} and {tensor.dtype}")
     h0, c0 = (None if s is None else s.unsqueeze(0) for s in (*hx, None)[:2])
     _check_devices(x, *hx, *weights)
-    _, h, c = recurrent_layer(cell, False, x.unsqueeze(0), None, h0, c0, weights)
+    _, h, c, _ = recurrent_layer(cell, False, x.unsqueeze(0), None, h0, c0, weights)
     return tuple(s.squeeze(0) for s in (h, c)[: len(CELLS[cell].states)])
 
 

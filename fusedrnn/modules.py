@@ -15,15 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.autograd import forward_ad
-from torch.fx import Proxy
+from torch.compiler import is_compiling
+from torch.fx import Proxy, _symbolic_trace
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import has_torch_function
 
 from ._C import PackedWeights, infer
-from .autograd import recurrent_layer
+from . import recording
+from .autograd import PLAIN, recurrent_layer
 from .cells import CELLS
-from .functional import recurrent, recurrent_cell
+from .functional import check_policy, recurrent, recurrent_cell
 
 __all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell", "ResidualRNN"]
 
@@ -38,16 +41,15 @@ def _forward(
     states: Sequence[Tensor] | None,
     lengths: Lengths = None,
     reset: Tensor | None = None,
-) -> tuple[Tensor | PackedSequence, tuple[Tensor, ...]]:
+    return_states: bool = False,
+) -> tuple[Any, ...]:
     """What the sequence modules share: torch.nn's checks, in its order and words, then the layers."""
-    cut = lengths is not None or reset is not None
-    if not cut:
+    ours = isinstance(module, _SequenceModule)
+    policy = module._policy() if ours else {}
+    if lengths is None and reset is None and not return_states and not policy:
         short = _short_road(module, cell, input, states)
         if short is not None:
             return short
-    if isinstance(input, Proxy):
-        y, last = _node(module, input, states, {"lengths": lengths, "reset": reset} if cut else {})
-        return y, (last[0], last[1]) if len(CELLS[cell].states) == 2 else (last,)
     module._update_flat_weights()
     two_states = len(CELLS[cell].states) == 2
     states = _as_states(states, cell)
@@ -79,7 +81,15 @@ def _forward(
         batch_first=module.batch_first,
         lengths=lengths,
         reset=reset,
+        return_states=return_states,
+        owner=module if ours else None,
+        **policy,
     )
+
+
+#: Where Dynamo compiles the caller and has refused the module itself (torch._dynamo.config.allow_rnn): it would begin
+#: anew at each function inside, without the gradients of a gradient. (To be asked in ``forward``, the refused frame.)
+_untraced = torch.compiler.disable(_forward)
 
 
 def _short_road(
@@ -138,9 +148,9 @@ def _dense(
     if num_layers > 1:
         return None
     if x.dim() == 3:
-        return recurrent_layer(cell, bidirectional, x, None, h0, c0, weights)
+        return recurrent_layer(cell, bidirectional, x, None, h0, c0, weights, PLAIN, recording.owner(module, 0))[:3]
     x, h0, c0 = (None if t is None else t.unsqueeze(0) for t in (x, h0, c0))
-    y, h_n, c_n = recurrent_layer(cell, bidirectional, x, None, h0, c0, weights)
+    y, h_n, c_n, _ = recurrent_layer(cell, bidirectional, x, None, h0, c0, weights)
     return y[0], h_n[0], c_n[0] if c_n.size(0) else c_n
 
 
@@ -163,12 +173,13 @@ def _is_plain(
     )
 
 
-def _node(
-    module: torch.nn.Module, input: Proxy, states: Sequence[Any] | None, options: dict[str, Any] | None = None
-) -> Any:
-    """The call as one node of a torch.fx graph: its tracer knows torch.nn's modules alone as leaves."""
-    hx = () if states is None else (tuple(states),) if len(states) == 2 else tuple(states)
-    return input.tracer.create_proxy("call_module", input.tracer.path_of_module(module), (input, *hx), options or {})
+def _node(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Proxy | None:
+    """The call as one node of a torch.fx graph, if it is traced: tracers know torch.nn's modules alone as leaves."""
+    given = [*args, *kwargs.values()]
+    for value in [*given, *(item for value in given if isinstance(value, (tuple, list)) for item in value)]:
+        if isinstance(value, Proxy):
+            return value.tracer.create_proxy("call_module", value.tracer.path_of_module(module), args, kwargs)
+    return None
 
 
 def _as_states(states: Sequence[Tensor] | None, cell: str) -> Sequence[Tensor] | None:
@@ -215,10 +226,18 @@ def _kept(module: torch.nn.Module) -> PackedWeights:
     return kept_aside.get(module) or kept_aside.setdefault(module, PackedWeights())
 
 
+_POLICY = ("grad_clip", "grad_clip_mode", "bptt_steps", "recompute")
+
+
 class _FusedModule:
     """What our modules do not share with torch.nn's: packed weights for inference, of which copies and pickles of a
     module hold none, and an answer to TorchScript.
     """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _symbolic_trace._is_fx_tracing_flag and (node := _node(self, args, kwargs)) is not None:
+            return node  # with the hooks
+        return torch.nn.Module.__call__(self, *args, **kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> torch.nn.Module:  # by .to(), .double(), .share_memory() ...
         vars(self).pop(_KEPT, None)
@@ -238,7 +257,35 @@ class _FusedModule:
 
 
 class _SequenceModule(_FusedModule):
-    """What our sequence modules do not share with torch.nn's."""
+    """What our sequence modules do not share with torch.nn's.
+
+    Their forward has further arguments, by name: ``lengths``, ``reset`` and ``return_states``. How the backward pass is
+    done is told to the constructor, by name, or by attributes of these names: ``grad_clip``, ``grad_clip_mode``,
+    ``bptt_steps``, ``recompute``. All as in :func:`fusedrnn.functional.recurrent`.
+    """
+
+    grad_clip: float | None = None
+    grad_clip_mode: str = "value"
+    bptt_steps: int | None = None
+    recompute: str = "none"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        policy = {name: kwargs.pop(name) for name in _POLICY if name in kwargs}
+        super().__init__(*args, **kwargs)
+        for name, value in policy.items():
+            setattr(self, name, value)
+        check_policy(*(getattr(self, name) for name in _POLICY))
+
+    def _policy(self) -> dict[str, Any]:
+        """What differs from the defaults."""
+        if self.grad_clip is None and self.bptt_steps is None and self.recompute == "none":
+            return {}
+        own = {name: getattr(self, name) for name in _POLICY}
+        return {name: value for name, value in own.items() if value != getattr(_SequenceModule, name)}
+
+    def extra_repr(self) -> str:
+        """As in torch.nn, and what differs from the defaults."""
+        return ", ".join([super().extra_repr(), *(f"{name}={value!r}" for name, value in self._policy().items())])
 
     def _init_flat_weights(self) -> None:
         super()._init_flat_weights()
@@ -269,11 +316,14 @@ class RNN(_SequenceModule, torch.nn.RNN):
 
     def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | None = None, *,
-        lengths: Lengths = None, reset: Tensor | None = None,
-    ) -> tuple[Tensor | PackedSequence, Tensor]:  # fmt: skip
+        lengths: Lengths = None, reset: Tensor | None = None, return_states: bool = False,
+    ) -> tuple[Any, ...]:  # fmt: skip
         cell = "rnn_relu" if self.mode == "RNN_RELU" else "rnn_tanh"
-        output, (h_n,) = _forward(self, cell, "RNN", input, None if hx is None else (hx,), lengths, reset)
-        return output, h_n
+        call = _forward if is_compiling() or not get_eval_frame_callback() else _untraced
+        output, (h_n,), *states = call(
+            self, cell, "RNN", input, None if hx is None else (hx,), lengths, reset, return_states
+        )
+        return output, h_n, *states
 
 
 class LSTM(_SequenceModule, torch.nn.LSTM):
@@ -289,9 +339,10 @@ class LSTM(_SequenceModule, torch.nn.LSTM):
 
     def forward(
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None, *,
-        lengths: Lengths = None, reset: Tensor | None = None,
-    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:  # fmt: skip
-        return _forward(self, "lstm", "LSTM", input, hx, lengths, reset)
+        lengths: Lengths = None, reset: Tensor | None = None, return_states: bool = False,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        call = _forward if is_compiling() or not get_eval_frame_callback() else _untraced
+        return call(self, "lstm", "LSTM", input, hx, lengths, reset, return_states)
 
 
 _TorchGRU, _TorchGRUCell = torch.nn.GRU, torch.nn.GRUCell  # people give these names of torch.nn to our classes
@@ -311,19 +362,22 @@ class GRU(_SequenceModule, _TorchGRU):
     reset_after: bool = True  # also for instances made by torch.nn.GRU's constructor or an old pickle
 
     def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
-        _TorchGRU.__init__(self, *args, **kwargs)
+        _SequenceModule.__init__(self, *args, **kwargs)
         self.reset_after = reset_after
 
     def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | None = None, *,
-        lengths: Lengths = None, reset: Tensor | None = None,
-    ) -> tuple[Tensor | PackedSequence, Tensor]:  # fmt: skip
+        lengths: Lengths = None, reset: Tensor | None = None, return_states: bool = False,
+    ) -> tuple[Any, ...]:  # fmt: skip
         cell = "gru" if self.reset_after else "gru_reset_before"
-        output, (h_n,) = _forward(self, cell, "GRU", input, None if hx is None else (hx,), lengths, reset)
-        return output, h_n
+        call = _forward if is_compiling() or not get_eval_frame_callback() else _untraced
+        output, (h_n,), *states = call(
+            self, cell, "GRU", input, None if hx is None else (hx,), lengths, reset, return_states
+        )
+        return output, h_n, *states
 
     def extra_repr(self) -> str:
-        return _TorchGRU.extra_repr(self) + ("" if self.reset_after else ", reset_after=False")
+        return _SequenceModule.extra_repr(self) + ("" if self.reset_after else ", reset_after=False")
 
 
 class ResidualRNN(_SequenceModule, torch.nn.RNNBase):
@@ -336,19 +390,20 @@ class ResidualRNN(_SequenceModule, torch.nn.RNNBase):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not ResidualRNN")
-        torch.nn.RNNBase.__init__(self, "RNN_TANH", *args, **kwargs)  # the parameters of one gate
+        _SequenceModule.__init__(self, "RNN_TANH", *args, **kwargs)  # the parameters of one gate
         if self.proj_size:
             raise ValueError(f"ResidualRNN cannot be projected, got proj_size {self.proj_size}")
         self.mode = "RESIDUAL_RNN"
 
     def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | None = None, *,
-        lengths: Lengths = None, reset: Tensor | None = None,
-    ) -> tuple[Tensor | PackedSequence, Tensor]:  # fmt: skip
-        output, (h_n,) = _forward(
-            self, "residual_rnn", "ResidualRNN", input, None if hx is None else (hx,), lengths, reset
+        lengths: Lengths = None, reset: Tensor | None = None, return_states: bool = False,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        call = _forward if is_compiling() or not get_eval_frame_callback() else _untraced
+        output, (h_n,), *states = call(
+            self, "residual_rnn", "ResidualRNN", input, None if hx is None else (hx,), lengths, reset, return_states
         )
-        return output, h_n
+        return output, h_n, *states
 
 
 def _forward_cell(
@@ -358,9 +413,6 @@ def _forward_cell(
     short = _short_road_of_cell(module, cell, input, states)
     if short is not None:
         return short
-    if isinstance(input, Proxy):
-        found = _node(module, input, states)
-        return (found[0], found[1]) if len(CELLS[cell].states) == 2 else (found,)
     if input.dim() not in (1, 2):
         raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
     count, states = len(CELLS[cell].states), _as_states(states, cell)

@@ -84,6 +84,7 @@ def _(
     dy: Tensor | None,
     dh_n: Tensor | None,
     dc_n: Tensor | None,
+    dc: Tensor | None,
     x: Tensor,
     batch_sizes: Tensor | None,
     h0: Tensor | None,
@@ -95,9 +96,13 @@ def _(
     bidirectional: bool,
     need_x: bool,
     need_weights: bool,
-    need_gates: bool,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor]:
-    named = {"dy": dy, "dh_n": dh_n, "dc_n": dc_n, "h0": h0, "c0": c0, "y": y, "saved": saved}
+    need_gates: bool = False,
+    need_norms: bool = False,
+    bptt_steps: int = 0,
+    clip: float = 0.0,
+    clip_by_norm: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor]:
+    named = {"dy": dy, "dh_n": dh_n, "dc_n": dc_n, "dc": dc, "h0": h0, "c0": c0, "y": y, "saved": saved}
     _check_devices(x, **named, **{f"weights[{i}]": weight for i, weight in enumerate(weights)})
     info, directions = CELLS[cell], 2 if bidirectional else 1
     hidden = weights[1].size(0) // len(info.gates)
@@ -110,11 +115,13 @@ def _(
     dx = x.new_empty(x.shape if need_x else (0,))
     dh0 = x.new_empty((directions, batch, weights[1].size(1)))
     dc0 = x.new_empty((directions if len(info.states) == 2 else 0, batch, hidden))
-    rows = (x.size(0) if batch_sizes is not None else x.size(0) * x.size(1)) if need_gates else 0
+    all_rows = x.size(0) if batch_sizes is not None else x.size(0) * x.size(1)
+    rows = all_rows if need_gates else 0
     projected = len(weights) // directions % 2
     dgates = saved.new_empty((directions, rows, (len(info.gates) + _SPLIT[cell]) * hidden))
     dh = saved.new_empty((directions, rows if projected else 0, weights[1].size(1)))
-    return dx, dh0, dc0, [w.new_empty(w.shape) for w in weights] if need_weights else [], dgates, dh
+    norms = saved.new_empty((directions, all_rows if need_norms else 0, len(info.states) + len(info.gates)))
+    return dx, dh0, dc0, [w.new_empty(w.shape) for w in weights] if need_weights else [], dgates, dh, norms
 
 
 def _products(x: Sequence[int], weights: Sequence[Sequence[int]]) -> int:
@@ -129,8 +136,8 @@ def _(x, batch_sizes, h0, c0, weights, cell, bidirectional, save, *, out_shape=N
 
 @register_flop_formula(torch.ops.fusedrnn.layer_backward)
 def _(
-    dy, dh_n, dc_n, x, batch_sizes, h0, c0, weights, y, saved, cell, bidirectional, need_x, need_weights, need_gates, *,
-    out_shape=None,
+    dy, dh_n, dc_n, dc, x, batch_sizes, h0, c0, weights, y, saved, cell, bidirectional, need_x, need_weights, *limits,
+    out_shape=None, **more_limits,
 ) -> int:  # fmt: skip
     each = len(weights) // (2 if bidirectional else 1)
     through_time = [w for i, w in enumerate(weights) if i % each > 0]  # to the states, those of the start included

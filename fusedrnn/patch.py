@@ -19,6 +19,8 @@ from torch import (
     _VF,  # noqa: F401  TorchScript, which finds torch's source through __wrapped__, looks its names up here
     nn,
 )
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from . import modules
@@ -118,13 +120,16 @@ def _forward(theirs: type[nn.Module], own: Callable[..., Any], compute: Callable
     The questions asked before take 2 us, where one step of nn.GRU(64, 64) takes 25 here and 130 in torch.nn.
     """
 
+    untraced = torch.compiler.disable(compute)  # as in modules.py
+
     @functools.wraps(own)
     def forward(self: nn.Module, input: Tensor | PackedSequence, hx: Any = None) -> Any:
         if not _calls or torch.jit.is_tracing() or torch.compiler._is_exporting_flag:
             return own(self, input, hx)
         reason = _obstacle(self, theirs, input)
         if reason is None:
-            return compute(self, input, hx)
+            call = compute if is_compiling() or not get_eval_frame_callback() else untraced
+            return call(self, input, hx)
         if (theirs, reason) not in _warned:
             text = f"torch.nn.{theirs.__name__}, patched by fusedrnn, goes to torch.nn's own forward: {reason}"
             warnings.warn(text, stacklevel=4)  # the caller of the module

@@ -48,7 +48,7 @@ def hessian_vector_product(
     need_x: bool,
     need_weights: bool,
 ) -> tuple[list[Tensor | None], Arguments]:
-    """J v, by those of y, h_n and c_n whose cotangents are given, and H v, by each of ``arguments`` that is needed.
+    """J v, by those of y, h_n, c_n and c whose cotangents are given, and H v, by each of ``arguments`` that is needed.
 
     Args:
         cell: its registry name.
@@ -58,7 +58,7 @@ def hessian_vector_product(
         y: what it gave, (T, B, D*R) or (N, D*R).
         saved: what it kept, (D, N, *). Its dtype is that of the computation: float32 for 16-bit tensors.
         dgates: the gates' gradients as :data:`fusedrnn.ops.layer_backward` gave them for the cotangents.
-        cotangents: dy, dh_n and dc_n, ``None`` for zero.
+        cotangents: dy, dh_n, dc_n and dc, that of every c_t, ``None`` for zero.
         v: the vector.
         need_x: whether H v by x is wanted.
         need_weights: whether that by the weights is.
@@ -68,7 +68,7 @@ def hessian_vector_product(
     x, h0, c0, weights = arguments.x, arguments.h0, arguments.c0, arguments.weights
     rows = batch_sizes.tolist() if batch_sizes is not None else [x.size(1)] * x.size(0)
     dtype, directions = saved.dtype, 2 if bidirectional else 1
-    each, out = len(weights) // directions, weights[1].size(1)
+    each = len(weights) // directions
 
     def flat(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.reshape(-1, t.size(-1)).to(dtype)
@@ -82,16 +82,24 @@ def hessian_vector_product(
 
     dots, found = [], []
     for d in range(directions):
-        y_rows, dy = (None if t is None else flat(t)[:, d * out : (d + 1) * out] for t in (y, cotangents[0]))
+        y_rows, dy, dc = (
+            None if t is None else flat(t).chunk(directions, dim=1)[d] for t in (y, cotangents[0], cotangents[3])
+        )
         direction = _Direction(cell, d == 1, rows, of(arguments, d), y_rows, saved[d])
         dot, gradients = direction.product(
-            (dy, *states(cotangents[1:], d)), dgates[d], of(v, d), need_x=need_x, need_weights=need_weights
+            (dy, *states(cotangents[1:3], d), dc), dgates[d], of(v, d), need_x=need_x, need_weights=need_weights
         )
         dots.append(dot)
         found.append(gradients)
     dx = None if not need_x else found[0].x if directions == 1 else found[0].x + found[1].x
-    y_dot, h_dot, c_dot = zip(*dots, strict=True)
-    outputs = _joined(y_dot, dim=1).reshape(y.shape), torch.stack(h_dot), torch.stack(c_dot)
+    y_dot, h_dot, c_n_dot, c_dot = zip(*dots, strict=True)
+    c_rows = _joined(c_dot, dim=1)
+    outputs = (
+        _joined(y_dot, dim=1).reshape(y.shape),
+        torch.stack(h_dot),
+        torch.stack(c_n_dot),
+        c_rows.reshape(*x.shape[:-1], c_rows.size(1)),
+    )
     j_v = [None if given is None else dot.to(x.dtype) for given, dot in zip(cotangents, outputs, strict=True)]
     return j_v, Arguments(
         None if dx is None else dx.view_as(x).to(x.dtype),
@@ -146,7 +154,7 @@ class _Direction:
 
     def product(
         self, cotangents: Sequence[Tensor | None], dgates: Tensor, v: Arguments, *, need_x: bool, need_weights: bool
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], Arguments]:
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Arguments]:
         """J v and H v."""
         w_ih, w_hr, v_hr = self.w_ih, self.w_hr, v.weights[-1] if self.w_hr is not None else None
         v_ih, v_hh = v.weights[:2]
@@ -190,7 +198,7 @@ class _Direction:
                 dw += [d_inputs_dot.sum(0), _joined([d.sum(0) for d in d_products_dot])]
             if w_hr is not None:
                 dw += [_outer(d_y_dot, self.outputs[0].detach(), d_y, outputs[0])]
-        return (y_dot, *final), Arguments(dx, *start, dw)
+        return (y_dot, *final, outputs[1] if self.two_states else y_dot), Arguments(dx, *start, dw)
 
     def _tangents(
         self, inputs: Tensor, products: list[Tensor], v: Arguments
@@ -216,18 +224,23 @@ class _Direction:
                 if by is not None:
                     o.addcmul_(by[t], last[:n])
             for p, rec in enumerate(product_steps):
-                rec[t].addmm_(out[-1] if p else h[:n], weights[p])
+                _add_product(rec[t], out[-1] if p else h[:n], weights[p])
                 for o, by in zip(out, by_product[p], strict=True):
                     if by is not None:
                         o += self._by_gate(by[t] * rec[t]).sum(1)
             if self.w_hr is not None:
-                y_steps[t].addmm_(out[0], self.w_hr.T)
+                _add_product(y_steps[t], out[0], self.w_hr.T)
             h = _with_rest(y_steps[t], h)
             last = _with_rest(out[1], last) if self.two_states else h
         return y, (h, last), outputs
 
     def _adjoints(
-        self, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, d_products: Sequence[Tensor]
+        self,
+        dy: Tensor | None,
+        dh_n: Tensor | None,
+        dc_n: Tensor | None,
+        dc: Tensor | None,
+        d_products: Sequence[Tensor],
     ) -> tuple[Tensor, list[Tensor]]:
         """Of h_t as it leaves the step (N, R), and of each output: all paths, from the gradients of the products."""
         d_operands = [d @ self.w_hh[part] for d, part in zip(d_products, self.parts, strict=True)]
@@ -236,7 +249,7 @@ class _Direction:
             d_y += dy
         deltas = [d_y if self.w_hr is None else d_y @ self.w_hr]
         if self.two_states:
-            deltas += [self.x.new_zeros(deltas[0].shape)]
+            deltas += [self.x.new_zeros(deltas[0].shape) if dc is None else dc.clone()]
         deltas += d_operands[1:]
         # Around the products: the last state alone, which takes from every output of the next step.
         own = int(self.two_states)
@@ -290,13 +303,13 @@ class _Direction:
         for t in self.order[::-1]:  # (T7)
             n = self.rows[t]
             d_y[t] = dh[:n]
-            delta = [d_y[t] if m_steps is None else m_steps[t].addmm_(d_y[t], self.w_hr)]
+            delta = [d_y[t] if m_steps is None else _add_product(m_steps[t], d_y[t], self.w_hr)]
             delta += [dc[:n]] if self.two_states else []
             for p, (by_gate, rec, operand) in reversed(list(enumerate(steps))):
                 for by, d in zip(by_product[p], delta, strict=False):  # of q nothing is known yet, nor asked
                     if by is not None:
                         by_gate[t].addcmul_(by[t], d.unsqueeze(1))
-                operand[t].addmm_(rec[t], weights[p])
+                _add_product(operand[t], rec[t], weights[p])
                 delta += [operand[t]] if p else []
             for by, d in zip(by_state, delta, strict=True):
                 if by is not None:
@@ -318,18 +331,23 @@ class _Direction:
 
     def _steps(self, t: Tensor | None) -> Sequence[Tensor] | None:
         """Views of each step's rows."""
-        return None if t is None else t.split(self.rows)
+        return None if t is None else torch.unsafe_split_with_sizes(t, self.rows)
 
     def _start(self, state: Tensor | None, size: int) -> Tensor:
         return self.x.new_zeros(self.rows[0], size) if state is None else state
 
     def _sum(self, *terms: tuple[Tensor | None, Tensor | None], size: int, bias: Tensor | None = None) -> Tensor:
         """The products of ``terms`` and the bias, summed, (N, size). What is None is zero."""
-        found = None if bias is None else bias.expand(self.x.size(0), size)
+        found = None if bias is None else bias.repeat(self.x.size(0), 1)  # the scans write into it
         for a, b in terms:
             if a is not None and b is not None:
-                found = a @ b if found is None else torch.addmm(found, a, b)
-        return self.x.new_zeros(self.x.size(0), size) if found is None else found.contiguous()
+                found = a @ b if found is None else _add_product(found, a, b)
+        return self.x.new_zeros(self.x.size(0), size) if found is None else found
+
+
+def _add_product(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """t += a @ b. (Of ``addmm_`` torch.utils.flop_counter knows nothing.)"""
+    return torch.addmm(t, a, b, out=t)
 
 
 def _with_rest(rows: Tensor, before: Tensor) -> Tensor:
@@ -340,7 +358,7 @@ def _with_rest(rows: Tensor, before: Tensor) -> Tensor:
 def _outer(d_dot: Tensor, operand: Tensor, d: Tensor, operand_dot: Tensor | None) -> Tensor:
     """The tangent of the weight gradient d^T operand."""
     found = d_dot.T @ operand
-    return found if operand_dot is None else found.addmm_(d.T, operand_dot)
+    return found if operand_dot is None else _add_product(found, d.T, operand_dot)
 
 
 def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:

@@ -262,7 +262,9 @@ def test_opcheck(case: Case, save: bool, need_x: bool, need_weights: bool) -> No
     y, h_n, c_n, saved = fusedrnn.ops.layer_forward(*given, case.cell, case.bidirectional, True)
     dh_n = torch.ones_like(h_n) if need_x else None
     dc_n = torch.ones_like(c_n) if need_weights and c_n.size(0) else None
+    dc = x.new_ones(*x.shape[:-1], c_n.size(0) * c_n.size(2)) if need_x and c_n.size(0) else None
     torch.library.opcheck(
         fusedrnn.ops.layer_backward,
-        (torch.ones_like(y), dh_n, dc_n, *given, y, saved, case.cell, case.bidirectional, need_x, need_weights, need_x),
-    )
+        (torch.ones_like(y), dh_n, dc_n, dc, *given, y, saved, case.cell, case.bidirectional, need_x, need_weights,
+         need_x, need_weights, int(need_x), float(need_x), need_weights),
+    )  # fmt: skip

@@ -17,8 +17,8 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import differentiable
+from fusedrnn.autograd import Options, recurrent_layer
 from fusedrnn.cells import CELLS
-from fusedrnn.ops import layer_forward
 from loops import SINGLES, TWINS
 from parity import DEVICE, Case, packer, ragged, twin
 
@@ -186,8 +186,10 @@ def test_the_differentiable_layer_is_the_kernel_s(cell: str) -> None:
         if case.lengths:
             sizes = torch.tensor([4, 3, 3, 1, 1])
             x = x.reshape(20, -1)[: sizes.sum()]
-        expected = layer_forward(x, sizes, h0, c0, weights, cell, case.bidirectional, False)
-        found = differentiable.layer(cell, case.bidirectional, x, sizes, h0, c0, weights)
+        arguments = cell, case.bidirectional, x, sizes, h0, c0, weights
+        with torch.no_grad():
+            expected = recurrent_layer(*arguments, Options(states=True))
+        found = differentiable.layer(*arguments)
         for a, b in zip(found, expected):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 

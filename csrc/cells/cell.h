@@ -26,6 +26,8 @@
 // A cell with kLate > 0: forward has one more argument, late, out, and leaves state[0] at h_{t-1}. It adds
 //   kSavedLate                                  the last of the saved values, which the second half gives
 //   finish(late, state, saved)                  h_t into state[0]
+// A cell with two states adds
+//   dc_of(saved, cur, d)                        dL/dc_t by all ways, of d as it comes into backward
 // A cell that may be projected (LSTM) adds
 //   output(saved, cur)                          the unprojected output again, for the weight gradient
 #pragma once

@@ -33,14 +33,15 @@ class BackwardPass {
   };
   struct Row {  // where a row of the chunk finds what forward kept
     const S* saved;
-    const T *y, *h_prev, *dy;  // h_prev, dy: null for zeros
+    const T *y, *h_prev, *dy, *dc;  // h_prev, dy, dc: null for zeros
     const S* c_prev;
   };
   struct WeightSums {  // of one item
     S *w_ih, *w_hh, *w_hr, *b;
   };
   struct TeamBuffers {
-    S *dg, *dh;        // [chunk rows][C*H], [chunk rows][R] (dh: projection only)
+    S *dg, *dh, *dc;   // [chunk rows][C*H], [R] (dh: projection or norms), [H] (dc: norms)
+    S* scale;          // [members][2][samples]: of what is sent back, clipped by its norm
     Strips<S> x, h, m;  // [chunk rows][I], [R], [H]: right operands of the weight gradients
     S *carry_h, *carry_c, *c0;  // [samples][R], [H], [H]
     Row* rows;         // [members][chunk rows]
@@ -113,7 +114,9 @@ class BackwardPass {
     const int64_t kept = p.weight_gradients ? rows : 0;
     TeamBuffers b;
     b.dg = carver.take<S>(rows * row_stride<S>(C * z.H));
-    b.dh = carver.take<S>(z.projected ? rows * row_stride<S>(z.R) : 0);
+    b.dh = carver.take<S>(z.projected || p.norms ? rows * row_stride<S>(z.R) : 0);
+    b.dc = carver.take<S>(Z > 1 && p.norms ? rows * row_stride<S>(z.H) : 0);
+    b.scale = carver.take<S>(p.clip_by_norm ? 2 * samples * s.plan.members : 0);
     const auto strips = [&](int64_t n, int64_t most) {
       return Strips<S>{carver.take<S>(Strips<S>::elements(n, most)), n, most};
     };
@@ -135,6 +138,7 @@ class BackwardPass {
     Carver carver(s_.block + s_.shared_bytes + index_ * s_.team_bytes);
     b_ = carve_team(p_, s_, carver);
     b_.rows += team_.me * s_.most_rows;
+    b_.scale += team_.me * 2 * s_.most_samples;
     units_ = part(ceil_div(z_.H, L), team_.me, team_.members);
     outputs_ = part(ceil_div(z_.R, L), team_.me, team_.members);
   }
@@ -176,11 +180,13 @@ class BackwardPass {
       int64_t row = 0, later = 0;  // `later`: rows of the step worked on before, which end at `row`
       for (int64_t s = s0; s < s1; ++s) {
         const int64_t now = item.rows(time_of(item, s));
-        step(item.d, row - later, later, row, now);
+        step(item.d, row - later, later, row, now, severed(item, s, later));
         row += now;
         later = now;
       }
-      step(item.d, row - later, later, row, 0);  // dL/dh_{t-1} of the chunk's last step, into the carry
+      // dL/dh_{t-1} of the chunk's last step, into the carry.
+      step(item.d, row - later, later, row, 0, severed(item, s1, later));
+      if (p_.norms) give_norms(item, s0, s1, rows);
       if (p_.weight_gradients) weight_gradients(item, index, s0, s1, rows);
       if (p_.dgates) give_gate_gradients(item, s0, s1, rows);
       if (p_.dx) input_gradient(item, s0, s1, rows);
@@ -188,6 +194,13 @@ class BackwardPass {
     }
     final_carries(item);
     team_.meet();
+  }
+
+  // Of the `later` samples of the step worked on before, those whose gradient must not reach step s.
+  int64_t severed(const Item& item, int64_t s, int64_t later) const {
+    if (p_.bptt_steps == 0 || s == 0 || s == item.steps) return 0;
+    const int64_t t = time_of(item, s);
+    return max64(t, time_of(item, s - 1)) % p_.bptt_steps ? 0 : min64(later, item.rows(t));
   }
 
   void initial_carries(const Item& item) {
@@ -219,6 +232,7 @@ class BackwardPass {
       row.saved = saved + at * pitch;
       row.y = y + at * width;
       row.dy = p_.dy.data ? row_at<T>(p_.dy, z_.offset, t, item.first + b) + item.d * z_.R : nullptr;
+      row.dc = p_.dc.data ? row_at<T>(p_.dc, z_.offset, t, item.first + b) + item.d * z_.H : nullptr;
       if (b < known) {
         const int64_t earlier = z_.offset[before] + item.first + b;
         row.h_prev = y + earlier * width;
@@ -233,7 +247,9 @@ class BackwardPass {
 
   // backward_step.inl
   struct Step;
-  void step(int d, int64_t later_row, int64_t later, int64_t row, int64_t now);
+  void step(int d, int64_t later_row, int64_t later, int64_t row, int64_t now, int64_t severed);
+  void limit(Range samples);
+  S scale_of(const S* row, int64_t n) const;
   static V previous_h(const Row& row, int64_t u, int64_t R);
   static void expect_saved(const Step& s, const Row& at, int64_t u, int64_t n);
   static void cell_backward(const Step& s, int64_t r, int64_t u, V dh);
@@ -271,6 +287,30 @@ class BackwardPass {
         if (z_.projected) copy(at, b_.dh + (first + b) * ldh_, z_.R, p_.dh);
       }
     });
+  }
+
+  void give_norms(const Item& item, int64_t s0, int64_t s1, int64_t rows) const {
+    const int64_t H = z_.H;
+    for_steps(item, s0, s1, part(rows, team_.me, team_.members), [&](int64_t t, int64_t first, Range samples) {
+      for (int64_t b = samples.begin; b < samples.end; ++b) {
+        const int64_t r = first + b;
+        S* to = static_cast<S*>(p_.norms) + (item.d * z_.N + z_.offset[t] + item.first + b) * (Z + G);
+        to[0] = norm(b_.dh + r * ldh_, z_.R);
+        if constexpr (Z > 1) to[1] = norm(b_.dc + r * ldm_, H);
+        for (int g = 0; g < G; ++g) to[Z + g] = norm(b_.dg + r * ldg_ + (g < G - kSplit ? g : g + kSplit) * H, H);
+      }
+    });
+  }
+
+  static S norm(const S* row, int64_t n) {
+    V sum(0);
+    for (int64_t i = 0; i < n; i += L) {
+      const V v = load<S>(row + i, n - i);
+      sum = sum + v * v;
+    }
+    S total = 0;
+    for (int lane = 0; lane < L; ++lane) total += sum.v[lane];
+    return __builtin_sqrt(total);
   }
 
   void input_gradient(const Item& item, int64_t s0, int64_t s1, int64_t rows) {

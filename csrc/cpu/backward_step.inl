@@ -5,19 +5,30 @@
 template <class Cell, class T>
 struct BackwardPass<Cell, T>::Step {
   int64_t H, R, ldg, ldh, ldm;
-  bool projected;
+  bool projected, norms;
+  S clip;  // of each element, or 0
   const Row* rows;
-  S *dg, *dh;
+  S *dg, *dh, *dc;
   S *carry_h, *carry_c;
+
+  // What is sent back, no element of it beyond `clip`. NaN stays.
+  FUSEDRNN_INLINE V clipped(V v) const {
+    if (clip == 0) return v;
+    const V high(clip), low(-clip);
+    const V below = v.v > high.v ? high.v : v.v;
+    return below.v < low.v ? low.v : below.v;
+  }
 };
 
 // Samples [0, later) have gate gradients of the step worked on before at chunk row `later_row` on, samples [0, now)
-// are active at this step, chunk rows from `row` on. A sample in one set only starts or ends here.
+// are active at this step, chunk rows from `row` on. A sample in one set only starts or ends here. The first `severed`
+// samples of the later step send nothing.
 template <class Cell, class T>
-void BackwardPass<Cell, T>::step(int d, int64_t later_row, int64_t later, int64_t row, int64_t now) {
+void BackwardPass<Cell, T>::step(int d, int64_t later_row, int64_t later, int64_t row, int64_t now, int64_t severed) {
   const Timed timed(Phase::kRecurrentProduct);
-  const Step s{z_.H, z_.R, ldg_, ldh_, ldm_, z_.projected, b_.rows + row, b_.dg + row * ldg_, b_.dh + row * ldh_,
-               b_.carry_h, b_.carry_c};
+  const Step s{z_.H, z_.R, ldg_, ldh_, ldm_, z_.projected, p_.norms != nullptr,
+               p_.clip_by_norm ? S(0) : static_cast<S>(p_.clip), b_.rows + row, b_.dg + row * ldg_,
+               b_.dh + row * ldh_, b_.dc + row * ldm_, b_.carry_h, b_.carry_c};
   const S* later_dg = b_.dg + later_row * ldg_;
   const int64_t both = min64(later, now);
   const auto dg_row = [&](int64_t r) { return later_dg + r * s.ldg; };
@@ -25,7 +36,8 @@ void BackwardPass<Cell, T>::step(int d, int64_t later_row, int64_t later, int64_
   const auto arrive = [&](int64_t r, int64_t u, V dh) {  // dL/dh_t but for dy: the cell, or the projection first
     const Row& at = s.rows[r];
     if (at.dy) dh = dh + load<S>(at.dy + u, s.R - u);
-    if (s.projected) store(s.dh + r * s.ldh + u, dh), store(s.carry_h + r * s.ldh + u, V(0));
+    if (s.projected || s.norms) store(s.dh + r * s.ldh + u, dh);
+    if (s.projected) store(s.carry_h + r * s.ldh + u, V(0));
     else cell_backward(s, r, u, dh);
   };
   const Inner gates{F * s.H};
@@ -34,14 +46,25 @@ void BackwardPass<Cell, T>::step(int d, int64_t later_row, int64_t later, int64_
     if (at.dy) prefetch_to_read(at.dy + u, n);
     if (!s.projected) expect_saved(s, at, u, n);
   };
-  product<1>(packed(s_.w_hh[d]), gates, outputs_, {0, both}, dg_row, expect,
-             [&](int64_t r, int64_t v, const V* acc, int) { arrive(r, v * L, acc[0] + carried(r, v * L)); });
-  product<1>(packed(s_.w_hh[d]), gates, outputs_, {both, later}, dg_row, nothing_expected,
+  // Whole rows of what is sent are looked at before the cell takes them, if their norms count or some are dropped.
+  const bool apart = severed > 0 || p_.clip_by_norm;
+  if (!apart) {
+    product<1>(packed(s_.w_hh[d]), gates, outputs_, {0, both}, dg_row, expect, [&](int64_t r, int64_t v, const V* acc,
+                                                                                   int) {
+      arrive(r, v * L, s.clipped(acc[0] + carried(r, v * L)));
+    });
+  }
+  product<1>(packed(s_.w_hh[d]), gates, outputs_, {apart ? severed : both, later}, dg_row, nothing_expected,
              [&](int64_t r, int64_t v, const V* acc, int) {
-               store(s.carry_h + r * s.ldh + v * L, acc[0] + carried(r, v * L));
+               store(s.carry_h + r * s.ldh + v * L, s.clipped(acc[0] + carried(r, v * L)));
              });
+  if (p_.clip_by_norm) limit({severed, later});
+  for (int64_t r = 0; r < severed; ++r) {
+    for (int64_t v = outputs_.begin; v < outputs_.end; ++v) store(s.carry_h + r * s.ldh + v * L, V(0));
+    for (int64_t v = units_.begin; Z > 1 && v < units_.end; ++v) store(s.carry_c + r * s.ldm + v * L, V(0));
+  }
   for (int64_t v = outputs_.begin; v < outputs_.end; ++v) {
-    for (int64_t r = both; r < now; ++r) arrive(r, v * L, carried(r, v * L));
+    for (int64_t r = apart ? 0 : both; r < now; ++r) arrive(r, v * L, carried(r, v * L));
   }
   if (now == 0) return;
   if (s.projected) {
@@ -57,6 +80,29 @@ void BackwardPass<Cell, T>::step(int d, int64_t later_row, int64_t later, int64_
                [&](int64_t r, int64_t v, const V* acc, int) { first_stage_backward(s, r, v * L, acc[0]); });
   }
   team_.meet();
+}
+
+// The carries of these samples, no longer than `clip`: each member scales its own part.
+template <class Cell, class T>
+void BackwardPass<Cell, T>::limit(Range samples) {
+  S *of_h = b_.scale, *of_c = b_.scale + s_.most_samples;
+  team_.meet();
+  for (int64_t r = samples.begin; r < samples.end; ++r) {
+    of_h[r] = scale_of(b_.carry_h + r * ldh_, z_.R);
+    if constexpr (Z > 1) of_c[r] = scale_of(b_.carry_c + r * ldm_, z_.H);
+  }
+  team_.meet();
+  const auto scale = [](S* from, int64_t v, S by) { store(from + v * L, load(from + v * L) * V(by)); };
+  for (int64_t r = samples.begin; r < samples.end; ++r) {
+    for (int64_t v = outputs_.begin; v < outputs_.end; ++v) scale(b_.carry_h + r * ldh_, v, of_h[r]);
+    for (int64_t v = units_.begin; Z > 1 && v < units_.end; ++v) scale(b_.carry_c + r * ldm_, v, of_c[r]);
+  }
+}
+
+template <class Cell, class T>
+typename BackwardPass<Cell, T>::S BackwardPass<Cell, T>::scale_of(const S* row, int64_t n) const {
+  const S length = norm(row, n), most = static_cast<S>(p_.clip);
+  return length > most ? most / length : S(1);
 }
 
 template <class Cell, class T>
@@ -92,13 +138,15 @@ FUSEDRNN_INLINE void BackwardPass<Cell, T>::cell_backward(const Step& s, int64_t
     prev[1] = load<S>(at.c_prev + u, n);
     cur[1] = load<S>(at.saved + K * H + u, n);
     d[1] = load(s.carry_c + r * s.ldm + u);
+    if (at.dc) d[1] = d[1] + load<S>(at.dc + u, n);
+    if (s.norms) store(s.dc + r * s.ldm + u, Cell::dc_of(saved, cur, d));
   }
   Cell::backward(saved, prev, cur, d, dx, drec);
   S* dg = s.dg + r * s.ldg + u;
   for (int g = 0; g < G; ++g) store(dg + g * H, drec[g], n);
   for (int g = G - kSplit; g < G; ++g) store(dg + (g + kSplit) * H, dx[g], n);
   if (!s.projected) store(s.carry_h + r * s.ldh + u, d[0]);
-  if constexpr (Z > 1) store(s.carry_c + r * s.ldm + u, d[1]);
+  if constexpr (Z > 1) store(s.carry_c + r * s.ldm + u, s.clipped(d[1]));
 }
 
 template <class Cell, class T>

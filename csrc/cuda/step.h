@@ -219,6 +219,8 @@ struct BackwardBuffers {
   PerSlot<T*> before;          // [N, R]: h_{t-1} of each row, or null
   PerSlot<T*> q;               // [N, H]: operand of the second product or output before its projection; or null
   PerSlot<T*> dy_rows;         // [N, R]: dL/dy of a projected layer
+  PerSlot<S*> dh_rows;         // [N, R]: dL/dh_t by all ways, or null
+  PerSlot<S*> dc_rows;         // [N, H]: dL/dc_t likewise, or null
   S* dh;                       // [slots][B][R]: dL/dh of this step but for dy
   S* dc;                       // [slots][B][H]
   S* through;                  // [slots][B][H]: dL/dq, or the gradient through the projection
@@ -229,6 +231,7 @@ struct BackwardElement {
   BackwardBuffers<S, T> u;
   StepRows at;
   PerSlot<StepView<T>> dy;
+  PerSlot<StepView<T>> dc;
 
   FUSEDRNN_INLINE T previous_h(int s, int64_t b, int64_t r) const {
     return b < at.carried[s] ? u.y[s][(at.previous[s] + b) * u.width + r]
@@ -247,7 +250,9 @@ struct BackwardProjected : BackwardElement<S, T> {
   FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t r) const {
     if (b >= this->at.rows[s]) return;
     const int64_t i = (this->at.first[s] + b) * this->u.R + r;
-    this->u.dy_rows[s][i] = narrow<T>(this->total_dh(s, b, r));
+    const S dh = this->total_dh(s, b, r);
+    this->u.dy_rows[s][i] = narrow<T>(dh);
+    if (this->u.dh_rows[s]) this->u.dh_rows[s][i] = dh;
     if (this->u.before[s]) this->u.before[s][i] = this->previous_h(s, b, r);
   }
 };
@@ -271,12 +276,16 @@ struct BackwardStep : BackwardElement<S, T> {
       previous[0] = widen(before);
       current[0] = widen(u.y[s][n * u.width + j]);
       d[0] = this->total_dh(s, b, j);
+      if (u.dh_rows[s]) u.dh_rows[s][n * H + j] = d[0];
     }
     if constexpr (Cell::kStates == 2) {
       const int64_t before = (this->at.previous[s] + b) * u.saved_stride + Cell::kSaved * H + j;
       previous[1] = b < this->at.carried[s] ? u.saved[s][before] : u.c0[s] ? widen(u.c0[s][b * H + j]) : S(0);
       current[1] = row[Cell::kSaved * H + j];
       d[1] = u.dc[i];
+      const StepView<T>& dc = this->dc[s];
+      if (dc.data) d[1] += widen(dc.data[b * dc.batch + j]);
+      if (u.dc_rows[s]) u.dc_rows[s][n * H + j] = Cell::dc_of(saved, current, d);
     }
     if constexpr (Cell::kFirst < Cell::kGates) {
       if (u.q[s]) u.q[s][n * H + j] = narrow<T>(Cell::recurrent_operand(saved, previous));
@@ -316,6 +325,80 @@ struct BackwardFirst : BackwardElement<S, T> {
 };
 
 // ---- after the steps --------------------------------------------------------------------------------------------
+
+// ---- what a step sends back, limited; norms ----------------------------------------------------------------------
+
+template <class S>
+FUSEDRNN_INLINE S norm_of(const S* row, int64_t n) {
+  S sum = S(0);
+  for (int64_t j = 0; j < n; ++j) sum += row[j] * row[j];
+  return std::sqrt(sum);
+}
+
+// Of each sample that sends: the factors that make its dL/dh and dL/dc no longer than `most`. Column 0 or 1.
+template <class S>
+struct Lengths {
+  int64_t B, R, H;
+  StepRows at;
+  S most;
+  const S* dh;  // [slots][B][R]
+  const S* dc;  // [slots][B][H], or null
+  S* scale;     // [slots][B][2]
+
+  FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t column) const {
+    if (b >= at.rows[s] || (column && !dc)) return;
+    const int64_t i = s * B + b;
+    const S length = column ? norm_of(dc + i * H, H) : norm_of(dh + i * R, R);
+    scale[i * 2 + column] = length > most ? most / length : S(1);
+  }
+};
+
+// What a step has left in dh and dc, as the step before may have it.
+template <class S>
+struct Limit {
+  int64_t B, R, H;
+  StepRows at;
+  PerSlot<bool> sever;  // samples that have a step before this one send nothing
+  S most;               // of each element, or 0
+  const S* scale;       // [slots][B][2], or null
+  S* dh;                // [slots][B][R]
+  S* dc;                // [slots][B][H], or null
+
+  FUSEDRNN_INLINE S limited(int s, int64_t b, int column, S v) const {
+    if (sever[s] && b < at.carried[s]) return S(0);
+    if (scale) return v * scale[(s * B + b) * 2 + column];
+    if (most == S(0)) return v;
+    return v > most ? most : v < -most ? -most : v;
+  }
+  FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t j) const {
+    if (b >= at.rows[s]) return;
+    if (S* v = dh + (s * B + b) * R + j; j < R) *v = limited(s, b, 0, *v);
+    if (S* v = dc + (s * B + b) * H + j; dc && j < H) *v = limited(s, b, 1, *v);
+  }
+};
+
+// The norms of a row: of dL/dh_t, dL/dc_t and each gate's gradient. dg as in BackwardBuffers.
+template <class S, class T, int kStates, int kGates, int kSplit>
+struct RowNorms {
+  int64_t N, R, H;
+  PerSlot<const S*> dh;  // [N, R]
+  PerSlot<const S*> dc;  // [N, H]
+  PerSlot<const T*> dg;  // [N, (kSplit + kGates)*H]
+  S* to;                 // [slots][N][kStates + kGates]
+
+  FUSEDRNN_INLINE void operator()(int s, int64_t n, int64_t column) const {
+    S& result = to[(s * N + n) * (kStates + kGates) + column];
+    if (column == 0) result = norm_of(dh[s] + n * R, R);
+    else if (column < kStates) result = norm_of(dc[s] + n * H, H);
+    else {
+      const int64_t g = column - kStates;
+      const T* row = dg[s] + (n * (kSplit + kGates) + (g < kGates - kSplit ? g + kSplit : g - (kGates - kSplit))) * H;
+      S sum = S(0);
+      for (int64_t j = 0; j < H; ++j) sum += widen(row[j]) * widen(row[j]);
+      result = std::sqrt(sum);
+    }
+  }
+};
 
 // Sums of the rows of dg in an order that depends on N alone: row p of `part` sums rows [p * step, (p + 1) * step).
 template <class S, class T>

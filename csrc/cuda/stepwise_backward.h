@@ -31,6 +31,9 @@ struct StepwiseBackward {
     T* q;        // [slots][N][H] or null
     T* dy_rows;  // [slots][N][R] or null
     S* part;     // [slots][parts][kBlocks*H] or null
+    S* scale;    // [slots][B][2] or null
+    S* dh_rows;  // [slots][N][R] or null
+    S* dc_rows;  // [slots][N][H] or null
     T* w_hh;     // [2][G*H][R], of two directions
     T* w_hr;     // [2][R][H]
   };
@@ -49,6 +52,9 @@ struct StepwiseBackward {
     if (z.D == 2) w.w_hh = arena.take<T>(2 * G * z.H * z.R);
     if (z.D == 2 && z.projected) w.w_hr = arena.take<T>(2 * z.R * z.H);
     if (p.weight_gradients && p.dw[0].b_ih) w.part = arena.take<S>(z.D * parts(z.N) * kBlocks * z.H);
+    if (p.clip_by_norm) w.scale = arena.take<S>(z.D * z.B * 2);
+    if (p.norms) w.dh_rows = arena.take<S>(z.D * z.N * z.R);
+    if (p.norms && Cell::kStates == 2) w.dc_rows = arena.take<S>(z.D * z.N * z.H);
     return w;
   }
 
@@ -87,12 +93,24 @@ struct StepwiseBackward {
       u.before[s] = w.before ? w.before + s * N * R : nullptr;
       u.q[s] = w.q ? w.q + s * N * H : nullptr;
       u.dy_rows[s] = w.dy_rows ? w.dy_rows + s * N * R : nullptr;
+      u.dh_rows[s] = w.dh_rows ? w.dh_rows + s * N * R : nullptr;
+      u.dc_rows[s] = w.dc_rows ? w.dc_rows + s * N * H : nullptr;
     }
     device.each(slots.count, B, std::max(H, R), begin);
-    for (int64_t i = z.T - 1; i >= 0; --i) step(device, p, slots, w_hh, w_hr, u, i);
+    for (int64_t i = z.T - 1; i >= 0; --i) {
+      step(device, p, slots, w_hh, w_hr, u, i);
+      if (p.clip > 0 || p.bptt_steps > 0) limit(device, p, slots, w, u, i);
+    }
     device.each(slots.count, B, std::max(H, R), finish);
     if (p.weight_gradients) weight_gradients(device, p, slots, w, u);
     if (p.dx) input_gradient(device, p, slots, u);
+    if (p.norms) {
+      RowNorms<S, T, Cell::kStates, G, kSplit> norms = {N, R, H, {}, {}, {}, typed<S>(p.norms)};
+      for (int s = 0; s < slots.count; ++s) {
+        norms.dh[s] = u.dh_rows[s], norms.dc[s] = u.dc_rows[s], norms.dg[s] = u.dg[s];
+      }
+      device.each(slots.count, N, Cell::kStates + G, norms);
+    }
     if (p.dgates) {
       const int64_t width = kBlocks * H;
       device.each(z.D, N, width, Rotated<S, T>{N, width, kSplit * H, w.dg, typed<S>(p.dgates)});
@@ -108,12 +126,15 @@ struct StepwiseBackward {
     const int64_t H = z.H, R = z.R, width = kBlocks * H;
     const StepRows at = slots.rows(z, i);
     const int64_t rows = slots.most_rows(at);
-    PerSlot<StepView<T>> dy = {};
+    BackwardElement<S, T> element = {u, at, {}, {}};
+    const auto view = [&](const RowView& from, int64_t t, int64_t column) {
+      const int64_t row = from.time < 0 ? z.offset[t] * from.batch : t * from.time;
+      return StepView<T>{typed<T>(from.data, row + column), from.batch};
+    };
     for (int s = 0; s < slots.count; ++s) {
-      const int64_t t = slots.time(z, s, i), row = p.dy.time < 0 ? z.offset[t] * p.dy.batch : t * p.dy.time;
-      dy[s] = {typed<T>(p.dy.data, row + s * R), p.dy.batch};
+      element.dy[s] = view(p.dy, slots.time(z, s, i), s * R);
+      element.dc[s] = view(p.dc, slots.time(z, s, i), s * H);
     }
-    const BackwardElement<S, T> element = {u, at, {dy[0], dy[1]}};
     // to [slots][B][columns] = or += rows of this step, `length` elements each from column `offset` of `from`
     // [slots][N][from_width] on, times a matrix [length, columns] at `weight`, of weights `distance` apart.
     const auto multiply = [&](const T* from, int64_t from_width, int64_t offset, const T* weight, int64_t distance,
@@ -142,6 +163,22 @@ struct StepwiseBackward {
     }
     // A cell's direct path to h_{t-1} is in dh already; a projected one has none.
     multiply(u.dg[0], width, kSplit * H, w_hh, G * H * R, Cell::kFirst * H, R, u.dh, !z.projected);
+  }
+
+  // What step i sends to step i - 1.
+  template <class Device>
+  static void limit(Device& device, const BackwardProblem& p, const Slots& slots, const Work& w,
+                    const BackwardBuffers<S, T>& u, int64_t i) {
+    const LayerSizes& z = p.size;
+    const StepRows at = slots.rows(z, i);
+    const int64_t rows = slots.most_rows(at);
+    const S most = static_cast<S>(p.clip);
+    if (p.clip_by_norm) device.each(slots.count, rows, 2, Lengths<S>{z.B, z.R, z.H, at, most, u.dh, u.dc, w.scale});
+    Limit<S> limit = {z.B, z.R, z.H, at, {}, most, p.clip_by_norm ? w.scale : nullptr, u.dh, u.dc};
+    for (int s = 0; p.bptt_steps > 0 && i > 0 && s < slots.count; ++s) {
+      limit.sever[s] = std::max(slots.time(z, s, i), slots.time(z, s, i - 1)) % p.bptt_steps == 0;
+    }
+    device.each(slots.count, rows, std::max(z.H, z.R), limit);
   }
 
   template <class Device>
