@@ -7,7 +7,7 @@
 torch.Size([5, 3, 20])
 """
 
-from . import autograd, functional, onnx, ops, reference
+from . import autograd, functional, init, onnx, ops, reference
 from .cells import CELLS, CellInfo
 from .convert import ConversionReport, convert, revert
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, ResidualRNN, RNNCell
@@ -31,6 +31,7 @@ __all__ = [
     "autograd",
     "convert",
     "functional",
+    "init",
     "onnx",
     "ops",
     "patch_torch",
