@@ -21,7 +21,9 @@ from . import report
 from .cases import Case
 from .measure import MIN_ROUNDS, Disagreement, Timer, make_layer, run_rounds
 
-SHAPES = ((50, 16, 32, 32), (100, 4, 64, 64), (50, 32, 128, 128), (20, 64, 256, 256))
+SHAPES = (
+    (1, 8, 32, 32), (50, 16, 32, 32), (100, 4, 64, 64), (50, 32, 128, 128), (20, 64, 256, 256), (20, 128, 512, 512)
+)  # fmt: skip
 CASES = {case.name: case for cell in ("lstm", "gru", "rnn") for s in SHAPES if (case := Case(cell, "train", s))}
 TOLERANCE = 1e-3  # of the largest value: second derivatives in float32
 HEADER = f"{'case':30} {'what':8} {'ms: fusedrnn':>12} {'torch.nn':>9}   ratio"

@@ -74,18 +74,44 @@ def same(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
+def near(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def exact(module: nn.Module) -> nn.Module:
+    """torch.nn's module of the name in float64, with the same weights: what numbers are compared with."""
+    twin = getattr(nn, type(module).__name__)(I, H, num_layers=getattr(module, "num_layers", 1)).double()
+    twin.load_state_dict(module.state_dict())
+    return twin
+
+
+def same_gradients(module: nn.Module, own: Tensor, gradients: Callable[..., Sequence[Tensor]]) -> None:
+    """``gradients(module, x)`` against those of the exact module."""
+    for found, expected in zip(gradients(module, own), gradients(exact(module), own.double()), strict=True):
+        same(found.double(), expected)
+
+
+def penalty(module: nn.Module, own: Tensor) -> tuple[Tensor, ...]:
+    leaf = own.clone().requires_grad_()
+    (dx,) = torch.autograd.grad(module(leaf)[0].square().sum(), leaf, create_graph=True)
+    return torch.autograd.grad(dx.square().sum(), [leaf, *module.parameters()])
+
+
+def gradients(module: nn.Module, own: Tensor) -> tuple[Tensor, ...]:
+    leaf = own.clone().requires_grad_()
+    return torch.autograd.grad(module(leaf)[0].square().sum(), [leaf, *module.parameters()])
+
+
 @row("double backward")
 def _(library: ModuleType) -> None:
     for name in ("LSTM", "GRU", "RNN"):
-        leaf = x().requires_grad_()
-        (dx,) = torch.autograd.grad(getattr(library, name)(I, H)(leaf)[0].square().sum(), leaf, create_graph=True)
-        dx.square().sum().backward()
+        same_gradients(getattr(library, name)(I, H), x(), penalty)
 
 
 @row("backward in eval()")
 def _(library: ModuleType) -> None:
     for name in ("LSTM", "GRU", "RNN"):
-        getattr(library, name)(I, H).eval()(x())[0].sum().backward()
+        same_gradients(getattr(library, name)(I, H).eval(), x(), gradients)
 
 
 @row("vmap over inputs")
@@ -243,21 +269,29 @@ def _(library: ModuleType) -> None:
             y, last = module(x())
         types = {str(t.dtype) for t in (y, *(last if isinstance(last, tuple) else (last,)))}
         assert types == {"torch.bfloat16"}, f"{type(module).__name__}: {', '.join(sorted(types))}"
+    module, own = library.GRU(I, H), x()
+    with torch.autocast("cpu", torch.bfloat16):
+        near(module(own)[0].detach(), exact(module)(own.double())[0].detach(), 5e-2)
 
 
 @row("autocast to float16, on the CPU")
 def _(library: ModuleType) -> None:
     for name in ("GRU", "RNN", "LSTM"):
+        module, own = getattr(library, name)(I, H), x()
         with torch.autocast("cpu", torch.float16):
-            y = getattr(library, name)(I, H)(x())[0]
+            y = module(own)[0]
+        assert y.dtype == torch.float16, f"{name}: {y.dtype}"
+        near(y.detach(), exact(module)(own.double())[0].detach(), 1e-2)
         y.float().sum().backward()
+        assert all(p.grad.isfinite().all() for p in module.parameters())
 
 
 @row("`swap_tensors` of a weight")
 def _(library: ModuleType) -> None:
     module = library.LSTM(I, H)
-    torch.utils.swap_tensors(module.weight_ih_l0, nn.Parameter(torch.zeros(4 * H, I)))
-    module(x())
+    torch.utils.swap_tensors(module.weight_ih_l0, nn.Parameter(torch.ones(4 * H, I)))
+    own = x()
+    same(module(own)[0].detach(), exact(module)(own.double())[0].detach().float())
 
 
 @row("`FlopCounterMode` counts the products")
@@ -283,9 +317,15 @@ def _(library: ModuleType) -> None:
 @row("parametrizations (`weight_norm`, `spectral_norm`, `orthogonal`) and pruning")
 def _(library: ModuleType) -> None:
     for change in (parametrizations.weight_norm, parametrizations.spectral_norm, parametrizations.orthogonal):
-        module = change(library.GRU(I, H), "weight_hh_l0")
-        module(x())[0].sum().backward()
+        module, own = change(library.GRU(I, H), "weight_hh_l0").eval(), x()
+        y = module(own)[0]
+        y.sum().backward()
         assert all(p.grad is not None for p in module.parameters())
+        plain = nn.GRU(I, H).double()
+        with torch.no_grad():
+            for name in ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"):
+                getattr(plain, name).copy_(getattr(module, name))
+        same(y.detach(), plain(own.double())[0].detach().float())
     module = nn.utils.prune.random_unstructured(library.GRU(I, H), "weight_hh_l0", 0.5)
     module(x())[0].sum().backward()
     assert not module.weight_hh_l0_orig.grad[module.weight_hh_l0_mask == 0].any()
@@ -320,7 +360,7 @@ def _(library: ModuleType) -> None:
     torch.use_deterministic_algorithms(True)
     try:
         with torch.autograd.detect_anomaly():
-            library.LSTM(I, H)(x())[0].sum().backward()
+            same_gradients(library.LSTM(I, H), x(), gradients)
     finally:
         torch.use_deterministic_algorithms(before)
 
@@ -428,12 +468,13 @@ def _(library: ModuleType) -> None:
             super().__init__()
             self.layer, self.head = library.LSTM(I, H), nn.Linear(H, 2)
 
-        def forward(self, x: Tensor) -> Tensor:
-            y, (h_n, _) = self.layer(x)
+        def forward(self, x: Tensor, hx: tuple[Tensor, Tensor]) -> Tensor:
+            y, (h_n, _) = self.layer(x, hx)
             return self.head(y) + h_n.sum()
 
-    model, own = Model(), x()
-    same(torch.fx.symbolic_trace(model)(own), model(own))
+    model, given = Model(), (x(), torch.randn(2, 1, B, H).unbind())
+    model.layer.register_forward_hook(lambda module, args, outputs: (outputs[0] * 2, outputs[1]))
+    same(torch.fx.symbolic_trace(model)(*given), model(*given))
 
 
 @row("`torch.jit.trace` in inference")

@@ -199,6 +199,8 @@ class RecurrentLayer(torch.autograd.Function):
                 cotangents, leaves = _cotangents(dy, dh_n, dc_n, dc), _leaves(x, h0, c0, weights)
                 found = differentiable.gradients(ctx.cell, ctx.bidirectional, batch_sizes, cotangents, leaves)
             dx, dh0, dc0, dweights = (found.get(name) for name in ("x", "h0", "c0", "weights"))
+        elif _is_one_step(ctx, x, batch_sizes):
+            dx, dh0, dc0, *dweights = _one_step(ctx, (dy, dh_n, dc_n, dc), x, h0, c0, weights)
         # Another Function only where its result may be differentiated. Dynamo traces none inside a backward.
         elif torch.compiler.is_compiling() or not (torch.is_grad_enabled() or _transformed()):
             dx, dh0, dc0, dweights, _ = _backward(
@@ -222,6 +224,47 @@ class RecurrentLayer(torch.autograd.Function):
             dc0 if need_c0 else None,
             *(dw if need else None for dw, need in zip(dweights, need_weights, strict=True)),
         )
+
+
+def _is_one_step(ctx: Any, x: Tensor, batch_sizes: Tensor | None) -> bool:
+    """Whether a graph for further derivatives is wanted of one step: the second backward pass by hand has more to set up
+    than to do there, and a cell in a loop has as many graphs as steps.
+    """
+    return (
+        batch_sizes is None
+        and x.size(0) == 1
+        and torch.is_grad_enabled()
+        and not (torch.compiler.is_compiling() or _transformed() or ctx.options.limits)
+        and (ctx.owner is None or not recording.interested(ctx.owner))
+    )
+
+
+def _one_step(
+    ctx: Any,
+    cotangents: Sequence[Tensor | None],
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """dx, dh0, dc0 and the weights' gradients, as torch's operations give them, with their graph."""
+    given = [x, h0, c0, *weights]
+    wanted = [i for i, t in enumerate(given) if t is not None and t.requires_grad]
+    for i in wanted:
+        given[i] = given[i].view_as(given[i])  # one may be computed from another
+    with _without_autocast(x):
+        outputs = differentiable.layer(ctx.cell, ctx.bidirectional, given[0], None, *given[1:3], given[3:])
+        if len(outputs) == 2:  # y, h_n
+            cotangents = cotangents[:2]
+        paired = [(o, d) for o, d in zip(outputs, cotangents, strict=True) if d is not None]
+        found = torch.autograd.grad(
+            [o for o, _ in paired], [given[i] for i in wanted], [d for _, d in paired], create_graph=True,
+            allow_unused=True,
+        )  # fmt: skip
+    gradients: list[Tensor | None] = [None] * len(given)
+    for i, gradient in zip(wanted, found, strict=True):
+        gradients[i] = gradient
+    return gradients
 
 
 def _backward(

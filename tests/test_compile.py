@@ -6,6 +6,7 @@ Dynamo leaves torch.nn's recurrent classes, and so ours, to Python unless ``torc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -19,7 +20,6 @@ import fusedrnn
 from fusedrnn.cells import CELLS
 from loops import SINGLES, TWINS
 from parity import Case
-
 
 NEWER = pytest.mark.skipif(torch.__version__ < "2.13", reason="an older Dynamo refuses it in words of its own")
 
@@ -87,6 +87,31 @@ def test_refused_unless_allowed() -> None:
     model = torch.compile(fusedrnn.LSTM(4, 5), backend="eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="allow_rnn=True"):
         model(torch.randn(3, 2, 4))
+
+
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_refused_layer_is_left_to_python(backend: str, patched: bool) -> None:
+    """Whole: Dynamo compiles nothing inside it, and a gradient penalty through it is right."""
+    counter = CompileCounterWithBackend(backend)
+    with fusedrnn.patch_torch() if patched else nullcontext():
+        layers = [(nn if patched else fusedrnn).GRU(4, 4 + i) for i in range(4)]
+        model = nn.ModuleList([nn.Sequential(layer, First(), nn.Linear(4 + i, 4)) for i, layer in enumerate(layers)])
+        chain = nn.Sequential(*model)
+        x, found = torch.randn(5, 2, 4), []
+        for call in (chain, torch.compile(chain, backend=counter)):
+            leaf = x.clone().requires_grad_()
+            y = call(leaf)
+            (dx,) = torch.autograd.grad(y.sum(), leaf, create_graph=True)
+            found.append(torch.autograd.grad(dx.square().sum() + y.square().sum(), [leaf, *chain.parameters()]))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+    assert counter.frame_count <= 5  # what is between the layers
+
+
+class First(nn.Module):
+    def forward(self, results: tuple[Tensor, ...]) -> Tensor:
+        return results[0]
 
 
 def assert_same(module: nn.Module, compiled: Callable, *args, dynamic: Sequence[Sequence[int]] = ()) -> None:

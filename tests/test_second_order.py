@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -16,6 +18,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import fusedrnn
 from fusedrnn import differentiable
@@ -119,11 +123,82 @@ def test_what_is_missing_is_zero(cell: str) -> None:
 def test_dtypes(cell: str, dtype: torch.dtype) -> None:
     """Twice the error of a gradient: H v is a gradient of what was rounded to 16 bits once before."""
     case = Case(cell, T=4, B=3, dtype=dtype)
+    if cell == "rnn_relu":  # its derivative jumps where 16 bits round an argument across 0: no argument near it
+        case = replace(case, seed=next(seed for seed in range(10000) if far_from_zero(replace(case, seed=seed))))
     found = ours(case, dtype=dtype)
     assert {t.dtype for t in found.values()} == {dtype}
-    if cell == "rnn_relu" and dtype.itemsize == 2:
-        return  # its derivative jumps where 16 bits round an argument across 0: parity.py
     assert_all_close(found, expected(case), dtype, margin=4.0 if cell == "residual_rnn" else 2.0)
+
+
+def far_from_zero(case: Case) -> bool:
+    """Whether no argument of the relu of a layer of one direction changes its sign in 16 bits."""
+    module, tensors = case.module().double(), {name: t.detach().double() for name, t in case.tensors().items()}
+    h = tensors["h0"][0]
+    for x in tensors["x"]:
+        a = x @ module.weight_ih_l0.T + module.bias_ih_l0 + h @ module.weight_hh_l0.T + module.bias_hh_l0
+        if a.abs().min() < 0.03:
+            return False
+        h = a.relu()
+    return True
+
+
+def test_vectors_of_the_caller_are_not_written_to() -> None:
+    """One row, no vector for the weight: a bias alone is the start of a scan."""
+    for name in ("LSTM", "GRU", "RNN"):
+        module, x = getattr(fusedrnn, name)(3, 4), torch.randn(1, 1, 3)
+        h0 = torch.randn(1, 1, 4, requires_grad=True)
+        y = module(x, (h0, torch.randn(1, 1, 4)) if name == "LSTM" else h0)[0]
+        first = torch.autograd.grad(y.square().sum(), [module.bias_hh_l0, h0], create_graph=True)
+        vectors = [torch.randn_like(g) for g in first]
+        before = [v.clone() for v in vectors]
+        torch.autograd.grad(first, [module.weight_hh_l0], vectors)
+        for a, b in zip(vectors, before, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_products_are_counted_as_those_of_a_loop() -> None:
+    """In the scans too: every product of the second backward pass, in operations of torch."""
+    module, x = fusedrnn.GRU(4, 5), torch.randn(6, 3, 4, requires_grad=True)
+    (dx,) = torch.autograd.grad(module(x)[0].sum(), x, create_graph=True)
+    with FlopCounterMode(display=False) as counter:
+        dx.square().sum().backward()
+    rows, w_ih, w_hh = 18, 15 * 4, 15 * 5
+    inputs = 2 * rows * w_ih * (1 + 1 + 1 + 2)  # gates again, their tangents; dx; dW_ih of two terms
+    recurrent = 2 * rows * w_hh * (1 + 1 + 1 + 1 + 2)  # gates again, both scans, the first adjoints; dW_hh
+    assert counter.get_total_flops() == inputs + recurrent
+
+
+def test_on_the_meta_device() -> None:
+    module = fusedrnn.GRU(4, 5, device="meta")
+    x = torch.randn(6, 3, 4, device="meta", requires_grad=True)
+    (dx,) = torch.autograd.grad(module(x)[0].sum(), x, create_graph=True)
+    (ddx,) = torch.autograd.grad(dx.square().sum(), x)
+    assert ddx.shape == x.shape and ddx.is_meta
+
+
+@pytest.mark.parametrize("around", ["checkpoint", "save_on_cpu", "anomaly", "autocast", "dropout"])
+def test_under_other_parts_of_torch(around: str) -> None:
+    module = fusedrnn.LSTM(4, 5, num_layers=2, dropout=0.5 if around == "dropout" else 0.0).double()
+    reference = twin("lstm", copy.deepcopy(module))
+    x = torch.randn(6, 3, 4, dtype=torch.float64)
+
+    def penalty(module: nn.Module, around: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        leaf, context = x.clone().requires_grad_(), nullcontext()
+        if around == "save_on_cpu":
+            context = torch.autograd.graph.save_on_cpu()
+        elif around == "anomaly":
+            context = torch.autograd.detect_anomaly(check_nan=True)
+        with context:
+            call = partial(checkpoint, module, use_reentrant=False) if around == "checkpoint" else module
+            (dx,) = torch.autograd.grad(call(leaf)[0].pow(2).sum(), leaf, create_graph=True)
+            with torch.autocast("cpu", torch.bfloat16, enabled=around == "autocast"):
+                return list(torch.autograd.grad(dx.pow(2).sum(), [leaf, *module.parameters()]))
+
+    if around == "dropout":  # masks are drawn alike by both
+        reference.train()
+    for a, b in zip(penalty(module, around), penalty(reference, "dropout" if around == "dropout" else ""), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("cell", CELLS)
