@@ -32,9 +32,11 @@ HEADER = (
 )
 
 
-def kept(library, case: Case) -> float:
-    """Values autograd keeps for each step, sample and unit, each storage once."""
+def kept(library, case: Case, **attributes: object) -> float:
+    """Values autograd keeps for each step, sample and unit, each storage once; ``attributes``: of the layer."""
     layer, problem = make_layer(library, case, torch.float32), Problem.of(case)
+    for name, value in attributes.items():
+        setattr(layer, name, value)
     x = problem.x.float().requires_grad_()
     storages: dict[int, int] = {}
 

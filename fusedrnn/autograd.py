@@ -102,13 +102,18 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """y, h_n, c_n, all c_t and what the backward pass wants, the last two empty where they are not asked for."""
     states = options.states and len(CELLS[cell].states) == 2
-    keep = keep and not options.recompute
+    keep = keep and not _recomputes(options, cell)
     y, h_n, c_n, saved = layer_forward(x, batch_sizes, h0, c0, weights, cell, bidirectional, keep or states)
     if not states:
         return y, h_n, c_n, y.new_empty(0), saved
     begin = CELLS[cell].saved * c_n.size(2)
     c = torch.cat([s[:, begin : begin + c_n.size(2)] for s in saved], dim=1).to(x.dtype)
     return y, h_n, c_n, c.reshape(*x.shape[:-1], c.size(1)), saved if keep else saved[:, :0].clone()
+
+
+def _recomputes(options: Options, cell: str) -> bool:
+    """Whether the backward pass makes a second forward pass: there is something that it need not keep."""
+    return options.recompute and (CELLS[cell].saved > 0 or len(CELLS[cell].states) > 1)
 
 
 def _refuse(options: Options, what: str) -> None:
@@ -190,7 +195,7 @@ class RecurrentLayer(torch.autograd.Function):
         _, _, _, _, need_x, _, need_h0, need_c0, *need_weights = ctx.needs_input_grad
         if dy is None and dh_n is None and dc_n is None and dc is None:
             return (None,) * len(ctx.needs_input_grad)
-        if ctx.options.recompute:
+        if _recomputes(ctx.options, ctx.cell):
             with torch.no_grad():
                 saved = layer_forward(x, batch_sizes, h0, c0, weights, ctx.cell, ctx.bidirectional, True)[3]
         if _wants_plain_operations(x, dy, dh_n, dc_n, dc, h0, c0, *weights):

@@ -145,7 +145,8 @@ class record_gradients:
         self._names = {module: name for name, module in model.named_modules() if isinstance(module, _SequenceModule)}
         if not self._names:
             raise ValueError("record_gradients: the model has no fusedrnn.RNN, LSTM, GRU or ResidualRNN")
-        self.layers: list[LayerGradients] = []
+        self._raw: list[tuple[Owner, str, Tensor, torch.Size, Tensor | None]] = []
+        self._layers: list[LayerGradients] = []
 
     def __enter__(self) -> record_gradients:
         with _lock:
@@ -160,25 +161,35 @@ class record_gradients:
         """A layer's norms (D, N, states + gates), as the kernel gives them."""
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError("record_gradients cannot look into torch.func.vmap, grad and the like")
-        info = CELLS[cell]
-        norms = norms.detach().to("cpu", copy=True)
-        found = []
-        for d, rows in enumerate(norms):
-            values = _by_sample(rows, owner.layout, x, batch_sizes).unbind(2)
-            two = len(info.states) == 2
+        with _lock:
+            self._raw.append((owner, cell, norms.detach(), x.shape, batch_sizes))
+
+    @property
+    def layers(self) -> list[LayerGradients]:
+        """Of each backward pass, layer and direction, in the order in which they ran."""
+        with _lock:
+            while self._raw:
+                self._layers += self._laid_out(*self._raw.pop(0))
+            return self._layers
+
+    def _laid_out(
+        self, owner: Owner, cell: str, norms: Tensor, shape: torch.Size, batch_sizes: Tensor | None
+    ) -> list[LayerGradients]:
+        info, found = CELLS[cell], []
+        for d, rows in enumerate(norms.cpu()):
+            values = _by_sample(rows, owner.layout, shape, batch_sizes).unbind(2)
             found.append(
                 LayerGradients(
                     self._names[owner.module],
                     owner.layer,
                     ("forward", "reverse")[d],
                     values[0],
-                    values[1] if two else None,
+                    values[1] if len(info.states) == 2 else None,
                     dict(zip(info.gates, values[len(info.states) :], strict=True)),
                     not_finite=not bool(rows.isfinite().all()),
                 )
             )
-        with _lock:
-            self.layers += found
+        return found
 
     def wants(self, owner: Owner) -> bool:
         """Whether the call is one of the model's."""
@@ -229,12 +240,13 @@ class record_gradients:
         return figure
 
     def _recorded(self) -> list[LayerGradients]:
-        if not self.layers:
+        layers = self.layers
+        if not layers:
             raise RuntimeError(
                 "record_gradients: no backward pass of the model's recurrent layers ran inside the block (or they were"
                 " compiled, which is not recorded)"
             )
-        return self.layers
+        return layers
 
 
 def owner(
@@ -250,11 +262,11 @@ def interested(owner: Owner) -> Sequence[record_gradients]:
 
 
 def _by_sample(
-    rows: Tensor, layout: Segments | Sequence[Tensor | None] | None, x: Tensor, batch_sizes: Tensor | None
+    rows: Tensor, layout: Segments | Sequence[Tensor | None] | None, shape: torch.Size, batch_sizes: Tensor | None
 ) -> Tensor:
     """(N, Q), as the rows of a call lie, to (T, B, Q), NaN where there is none."""
     if batch_sizes is None:
-        return rows.unflatten(0, (x.size(0), x.size(1)))
+        return rows.unflatten(0, shape[:2])
     if isinstance(layout, Segments):
         found = rows.new_full((layout.steps * layout.samples, rows.size(1)), torch.nan)
         return found.index_copy(0, layout.rows.cpu(), rows).unflatten(0, (layout.steps, layout.samples))

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 import fusedrnn
+from fusedrnn import LSTM
 from benchmarks import __main__ as command
 from benchmarks import (
-    cases, limits, measure, memory, per_sample, python_threads, report, scaling, second_order, works_with
+    cases, limits, measure, memory, per_sample, python_threads, report, scaling, second_order, sequences, through_time,
+    works_with,
 )  # fmt: skip
 from benchmarks.cases import CASES, CELL_NAMES, REGIMES, Case
 from fusedrnn.cells import CELLS
@@ -324,6 +326,24 @@ def test_second_derivatives_are_compared_before_they_are_timed(capsys, monkeypat
         second_order.check(next(iter(cases.values())), calls | {"fusedrnn": lambda: wrong})
     with pytest.raises(SystemExit):
         second_order.main(["no-such-case"])
+
+
+def test_sequences_are_compared_before_they_are_timed(capsys, monkeypatch):
+    monkeypatch.setattr(sequences, "SHAPES", {"lengths": (9, 4, 8, 8), "reset": (9, 4, 8, 8)})
+    assert sequences.main(["--seconds", "0.01"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["lengths,"] * 6 + ["reset,"] * 6 and all(float(row[2]) > 0 for row in rows)
+    monkeypatch.setattr(sequences, "by_reset", lambda layer, x, reset: layer(x)[0] * (1 + isinstance(layer, LSTM)))
+    with pytest.raises(measure.Disagreement, match="lstm-train.*reset"):
+        sequences.measure("reset", Case("lstm", "train", (9, 4, 8, 8)), 0.01)
+
+
+def test_options_of_the_backward_pass_are_timed(capsys, monkeypatch):
+    monkeypatch.setattr(through_time, "CASES", [Case("lstm", "train", (9, 4, 8, 8))])
+    assert through_time.main(["--seconds", "0.01"]) == 0
+    row = capsys.readouterr().out.splitlines()[-1].split()
+    assert len(row) == 9 and all(float(value) > 0 for value in row[1:-1])
+    assert float(row[-2]) >= 5 and float(row[-1]) == 0
 
 
 def test_the_readme_says_what_works():
