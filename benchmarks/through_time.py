@@ -30,7 +30,8 @@ OPTIONS: dict[str, dict[str, object]] = {
     "by norm": {"grad_clip": 1.0, "grad_clip_mode": "norm"},
     "truncated": {"bptt_steps": 25},
 }
-HEADER = f"{'case':30} {'plain, ms':>9} " + " ".join(f"{name:>9}" for name in list(OPTIONS)[1:]) + "   kept: plain, again"
+_NAMES = " ".join(f"{name:>9}" for name in list(OPTIONS)[1:])
+HEADER = f"{'case':30} {'plain, ms':>9} {_NAMES}   kept: plain, again"
 
 
 def step(case: Case, name: str) -> Callable[[], None]:

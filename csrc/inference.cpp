@@ -247,4 +247,69 @@ std::optional<Inferred> infer(const Tensor& x, const OptionalTensor& h0, const O
   return Inferred{input, h_n, c_n};
 }
 
+std::unique_ptr<Stepper> Stepper::make(const Tensor& x, const std::vector<Tensor>& weights, const std::string& cell,
+                                       int64_t layers) {
+  bool fit = plain(x) && x.dim() == 2 && x.size(0) > 0 && x.scalar_type() != at::kHalf && layers > 0 &&
+             !weights.empty() && weights.size() % layers == 0;
+  for (const Tensor& w : weights) fit = fit && w.defined() && plain(w) && w.is_contiguous();
+  if (!fit) return nullptr;
+  auto stepper = std::make_unique<Stepper>();
+  stepper->options_ = x.options();
+  for (const Tensor& w : weights) stepper->weights_.push_back(w.detach());
+  const size_t each = weights.size() / layers;
+  Tensor input = x.detach().unsqueeze(0).contiguous();
+  for (int64_t l = 0; l < layers; ++l) {
+    stepper->layers_.emplace_back();
+    Prepared& own = stepper->layers_.back();
+    own.layer = read_layer(input, std::nullopt, std::nullopt, std::nullopt,
+                           at::TensorList(stepper->weights_).slice(l * each, each), cell, false);
+    input = at::empty({1, x.size(0), own.layer.size.R}, x.options());
+  }
+  for (Prepared& own : stepper->layers_) {  // they lie where they stay
+    fill(own.problem, own.layer);
+    own.problem.saved = nullptr;
+    own.problem.saved_stride = 0;
+    own.layer.x = Tensor();
+  }
+  return stepper;
+}
+
+bool Stepper::is_prepared_for(size_t i, const Tensor& weight) const {
+  const Tensor& own = weights_[i];
+  return plain(weight) && weight.const_data_ptr() == own.const_data_ptr() && weight.is_contiguous() &&
+         weight.scalar_type() == own.scalar_type() && weight.sizes() == own.sizes();
+}
+
+std::optional<Inferred> Stepper::step(const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0) const {
+  const LayerSizes& first = layers_[0].layer.size;
+  const bool two_states = layers_[0].layer.constants().states == 2;
+  const int64_t B = first.B, H = first.H, R = first.R, layers = layers_.size();
+  const auto fits = [&](const Tensor& t, at::IntArrayRef shape) {
+    return plain(t) && t.scalar_type() == options_.dtype().toScalarType() && t.sizes() == shape && t.is_contiguous();
+  };
+  bool fit = !watched() && fits(x, {B, first.I}) && (!h0 || fits(*h0, {layers, B, R})) &&
+             (!c0 || (two_states && fits(*c0, {layers, B, H})));
+  if (!fit) return std::nullopt;
+  Tensor y = at::empty({B, R}, options_), h_n = at::empty({layers, B, R}, options_);
+  Tensor c_n = at::empty({two_states ? layers : 0, B, H}, options_);
+  const int64_t bytes = x.element_size();
+  const auto at_layer = [&](const void* p, int64_t l, int64_t width) {
+    return p ? static_cast<const char*>(p) + l * B * width * bytes : nullptr;
+  };
+  const void* input = x.const_data_ptr();
+  for (int64_t l = 0; l < layers; ++l) {
+    ForwardProblem p = layers_[l].problem;
+    p.threads = threads();
+    p.x.data = input;
+    p.h0 = at_layer(h0 ? h0->const_data_ptr() : nullptr, l, R);
+    p.c0 = at_layer(c0 ? c0->const_data_ptr() : nullptr, l, H);
+    p.h_n = const_cast<char*>(at_layer(h_n.mutable_data_ptr(), l, R));
+    p.c_n = two_states ? const_cast<char*>(at_layer(c_n.mutable_data_ptr(), l, H)) : nullptr;
+    p.y = l + 1 == layers ? y.mutable_data_ptr() : p.h_n;  // of a lower layer, the same
+    input = p.h_n;
+    check_memory(run(layers_[l].layer, p));
+  }
+  return Inferred{y, h_n, c_n};
+}
+
 }  // namespace fusedrnn

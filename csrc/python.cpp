@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <omp.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
@@ -152,6 +153,19 @@ py::object infer_layers(const at::Tensor& x, const std::optional<at::Tensor>& h0
   return results ? py::cast(*results) : py::none();
 }
 
+// With the parameters of these names, if they are those it was prepared for. No other thread of Python runs meanwhile:
+// a step is shorter than handing over would take.
+py::object step(const Stepper& stepper, const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
+                const py::dict& parameters, const py::list& names) {
+  if (names.size() != stepper.weights()) return py::none();
+  for (size_t i = 0; i < names.size(); ++i) {
+    PyObject* own = PyDict_GetItem(parameters.ptr(), PyList_GET_ITEM(names.ptr(), i));
+    if (!own || !THPVariable_Check(own) || !stepper.is_prepared_for(i, THPVariable_Unpack(own))) return py::none();
+  }
+  const auto results = stepper.step(x, h0, c0);
+  return results ? py::cast(*results) : py::none();
+}
+
 // Seconds of all threads in each phase since the last call, in a build with FUSEDRNN_PHASES; None in any other.
 py::object phases() {
   if (!kPhasesTimed) return py::none();
@@ -259,6 +273,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("infer", infer_layers, py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("cell"),
         py::arg("bidirectional"), py::arg("layers"), py::arg("kept"),
         "Stacked layers on a dense batch, without gradients: y, h_n, c_n; None where only the ops will do.");
+  py::class_<Stepper>(m, "Stepper", "Stacked layers of one direction, a step at a time, prepared for one batch size.")
+      .def_static("make", &Stepper::make, py::arg("x"), py::arg("weights"), py::arg("cell"), py::arg("layers"))
+      .def("step", step, py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("parameters"), py::arg("names"),
+           "y, h_n, c_n; None where it is not prepared for what it gets.");
   m.def("plan", plan, py::arg("batch_sizes"), py::arg("I"), py::arg("H"), py::arg("directions"), py::arg("gates"),
         py::arg("lanes"), py::arg("threads"), "How a layer would be shared among threads.");
   m.def("pipeline_steps", steps_of_pipeline, py::arg("T"), py::arg("B"), py::arg("H"), py::arg("gates"),

@@ -232,8 +232,8 @@ class RecurrentLayer(torch.autograd.Function):
 
 
 def _is_one_step(ctx: Any, x: Tensor, batch_sizes: Tensor | None) -> bool:
-    """Whether a graph for further derivatives is wanted of one step: the second backward pass by hand has more to set up
-    than to do there, and a cell in a loop has as many graphs as steps.
+    """Whether a graph for further derivatives is wanted of one step: the second backward pass by hand has more to set
+    up than to do there, and a cell in a loop has as many graphs as steps.
     """
     return (
         batch_sizes is None

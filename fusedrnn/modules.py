@@ -22,7 +22,7 @@ from torch.fx import Proxy, _symbolic_trace
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import has_torch_function
 
-from ._C import PackedWeights, infer
+from ._C import PackedWeights, Stepper, infer
 from . import recording
 from .autograd import PLAIN, recurrent_layer
 from .cells import CELLS
@@ -226,6 +226,9 @@ def _kept(module: torch.nn.Module) -> PackedWeights:
     return kept_aside.get(module) or kept_aside.setdefault(module, PackedWeights())
 
 
+#: What :meth:`_SequenceModule.step` has prepared, of the module itself: copies and pickles hold nothing of it.
+_steppers: weakref.WeakKeyDictionary[torch.nn.Module, Stepper] = weakref.WeakKeyDictionary()
+
 _POLICY = ("grad_clip", "grad_clip_mode", "bptt_steps", "recompute")
 
 
@@ -276,12 +279,60 @@ class _SequenceModule(_FusedModule):
             setattr(self, name, value)
         check_policy(*(getattr(self, name) for name in _POLICY))
 
+    def _cell(self) -> str:
+        """The registry's name."""
+        return self.mode.lower() if self.mode != "GRU" or self.reset_after else "gru_reset_before"
+
     def _policy(self) -> dict[str, Any]:
         """What differs from the defaults."""
         if self.grad_clip is None and self.bptt_steps is None and self.recompute == "none":
             return {}
         own = {name: getattr(self, name) for name in _POLICY}
         return {name: value for name, value in own.items() if value != getattr(_SequenceModule, name)}
+
+    def step(
+        self, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
+        """One step of a stream, for inference: input (B, I), states as forward's -> output (B, R), states.
+
+        The same numbers as ``forward`` of one step, without gradients, and sooner: what does not change from step to
+        step is prepared at the first one, for its batch size. Weights are read where they lie, so that changes of their
+        values are seen. Where nothing can be prepared (a GPU, float16, autocast, parametrized weights, dropout in
+        training) it is a call of ``forward``.
+
+        >>> state = None
+        >>> for x_t in stream:
+        ...     y_t, state = lstm.step(x_t, state)
+
+        Raises:
+            ValueError: the module is bidirectional, or input has no two dimensions.
+        """
+        stepper, two = _steppers.get(self), self.mode == "LSTM"
+        if stepper is not None and not torch.is_autocast_enabled("cpu"):
+            h0, c0 = hx if two and hx is not None else (hx, None)
+            found = stepper.step(input, h0, c0, self._parameters, self._flat_weights_names)
+            if found is not None:
+                y, h_n, c_n = found
+                return y, (h_n, c_n) if two else h_n
+        return self._first_step(input, hx)
+
+    def _first_step(self, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
+        """By ``forward``, with its checks; what it has found right is prepared for the next."""
+        if self.bidirectional:
+            raise ValueError("step: a bidirectional module needs the whole sequence")
+        if input.dim() != 2:
+            raise ValueError(f"step: Expected input to be 2D, (B, I), got {input.dim()}D instead")
+        with torch.no_grad():
+            y, last = self(input.unsqueeze(1 if self.batch_first else 0), hx)
+        _steppers.pop(self, None)
+        weights = [self._parameters.get(name) for name in self._flat_weights_names]
+        plain = all(own is weight for own, weight in zip(weights, self._flat_weights, strict=True))
+        dropping = self.dropout > 0 and self.training and self.num_layers > 1
+        if plain and not dropping and not is_compiling():
+            stepper = Stepper.make(input, weights, self._cell(), self.num_layers)
+            if stepper is not None:
+                _steppers[self] = stepper
+        return y.squeeze(1 if self.batch_first else 0), last
 
     def extra_repr(self) -> str:
         """As in torch.nn, and what differs from the defaults."""
@@ -318,7 +369,7 @@ class RNN(_SequenceModule, torch.nn.RNN):
         self, input: Tensor | PackedSequence, hx: Tensor | None = None, *,
         lengths: Lengths = None, reset: Tensor | None = None, return_states: bool = False,
     ) -> tuple[Any, ...]:  # fmt: skip
-        cell = "rnn_relu" if self.mode == "RNN_RELU" else "rnn_tanh"
+        cell = self._cell()
         call = _forward if is_compiling() or not get_eval_frame_callback() else _untraced
         output, (h_n,), *states = call(
             self, cell, "RNN", input, None if hx is None else (hx,), lengths, reset, return_states
@@ -369,7 +420,7 @@ class GRU(_SequenceModule, _TorchGRU):
         self, input: Tensor | PackedSequence, hx: Tensor | None = None, *,
         lengths: Lengths = None, reset: Tensor | None = None, return_states: bool = False,
     ) -> tuple[Any, ...]:  # fmt: skip
-        cell = "gru" if self.reset_after else "gru_reset_before"
+        cell = self._cell()
         call = _forward if is_compiling() or not get_eval_frame_callback() else _untraced
         output, (h_n,), *states = call(
             self, cell, "GRU", input, None if hx is None else (hx,), lengths, reset, return_states

@@ -16,8 +16,8 @@ import fusedrnn
 from fusedrnn import LSTM
 from benchmarks import __main__ as command
 from benchmarks import (
-    cases, limits, measure, memory, per_sample, python_threads, report, scaling, second_order, sequences, through_time,
-    works_with,
+    cases, limits, measure, memory, per_sample, python_threads, report, scaling, second_order, sequences, streaming,
+    through_time, works_with,
 )  # fmt: skip
 from benchmarks.cases import CASES, CELL_NAMES, REGIMES, Case
 from fusedrnn.cells import CELLS
@@ -336,6 +336,16 @@ def test_sequences_are_compared_before_they_are_timed(capsys, monkeypatch):
     monkeypatch.setattr(sequences, "by_reset", lambda layer, x, reset: layer(x)[0] * (1 + isinstance(layer, LSTM)))
     with pytest.raises(measure.Disagreement, match="lstm-train.*reset"):
         sequences.measure("reset", Case("lstm", "train", (9, 4, 8, 8)), 0.01)
+
+
+def test_streams_are_compared_before_they_are_timed(capsys, monkeypatch):
+    monkeypatch.setattr(streaming, "SHAPES", ((2, 8),))
+    assert streaming.main(["--seconds", "0.01"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["LSTM", "GRU", "RNN"] and all(float(value) > 0 for value in rows[0][3:7])
+    monkeypatch.setattr(fusedrnn.GRU, "step", lambda self, x, state: (x, state))
+    with pytest.raises(measure.Disagreement, match="GRU, B 2, H 8: step deviates"):
+        streaming.measure("GRU", 2, 8, 0.01)
 
 
 def test_options_of_the_backward_pass_are_timed(capsys, monkeypatch):

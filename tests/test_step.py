@@ -1,0 +1,163 @@
+"""``module.step``: a stream one step at a time gives what ``forward`` gives of the whole, whatever changes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+import fusedrnn
+from fusedrnn import modules
+from fusedrnn.cells import CELLS
+from loops import TWINS
+from parity import DEVICE
+from tolerances import assert_all_close
+
+T = 5
+
+
+def prepared(module: nn.Module) -> bool:
+    return module in modules._steppers
+
+
+def stream(module: nn.Module, x: Tensor, state: Any = None) -> dict[str, Tensor]:
+    """The outputs and last states of steps over x (T, B, I)."""
+    outputs = []
+    for x_t in x:
+        y, state = module.step(x_t, state)
+        outputs.append(y)
+    states = state if isinstance(state, tuple) else (state,)
+    return {"y": torch.stack(outputs), **{f"s{i}": s for i, s in enumerate(states)}}
+
+
+def whole(module: nn.Module, x: Tensor, state: Any = None) -> dict[str, Tensor]:
+    with torch.no_grad():
+        y, last = module(x.transpose(0, 1) if module.batch_first else x, state)
+    states = last if isinstance(last, tuple) else (last,)
+    return {"y": y.transpose(0, 1) if module.batch_first else y, **{f"s{i}": s for i, s in enumerate(states)}}
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_steps_are_the_sequence(cell: str, dtype: torch.dtype) -> None:
+    projections = (0, 3) if CELLS[cell].projectable else (0,)
+    for layers, B, bias, proj in product((1, 3), (1, 4), (True, False), projections):
+        options = {"proj_size": proj} if proj else {}
+        module = TWINS[cell].layer(6, 9, num_layers=layers, bias=bias, dtype=dtype, **options).to(DEVICE)
+        x = torch.randn(T, B, 6).to(DEVICE, dtype)
+        shapes = [(layers, B, proj or 9), (layers, B, 9)][: len(CELLS[cell].states)]
+        given = tuple(torch.randn(shape).to(DEVICE, dtype) for shape in shapes)
+        for state in (None, given if len(given) > 1 else given[0]):
+            assert_all_close(stream(module, x, state), whole(module, x, state), dtype)
+        assert prepared(module) == (DEVICE.type == "cpu" and dtype != torch.float16)
+
+
+def test_large_layers_on_two_threads(threads: Callable[[int], None]) -> None:
+    threads(2)
+    module, x = fusedrnn.LSTM(300, 700), torch.randn(T, 2, 300)
+    assert_all_close(stream(module, x), whole(module, x))
+
+
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "in place": lambda m: m.weight_hh_l0.data.mul_(-1),
+    "data": lambda m: setattr(m.weight_hh_l0, "data", torch.randn(20, 5)),
+    "another parameter": lambda m: setattr(m, "weight_ih_l1", nn.Parameter(torch.randn(20, 5))),
+    "load_state_dict": lambda m: m.load_state_dict({k: v * 2 for k, v in m.state_dict().items()}),
+    "assigned": lambda m: m.load_state_dict({k: v * 2 for k, v in m.state_dict().items()}, assign=True),
+    "parametrized": lambda m: parametrizations.weight_norm(m, "weight_hh_l0"),
+    "swapped": lambda m: torch.utils.swap_tensors(m.bias_hh_l0, nn.Parameter(torch.ones(20))),
+    "trained": lambda m: m.train(),
+    "moved": lambda m: m.double().float(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_of_the_weights_are_seen(change: str) -> None:
+    module, x = fusedrnn.LSTM(4, 5, num_layers=2), torch.randn(T, 3, 4)
+    assert_all_close(stream(module, x), whole(module, x))
+    before = stream(module, x)["y"]
+    CHANGES[change](module)
+    assert_all_close(stream(module, x), whole(module, x))
+    assert torch.allclose(before, stream(module, x)["y"]) == (change in ("parametrized", "trained", "moved"))
+
+
+def test_changes_of_the_stream() -> None:
+    """Another batch size, dtype or layout, each without a word."""
+    module = fusedrnn.GRU(4, 5, num_layers=2)
+    views = torch.randn(T, 4, 3).transpose(1, 2), torch.randn(T, 3, 8)[..., ::2]
+    for x in (torch.randn(T, 3, 4), torch.randn(T, 1, 4), *views):
+        state = torch.randn(x.size(1), 2, 5).transpose(0, 1)
+        assert_all_close(stream(module, x, state), whole(module, x, state))
+    module.double()
+    x = torch.randn(T, 3, 4, dtype=torch.float64)
+    assert_all_close(stream(module, x), whole(module, x))
+    batch_first = fusedrnn.GRU(4, 5, batch_first=True).double()
+    assert_all_close(stream(batch_first, x), whole(batch_first, x))
+
+
+def test_results_share_no_memory_and_have_no_gradient() -> None:
+    module, x = fusedrnn.LSTM(4, 5), torch.randn(T, 3, 4, requires_grad=True)
+    for x_t in x:
+        y, (h, c) = module.step(x_t)
+        assert not (y.requires_grad or h.requires_grad or c.requires_grad)
+        assert torch.equal(y, h[0]) and y.data_ptr() != h.data_ptr()
+    state = torch.zeros(1, 3, 5), torch.zeros(1, 3, 5)
+    module.step(x[0], state)
+    assert not (state[0].any() or state[1].any())
+
+
+def test_copies_and_pickles_hold_nothing() -> None:
+    module, x = fusedrnn.LSTM(4, 5), torch.randn(T, 3, 4)
+    stream(module, x)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert not prepared(other)
+        with torch.no_grad():
+            other.weight_hh_l0.mul_(2)
+        assert_all_close(stream(other, x), whole(other, x))
+        assert not torch.equal(stream(other, x)["y"], stream(module, x)["y"])
+    count = len(modules._steppers)
+    del module
+    assert len(modules._steppers) < count
+
+
+def test_where_it_is_forward() -> None:
+    module, x = fusedrnn.LSTM(4, 5, num_layers=2, dropout=0.5), torch.randn(T, 3, 4)
+    torch.manual_seed(0)
+    first, second = stream(module, x)["y"], stream(module, x)["y"]
+    assert not torch.equal(first, second) and not prepared(module)
+    module.eval()
+    assert torch.equal(stream(module, x)["y"], stream(module, x)["y"]) and prepared(module)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module.step(x[0])[0].dtype == torch.bfloat16
+    assert module.step(x[0])[0].dtype == torch.float32
+    many = torch.randn(2, 3, 4)
+    torch.testing.assert_close(
+        torch.vmap(lambda x: module.step(x)[0])(many), torch.stack([module.step(one)[0] for one in many])
+    )
+    assert module.to("meta").step(x[0].to("meta"))[0].shape == (3, 5)
+
+
+def test_errors() -> None:
+    x = torch.randn(3, 4)
+    with pytest.raises(ValueError, match="a bidirectional module needs the whole sequence"):
+        fusedrnn.GRU(4, 5, bidirectional=True).step(x)
+    module = fusedrnn.LSTM(4, 5)
+    for _ in range(2):  # before and after the first step
+        with pytest.raises(ValueError, match=r"step: Expected input to be 2D, \(B, I\), got 3D instead"):
+            module.step(x.unsqueeze(0))
+        with pytest.raises(RuntimeError, match="Expected 4, got 3|must be equal to input_size"):
+            module.step(torch.randn(3, 3))
+        with pytest.raises(RuntimeError, match=r"Expected hidden\[0\] size \(1, 3, 5\), got \[1, 2, 5\]"):
+            module.step(x, (torch.zeros(1, 2, 5), torch.zeros(1, 3, 5)))
+        with pytest.raises((RuntimeError, ValueError), match="dtype"):
+            module.step(x.double())
+        module.step(x)
+    assert module.step(torch.randn(0, 4))[0].shape == (0, 5)
