@@ -22,11 +22,12 @@ from torch.fx import Proxy, _symbolic_trace
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import has_torch_function
 
-from ._C import PackedWeights, Stepper, infer
+from ._C import PackedWeights, infer
 from . import recording
 from .autograd import PLAIN, recurrent_layer
 from .cells import CELLS
 from .functional import check_policy, recurrent, recurrent_cell
+from .streaming import step, steppers
 
 __all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell", "ResidualRNN"]
 
@@ -226,9 +227,6 @@ def _kept(module: torch.nn.Module) -> PackedWeights:
     return kept_aside.get(module) or kept_aside.setdefault(module, PackedWeights())
 
 
-#: What :meth:`_SequenceModule.step` has prepared, of the module itself: copies and pickles hold nothing of it.
-_steppers: weakref.WeakKeyDictionary[torch.nn.Module, Stepper] = weakref.WeakKeyDictionary()
-
 _POLICY = ("grad_clip", "grad_clip_mode", "bptt_steps", "recompute")
 
 
@@ -244,6 +242,7 @@ class _FusedModule:
 
     def _apply(self, *args: Any, **kwargs: Any) -> torch.nn.Module:  # by .to(), .double(), .share_memory() ...
         vars(self).pop(_KEPT, None)
+        steppers.pop(self, None)
         return super()._apply(*args, **kwargs)
 
     def train(self, mode: bool = True) -> torch.nn.Module:
@@ -307,32 +306,7 @@ class _SequenceModule(_FusedModule):
         Raises:
             ValueError: the module is bidirectional, or input has no two dimensions.
         """
-        stepper, two = _steppers.get(self), self.mode == "LSTM"
-        if stepper is not None and not torch.is_autocast_enabled("cpu"):
-            h0, c0 = hx if two and hx is not None else (hx, None)
-            found = stepper.step(input, h0, c0, self._parameters, self._flat_weights_names)
-            if found is not None:
-                y, h_n, c_n = found
-                return y, (h_n, c_n) if two else h_n
-        return self._first_step(input, hx)
-
-    def _first_step(self, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
-        """By ``forward``, with its checks; what it has found right is prepared for the next."""
-        if self.bidirectional:
-            raise ValueError("step: a bidirectional module needs the whole sequence")
-        if input.dim() != 2:
-            raise ValueError(f"step: Expected input to be 2D, (B, I), got {input.dim()}D instead")
-        with torch.no_grad():
-            y, last = self(input.unsqueeze(1 if self.batch_first else 0), hx)
-        _steppers.pop(self, None)
-        weights = [self._parameters.get(name) for name in self._flat_weights_names]
-        plain = all(own is weight for own, weight in zip(weights, self._flat_weights, strict=True))
-        dropping = self.dropout > 0 and self.training and self.num_layers > 1
-        if plain and not dropping and not is_compiling():
-            stepper = Stepper.make(input, weights, self._cell(), self.num_layers)
-            if stepper is not None:
-                _steppers[self] = stepper
-        return y.squeeze(1 if self.batch_first else 0), last
+        return step(self, input, hx)
 
     def extra_repr(self) -> str:
         """As in torch.nn, and what differs from the defaults."""

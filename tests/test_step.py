@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import fusedrnn
-from fusedrnn import modules
 from fusedrnn.cells import CELLS
+from fusedrnn.streaming import steppers
 from loops import TWINS
 from parity import DEVICE
 from tolerances import assert_all_close
@@ -24,7 +24,7 @@ T = 5
 
 
 def prepared(module: nn.Module) -> bool:
-    return module in modules._steppers
+    return module in steppers
 
 
 def stream(module: nn.Module, x: Tensor, state: Any = None) -> dict[str, Tensor]:
@@ -99,6 +99,7 @@ def test_changes_of_the_stream() -> None:
     module.double()
     x = torch.randn(T, 3, 4, dtype=torch.float64)
     assert_all_close(stream(module, x), whole(module, x))
+    assert prepared(module) and not prepared(module.float())  # nothing of the old weights is held
     batch_first = fusedrnn.GRU(4, 5, batch_first=True).double()
     assert_all_close(stream(batch_first, x), whole(batch_first, x))
 
@@ -123,9 +124,9 @@ def test_copies_and_pickles_hold_nothing() -> None:
             other.weight_hh_l0.mul_(2)
         assert_all_close(stream(other, x), whole(other, x))
         assert not torch.equal(stream(other, x)["y"], stream(module, x)["y"])
-    count = len(modules._steppers)
+    count = len(steppers)
     del module
-    assert len(modules._steppers) < count
+    assert len(steppers) < count
 
 
 def test_where_it_is_forward() -> None:
