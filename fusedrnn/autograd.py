@@ -236,11 +236,11 @@ def _is_one_step(ctx: Any, x: Tensor, batch_sizes: Tensor | None) -> bool:
     up than to do there, and a cell in a loop has as many graphs as steps.
     """
     return (
-        batch_sizes is None
-        and x.size(0) == 1
-        and torch.is_grad_enabled()
+        torch.is_grad_enabled()
         and not (torch.compiler.is_compiling() or _transformed() or ctx.options.limits)
         and (ctx.owner is None or not recording.interested(ctx.owner))
+        and batch_sizes is None
+        and x.size(0) == 1
     )
 
 

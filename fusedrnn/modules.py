@@ -27,7 +27,7 @@ from . import recording
 from .autograd import PLAIN, recurrent_layer
 from .cells import CELLS
 from .functional import check_policy, recurrent, recurrent_cell
-from .streaming import step, steppers
+from .streaming import cell_of, step, steppers
 
 __all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell", "ResidualRNN"]
 
@@ -46,7 +46,7 @@ def _forward(
 ) -> tuple[Any, ...]:
     """What the sequence modules share: torch.nn's checks, in its order and words, then the layers."""
     ours = isinstance(module, _SequenceModule)
-    policy = module._policy() if ours else {}
+    policy = _policy(module) if ours else {}
     if lengths is None and reset is None and not return_states and not policy:
         short = _short_road(module, cell, input, states)
         if short is not None:
@@ -230,6 +230,19 @@ def _kept(module: torch.nn.Module) -> PackedWeights:
 _POLICY = ("grad_clip", "grad_clip_mode", "bptt_steps", "recompute")
 
 
+def _policy(module: torch.nn.RNNBase) -> dict[str, Any]:
+    """What of it differs from the defaults."""
+    if module.grad_clip is None and module.bptt_steps is None and module.recompute == "none":
+        return {}
+    own = {name: getattr(module, name) for name in _POLICY}
+    return {name: value for name, value in own.items() if value != getattr(_SequenceModule, name)}
+
+
+def _policy_text(module: torch.nn.RNNBase) -> str:
+    values = _policy(module) if isinstance(module, _SequenceModule) else {}
+    return "".join(f", {name}={value!r}" for name, value in values.items())
+
+
 class _FusedModule:
     """What our modules do not share with torch.nn's: packed weights for inference, of which copies and pickles of a
     module hold none, and an answer to TorchScript.
@@ -278,17 +291,6 @@ class _SequenceModule(_FusedModule):
             setattr(self, name, value)
         check_policy(*(getattr(self, name) for name in _POLICY))
 
-    def _cell(self) -> str:
-        """The registry's name."""
-        return self.mode.lower() if self.mode != "GRU" or self.reset_after else "gru_reset_before"
-
-    def _policy(self) -> dict[str, Any]:
-        """What differs from the defaults."""
-        if self.grad_clip is None and self.bptt_steps is None and self.recompute == "none":
-            return {}
-        own = {name: getattr(self, name) for name in _POLICY}
-        return {name: value for name, value in own.items() if value != getattr(_SequenceModule, name)}
-
     def step(
         self, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor | tuple[Tensor, Tensor]]:
@@ -310,7 +312,7 @@ class _SequenceModule(_FusedModule):
 
     def extra_repr(self) -> str:
         """As in torch.nn, and what differs from the defaults."""
-        return ", ".join([super().extra_repr(), *(f"{name}={value!r}" for name, value in self._policy().items())])
+        return super().extra_repr() + _policy_text(self)
 
     def _init_flat_weights(self) -> None:
         super()._init_flat_weights()
@@ -343,7 +345,7 @@ class RNN(_SequenceModule, torch.nn.RNN):
         self, input: Tensor | PackedSequence, hx: Tensor | None = None, *,
         lengths: Lengths = None, reset: Tensor | None = None, return_states: bool = False,
     ) -> tuple[Any, ...]:  # fmt: skip
-        cell = self._cell()
+        cell = cell_of(self)
         call = _forward if is_compiling() or not get_eval_frame_callback() else _untraced
         output, (h_n,), *states = call(
             self, cell, "RNN", input, None if hx is None else (hx,), lengths, reset, return_states
@@ -394,7 +396,7 @@ class GRU(_SequenceModule, _TorchGRU):
         self, input: Tensor | PackedSequence, hx: Tensor | None = None, *,
         lengths: Lengths = None, reset: Tensor | None = None, return_states: bool = False,
     ) -> tuple[Any, ...]:  # fmt: skip
-        cell = self._cell()
+        cell = cell_of(self)
         call = _forward if is_compiling() or not get_eval_frame_callback() else _untraced
         output, (h_n,), *states = call(
             self, cell, "GRU", input, None if hx is None else (hx,), lengths, reset, return_states
@@ -402,7 +404,7 @@ class GRU(_SequenceModule, _TorchGRU):
         return output, h_n, *states
 
     def extra_repr(self) -> str:
-        return _SequenceModule.extra_repr(self) + ("" if self.reset_after else ", reset_after=False")
+        return _TorchGRU.extra_repr(self) + _policy_text(self) + ("" if self.reset_after else ", reset_after=False")
 
 
 class ResidualRNN(_SequenceModule, torch.nn.RNNBase):

@@ -15,10 +15,15 @@ from torch import Tensor
 
 from ._C import Stepper
 
-__all__ = ["step", "steppers"]
+__all__ = ["cell_of", "step", "steppers"]
 
 #: What is prepared, by module, not in it: copies and pickles hold nothing of it.
 steppers: weakref.WeakKeyDictionary[torch.nn.Module, Stepper] = weakref.WeakKeyDictionary()
+
+
+def cell_of(module: torch.nn.RNNBase) -> str:
+    """The registry's name of a sequence module's cell."""
+    return module.mode.lower() if getattr(module, "reset_after", True) else "gru_reset_before"
 
 
 def step(module: torch.nn.RNNBase, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
@@ -47,7 +52,7 @@ def _first_step(module: torch.nn.RNNBase, input: Tensor, hx: Any) -> tuple[Tenso
     plain = all(own is weight for own, weight in zip(weights, module._flat_weights, strict=True))
     dropping = module.dropout > 0 and module.training and module.num_layers > 1
     if plain and not dropping and not torch.compiler.is_compiling():
-        stepper = Stepper.make(input, weights, module._cell(), module.num_layers)
+        stepper = Stepper.make(input, weights, cell_of(module), module.num_layers)
         if stepper is not None:
             steppers[module] = stepper
     return y.squeeze(time), last
