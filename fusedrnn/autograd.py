@@ -57,21 +57,22 @@ def recurrent_layer(
     c0: Tensor | None,
     weights: Sequence[Tensor],
     options: Options = PLAIN,
-    owner: recording.Owner | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    owner: recording.Owner | torch.nn.Module | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """One layer: y, h_n, c_n and, if ``options`` ask for them, all c_t (T, B, D*H) or (N, D*H).
 
-    What the backward pass needs is kept only if some gradient is wanted. ``owner``: whom a recording knows it by.
+    What the backward pass needs is kept only if some gradient is wanted. ``owner``: whom a recording knows it by, a
+    module whose first layer it is, for short.
     """
     forward = x, batch_sizes, h0, c0, weights, cell, bidirectional
-    arguments = cell, bidirectional, options, owner, x, batch_sizes, h0, c0, *weights
     compiling, transformed = torch.compiler.is_compiling(), _transformed()
+    arguments = cell, bidirectional, options, None if compiling else owner, x, batch_sizes, h0, c0, *weights
     if torch.compiler._is_exporting_flag:  # a program has no backward. (Dynamo of 2.11 takes is_exporting() for true.)
         return _forward(options, *forward, keep=False)[:4]
     if _wants_plain_operations(x, h0, c0, *weights):
         _refuse(options, "forward-mode AD and torch.func.functionalize")
         y, h_n, *cs = differentiable.layer(cell, bidirectional, x, batch_sizes, h0, c0, weights)
-        return (y, h_n, *cs) if cs else (y, h_n, h_n[:0], h_n[:0])
+        return (y, h_n, *cs) if cs else (y, h_n, h_n[:0], None)
     if compiling and transformed and torch.is_grad_enabled():
         # Dynamo takes no tensor inside torch.func.grad for one that requires a gradient: it would be lost.
         raise NotImplementedError("fusedrnn: torch.compile cannot trace a layer inside torch.func.grad or vmap")
@@ -99,13 +100,13 @@ def _forward(
     bidirectional: bool,
     *,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y, h_n, c_n, all c_t and what the backward pass wants, the last two empty where they are not asked for."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
+    """y, h_n, c_n, all c_t if they are asked for, and what the backward pass wants, if anything."""
     states = options.states and len(CELLS[cell].states) == 2
     keep = keep and not _recomputes(options, cell)
     y, h_n, c_n, saved = layer_forward(x, batch_sizes, h0, c0, weights, cell, bidirectional, keep or states)
     if not states:
-        return y, h_n, c_n, y.new_empty(0), saved
+        return y, h_n, c_n, None, saved
     begin = CELLS[cell].saved * c_n.size(2)
     c = torch.cat([s[:, begin : begin + c_n.size(2)] for s in saved], dim=1).to(x.dtype)
     return y, h_n, c_n, c.reshape(*x.shape[:-1], c.size(1)), saved if keep else saved[:, :0].clone()
@@ -155,7 +156,7 @@ class RecurrentLayer(torch.autograd.Function):
     """One layer, all directions: ``apply(cell, bidirectional, options, owner, x, batch_sizes, h0, c0, *weights)``.
 
     Returns ``y, h_n, c_n, c, saved``. Shapes as in :func:`fusedrnn.functional.recurrent` for a single layer; ``c_n`` is
-    empty for cells without ``c``, ``c`` if ``options`` do not ask for it.
+    empty for cells without ``c``, ``c`` None if ``options`` do not ask for it.
 
     *Saved for backward*: the inputs, ``y`` (which holds every h_t), and one buffer ``saved`` with, for each unit,
     sample and step, the activated gates (LSTM i, f, g, o; GRU r, z, n and, with the reset gate after the product,
@@ -177,18 +178,13 @@ class RecurrentLayer(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):  # noqa: D102
         ctx.cell, ctx.bidirectional, ctx.options, ctx.owner, x, batch_sizes, h0, c0, *weights = inputs
-        y, _, c_n, c, saved = output
+        y, _, c_n, _, saved = output
         ctx.set_materialize_grads(False)
-        two_states = len(CELLS[ctx.cell].states) == 2
-        constants = [] if two_states else [c_n]
-        constants += [] if two_states and ctx.options.states else [c]
-        ctx.mark_non_differentiable(*constants, saved)
+        ctx.mark_non_differentiable(*([saved] if len(CELLS[ctx.cell].states) == 2 else [c_n, saved]))
         ctx.save_for_backward(x, batch_sizes, h0, c0, y, saved, *weights)
 
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n, dc, _):  # noqa: D102
-        if not ctx.options.states:
-            dc = None  # aot_autograd gives every output a gradient
         if is_batched_by_autograd(dy, dh_n, dc_n, dc):
             return tuple(map_backward(partial(RecurrentLayer.backward, ctx), dy, dh_n, dc_n, dc, None))
         x, batch_sizes, h0, c0, y, saved, *weights = ctx.saved_tensors
@@ -238,7 +234,7 @@ def _is_one_step(ctx: Any, x: Tensor, batch_sizes: Tensor | None) -> bool:
     return (
         torch.is_grad_enabled()
         and not (torch.compiler.is_compiling() or _transformed() or ctx.options.limits)
-        and (ctx.owner is None or not recording.interested(ctx.owner))
+        and not recording.interested(ctx.owner)
         and batch_sizes is None
         and x.size(0) == 1
     )
@@ -276,7 +272,7 @@ def _backward(
     cell: str,
     bidirectional: bool,
     options: Options,
-    owner: recording.Owner | None,
+    owner: recording.Owner | torch.nn.Module | None,
     need_x: bool,
     need_weights: bool,
     dy: Tensor | None,
@@ -294,7 +290,7 @@ def _backward(
     need_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
     """The kernel's backward pass: dx, dh0, dc0, the weights' gradients, those of the gates; norms for who records."""
-    recorders = () if owner is None or torch.compiler.is_compiling() else recording.interested(owner)
+    recorders = recording.interested(owner)
     dx, dh0, dc0, dweights, dgates, _, norms = layer_backward(
         dy, dh_n, dc_n, dc, x, batch_sizes, h0, c0, weights, y, saved, cell, bidirectional, need_x, need_weights,
         need_gates, bool(recorders), options.bptt_steps, options.clip, options.clip_by_norm,

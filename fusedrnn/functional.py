@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn.functional import dropout as _dropout
 from torch.nn.utils.rnn import PackedSequence
 
-from . import recording
 from .autograd import Options, RecurrentLayer, recurrent_layer
 from .cells import CELLS
 from .ops import KERNEL_DTYPES
+from .recording import Owner
 from .segments import Segments, cut
 
 __all__ = [
@@ -74,7 +74,7 @@ def _stack(
         h0, c0 = (None if s is None else s if num_layers == 1 else s[own] for s in (*states, None)[:2])
         x, h_n, c_n, c = recurrent_layer(
             cell, bidirectional, x, batch_sizes, h0, c0, weights[layer * per_layer : (layer + 1) * per_layer], options,
-            recording.owner(owner, layer, layout),
+            None if owner is None or torch.compiler.is_compiling() else Owner(owner, layer, layout),
         )  # fmt: skip
         finals.append((h_n, c_n)[:count])
         steps.append((x, c)[:count])

@@ -23,7 +23,6 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import has_torch_function
 
 from ._C import PackedWeights, infer
-from . import recording
 from .autograd import PLAIN, recurrent_layer
 from .cells import CELLS
 from .functional import check_policy, recurrent, recurrent_cell
@@ -149,7 +148,7 @@ def _dense(
     if num_layers > 1:
         return None
     if x.dim() == 3:
-        return recurrent_layer(cell, bidirectional, x, None, h0, c0, weights, PLAIN, recording.owner(module, 0))[:3]
+        return recurrent_layer(cell, bidirectional, x, None, h0, c0, weights, PLAIN, module)[:3]
     x, h0, c0 = (None if t is None else t.unsqueeze(0) for t in (x, h0, c0))
     y, h_n, c_n, _ = recurrent_layer(cell, bidirectional, x, None, h0, c0, weights)
     return y[0], h_n[0], c_n[0] if c_n.size(0) else c_n

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .cells import CELLS
 from .segments import Segments
 
-__all__ = ["LayerGradients", "Owner", "interested", "owner", "record_gradients"]
+__all__ = ["LayerGradients", "Owner", "interested", "record_gradients"]
 
 
 class Owner(NamedTuple):
@@ -157,12 +157,13 @@ class record_gradients:
         with _lock:
             _active.remove(self)
 
-    def add(self, owner: Owner, cell: str, norms: Tensor, x: Tensor, batch_sizes: Tensor | None) -> None:
+    def add(self, owner: Owner | nn.Module, cell: str, norms: Tensor, x: Tensor, batch_sizes: Tensor | None) -> None:
         """A layer's norms (D, N, states + gates), as the kernel gives them."""
         if torch._C._are_functorch_transforms_active():
             raise RuntimeError("record_gradients cannot look into torch.func.vmap, grad and the like")
         with _lock:
-            self._raw.append((owner, cell, norms.detach(), x.shape, batch_sizes))
+            own = owner if isinstance(owner, Owner) else Owner(owner, 0)
+            self._raw.append((own, cell, norms.detach(), x.shape, batch_sizes))
 
     @property
     def layers(self) -> list[LayerGradients]:
@@ -191,9 +192,9 @@ class record_gradients:
             )
         return found
 
-    def wants(self, owner: Owner) -> bool:
+    def wants(self, owner: Owner | nn.Module) -> bool:
         """Whether the call is one of the model's."""
-        return owner.module in self._names
+        return (owner.module if isinstance(owner, Owner) else owner) in self._names
 
     def summary(self) -> str:
         """A table: for each layer and direction the decay a step, the memory in steps, a verdict; and what to try."""
@@ -249,16 +250,11 @@ class record_gradients:
         return layers
 
 
-def owner(
-    module: nn.Module | None, layer: int, layout: Segments | Sequence[Tensor | None] | None = None
-) -> Owner | None:
-    """The owner of a call; None if nobody is named, or while Dynamo traces: what it compiles is not recorded."""
-    return None if module is None or torch.compiler.is_compiling() else Owner(module, layer, layout)
-
-
-def interested(owner: Owner) -> Sequence[record_gradients]:
-    """The recordings under way that the call is for."""
-    return [recorder for recorder in _active if recorder.wants(owner)] if _active else ()
+def interested(owner: Owner | nn.Module | None) -> Sequence[record_gradients]:
+    """The recordings under way that the call is for. (What Dynamo has compiled is nobody's.)"""
+    if owner is None or not _active:
+        return ()
+    return [recorder for recorder in _active if recorder.wants(owner)]
 
 
 def _by_sample(
