@@ -195,7 +195,8 @@ def flow(layer: nn.RNNBase, head: nn.Linear, task: Task, lag: int, *, batch: int
     """(K + 1), || dL/ds_{t-k} || / || dL/ds_t ||, k = 0 to K, t the first step of the answer, t - K the first of all.
 
     s is h, or the LSTM's c, which carries its gradient, (L22); the geometric mean over the samples, in float64, by
-    :class:`fusedrnn.record_gradients`. K is lag - 1 for adding and lag + COPIED for copy. NaN if parameters are.
+    :class:`fusedrnn.record_gradients`, to which a sample's norm below 2e-308 is 2e-308: means below 1e-150 or so may be
+    too large. K is lag - 1 for adding and lag + COPIED for copy. NaN if parameters are.
     """
     layer, head = copy.deepcopy(layer).double(), copy.deepcopy(head).double()
     x, target = task.draw(lag, batch, Generator().manual_seed(seed))
@@ -351,7 +352,7 @@ def draw(file: Path, panels: Sequence[Sequence[Panel]], x: str, y: str, limits: 
         ax.set_ylabel(y)
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize="small", frameon=False)
-    figure.savefig(file, dpi=75)
+    figure.savefig(file, dpi=65)
 
 
 def pictures(
