@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import _C  # registers the ops; torch must be loaded first
 from .cells import CELLS
@@ -146,3 +146,10 @@ def _(
         + need_x * _products(x, weights[::each])
         + need_weights * _products(x, weights)
     )
+
+
+if torch.ops.aten.addmm_ not in flop_registry:  # torch counts addmm alone; second_order.py adds in place
+
+    @register_flop_formula(torch.ops.aten.addmm_)
+    def _(to: Sequence[int], a: Sequence[int], b: Sequence[int], *, out_shape=None, **factors) -> int:
+        return 2 * math.prod(a) * b[1]

@@ -224,12 +224,12 @@ class _Direction:
                 if by is not None:
                     o.addcmul_(by[t], last[:n])
             for p, rec in enumerate(product_steps):
-                _add_product(rec[t], out[-1] if p else h[:n], weights[p])
+                rec[t].addmm_(out[-1] if p else h[:n], weights[p])
                 for o, by in zip(out, by_product[p], strict=True):
                     if by is not None:
                         o += self._by_gate(by[t] * rec[t]).sum(1)
             if self.w_hr is not None:
-                _add_product(y_steps[t], out[0], self.w_hr.T)
+                y_steps[t].addmm_(out[0], self.w_hr.T)
             h = _with_rest(y_steps[t], h)
             last = _with_rest(out[1], last) if self.two_states else h
         return y, (h, last), outputs
@@ -303,13 +303,13 @@ class _Direction:
         for t in self.order[::-1]:  # (T7)
             n = self.rows[t]
             d_y[t] = dh[:n]
-            delta = [d_y[t] if m_steps is None else _add_product(m_steps[t], d_y[t], self.w_hr)]
+            delta = [d_y[t] if m_steps is None else m_steps[t].addmm_(d_y[t], self.w_hr)]
             delta += [dc[:n]] if self.two_states else []
             for p, (by_gate, rec, operand) in reversed(list(enumerate(steps))):
                 for by, d in zip(by_product[p], delta, strict=False):  # of q nothing is known yet, nor asked
                     if by is not None:
                         by_gate[t].addcmul_(by[t], d.unsqueeze(1))
-                _add_product(operand[t], rec[t], weights[p])
+                operand[t].addmm_(rec[t], weights[p])
                 delta += [operand[t]] if p else []
             for by, d in zip(by_state, delta, strict=True):
                 if by is not None:
@@ -341,13 +341,8 @@ class _Direction:
         found = None if bias is None else bias.repeat(self.x.size(0), 1)  # the scans write into it
         for a, b in terms:
             if a is not None and b is not None:
-                found = a @ b if found is None else _add_product(found, a, b)
+                found = a @ b if found is None else found.addmm_(a, b)
         return self.x.new_zeros(self.x.size(0), size) if found is None else found
-
-
-def _add_product(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """t += a @ b. (Of ``addmm_`` torch.utils.flop_counter knows nothing.)"""
-    return torch.addmm(t, a, b, out=t)
 
 
 def _with_rest(rows: Tensor, before: Tensor) -> Tensor:
@@ -358,7 +353,7 @@ def _with_rest(rows: Tensor, before: Tensor) -> Tensor:
 def _outer(d_dot: Tensor, operand: Tensor, d: Tensor, operand_dot: Tensor | None) -> Tensor:
     """The tangent of the weight gradient d^T operand."""
     found = d_dot.T @ operand
-    return found if operand_dot is None else _add_product(found, d.T, operand_dot)
+    return found if operand_dot is None else found.addmm_(d.T, operand_dot)
 
 
 def _joined(parts: Sequence[Tensor], dim: int = 0) -> Tensor:

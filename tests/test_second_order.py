@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -166,6 +167,21 @@ def test_products_are_counted_as_those_of_a_loop() -> None:
     inputs = 2 * rows * w_ih * (1 + 1 + 1 + 2)  # gates again, their tangents; dx; dW_ih of two terms
     recurrent = 2 * rows * w_hh * (1 + 1 + 1 + 1 + 2)  # gates again, both scans, the first adjoints; dW_hh
     assert counter.get_total_flops() == inputs + recurrent
+
+
+def test_a_traced_graph_runs() -> None:
+    module, x = fusedrnn.GRU(4, 5), torch.randn(6, 3, 4)
+
+    def penalty(x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        (dx,) = torch.autograd.grad(module(x)[0].sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), x)[0]
+
+    graph = make_fx(penalty)(x)
+    for mode in (torch.enable_grad(), torch.no_grad()):
+        with mode:
+            found = graph(x)
+        torch.testing.assert_close(found, penalty(x))
 
 
 def test_on_the_meta_device() -> None:
