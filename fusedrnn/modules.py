@@ -92,6 +92,17 @@ def _forward(
 _untraced = torch.compiler.disable(_forward)
 
 
+def _of_one_state(
+    module: torch.nn.RNNBase, name: str, input: Tensor | PackedSequence, hx: Tensor | None, *options: Any
+) -> tuple[Any, ...]:
+    """:func:`_forward` for cells whose only state is h, which is no tuple then."""
+    output, (h_n,), *states = _forward(module, cell_of(module), name, input, None if hx is None else (hx,), *options)
+    return output, h_n, *states
+
+
+_of_one_state_untraced = torch.compiler.disable(_of_one_state)
+
+
 def _short_road(
     module: torch.nn.RNNBase, cell: str, input: Tensor | PackedSequence, states: Sequence[Tensor] | None
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
@@ -344,12 +355,8 @@ class RNN(_SequenceModule, torch.nn.RNN):
         self, input: Tensor | PackedSequence, hx: Tensor | None = None, *,
         lengths: Lengths = None, reset: Tensor | None = None, return_states: bool = False,
     ) -> tuple[Any, ...]:  # fmt: skip
-        cell = cell_of(self)
-        call = _forward if is_compiling() or not get_eval_frame_callback() else _untraced
-        output, (h_n,), *states = call(
-            self, cell, "RNN", input, None if hx is None else (hx,), lengths, reset, return_states
-        )
-        return output, h_n, *states
+        call = _of_one_state if is_compiling() or not get_eval_frame_callback() else _of_one_state_untraced
+        return call(self, "RNN", input, hx, lengths, reset, return_states)
 
 
 class LSTM(_SequenceModule, torch.nn.LSTM):
@@ -395,12 +402,8 @@ class GRU(_SequenceModule, _TorchGRU):
         self, input: Tensor | PackedSequence, hx: Tensor | None = None, *,
         lengths: Lengths = None, reset: Tensor | None = None, return_states: bool = False,
     ) -> tuple[Any, ...]:  # fmt: skip
-        cell = cell_of(self)
-        call = _forward if is_compiling() or not get_eval_frame_callback() else _untraced
-        output, (h_n,), *states = call(
-            self, cell, "GRU", input, None if hx is None else (hx,), lengths, reset, return_states
-        )
-        return output, h_n, *states
+        call = _of_one_state if is_compiling() or not get_eval_frame_callback() else _of_one_state_untraced
+        return call(self, "GRU", input, hx, lengths, reset, return_states)
 
     def extra_repr(self) -> str:
         return _TorchGRU.extra_repr(self) + _policy_text(self) + ("" if self.reset_after else ", reset_after=False")
@@ -425,11 +428,8 @@ class ResidualRNN(_SequenceModule, torch.nn.RNNBase):
         self, input: Tensor | PackedSequence, hx: Tensor | None = None, *,
         lengths: Lengths = None, reset: Tensor | None = None, return_states: bool = False,
     ) -> tuple[Any, ...]:  # fmt: skip
-        call = _forward if is_compiling() or not get_eval_frame_callback() else _untraced
-        output, (h_n,), *states = call(
-            self, "residual_rnn", "ResidualRNN", input, None if hx is None else (hx,), lengths, reset, return_states
-        )
-        return output, h_n, *states
+        call = _of_one_state if is_compiling() or not get_eval_frame_callback() else _of_one_state_untraced
+        return call(self, "ResidualRNN", input, hx, lengths, reset, return_states)
 
 
 def _forward_cell(
