@@ -107,7 +107,8 @@ void read_weights(Layer& layer, at::TensorList weights, int directions) {
 }  // namespace
 
 Layer read_layer(const Tensor& x, const OptionalTensor& batch_sizes, const OptionalTensor& h0,
-                 const OptionalTensor& c0, at::TensorList weights, c10::string_view cell, bool bidirectional) {
+                 const OptionalTensor& c0, at::TensorList weights, c10::string_view cell, bool bidirectional,
+                 const Noise& noise) {
   Layer layer;
   layer.cell = find_cell(std::string(cell).c_str());
   TORCH_CHECK_VALUE(layer.cell >= 0, "unknown cell '", cell, "'");
@@ -119,11 +120,26 @@ Layer read_layer(const Tensor& x, const OptionalTensor& batch_sizes, const Optio
   const int directions = bidirectional ? 2 : 1;
   read_weights(layer, weights, directions);
   const LayerSizes& z = layer.size;
-  if ((x.is_cuda() || kernels().even_rows) && !has_even_rows(rows(layer.x, layer.packed), z)) layer.x = layer.x.contiguous();
+  if ((x.is_cuda() || kernels().even_rows) && !has_even_rows(rows(layer.x, layer.packed), z)) {
+    layer.x = layer.x.contiguous();
+  }
   layer.h0 = check_optional(h0, x, "h0", {directions, z.B, z.R});
   layer.c0 = check_optional(c0, x, "c0", {directions, z.B, z.H});
   TORCH_CHECK(layer.constants().states == 2 || !layer.c0.defined(), "cell ", layer.constants().name, " has no c0");
+  layer.mask_h = check_optional(noise.mask_h, x, "mask_h", {directions, z.B, z.R});
+  layer.keep_h = check_rows(noise.keep_h, layer, "keep_h", z.R);
+  layer.keep_c = check_rows(noise.keep_c, layer, "keep_c", z.H);
+  TORCH_CHECK(layer.constants().states == 2 || !layer.keep_c.defined(), "cell ", layer.constants().name, " has no c");
   return layer;
+}
+
+Tensor check_rows(const OptionalTensor& t, const Layer& layer, const char* name, int64_t columns) {
+  if (!t.has_value() || !t->defined()) return {};
+  const LayerSizes& z = layer.size;
+  const std::vector<int64_t> sizes = layer.packed ? std::vector<int64_t>{z.N, z.D * columns}
+                                                  : std::vector<int64_t>{z.T, z.B, z.D * columns};
+  check_tensor(*t, layer.x, name, sizes);
+  return t->stride(-1) != 1 && t->size(-1) != 1 ? t->contiguous() : *t;
 }
 
 int Layer::kernel_dtype() const {
@@ -142,7 +158,7 @@ void Layer::widen_without_kernel() {
   const auto widen = [](Tensor& t) {
     if (t.defined()) t = t.to(at::kFloat);
   };
-  for (Tensor* t : {&x, &h0, &c0}) widen(*t);
+  for (Tensor* t : {&x, &h0, &c0, &mask_h, &keep_h, &keep_c}) widen(*t);
   for (DirectionWeights& w : weights) {
     for (Tensor* t : {&w.w_ih, &w.w_hh, &w.b_ih, &w.b_hh, &w.w_hr}) widen(*t);
   }

@@ -17,12 +17,18 @@ struct DirectionWeights {
   at::Tensor w_ih, w_hh, b_ih, b_hh, w_hr;  // biases and projection may be undefined
 };
 
+// problem.h's StateNoise as tensors, each of which may be undefined.
+struct Noise {
+  OptionalTensor mask_h, keep_h, keep_c;
+};
+
 // Arguments that fit one another, with contiguous weights and states; owns what a problem points to.
 struct Layer {
   int cell;
   LayerSizes size;
   at::ScalarType dtype;
   at::Tensor x, h0, c0;  // h0, c0 may be undefined
+  at::Tensor mask_h, keep_h, keep_c;  // may be undefined
   std::vector<int64_t> active, offset;  // what size.active and size.offset point to
   std::vector<DirectionWeights> weights;
   bool packed;
@@ -30,7 +36,8 @@ struct Layer {
   const CellConstants& constants() const { return cell_constants(cell); }
   at::ScalarType compute_type() const { return at::isReducedFloatingType(dtype) ? at::kFloat : dtype; }
   int64_t saved_width() const {
-    const int64_t width = (constants().saved + constants().states - 1) * size.H;
+    const int own = constants().saved + constants().states - 1;
+    const int64_t width = (own == 0 && keep_h.defined() ? 1 : own) * size.H;
     return spread_stride(width, at::elementSize(compute_type()));
   }
   int kernel_dtype() const;  // its place in the kernels' tables; -1: none
@@ -40,11 +47,14 @@ struct Layer {
 
 // Throws what torch.nn would, or names the argument that does not fit.
 Layer read_layer(const at::Tensor& x, const OptionalTensor& batch_sizes, const OptionalTensor& h0,
-                 const OptionalTensor& c0, at::TensorList weights, c10::string_view cell, bool bidirectional);
+                 const OptionalTensor& c0, at::TensorList weights, c10::string_view cell, bool bidirectional,
+                 const Noise& noise = {});
 
 void check_tensor(const at::Tensor& t, const at::Tensor& x, const char* name, at::IntArrayRef shape);
 // Undefined if not given, else contiguous.
 at::Tensor check_optional(const OptionalTensor& t, const at::Tensor& x, const char* name, at::IntArrayRef shape);
+// Rows of y: [T, B, D * columns] or [N, D * columns], with the last dimension dense. Undefined if not given.
+at::Tensor check_rows(const OptionalTensor& t, const Layer& layer, const char* name, int64_t columns);
 void check_memory(bool enough);
 
 inline const void* pointer(const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
@@ -60,6 +70,7 @@ void fill(Problem& p, const Layer& layer) {
   p.size = layer.size;
   for (int d = 0; d < layer.size.D; ++d) p.weights[d] = pointers(layer.weights[d]);
   p.x = rows(layer.x, layer.packed);
+  p.noise = {pointer(layer.mask_h), rows(layer.keep_h, layer.packed), rows(layer.keep_c, layer.packed)};
   p.h0 = pointer(layer.h0);
   p.c0 = pointer(layer.c0);
   p.threads = threads();

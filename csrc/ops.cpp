@@ -41,8 +41,9 @@ Tensor narrowed(const Tensor& t, const Tensor& like) { return t.to(like.scalar_t
 std::tuple<Tensor, Tensor, Tensor, Tensor> layer_forward(const Tensor& x, const OptionalTensor& batch_sizes,
                                                          const OptionalTensor& h0, const OptionalTensor& c0,
                                                          at::TensorList weights, c10::string_view cell,
-                                                         bool bidirectional, bool save) {
-  Layer layer = read_layer(x, batch_sizes, h0, c0, weights, cell, bidirectional);
+                                                         bool bidirectional, bool save, const OptionalTensor& mask_h,
+                                                         const OptionalTensor& keep_h, const OptionalTensor& keep_c) {
+  Layer layer = read_layer(x, batch_sizes, h0, c0, weights, cell, bidirectional, {mask_h, keep_h, keep_c});
   layer.widen_without_kernel();
   const LayerSizes& z = layer.size;
   const int64_t width = z.D * z.R;
@@ -70,25 +71,18 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor> 
     const Tensor& x, const OptionalTensor& batch_sizes, const OptionalTensor& h0, const OptionalTensor& c0,
     at::TensorList weights, const Tensor& y, const Tensor& saved, c10::string_view cell, bool bidirectional,
     bool need_x, bool need_weights, bool need_gates, bool need_norms, int64_t bptt_steps, double clip,
-    bool clip_by_norm) {
-  Layer layer = read_layer(x, batch_sizes, h0, c0, weights, cell, bidirectional);
+    bool clip_by_norm, const OptionalTensor& mask_h, const OptionalTensor& keep_h, const OptionalTensor& keep_c) {
+  Layer layer = read_layer(x, batch_sizes, h0, c0, weights, cell, bidirectional, {mask_h, keep_h, keep_c});
   const LayerSizes& z = layer.size;
   const bool two_states = layer.constants().states == 2;
-  std::vector<int64_t> y_sizes = layer.packed ? std::vector<int64_t>{z.N, z.D * z.R}
-                                              : std::vector<int64_t>{z.T, z.B, z.D * z.R};
-  check_tensor(y, x, "y", y_sizes);
+  check_rows(y, layer, "y", z.R);
   TORCH_CHECK(saved.scalar_type() == layer.compute_type() && saved.device() == x.device(),
               "saved must be what layer_forward returned");
   TORCH_CHECK(saved.sizes() == at::IntArrayRef({z.D, z.N, layer.saved_width()}),
               "saved must be what layer_forward(save=True) returned, of shape ",
               at::IntArrayRef({z.D, z.N, layer.saved_width()}), ", got ", saved.sizes());
-  if (dy.has_value() && dy->defined()) check_tensor(*dy, x, "dy", y_sizes);
-  if (dc_rows.has_value() && dc_rows->defined()) {
-    TORCH_CHECK_VALUE(two_states, cell, " has no c to have a gradient dc");
-    std::vector<int64_t> sizes = y_sizes;
-    sizes.back() = z.D * z.H;
-    check_tensor(*dc_rows, x, "dc", sizes);
-  }
+  Tensor dy_rows = check_rows(dy, layer, "dy", z.R), dc_views = check_rows(dc_rows, layer, "dc", z.H);
+  TORCH_CHECK_VALUE(two_states || !dc_views.defined(), cell, " has no c to have a gradient dc");
   TORCH_CHECK_VALUE(bptt_steps >= 0, "bptt_steps must not be negative, got ", bptt_steps);
   TORCH_CHECK_VALUE(clip >= 0 && std::isfinite(clip), "clip must be finite and not negative, got ", clip);
   Tensor dh = check_optional(dh_n, x, "dh_n", {z.D, z.B, z.R});
@@ -96,11 +90,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor> 
   layer.widen_without_kernel();
   const auto options = layer.x.options();
   const auto widened = [&](const Tensor& t) { return t.defined() ? t.to(layer.dtype) : t; };
-  const auto with_even_rows = [&](const OptionalTensor& given) {
-    const Tensor t = widened(given.value_or(Tensor()));
-    return t.defined() && t.stride(-1) != 1 && t.size(-1) != 1 ? t.contiguous() : t;
-  };
-  const Tensor dy_rows = with_even_rows(dy), dc_views = with_even_rows(dc_rows);
+  dy_rows = widened(dy_rows), dc_views = widened(dc_views);
   dh = widened(dh), dc = widened(dc);
   const Tensor y_rows = widened(y).contiguous(), saved_rows = saved.contiguous();
 
@@ -161,12 +151,14 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor> 
 TORCH_LIBRARY(fusedrnn, m) {
   m.def(
       "layer_forward(Tensor x, Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor[] weights, str cell, "
-      "bool bidirectional, bool save) -> (Tensor, Tensor, Tensor, Tensor)");
+      "bool bidirectional, bool save, Tensor? mask_h=None, Tensor? keep_h=None, Tensor? keep_c=None) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor x, Tensor? batch_sizes, Tensor? h0, "
       "Tensor? c0, Tensor[] weights, Tensor y, Tensor saved, str cell, bool bidirectional, bool need_x, "
       "bool need_weights, bool need_gates=False, bool need_norms=False, int bptt_steps=0, float clip=0., "
-      "bool clip_by_norm=False) -> (Tensor, Tensor, Tensor, Tensor[], Tensor, Tensor, Tensor)");
+      "bool clip_by_norm=False, Tensor? mask_h=None, Tensor? keep_h=None, Tensor? keep_c=None) "
+      "-> (Tensor, Tensor, Tensor, Tensor[], Tensor, Tensor, Tensor)");
 }
 
 // fusedrnn.autograd differentiates layers. A call of an op by itself, from a trace say, has no gradient: an error.

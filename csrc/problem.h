@@ -63,9 +63,17 @@ struct Panels {
   bool used;
 };
 
+// What regularizes the states, in the type of x. Data null: nothing.
+struct StateNoise {
+  const void* mask_h = nullptr;       // [D, B, R]: the products of all steps read mask_h * h_{t-1}
+  RowView keep_h = {nullptr, 0, 0};   // rows of D*R: h_t = keep_h * h_{t-1} + (1 - keep_h) * what the cell gives
+  RowView keep_c = {nullptr, 0, 0};   // rows of D*H, cells with two states: c_t likewise; h_t is of the cell's c
+};
+
 struct ForwardProblem {
   LayerSizes size;
   LayerWeights weights[2];
+  StateNoise noise;
   RowView x;       // [T, B, I] or [N, I]
   const void* h0;  // [D, B, R] or null: zeros
   const void* c0;  // [D, B, H] or null: zeros
@@ -73,7 +81,7 @@ struct ForwardProblem {
   void* h_n;       // [D, B, R]
   void* c_n;       // [D, B, H], cells with two states
   void* saved;     // [D, N, saved_stride] in the compute type, or null: nothing is kept
-  int64_t saved_stride;  // >= (kSaved + kStates - 1) * H
+  int64_t saved_stride;  // >= (kSaved + kStates - 1) * H, and >= H with keep_h: a cell that saves nothing saves its h
   Panels* panels = nullptr;
   int threads;
 };
@@ -89,6 +97,7 @@ struct WeightGradients {  // one direction, contiguous, written in full
 struct BackwardProblem {
   LayerSizes size;
   LayerWeights weights[2];
+  StateNoise noise;
   RowView x;          // [T, B, I] or [N, I]
   RowView dy;         // [T, B, D*R] or [N, D*R]; data null: zeros
   RowView dc;         // [T, B, D*H] or [N, D*H], cells with two states; data null: zeros
@@ -106,7 +115,7 @@ struct BackwardProblem {
   // In the compute type, or null: not wanted. A row of dgates: dL/d(W_hh h + b_hh) of all gates, then
   // dL/d(W_ih x + b_ih) of the last kSplit; that of the others is the same.
   void* dgates;       // [D, N, (G + kSplit)*H]
-  void* dh;           // [D, N, R]: dL/dh_t of a projected layer, by all ways
+  void* dh;           // [D, N, R]: dL/dh_t of a projected layer, by all ways (with keep_h, of what the cell gives)
   // In the compute type, or null: not wanted. Of each row the norms of dL/dh_t and, with two states, dL/dc_t, by all
   // ways, then of each gate's gradient, that of W_ih x + b_ih.
   void* norms;        // [D, N, kStates + G]

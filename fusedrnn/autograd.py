@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import differentiable, recording
+from .dropout import NOISELESS, Noise
 from .batching import is_batched_by_autograd, map_backward
 from .cells import CELLS
 from .ops import KERNEL_DTYPES, layer_backward, layer_forward
@@ -58,20 +59,21 @@ def recurrent_layer(
     weights: Sequence[Tensor],
     options: Options = PLAIN,
     owner: recording.Owner | torch.nn.Module | None = None,
+    noise: Noise = NOISELESS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """One layer: y, h_n, c_n and, if ``options`` ask for them, all c_t (T, B, D*H) or (N, D*H).
 
     What the backward pass needs is kept only if some gradient is wanted. ``owner``: whom a recording knows it by, a
-    module whose first layer it is, for short.
+    module whose first layer it is, for short. No gradient is that of ``noise``.
     """
-    forward = x, batch_sizes, h0, c0, weights, cell, bidirectional
+    forward = x, batch_sizes, h0, c0, weights, cell, bidirectional, noise
     compiling, transformed = torch.compiler.is_compiling(), _transformed()
-    arguments = cell, bidirectional, options, None if compiling else owner, x, batch_sizes, h0, c0, *weights
+    arguments = cell, bidirectional, options, None if compiling else owner, x, batch_sizes, h0, c0, *noise, *weights
     if torch.compiler._is_exporting_flag:  # a program has no backward. (Dynamo of 2.11 takes is_exporting() for true.)
         return _forward(options, *forward, keep=False)[:4]
     if _wants_plain_operations(x, h0, c0, *weights):
         _refuse(options, "forward-mode AD and torch.func.functionalize")
-        y, h_n, *cs = differentiable.layer(cell, bidirectional, x, batch_sizes, h0, c0, weights)
+        y, h_n, *cs = differentiable.layer(cell, bidirectional, x, batch_sizes, h0, c0, weights, noise)
         return (y, h_n, *cs) if cs else (y, h_n, h_n[:0], None)
     if compiling and transformed and torch.is_grad_enabled():
         # Dynamo takes no tensor inside torch.func.grad for one that requires a gradient: it would be lost.
@@ -98,13 +100,14 @@ def _forward(
     weights: Sequence[Tensor],
     cell: str,
     bidirectional: bool,
+    noise: Noise,
     *,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """y, h_n, c_n, all c_t if they are asked for, and what the backward pass wants, if anything."""
     states = options.states and len(CELLS[cell].states) == 2
     keep = keep and not _recomputes(options, cell)
-    y, h_n, c_n, saved = layer_forward(x, batch_sizes, h0, c0, weights, cell, bidirectional, keep or states)
+    y, h_n, c_n, saved = layer_forward(x, batch_sizes, h0, c0, weights, cell, bidirectional, keep or states, *noise)
     if not states:
         return y, h_n, c_n, None, saved
     begin = CELLS[cell].saved * c_n.size(2)
@@ -153,7 +156,8 @@ def _transformed() -> bool:
 
 
 class RecurrentLayer(torch.autograd.Function):
-    """One layer, all directions: ``apply(cell, bidirectional, options, owner, x, batch_sizes, h0, c0, *weights)``.
+    """One layer, all directions:
+    ``apply(cell, bidirectional, options, owner, x, batch_sizes, h0, c0, mask_h, keep_h, keep_c, *weights)``.
 
     Returns ``y, h_n, c_n, c, saved``. Shapes as in :func:`fusedrnn.functional.recurrent` for a single layer; ``c_n`` is
     empty for cells without ``c``, ``c`` None if ``options`` do not ask for it.
@@ -172,46 +176,50 @@ class RecurrentLayer(torch.autograd.Function):
     generate_vmap_rule = True  # from the ops' rules (batching.py)
 
     @staticmethod
-    def forward(cell, bidirectional, options, owner, x, batch_sizes, h0, c0, *weights):  # noqa: D102
-        return _forward(options, x, batch_sizes, h0, c0, weights, cell, bidirectional, keep=True)
+    def forward(  # noqa: D102
+        cell, bidirectional, options, owner, x, batch_sizes, h0, c0, mask_h, keep_h, keep_c, *weights
+    ):
+        noise = Noise(mask_h, keep_h, keep_c)
+        return _forward(options, x, batch_sizes, h0, c0, weights, cell, bidirectional, noise, keep=True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # noqa: D102
-        ctx.cell, ctx.bidirectional, ctx.options, ctx.owner, x, batch_sizes, h0, c0, *weights = inputs
+        ctx.cell, ctx.bidirectional, ctx.options, ctx.owner, x, batch_sizes, h0, c0, *noise_and_weights = inputs
         y, _, c_n, _, saved = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*([saved] if len(CELLS[ctx.cell].states) == 2 else [c_n, saved]))
-        ctx.save_for_backward(x, batch_sizes, h0, c0, y, saved, *weights)
+        ctx.save_for_backward(x, batch_sizes, h0, c0, y, saved, *noise_and_weights)
 
     @staticmethod
     def backward(ctx, dy, dh_n, dc_n, dc, _):  # noqa: D102
         if is_batched_by_autograd(dy, dh_n, dc_n, dc):
             return tuple(map_backward(partial(RecurrentLayer.backward, ctx), dy, dh_n, dc_n, dc, None))
-        x, batch_sizes, h0, c0, y, saved, *weights = ctx.saved_tensors
-        _, _, _, _, need_x, _, need_h0, need_c0, *need_weights = ctx.needs_input_grad
+        x, batch_sizes, h0, c0, y, saved, mask_h, keep_h, keep_c, *weights = ctx.saved_tensors
+        noise = Noise(mask_h, keep_h, keep_c)
+        _, _, _, _, need_x, _, need_h0, need_c0, _, _, _, *need_weights = ctx.needs_input_grad
         if dy is None and dh_n is None and dc_n is None and dc is None:
             return (None,) * len(ctx.needs_input_grad)
         if _recomputes(ctx.options, ctx.cell):
             with torch.no_grad():
-                saved = layer_forward(x, batch_sizes, h0, c0, weights, ctx.cell, ctx.bidirectional, True)[3]
+                saved = layer_forward(x, batch_sizes, h0, c0, weights, ctx.cell, ctx.bidirectional, True, *noise)[3]
         if _wants_plain_operations(x, dy, dh_n, dc_n, dc, h0, c0, *weights):
             _refuse(ctx.options, "forward-mode AD and torch.func.functionalize")
             with _without_autocast(x):
                 cotangents, leaves = _cotangents(dy, dh_n, dc_n, dc), _leaves(x, h0, c0, weights)
-                found = differentiable.gradients(ctx.cell, ctx.bidirectional, batch_sizes, cotangents, leaves)
+                found = differentiable.gradients(ctx.cell, ctx.bidirectional, batch_sizes, noise, cotangents, leaves)
             dx, dh0, dc0, dweights = (found.get(name) for name in ("x", "h0", "c0", "weights"))
         elif _is_one_step(ctx, x, batch_sizes):
-            dx, dh0, dc0, *dweights = _one_step(ctx, (dy, dh_n, dc_n, dc), x, h0, c0, weights)
+            dx, dh0, dc0, *dweights = _one_step(ctx, (dy, dh_n, dc_n, dc), x, h0, c0, weights, noise)
         # Another Function only where its result may be differentiated. Dynamo traces none inside a backward.
         elif torch.compiler.is_compiling() or not (torch.is_grad_enabled() or _transformed()):
             dx, dh0, dc0, dweights, _ = _backward(
                 ctx.cell, ctx.bidirectional, ctx.options, ctx.owner, need_x, any(need_weights), dy, dh_n, dc_n, dc, x,
-                batch_sizes, h0, c0, y, saved, weights, need_gates=False,
+                batch_sizes, h0, c0, y, saved, weights, noise, need_gates=False,
             )  # fmt: skip
         else:
             dx, dh0, dc0, _, *dweights = RecurrentLayerBackward.apply(
                 ctx.cell, ctx.bidirectional, ctx.options, ctx.owner, need_x, any(need_weights), dy, dh_n, dc_n, dc, x,
-                batch_sizes, h0, c0, y, saved, *weights,
+                batch_sizes, h0, c0, y, saved, *noise, *weights,
             )  # fmt: skip
         dweights = dweights or [None] * len(weights)
         return (
@@ -223,6 +231,9 @@ class RecurrentLayer(torch.autograd.Function):
             None,
             dh0 if need_h0 else None,
             dc0 if need_c0 else None,
+            None,
+            None,
+            None,
             *(dw if need else None for dw, need in zip(dweights, need_weights, strict=True)),
         )
 
@@ -247,6 +258,7 @@ def _one_step(
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor],
+    noise: Noise,
 ) -> list[Tensor | None]:
     """dx, dh0, dc0 and the weights' gradients, as torch's operations give them, with their graph."""
     given = [x, h0, c0, *weights]
@@ -254,7 +266,7 @@ def _one_step(
     for i in wanted:
         given[i] = given[i].view_as(given[i])  # one may be computed from another
     with _without_autocast(x):
-        outputs = differentiable.layer(ctx.cell, ctx.bidirectional, given[0], None, *given[1:3], given[3:])
+        outputs = differentiable.layer(ctx.cell, ctx.bidirectional, given[0], None, *given[1:3], given[3:], noise)
         if len(outputs) == 2:  # y, h_n
             cotangents = cotangents[:2]
         paired = [(o, d) for o, d in zip(outputs, cotangents, strict=True) if d is not None]
@@ -286,6 +298,7 @@ def _backward(
     y: Tensor,
     saved: Tensor,
     weights: Sequence[Tensor],
+    noise: Noise,
     *,
     need_gates: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
@@ -293,7 +306,7 @@ def _backward(
     recorders = recording.interested(owner)
     dx, dh0, dc0, dweights, dgates, _, norms = layer_backward(
         dy, dh_n, dc_n, dc, x, batch_sizes, h0, c0, weights, y, saved, cell, bidirectional, need_x, need_weights,
-        need_gates, bool(recorders), options.bptt_steps, options.clip, options.clip_by_norm,
+        need_gates, bool(recorders), options.bptt_steps, options.clip, options.clip_by_norm, *noise,
     )  # fmt: skip
     for recorder in recorders:
         recorder.add(owner, cell, norms, x, batch_sizes)
@@ -314,21 +327,21 @@ class RecurrentLayerBackward(torch.autograd.Function):
     @staticmethod
     def forward(  # noqa: D102
         cell, bidirectional, options, owner, need_x, need_weights, dy, dh_n, dc_n, dc, x, batch_sizes, h0, c0, y,
-        saved, *weights,
+        saved, mask_h, keep_h, keep_c, *weights,
     ):  # fmt: skip
         dx, dh0, dc0, dweights, dgates = _backward(
             cell, bidirectional, options, owner, need_x, need_weights, dy, dh_n, dc_n, dc, x, batch_sizes, h0, c0, y,
-            saved, weights, need_gates=True,
+            saved, weights, Noise(mask_h, keep_h, keep_c), need_gates=True,
         )  # fmt: skip
         return dx, dh0, dc0, dgates, *dweights
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # noqa: D102
         ctx.cell, ctx.bidirectional, ctx.options, _, ctx.need_x, ctx.need_weights, *tensors = inputs
-        dy, dh_n, dc_n, dc, x, batch_sizes, h0, c0, y, saved, *weights = tensors
+        dy, dh_n, dc_n, dc, x, batch_sizes, h0, c0, y, saved, *noise_and_weights = tensors
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[3])
-        ctx.save_for_backward(batch_sizes, dy, dh_n, dc_n, dc, x, h0, c0, y, saved, output[3], *weights)
+        ctx.save_for_backward(batch_sizes, dy, dh_n, dc_n, dc, x, h0, c0, y, saved, output[3], *noise_and_weights)
 
     @staticmethod
     def backward(ctx, ddx, ddh0, ddc0, _, *ddweights):  # noqa: D102
@@ -336,14 +349,15 @@ class RecurrentLayerBackward(torch.autograd.Function):
             return tuple(map_backward(partial(RecurrentLayerBackward.backward, ctx), ddx, ddh0, ddc0, None, *ddweights))
         _refuse(ctx.options, "a second derivative")
         batch_sizes, dy, dh_n, dc_n, dc, x, h0, c0, y, saved, dgates, *weights = ctx.saved_tensors
+        noise, weights = Noise(*weights[:3]), weights[3:]
         asked = {"x": ddx if ctx.need_x else None, "h0": ddh0, "c0": ddc0}
         if all(dd is None for dd in (*asked.values(), *ddweights)):
             return (None,) * len(ctx.needs_input_grad)
         asked["weights"] = ddweights or [None] * len(weights)
         # In the tensors' own type, whatever autocast is on around backward().
         with _without_autocast(x):
-            if torch.is_grad_enabled() or _transformed():
-                gradients = partial(differentiable.gradients, ctx.cell, ctx.bidirectional, batch_sizes)
+            if noise.any or torch.is_grad_enabled() or _transformed():
+                gradients = partial(differentiable.gradients, ctx.cell, ctx.bidirectional, batch_sizes, noise)
                 found, pull = torch.func.vjp(gradients, _cotangents(dy, dh_n, dc_n, dc), _leaves(x, h0, c0, weights))
                 d_cotangents, d_leaves = pull(_like(found, asked))
                 d = [d_cotangents.get(name) for name in ("y", "h_n", "c_n", "c")]
@@ -356,7 +370,7 @@ class RecurrentLayerBackward(torch.autograd.Function):
                     any(ctx.needs_input_grad[-len(weights) :]),
                 )  # fmt: skip
                 d, dweights = [*first, second.x, second.h0, second.c0], second.weights
-        return (None,) * 6 + (*d[:5], None, *d[5:], None, None, *dweights)
+        return (None,) * 6 + (*d[:5], None, *d[5:], *(None,) * 5, *dweights)
 
 
 def _without_autocast(x: Tensor) -> AbstractContextManager:

@@ -39,6 +39,14 @@ def _fold(t: Tensor | None, dim: Dim, axis: int, count: int) -> Tensor | None:
     return t.flatten(axis, axis + 1)
 
 
+_NOISE = 5  # place of the first mask among the optional arguments of layer_backward
+
+
+def _fold_noise(noise: Sequence[Tensor | None], dims: Sequence[Dim], rows: int, count: int) -> list[Tensor | None]:
+    """mask_h, keep_h, keep_c, or none of them."""
+    return [_fold(t, dim, axis, count) for t, dim, axis in zip(noise, dims, (1, rows, rows))]
+
+
 def _unfold(t: Tensor, axis: int, count: int) -> Tensor:
     """The inverse: the mapped dimension is at ``axis + 1``."""
     return t.unflatten(axis, (t.size(axis) // count, count))
@@ -91,14 +99,15 @@ def _map_forward(
     cell: str,
     bidirectional: bool,
     save: bool,
+    *noise: Tensor | None,
 ) -> tuple[Any, Any]:
     op, count = torch.ops.fusedrnn.layer_forward.default, info.batch_size
+    args = x, batch_sizes, h0, c0, weights, cell, bidirectional, save, *noise
     if count == 0:
-        args = x, batch_sizes, h0, c0, weights, cell, bidirectional, save
         return _nothing(_map_forward, info, in_dims, args)
-    x_dim, sizes_dim, h0_dim, c0_dim, weight_dims, *_ = in_dims
+    x_dim, sizes_dim, h0_dim, c0_dim, weight_dims, _, _, _, *noise_dims = in_dims
     if sizes_dim is not None or any(d is not None for d in weight_dims):
-        return _one_by_one(op, count, in_dims, (x, batch_sizes, h0, c0, weights, cell, bidirectional, save))
+        return _one_by_one(op, count, in_dims, args)
     rows = 1 if batch_sizes is None else 0
     y, h_n, c_n, saved = op(
         _fold(x, x_dim, rows, count),
@@ -109,6 +118,7 @@ def _map_forward(
         cell,
         bidirectional,
         save,
+        *_fold_noise(noise, noise_dims, rows, count),
     )
     results = tuple(_unfold(t, axis, count) for t, axis in ((y, rows), (h_n, 1), (c_n, 1), (saved, 1)))
     return results, (rows + 1, 2, 2, 2)
@@ -132,16 +142,19 @@ def _map_backward(
     bidirectional: bool,
     need_x: bool,
     need_weights: bool,
-    *rest: Any,  # need_gates and what comes after it, as far as the caller gave them
+    *rest: Any,  # need_gates to clip_by_norm and noise, as far as the caller gave them
 ) -> tuple[Any, Any]:
     op, count = torch.ops.fusedrnn.layer_backward.default, info.batch_size
     dy_dim, dh_dim, dc_n_dim, dc_dim, x_dim, sizes_dim, h0_dim, c0_dim, weight_dims, y_dim, saved_dim, *_ = in_dims
     flags = cell, bidirectional, need_x, need_weights, *rest
     args = dy, dh_n, dc_n, dc, x, batch_sizes, h0, c0, weights, y, saved, *flags
     need_gates = bool(rest) and rest[0]
+    limits, noise, noise_dims = rest[1:_NOISE], rest[_NOISE:], in_dims[len(args) - len(rest[_NOISE:]) :]
     if count == 0:
         return _nothing(_map_backward, info, in_dims, args)
     if sizes_dim is not None or any(d is not None for d in weight_dims):
+        return _one_by_one(op, count, in_dims, args)
+    if need_weights and any(t is not None for t in noise):
         return _one_by_one(op, count, in_dims, args)
     rows = 1 if batch_sizes is None else 0
     dy, dc, x, y = (_fold(t, d, rows, count) for t, d in ((dy, dy_dim), (dc, dc_dim), (x, x_dim), (y, y_dim)))
@@ -152,7 +165,7 @@ def _map_backward(
     sizes = None if batch_sizes is None else batch_sizes * count
     dx, dh0, dc0, _, dgates, dh, norms = op(
         dy, dh_n, dc_n, dc, x, sizes, h0, c0, weights, y, saved, cell, bidirectional, need_x, False,
-        need_weights or need_gates, *rest[1:],
+        need_weights or need_gates, *limits, *_fold_noise(noise, noise_dims, rows, count),
     )  # fmt: skip
     dweights: list[Tensor] = []
     if need_weights:

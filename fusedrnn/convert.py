@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from . import modules
+from .fused_module import KEPT
 from .ops import KERNEL_DTYPES
 
 __all__ = ["ConversionEntry", "ConversionReport", "convert", "revert"]
@@ -79,7 +80,7 @@ def revert(model: nn.Module) -> ConversionReport:
     """Undo :func:`convert`: make torch.nn modules of fusedrnn's in ``model``, in place, same Parameter objects.
 
     Left alone, with the reason in the report: what torch.nn lacks (GRU and GRUCell with ``reset_after=False``,
-    ResidualRNN), and subclasses with code of their own.
+    ResidualRNN, zoneout and the other options that change numbers), and subclasses with code of their own.
 
     Raises:
         TypeError: ``model`` is not a torch.nn.Module.
@@ -113,7 +114,7 @@ def _exchange(
     if type(module) is not before:  # the class in front holds the properties that compute the parametrized weights
         after = type(f"Parametrized{after.__name__}", (after,), dict(vars(type(module))))
     vars(module).pop("reset_after", None)  # True here, as the class says
-    vars(module).pop(modules._KEPT, None)
+    vars(module).pop(KEPT, None)
     module.__class__ = after
     if isinstance(module, modules._SequenceModule):
         module._drop_weak_references()
@@ -147,6 +148,10 @@ def _obstacle_to_revert(module: nn.Module) -> str | None:
         return "torch.nn has no such cell"
     if cls not in _TORCH:
         return "a subclass with code of its own"
+    if isinstance(module, modules._SequenceModule):
+        missing = [name for name in modules.changed(module) if name != "recompute"]  # which changes no number
+        if missing:
+            return f"torch.nn has no {', '.join(missing)}"
     return None
 
 

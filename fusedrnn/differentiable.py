@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from .dropout import NOISELESS, Noise
+
 __all__ = ["STEPS", "gradients", "layer", "outputs", "previous"]
 
 States = tuple[Tensor, ...]
@@ -72,6 +74,7 @@ def layer(
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor],
+    noise: Noise = NOISELESS,
 ) -> tuple[Tensor, ...]:
     """What :data:`fusedrnn.ops.layer_forward` computes, without ``saved``: y, h_n[, c_n], of the same shapes, and, with
     c_n, c_t of every step, (T, B, D*H) or (N, D*H).
@@ -81,9 +84,11 @@ def layer(
     rows = batch_sizes.tolist() if batch_sizes is not None else [x.size(1)] * x.size(0)
     steps, finals = [], []
     for d in range(directions):
-        states, final = _direction(
-            cell, bool(d), x, rows, [None if s is None else s[d] for s in (h0, c0)], weights[d * each : (d + 1) * each]
-        )
+        own = weights[d * each : (d + 1) * each]
+        start = [None if s is None else s[d] for s in (h0, c0)]
+        kept = [None if k is None else k.flatten(0, -2).chunk(directions, 1)[d].split(list(rows)) for k in noise[1:]]
+        mask = None if noise.mask_h is None else noise.mask_h[d]
+        states, final = _direction(cell, bool(d), x, rows, start, own, mask, kept)
         steps.append(states)
         finals.append(final)
     y, *c = (torch.cat(state, dim=-1) for state in zip(*steps, strict=True))
@@ -91,18 +96,22 @@ def layer(
     return (y, *map(torch.stack, zip(*finals, strict=True)), *c)
 
 
-def outputs(cell: str, bidirectional: bool, batch_sizes: Tensor | None, leaves: dict) -> dict[str, Tensor]:
+def outputs(
+    cell: str, bidirectional: bool, batch_sizes: Tensor | None, noise: Noise, leaves: dict
+) -> dict[str, Tensor]:
     """:func:`layer` by name: of x[, h0][, c0] and the list ``weights``, y, h_n[, c_n, c]."""
     states = leaves.get("h0"), leaves.get("c0")
-    found = layer(cell, bidirectional, leaves["x"], batch_sizes, *states, leaves["weights"])
+    found = layer(cell, bidirectional, leaves["x"], batch_sizes, *states, leaves["weights"], noise)
     return dict(zip(("y", "h_n", "c_n", "c"), found))
 
 
-def gradients(cell: str, bidirectional: bool, batch_sizes: Tensor | None, cotangents: dict, leaves: dict) -> dict:
+def gradients(
+    cell: str, bidirectional: bool, batch_sizes: Tensor | None, noise: Noise, cotangents: dict, leaves: dict
+) -> dict:
     """The gradients of ``leaves``, named as in :func:`outputs`, from those of the outputs named in ``cotangents``."""
 
     def asked(leaves: dict) -> dict[str, Tensor]:
-        found = outputs(cell, bidirectional, batch_sizes, leaves)
+        found = outputs(cell, bidirectional, batch_sizes, noise, leaves)
         return {name: found[name] for name in cotangents}
 
     return torch.func.vjp(asked, leaves)[1](cotangents)[0]
@@ -115,8 +124,12 @@ def _direction(
     rows: Sequence[int],
     start: Sequence[Tensor | None],
     weights: Sequence[Tensor],
+    mask: Tensor | None,
+    kept: Sequence[Sequence[Tensor] | None],
 ) -> tuple[States, States]:
-    """One direction: each state at all steps, rows in the order of time, and at the end."""
+    """One direction: each state at all steps, rows in the order of time, and at the end. ``mask`` (B, R): of h in the
+    products; ``kept``: for each state the part of the one before, by steps.
+    """
     w_ih, w_hh = weights[:2]
     b_ih, b_hh = weights[2:4] if len(weights) >= 4 else (None, None)
     w_hr = weights[-1] if len(weights) % 2 else None
@@ -130,7 +143,7 @@ def _direction(
             part = slice(first * hidden, last * hidden)
             whole = last - first == gates
             parts[first] = (w_hh, b_hh) if whole else (w_hh[part], None if b_hh is None else b_hh[part])
-        return linear(h, *parts[first])
+        return linear(h if mask is None else h * mask[: h.size(0)], *parts[first])  # (Z1)
 
     sizes = (w_hh.size(1), hidden)[: 2 if cell == "lstm" else 1]
     start = [x.new_zeros(rows[0], size) if s is None else s for s, size in zip(start, sizes)]
@@ -145,9 +158,12 @@ def _direction(
             ended.append(tuple(s[rows[t] :] for s in states))
             states = tuple(s[: rows[t]] for s in states)
         count = rows[t]
-        states = step(projections[t], recurrent, *states)
+        before, states = states, step(projections[t], recurrent, *states)
         if w_hr is not None:
             states = (linear(states[0], w_hr), *states[1:])
+        states = tuple(
+            s if keep is None else keep[t] * last + (1 - keep[t]) * s for s, last, keep in zip(states, before, kept)
+        )  # (Z2)
         steps[t] = states
     finals = tuple(torch.cat(parts) for parts in zip(states, *reversed(ended), strict=True))
     return tuple(map(torch.cat, zip(*steps, strict=True))), finals

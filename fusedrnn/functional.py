@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .autograd import Options, RecurrentLayer, recurrent_layer
 from .cells import CELLS
+from .dropout import Rates, drop_input, drop_weights, noise, rates
 from .ops import KERNEL_DTYPES
 from .recording import Owner
 from .segments import Segments, cut
@@ -57,6 +58,8 @@ def _stack(
     num_layers: int,
     bidirectional: bool,
     dropout: float,
+    drop: Rates,
+    training: bool,
     options: Options,
     owner: torch.nn.Module | None,
     layout: Segments | Sequence[Tensor | None] | None = None,
@@ -68,17 +71,20 @@ def _stack(
     directions, per_layer = 2 if bidirectional else 1, len(weights) // num_layers
     finals: list[tuple[Tensor, ...]] = []
     steps: list[tuple[Tensor, ...]] = []
-    count = len(CELLS[cell].states)
+    count, gates = len(CELLS[cell].states), len(CELLS[cell].gates)
     for layer in range(num_layers):
         own = slice(layer * directions, (layer + 1) * directions)
         h0, c0 = (None if s is None else s if num_layers == 1 else s[own] for s in (*states, None)[:2])
+        x = drop_input(x, drop.input, batch_sizes, layout)
+        mine = drop_weights(weights[layer * per_layer : (layer + 1) * per_layer], drop.weight, directions)
         x, h_n, c_n, c = recurrent_layer(
-            cell, bidirectional, x, batch_sizes, h0, c0, weights[layer * per_layer : (layer + 1) * per_layer], options,
+            cell, bidirectional, x, batch_sizes, h0, c0, mine, options,
             None if owner is None or torch.compiler.is_compiling() else Owner(owner, layer, layout),
+            noise(drop, training, x, batch_sizes, layout, directions, gates, mine[1]),
         )  # fmt: skip
         finals.append((h_n, c_n)[:count])
         steps.append((x, c)[:count])
-        if dropout and layer + 1 < num_layers:
+        if dropout and training and layer + 1 < num_layers:
             x = _dropout(x, dropout, training=True)
     return x, finals[0] if num_layers == 1 else tuple(map(torch.cat, zip(*finals, strict=True))), steps
 
@@ -138,6 +144,10 @@ def recurrent(
     grad_clip_mode: str = "value",
     bptt_steps: int | None = None,
     recompute: str = "none",
+    input_dropout: float = 0.0,
+    recurrent_dropout: float = 0.0,
+    zoneout: float | Sequence[float] = 0.0,
+    weight_dropout: float = 0.0,
     owner: torch.nn.Module | None = None,
 ) -> tuple[Any, ...]:
     """Stacked recurrent layers of any registered cell.
@@ -168,6 +178,12 @@ def recurrent(
             with so many steps each, the states handed on detached. With ``reset``, t counts from the last reset.
         recompute: "gates": the backward pass makes a second forward pass of each layer instead of keeping gates and
             c_t: nothing but input and output is kept, for about a third more time. "none": everything is kept.
+        input_dropout, recurrent_dropout: probabilities of variational dropout, if ``training``: on the input of every
+            layer, and on h_{t-1} in the products. One mask for all steps of a sequence.
+        zoneout: probability that a unit keeps its state at a step; a pair for the LSTM, of h and of c, where one number
+            stands for both. Outside training every state is mixed with the one before in this proportion.
+        weight_dropout: probability, on the elements of every W_hh, if ``training``; one mask for the call. Equations of
+            the four: :mod:`fusedrnn.dropout`.
         owner: the module by which :class:`fusedrnn.record_gradients` knows the call.
 
     Returns:
@@ -218,7 +234,8 @@ def recurrent(
     options = check_policy(grad_clip, grad_clip_mode, bptt_steps, recompute)._replace(states=return_states)
     x, *rest = _autocast(x, *states, *weights)
     states, weights = rest[: len(names)], rest[len(names) :]
-    stack = weights, num_layers, bidirectional, dropout if training else 0.0, options, owner
+    drop = rates(input_dropout, recurrent_dropout, zoneout, weight_dropout, len(names)).at(training)
+    stack = weights, num_layers, bidirectional, dropout, drop, training, options, owner
 
     def results(y: Tensor, finals: tuple[Tensor, ...], steps: list[tuple[Tensor, ...]], laid_out: Callable) -> tuple:
         given = laid_out(y), finals

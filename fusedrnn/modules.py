@@ -1,13 +1,12 @@
 """Modules in the place of torch.nn's: same constructors, parameters, state_dict and errors, fused kernels inside.
 
-``RNN``, ``LSTM``, ``GRU`` and the cells are subclasses of torch.nn's classes, so that code which asks
-``isinstance(m, torch.nn.LSTM)`` goes on working. ``ResidualRNN`` and ``GRU(reset_after=False)`` have no counterpart
-there. Nothing here computes: the modules check as torch.nn does and call :mod:`fusedrnn.functional`.
+``RNN``, ``LSTM``, ``GRU`` and the cells (:mod:`fusedrnn.single_step`) are subclasses of torch.nn's classes, so that code
+which asks ``isinstance(m, torch.nn.LSTM)`` goes on working. ``ResidualRNN`` and ``GRU(reset_after=False)`` have no
+counterpart there. Nothing here computes: the modules check as torch.nn does and call :mod:`fusedrnn.functional`.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from functools import partial
 from operator import getitem
@@ -16,16 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._dynamo.eval_frame import get_eval_frame_callback
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
-from torch.fx import Proxy, _symbolic_trace
 from torch.nn.utils.rnn import PackedSequence
-from torch.overrides import has_torch_function
 
-from ._C import PackedWeights, infer
-from .autograd import PLAIN, recurrent_layer
+from . import dropout
 from .cells import CELLS
-from .functional import check_policy, recurrent, recurrent_cell
+from .functional import check_policy, recurrent
+from .fused_module import FusedModule, as_states, dense, infers, is_plain
+from .single_step import GRUCell, LSTMCell, RNNCell
 from .streaming import cell_of, step, steppers
 
 __all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell", "ResidualRNN"]
@@ -45,14 +42,14 @@ def _forward(
 ) -> tuple[Any, ...]:
     """What the sequence modules share: torch.nn's checks, in its order and words, then the layers."""
     ours = isinstance(module, _SequenceModule)
-    policy = _policy(module) if ours else {}
-    if lengths is None and reset is None and not return_states and not policy:
+    options = _options(module) if ours else {}
+    if lengths is None and reset is None and not return_states and not options:
         short = _short_road(module, cell, input, states)
         if short is not None:
             return short
     module._update_flat_weights()
     two_states = len(CELLS[cell].states) == 2
-    states = _as_states(states, cell)
+    states = as_states(states, cell)
     if isinstance(input, PackedSequence):
         # The caller's hx is checked before it is permuted: a larger batch would be cut down silently. While Dynamo or
         # an exporter traces, the number of samples is not known; the op checks it.
@@ -83,7 +80,7 @@ def _forward(
         reset=reset,
         return_states=return_states,
         owner=module if ours else None,
-        **policy,
+        **options,
     )
 
 
@@ -111,9 +108,9 @@ def _short_road(
     long road knows, and words errors.
     """
     weights, parameters = module._flat_weights, module._parameters
-    if not _is_plain(input, 3, states, weights, cell):
+    if not is_plain(input, 3, states, weights, cell):
         return None
-    if module.num_layers > 1 and (not _infers() or (module.dropout and module.training)):
+    if module.num_layers > 1 and (not infers() or (module.dropout and module.training)):
         return None
     for name, weight in zip(module._flat_weights_names, weights):
         if parameters.get(name) is not weight:
@@ -121,7 +118,7 @@ def _short_road(
     x = input.transpose(0, 1) if module.batch_first else input
     h0, c0 = (*(states or ()), None, None)[:2]
     try:
-        result = _dense(module, cell, module.bidirectional, module.num_layers, x, h0, c0, weights)
+        result = dense(module, cell, module.bidirectional, module.num_layers, x, h0, c0, weights)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError):
@@ -130,79 +127,6 @@ def _short_road(
         return None
     y, *finals = result
     return y.transpose(0, 1) if module.batch_first else y, tuple(finals[: len(CELLS[cell].states)])
-
-
-def _infers() -> bool:
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-
-
-def _dense(
-    module: torch.nn.Module,
-    cell: str,
-    bidirectional: bool,
-    num_layers: int,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """A dense batch through one layer or, in inference, through several: y, h_n, c_n. None: by the long road.
-
-    Of a cell, x is (B, I), without the time, and so are the states and results.
-    """
-    if _infers():
-        result = infer(x, h0, c0, weights, cell, bidirectional, num_layers, _kept(module))
-        if result is not None:
-            return result
-    elif not torch.compiler.is_compiling() and kept_aside:
-        kept_aside.pop(module, None)
-    if num_layers > 1:
-        return None
-    if x.dim() == 3:
-        return recurrent_layer(cell, bidirectional, x, None, h0, c0, weights, PLAIN, module)[:3]
-    x, h0, c0 = (None if t is None else t.unsqueeze(0) for t in (x, h0, c0))
-    y, h_n, c_n, _ = recurrent_layer(cell, bidirectional, x, None, h0, c0, weights)
-    return y[0], h_n[0], c_n[0] if c_n.size(0) else c_n
-
-
-def _is_plain(
-    input: Tensor | PackedSequence, dim: int, states: Sequence[Tensor] | None, weights: Sequence[Tensor], cell: str
-) -> bool:
-    """Whether input is a tensor of this rank, and hx, if given, a tuple of as many tensors as the cell has states;
-    whether no cast and no forward-mode derivative is wanted, and no one overrides what torch's functions do.
-    """
-    return (
-        type(input) is Tensor
-        and input.dim() == dim
-        and not torch.is_autocast_enabled("cuda" if input.is_cuda else "cpu")
-        and (
-            states is None
-            or (type(states) is tuple and [type(state) for state in states] == [Tensor] * len(CELLS[cell].states))
-        )
-        and forward_ad._current_level < 0
-        and not has_torch_function(weights)
-    )
-
-
-def _node(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Proxy | None:
-    """The call as one node of a torch.fx graph, if it is traced: tracers know torch.nn's modules alone as leaves."""
-    given = [*args, *kwargs.values()]
-    for value in [*given, *(item for value in given if isinstance(value, (tuple, list)) for item in value)]:
-        if isinstance(value, Proxy):
-            return value.tracer.create_proxy("call_module", value.tracer.path_of_module(module), args, kwargs)
-    return None
-
-
-def _as_states(states: Sequence[Tensor] | None, cell: str) -> Sequence[Tensor] | None:
-    """The caller's hx, the right number of tensors."""
-    count = len(CELLS[cell].states)
-    if states is None:
-        return None
-    if isinstance(states, Tensor):
-        raise TypeError(f"hx of {cell} must be a tuple of {count} tensors, got a tensor")
-    if len(states) != count:
-        raise RuntimeError(f"{cell} expects {'two hidden states' if count == 2 else 'one hidden state'}")
-    return states
 
 
 def _check_args(
@@ -224,70 +148,45 @@ def _check_args(
         module.check_hidden_size(states[0], module.get_expected_hidden_size(input, batch_sizes))
 
 
-_KEPT = "_packed_weights"  # attribute of a module that has been used for inference
-
-#: What is kept of other people's modules (:mod:`fusedrnn.patch`), until they train: their pickles hold nothing of ours.
-kept_aside: weakref.WeakKeyDictionary[torch.nn.Module, PackedWeights] = weakref.WeakKeyDictionary()
 
 
-def _kept(module: torch.nn.Module) -> PackedWeights:
-    """The packed weights of a module, from call to call."""
-    if isinstance(module, _FusedModule):
-        return vars(module).get(_KEPT) or vars(module).setdefault(_KEPT, PackedWeights())
-    return kept_aside.get(module) or kept_aside.setdefault(module, PackedWeights())
 
 
 _POLICY = ("grad_clip", "grad_clip_mode", "bptt_steps", "recompute")
 
 
-def _policy(module: torch.nn.RNNBase) -> dict[str, Any]:
-    """What of it differs from the defaults."""
-    if module.grad_clip is None and module.bptt_steps is None and module.recompute == "none":
+def _options(module: torch.nn.RNNBase) -> dict[str, Any]:
+    """What differs from torch.nn's layer for the call that is made now."""
+    own = vars(module)
+    if not is_compiling() and own.keys().isdisjoint(_OPTIONS):  # (Dynamo knows no isdisjoint of keys.)
         return {}
-    own = {name: getattr(module, name) for name in _POLICY}
-    return {name: value for name, value in own.items() if value != getattr(_SequenceModule, name)}
+    names = [*dropout.active(module), *(_POLICY if torch.is_grad_enabled() else ())]
+    return {name: own[name] for name in names if own.get(name, _DEFAULT[name]) != _DEFAULT[name]}
 
 
-def _policy_text(module: torch.nn.RNNBase) -> str:
-    values = _policy(module) if isinstance(module, _SequenceModule) else {}
-    return "".join(f", {name}={value!r}" for name, value in values.items())
+def changed(module: torch.nn.RNNBase) -> dict[str, Any]:
+    """Its options that differ from torch.nn's layer."""
+    own = vars(module)
+    return {name: own[name] for name in _OPTIONS if own.get(name, _DEFAULT[name]) != _DEFAULT[name]}
 
 
-class _FusedModule:
-    """What our modules do not share with torch.nn's: packed weights for inference, of which copies and pickles of a
-    module hold none, and an answer to TorchScript.
-    """
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _symbolic_trace._is_fx_tracing_flag and (node := _node(self, args, kwargs)) is not None:
-            return node  # with the hooks
-        return torch.nn.Module.__call__(self, *args, **kwargs)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> torch.nn.Module:  # by .to(), .double(), .share_memory() ...
-        vars(self).pop(_KEPT, None)
-        steppers.pop(self, None)
-        return super()._apply(*args, **kwargs)
-
-    def train(self, mode: bool = True) -> torch.nn.Module:
-        """As in torch.nn. Training frees what inference has kept."""
-        if mode:
-            vars(self).pop(_KEPT, None)
-        return super().train(mode)
-
-    def __prepare_scriptable__(self) -> torch.nn.Module:  # by torch.jit.script
-        raise NotImplementedError(
-            f"fusedrnn.{type(self).__name__} cannot be compiled by TorchScript: use torch.export.export, or"
-            " fusedrnn.revert(model), which makes torch.nn modules of fusedrnn's, before torch.jit.script"
-        )
+def _options_text(module: torch.nn.RNNBase) -> str:
+    return "".join(f", {name}={value!r}" for name, value in changed(module).items())
 
 
-class _SequenceModule(_FusedModule):
+class _SequenceModule(FusedModule):
     """What our sequence modules do not share with torch.nn's.
 
-    Their forward has further arguments, by name: ``lengths``, ``reset`` and ``return_states``. How the backward pass is
-    done is told to the constructor, by name, or by attributes of these names: ``grad_clip``, ``grad_clip_mode``,
-    ``bptt_steps``, ``recompute``. All as in :func:`fusedrnn.functional.recurrent`.
+    Their forward has further arguments, by name: ``lengths``, ``reset`` and ``return_states``. What is dropped and how
+    the backward pass is done is told to the constructor, by name, or by attributes of these names: ``input_dropout``,
+    ``recurrent_dropout``, ``zoneout``, ``weight_dropout``; ``grad_clip``, ``grad_clip_mode``, ``bptt_steps``,
+    ``recompute``. All as in :func:`fusedrnn.functional.recurrent`.
     """
+
+    input_dropout: float = 0.0
+    recurrent_dropout: float = 0.0
+    zoneout: float | tuple[float, float] = 0.0
+    weight_dropout: float = 0.0
 
     grad_clip: float | None = None
     grad_clip_mode: str = "value"
@@ -295,11 +194,12 @@ class _SequenceModule(_FusedModule):
     recompute: str = "none"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        policy = {name: kwargs.pop(name) for name in _POLICY if name in kwargs}
+        options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
         super().__init__(*args, **kwargs)
-        for name, value in policy.items():
+        for name, value in options.items():
             setattr(self, name, value)
         check_policy(*(getattr(self, name) for name in _POLICY))
+        dropout.rates(*(getattr(self, name) for name in dropout.NAMES), 2 if self.mode == "LSTM" else 1)
 
     def step(
         self, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None = None
@@ -322,7 +222,12 @@ class _SequenceModule(_FusedModule):
 
     def extra_repr(self) -> str:
         """As in torch.nn, and what differs from the defaults."""
-        return super().extra_repr() + _policy_text(self)
+        return super().extra_repr() + _options_text(self)
+
+    def train(self, mode: bool = True) -> torch.nn.Module:
+        """As in torch.nn."""
+        steppers.pop(self, None)  # dropout between the layers
+        return super().train(mode)
 
     def _init_flat_weights(self) -> None:
         super()._init_flat_weights()
@@ -340,6 +245,10 @@ class _SequenceModule(_FusedModule):
 
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels read the parameters where they are. Kept because callers use it."""
+
+
+_OPTIONS = (*dropout.NAMES, *_POLICY)
+_DEFAULT = {name: getattr(_SequenceModule, name) for name in _OPTIONS}
 
 
 class RNN(_SequenceModule, torch.nn.RNN):
@@ -378,7 +287,7 @@ class LSTM(_SequenceModule, torch.nn.LSTM):
         return call(self, "lstm", "LSTM", input, hx, lengths, reset, return_states)
 
 
-_TorchGRU, _TorchGRUCell = torch.nn.GRU, torch.nn.GRUCell  # people give these names of torch.nn to our classes
+_TorchGRU = torch.nn.GRU  # people give this name of torch.nn to our class
 
 
 class GRU(_SequenceModule, _TorchGRU):
@@ -406,7 +315,7 @@ class GRU(_SequenceModule, _TorchGRU):
         return call(self, "GRU", input, hx, lengths, reset, return_states)
 
     def extra_repr(self) -> str:
-        return _TorchGRU.extra_repr(self) + _policy_text(self) + ("" if self.reset_after else ", reset_after=False")
+        return _TorchGRU.extra_repr(self) + _options_text(self) + ("" if self.reset_after else ", reset_after=False")
 
 
 class ResidualRNN(_SequenceModule, torch.nn.RNNBase):
@@ -430,87 +339,3 @@ class ResidualRNN(_SequenceModule, torch.nn.RNNBase):
     ) -> tuple[Any, ...]:  # fmt: skip
         call = _of_one_state if is_compiling() or not get_eval_frame_callback() else _of_one_state_untraced
         return call(self, "ResidualRNN", input, hx, lengths, reset, return_states)
-
-
-def _forward_cell(
-    module: torch.nn.RNNCellBase, cell: str, name: str, input: Tensor, states: Sequence[Tensor] | None
-) -> tuple[Tensor, ...]:
-    """What the single-step modules share."""
-    short = _short_road_of_cell(module, cell, input, states)
-    if short is not None:
-        return short
-    if input.dim() not in (1, 2):
-        raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
-    count, states = len(CELLS[cell].states), _as_states(states, cell)
-    for index, state in enumerate(states or ()):
-        if state.dim() not in (1, 2):
-            what = f"hx[{index}]" if count == 2 else "hidden"
-            raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {state.dim()}D instead")
-    batched = input.dim() == 2
-    if states is not None:
-        states = [state if batched else state.unsqueeze(0) for state in states]
-    result = recurrent_cell(
-        cell,
-        input if batched else input.unsqueeze(0),
-        states or (None,) * count,
-        module.weight_ih,
-        module.weight_hh,
-        module.bias_ih,
-        module.bias_hh,
-    )
-    return result if batched else tuple(state.squeeze(0) for state in result)
-
-
-def _short_road_of_cell(
-    module: torch.nn.RNNCellBase, cell: str, input: Tensor, states: Sequence[Tensor] | None
-) -> tuple[Tensor, ...] | None:
-    """As :func:`_short_road`, for a batch through a cell."""
-    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if module.bias else ("weight_ih", "weight_hh")
-    weights = [module._parameters.get(name) for name in names]
-    if not _is_plain(input, 2, states, weights, cell):
-        return None
-    h0, c0 = (*(states or ()), None, None)[:2]
-    try:
-        result = _dense(module, cell, False, 1, input, h0, c0, weights)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, TypeError):
-        return None
-    if result is None:
-        return None
-    _, h, c = result
-    return (h, c) if len(CELLS[cell].states) == 2 else (h,)
-
-
-class RNNCell(_FusedModule, torch.nn.RNNCell):
-    """One step of :class:`RNN`, in the place of :class:`torch.nn.RNNCell`: input (B, I), h (B, H) -> h (B, H)."""
-
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        if self.nonlinearity not in ("tanh", "relu"):
-            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        cell = f"rnn_{self.nonlinearity}"
-        return _forward_cell(self, cell, "RNNCell", input, None if hx is None else (hx,))[0]
-
-
-class LSTMCell(_FusedModule, torch.nn.LSTMCell):
-    """One step of :class:`LSTM`, in the place of :class:`torch.nn.LSTMCell`: input (B, I), (h, c) -> (h, c)."""
-
-    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        return _forward_cell(self, "lstm", "LSTMCell", input, hx)
-
-
-class GRUCell(_FusedModule, _TorchGRUCell):
-    """One step of :class:`GRU`, in the place of :class:`torch.nn.GRUCell`: input (B, I), h (B, H) -> h (B, H)."""
-
-    reset_after: bool = True
-
-    def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
-        _TorchGRUCell.__init__(self, *args, **kwargs)
-        self.reset_after = reset_after
-
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        cell = "gru" if self.reset_after else "gru_reset_before"
-        return _forward_cell(self, cell, "GRUCell", input, None if hx is None else (hx,))[0]
-
-    def extra_repr(self) -> str:
-        return _TorchGRUCell.extra_repr(self) + ("" if self.reset_after else ", reset_after=False")

@@ -40,7 +40,9 @@ def table() -> dict[Callable, Callable]:
     except ImportError as error:
         raise ImportError("export to ONNX needs the package onnxscript: pip install onnxscript") from error
 
-    def fusedrnn_layer(x, batch_sizes, h0, c0, weights, cell, bidirectional, save):  # noqa: ANN001, ANN202
+    def fusedrnn_layer(x, batch_sizes, h0, c0, weights, cell, bidirectional, save, *noise):  # noqa: ANN001, ANN202
+        if any(mask is not None for mask in noise):
+            raise NotImplementedError("ONNX's recurrent operators have neither zoneout nor a mask on h")
         return _layer(op, x, batch_sizes, h0, c0, weights, cell, bidirectional)
 
     def pack_padded_sequence(x, lengths, batch_first):  # noqa: ANN001, ANN202

@@ -57,8 +57,12 @@ def _(
     cell: str,
     bidirectional: bool,
     save: bool,
+    mask_h: Tensor | None = None,
+    keep_h: Tensor | None = None,
+    keep_c: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_devices(x, h0=h0, c0=c0, **{f"weights[{i}]": weight for i, weight in enumerate(weights)})
+    noise = {"mask_h": mask_h, "keep_h": keep_h, "keep_c": keep_c}
+    _check_devices(x, h0=h0, c0=c0, **noise, **{f"weights[{i}]": weight for i, weight in enumerate(weights)})
     info, directions = CELLS[cell], 2 if bidirectional else 1
     hidden = weights[1].size(0) // len(info.gates)
     out = weights[1].size(1)  # R: H, or P with a projection
@@ -74,7 +78,8 @@ def _(
     h_n = x.new_empty((directions, batch, out))
     c_n = x.new_empty((directions if two_states else 0, batch, hidden))
     dtype = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
-    width = _spread_stride((info.saved + len(info.states) - 1) * hidden, dtype.itemsize)
+    values = info.saved + len(info.states) - 1 or int(keep_h is not None)
+    width = _spread_stride(values * hidden, dtype.itemsize)
     saved = x.new_empty((directions, rows if save else 0, width), dtype=dtype)
     return y, h_n, c_n, saved
 
@@ -101,9 +106,13 @@ def _(
     bptt_steps: int = 0,
     clip: float = 0.0,
     clip_by_norm: bool = False,
+    mask_h: Tensor | None = None,
+    keep_h: Tensor | None = None,
+    keep_c: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor]:
+    noise = {"mask_h": mask_h, "keep_h": keep_h, "keep_c": keep_c}
     named = {"dy": dy, "dh_n": dh_n, "dc_n": dc_n, "dc": dc, "h0": h0, "c0": c0, "y": y, "saved": saved}
-    _check_devices(x, **named, **{f"weights[{i}]": weight for i, weight in enumerate(weights)})
+    _check_devices(x, **named, **noise, **{f"weights[{i}]": weight for i, weight in enumerate(weights)})
     info, directions = CELLS[cell], 2 if bidirectional else 1
     hidden = weights[1].size(0) // len(info.gates)
     if h0 is not None:
@@ -130,14 +139,14 @@ def _products(x: Sequence[int], weights: Sequence[Sequence[int]]) -> int:
 
 
 @register_flop_formula(torch.ops.fusedrnn.layer_forward)
-def _(x, batch_sizes, h0, c0, weights, cell, bidirectional, save, *, out_shape=None) -> int:
+def _(x, batch_sizes, h0, c0, weights, cell, bidirectional, save, *noise, out_shape=None, **more_noise) -> int:
     return _products(x, weights)
 
 
 @register_flop_formula(torch.ops.fusedrnn.layer_backward)
 def _(
-    dy, dh_n, dc_n, dc, x, batch_sizes, h0, c0, weights, y, saved, cell, bidirectional, need_x, need_weights, *limits,
-    out_shape=None, **more_limits,
+    dy, dh_n, dc_n, dc, x, batch_sizes, h0, c0, weights, y, saved, cell, bidirectional, need_x, need_weights, *options,
+    out_shape=None, **more_options,
 ) -> int:  # fmt: skip
     each = len(weights) // (2 if bidirectional else 1)
     through_time = [w for i, w in enumerate(weights) if i % each > 0]  # to the states, those of the start included

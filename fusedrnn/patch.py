@@ -24,7 +24,9 @@ from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from . import modules
+from .fused_module import kept_aside
 from .ops import KERNEL_DTYPES
+from .single_step import forward_cell
 
 __all__ = ["patch_torch", "unpatch_torch"]
 
@@ -111,7 +113,7 @@ def _take_back(calls: set[patch_torch]) -> None:
                 theirs.forward = ours.__wrapped__
         _installed.clear()
         _warned.clear()
-        modules.kept_aside.clear()
+        kept_aside.clear()
 
 
 def _forward(theirs: type[nn.Module], own: Callable[..., Any], compute: Callable[..., Any]) -> Callable[..., Any]:
@@ -178,7 +180,7 @@ def _writable(output: Tensor | PackedSequence) -> Tensor | PackedSequence:
 
 
 def _gru_cell(self: nn.GRUCell, input: Tensor, hx: Tensor | None) -> Tensor:
-    return modules._forward_cell(self, "gru", "GRUCell", input, None if hx is None else (hx,))[0]
+    return forward_cell(self, "gru", "GRUCell", input, None if hx is None else (hx,))[0]
 
 
 # torch.nn's classes as they were at import, and our forward for each; torch.nn's GRU has no ``reset_after``.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import dropout
 from ._C import Stepper
 
 __all__ = ["cell_of", "step", "steppers"]
@@ -29,7 +30,7 @@ def cell_of(module: torch.nn.RNNBase) -> str:
 def step(module: torch.nn.RNNBase, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
     """input (B, I) and states -> output (B, R) and states."""
     stepper, two = steppers.get(module), module.mode == "LSTM"
-    if stepper is not None and not torch.is_autocast_enabled("cpu"):
+    if stepper is not None and not torch.is_autocast_enabled("cpu") and not dropout.active(module):
         h0, c0 = hx if two and hx is not None else (hx, None)
         found = stepper.step(input, h0, c0, module._parameters, module._flat_weights_names)
         if found is not None:
@@ -51,7 +52,7 @@ def _first_step(module: torch.nn.RNNBase, input: Tensor, hx: Any) -> tuple[Tenso
     weights = [module._parameters.get(name) for name in module._flat_weights_names]
     plain = all(own is weight for own, weight in zip(weights, module._flat_weights, strict=True))
     dropping = module.dropout > 0 and module.training and module.num_layers > 1
-    if plain and not dropping and not torch.compiler.is_compiling():
+    if plain and not dropping and not dropout.active(module) and not torch.compiler.is_compiling():
         stepper = Stepper.make(input, weights, cell_of(module), module.num_layers)
         if stepper is not None:
             steppers[module] = stepper

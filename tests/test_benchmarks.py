@@ -16,8 +16,8 @@ import fusedrnn
 from fusedrnn import LSTM
 from benchmarks import __main__ as command
 from benchmarks import (
-    cases, limits, measure, memory, per_sample, python_threads, report, scaling, second_order, sequences, streaming,
-    through_time, works_with,
+    cases, dropout, limits, measure, memory, per_sample, python_threads, report, scaling, second_order, sequences,
+    streaming, through_time, works_with,
 )  # fmt: skip
 from benchmarks.cases import CASES, CELL_NAMES, REGIMES, Case
 from fusedrnn.cells import CELLS
@@ -354,6 +354,13 @@ def test_options_of_the_backward_pass_are_timed(capsys, monkeypatch):
     row = capsys.readouterr().out.splitlines()[-1].split()
     assert len(row) == 9 and all(float(value) > 0 for value in row[1:-1])
     assert float(row[-2]) >= 5 and float(row[-1]) == 0
+
+
+def test_dropout_is_timed(capsys, monkeypatch):
+    monkeypatch.setattr(dropout, "SHAPES", ((5, 3, 8),))
+    assert dropout.main(["--seconds", "0.01"]) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == 9 and all(float(value) > 0 for row in rows for value in row.split("H8")[1].split())
 
 
 def test_the_readme_says_what_works():

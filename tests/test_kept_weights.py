@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fusedrnn
-from fusedrnn import _C, modules
+from fusedrnn import _C, fused_module
 from inference import KEPT, by_the_ops, same, tensors
 from loops import TWINS
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("no_gradients")
 
 def kept(module: nn.Module) -> _C.PackedWeights:
     """What the module keeps for inference; new and empty if nothing."""
-    return vars(module).get(modules._KEPT, _C.PackedWeights())
+    return vars(module).get(fused_module.KEPT, _C.PackedWeights())
 
 
 @pytest.mark.isa
@@ -221,7 +221,7 @@ def test_what_is_kept_goes_when_it_will_not_be_used(how: str, cls: type[nn.Modul
     module.eval()
     assert kept(module).bytes > 0
     FREED[how](module)
-    assert modules._KEPT not in vars(module)
+    assert fused_module.KEPT not in vars(module)
 
 
 def test_shapes_and_threads_may_change_from_call_to_call(threads: Callable) -> None:

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fusedrnn
-from fusedrnn import modules
+from fusedrnn.fused_module import FusedModule, kept_aside
 from dispatched import ours
 from tolerances import assert_close
 
@@ -140,9 +140,9 @@ def test_modules_stay_what_they_are(name: str) -> None:
         module = cls(4, 5)
         for _ in range(3):
             expected = first(module(x))
-        assert type(module) is cls and isinstance(module, cls) and not isinstance(module, modules._FusedModule)
+        assert type(module) is cls and isinstance(module, cls) and not isinstance(module, FusedModule)
         assert isinstance(getattr(fusedrnn, name)(4, 5), cls)
-        assert set(vars(module)) == attributes and module in modules.kept_aside
+        assert set(vars(module)) == attributes and module in kept_aside
         file = io.BytesIO()
         torch.save(module, file)
         assert b"fusedrnn" not in pickle.dumps(module) and b"fusedrnn" not in file.getvalue()
@@ -165,15 +165,15 @@ def test_packed_weights_are_let_go() -> None:
     for _ in range(2):
         with torch.no_grad():
             module(x)
-        assert list(modules.kept_aside) == [module]
+        assert list(kept_aside) == [module]
         module(x)
-        assert not modules.kept_aside
+        assert not kept_aside
     with torch.no_grad():
         nn.GRU(4, 5)(x)
-        assert not modules.kept_aside
+        assert not kept_aside
         module(x)
     fusedrnn.unpatch_torch()
-    assert not modules.kept_aside
+    assert not kept_aside
 
 
 def test_own_modules_and_convert_while_patched() -> None:
@@ -391,6 +391,6 @@ def test_compiled(allow: bool) -> None:
     with fusedrnn.patch_torch(), torch._dynamo.config.patch(allow_rnn=allow):
         with torch.no_grad():
             model(torch.randn(6, 4, 4, dtype=torch.float64))
-        assert modules.kept_aside
+        assert kept_aside
         torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=allow)(X), expected)
     torch._dynamo.reset()

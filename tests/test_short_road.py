@@ -1,4 +1,4 @@
-"""A plain batch leaves out the checks that odd input needs (``modules._short_road``): the same results and gradients as
+"""A plain batch leaves out the checks that odd input needs (``_short_road``): the same results and gradients as
 by the long road, and the long road, with its errors, for everything that is not plain.
 """
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fusedrnn
-from fusedrnn import modules
+from fusedrnn import fused_module, modules, single_step
 
 SEQUENCE = {
     "RNN": fusedrnn.RNN,
@@ -48,8 +48,9 @@ def taken(monkeypatch):
         count["times"] += 1
         return dense_layer(*args)
 
-    dense_layer = modules._dense
-    monkeypatch.setattr(modules, "_dense", counted)
+    dense_layer = fused_module.dense
+    for own in (modules, single_step):
+        monkeypatch.setattr(own, "dense", counted)
     return count
 
 
@@ -60,7 +61,7 @@ def by_the_long_road(monkeypatch):
     def call(function, *args):
         with monkeypatch.context() as patch:
             patch.setattr(modules, "_short_road", lambda *_: None)
-            patch.setattr(modules, "_short_road_of_cell", lambda *_: None)
+            patch.setattr(single_step, "_short_road_of_cell", lambda *_: None)
             return function(*args)
 
     return call

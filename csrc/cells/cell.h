@@ -28,6 +28,7 @@
 //   finish(late, state, saved)                  h_t into state[0]
 // A cell with two states adds
 //   dc_of(saved, cur, d)                        dL/dc_t by all ways, of d as it comes into backward
+//   candidate(saved, prev)                      c_t again, where the state is another (zoneout)
 // A cell that may be projected (LSTM) adds
 //   output(saved, cur)                          the unprojected output again, for the weight gradient
 #pragma once

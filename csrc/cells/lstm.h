@@ -48,6 +48,11 @@ struct Lstm {
   }
 
   template <class V>
+  FUSEDRNN_INLINE static V candidate(const Values<V, 4>& saved, const Values<V, 2>& prev) {
+    return saved[1] * prev[1] + saved[0] * saved[2];  // (L5)
+  }
+
+  template <class V>
   FUSEDRNN_INLINE static V output(const Values<V, 4>& saved, const Values<V, 2>& cur) {
     return saved[3] * tanh(cur[1]);  // (L6)
   }

@@ -35,12 +35,14 @@ class BackwardPass {
     const S* saved;
     const T *y, *h_prev, *dy, *dc;  // h_prev, dy, dc: null for zeros
     const S* c_prev;
+    const T *keep_h, *keep_c;  // null for none
   };
   struct WeightSums {  // of one item
     S *w_ih, *w_hh, *w_hr, *b;
   };
   struct TeamBuffers {
-    S *dg, *dh, *dc;   // [chunk rows][C*H], [R] (dh: projection or norms), [H] (dc: norms)
+    S *dg, *dh;        // [chunk rows][C*H], [R] (projection)
+    S *all_dh, *all_dc;  // [chunk rows][R], [H]: what norms are of
     S* scale;          // [members][2][samples]: of what is sent back, clipped by its norm
     Strips<S> x, h, m;  // [chunk rows][I], [R], [H]: right operands of the weight gradients
     S *carry_h, *carry_c, *c0;  // [samples][R], [H], [H]
@@ -114,8 +116,9 @@ class BackwardPass {
     const int64_t kept = p.weight_gradients ? rows : 0;
     TeamBuffers b;
     b.dg = carver.take<S>(rows * row_stride<S>(C * z.H));
-    b.dh = carver.take<S>(z.projected || p.norms ? rows * row_stride<S>(z.R) : 0);
-    b.dc = carver.take<S>(Z > 1 && p.norms ? rows * row_stride<S>(z.H) : 0);
+    b.dh = carver.take<S>(z.projected ? rows * row_stride<S>(z.R) : 0);
+    b.all_dh = carver.take<S>(p.norms ? rows * row_stride<S>(z.R) : 0);
+    b.all_dc = carver.take<S>(Z > 1 && p.norms ? rows * row_stride<S>(z.H) : 0);
     b.scale = carver.take<S>(p.clip_by_norm ? 2 * samples * s.plan.members : 0);
     const auto strips = [&](int64_t n, int64_t most) {
       return Strips<S>{carver.take<S>(Strips<S>::elements(n, most)), n, most};
@@ -180,12 +183,12 @@ class BackwardPass {
       int64_t row = 0, later = 0;  // `later`: rows of the step worked on before, which end at `row`
       for (int64_t s = s0; s < s1; ++s) {
         const int64_t now = item.rows(time_of(item, s));
-        step(item.d, row - later, later, row, now, severed(item, s, later));
+        step(item, row - later, later, row, now, severed(item, s, later));
         row += now;
         later = now;
       }
       // dL/dh_{t-1} of the chunk's last step, into the carry.
-      step(item.d, row - later, later, row, 0, severed(item, s1, later));
+      step(item, row - later, later, row, 0, severed(item, s1, later));
       if (p_.norms) give_norms(item, s0, s1, rows);
       if (p_.weight_gradients) weight_gradients(item, index, s0, s1, rows);
       if (p_.dgates) give_gate_gradients(item, s0, s1, rows);
@@ -233,6 +236,9 @@ class BackwardPass {
       row.y = y + at * width;
       row.dy = p_.dy.data ? row_at<T>(p_.dy, z_.offset, t, item.first + b) + item.d * z_.R : nullptr;
       row.dc = p_.dc.data ? row_at<T>(p_.dc, z_.offset, t, item.first + b) + item.d * z_.H : nullptr;
+      const RowView &keep_h = p_.noise.keep_h, &keep_c = p_.noise.keep_c;
+      row.keep_h = keep_h.data ? row_at<T>(keep_h, z_.offset, t, item.first + b) + item.d * z_.R : nullptr;
+      row.keep_c = keep_c.data ? row_at<T>(keep_c, z_.offset, t, item.first + b) + item.d * z_.H : nullptr;
       if (b < known) {
         const int64_t earlier = z_.offset[before] + item.first + b;
         row.h_prev = y + earlier * width;
@@ -245,14 +251,24 @@ class BackwardPass {
     return rows;
   }
 
+  // The mask of an item's sample b, or null.
+  FUSEDRNN_INLINE const T* mask_of(const Item& item, int64_t b) const {
+    const T* mask = static_cast<const T*>(p_.noise.mask_h);
+    return mask ? mask + (item.d * z_.B + item.first + b) * z_.R : nullptr;
+  }
+  FUSEDRNN_INLINE static V masked(const T* mask, int64_t u, int64_t R, V v) {
+    return mask ? v * load<S>(mask + u, R - u) : v;
+  }
+
   // backward_step.inl
   struct Step;
-  void step(int d, int64_t later_row, int64_t later, int64_t row, int64_t now, int64_t severed);
+  void step(const Item& item, int64_t later_row, int64_t later, int64_t row, int64_t now, int64_t severed);
   void limit(Range samples);
   S scale_of(const S* row, int64_t n) const;
   static V previous_h(const Row& row, int64_t u, int64_t R);
   static void expect_saved(const Step& s, const Row& at, int64_t u, int64_t n);
-  static void cell_backward(const Step& s, int64_t r, int64_t u, V dh);
+  static V candidate_c(const Row& at, const Values<V, K>& saved, int64_t H, int64_t u);
+  static void cell_backward(const Step& s, int64_t r, int64_t u, V dh, V direct);
   static void first_stage_backward(const Step& s, int64_t r, int64_t u, V dq);
 
   // Calls body(t, first chunk row of t, samples [begin, end) of t) for the part of the chunk in `own`.
@@ -271,7 +287,7 @@ class BackwardPass {
   void clear_weight_sums(const Item& item, int index) const;
   void weight_gradients(const Item& item, int index, int64_t s0, int64_t s1, int64_t rows);
   void gather_operands(const Item& item, int64_t s0, int64_t s1, Range own);
-  V second_operand(const Row& at, int64_t u) const;
+  V second_operand(const Row& at, const T* mask, int64_t u) const;
   V pairwise_sum(const S* column, int64_t rows) const;
   void add_slices();
   void add_slices_of(const S* slices, int64_t stride, int64_t n, void* result);
@@ -295,8 +311,8 @@ class BackwardPass {
       for (int64_t b = samples.begin; b < samples.end; ++b) {
         const int64_t r = first + b;
         S* to = static_cast<S*>(p_.norms) + (item.d * z_.N + z_.offset[t] + item.first + b) * (Z + G);
-        to[0] = norm(b_.dh + r * ldh_, z_.R);
-        if constexpr (Z > 1) to[1] = norm(b_.dc + r * ldm_, H);
+        to[0] = norm(b_.all_dh + r * ldh_, z_.R);
+        if constexpr (Z > 1) to[1] = norm(b_.all_dc + r * ldm_, H);
         for (int g = 0; g < G; ++g) to[Z + g] = norm(b_.dg + r * ldg_ + (g < G - kSplit ? g : g + kSplit) * H, H);
       }
     });

@@ -8,7 +8,8 @@ struct BackwardPass<Cell, T>::Step {
   bool projected, norms;
   S clip;  // of each element, or 0
   const Row* rows;
-  S *dg, *dh, *dc;
+  const T* mask;  // [samples][R], or null
+  S *dg, *dh, *all_dh, *all_dc;
   S *carry_h, *carry_c;
 
   // What is sent back, no element of it beyond `clip`. NaN stays.
@@ -18,27 +19,41 @@ struct BackwardPass<Cell, T>::Step {
     const V below = v.v > high.v ? high.v : v.v;
     return below.v < low.v ? low.v : below.v;
   }
+  FUSEDRNN_INLINE const T* mask_of(int64_t r) const { return mask ? mask + r * R : nullptr; }
 };
 
 // Samples [0, later) have gate gradients of the step worked on before at chunk row `later_row` on, samples [0, now)
 // are active at this step, chunk rows from `row` on. A sample in one set only starts or ends here. The first `severed`
 // samples of the later step send nothing.
 template <class Cell, class T>
-void BackwardPass<Cell, T>::step(int d, int64_t later_row, int64_t later, int64_t row, int64_t now, int64_t severed) {
+void BackwardPass<Cell, T>::step(const Item& item, int64_t later_row, int64_t later, int64_t row, int64_t now,
+                                 int64_t severed) {
   const Timed timed(Phase::kRecurrentProduct);
   const Step s{z_.H, z_.R, ldg_, ldh_, ldm_, z_.projected, p_.norms != nullptr,
-               p_.clip_by_norm ? S(0) : static_cast<S>(p_.clip), b_.rows + row, b_.dg + row * ldg_,
-               b_.dh + row * ldh_, b_.dc + row * ldm_, b_.carry_h, b_.carry_c};
+               p_.clip_by_norm ? S(0) : static_cast<S>(p_.clip), b_.rows + row, mask_of(item, 0),
+               b_.dg + row * ldg_, b_.dh + row * ldh_, b_.all_dh + row * ldh_, b_.all_dc + row * ldm_, b_.carry_h,
+               b_.carry_c};
+  const int d = item.d;
   const S* later_dg = b_.dg + later_row * ldg_;
   const int64_t both = min64(later, now);
   const auto dg_row = [&](int64_t r) { return later_dg + r * s.ldg; };
   const auto carried = [&](int64_t r, int64_t u) { return load(s.carry_h + r * s.ldh + u); };
+  // What the step after sends: through the products, (Z4), and by the direct path.
+  const auto sent = [&](int64_t r, int64_t v, V acc) {
+    return s.clipped(masked(s.mask_of(r), v * L, s.R, acc) + carried(r, v * L));
+  };
   const auto arrive = [&](int64_t r, int64_t u, V dh) {  // dL/dh_t but for dy: the cell, or the projection first
     const Row& at = s.rows[r];
     if (at.dy) dh = dh + load<S>(at.dy + u, s.R - u);
-    if (s.projected || s.norms) store(s.dh + r * s.ldh + u, dh);
-    if (s.projected) store(s.carry_h + r * s.ldh + u, V(0));
-    else cell_backward(s, r, u, dh);
+    if (s.norms) store(s.all_dh + r * s.ldh + u, dh);
+    V direct(0);  // past the cell, (Z3)
+    if (at.keep_h) direct = dh * load<S>(at.keep_h + u, s.R - u), dh = dh - direct;
+    if (s.projected) {
+      store(s.dh + r * s.ldh + u, dh);
+      store(s.carry_h + r * s.ldh + u, direct);
+    } else {
+      cell_backward(s, r, u, dh, direct);
+    }
   };
   const Inner gates{F * s.H};
   const auto expect = [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA {
@@ -51,12 +66,12 @@ void BackwardPass<Cell, T>::step(int d, int64_t later_row, int64_t later, int64_
   if (!apart) {
     product<1>(packed(s_.w_hh[d]), gates, outputs_, {0, both}, dg_row, expect, [&](int64_t r, int64_t v, const V* acc,
                                                                                    int) {
-      arrive(r, v * L, s.clipped(acc[0] + carried(r, v * L)));
+      arrive(r, v * L, sent(r, v, acc[0]));
     });
   }
   product<1>(packed(s_.w_hh[d]), gates, outputs_, {apart ? severed : both, later}, dg_row, nothing_expected,
              [&](int64_t r, int64_t v, const V* acc, int) {
-               store(s.carry_h + r * s.ldh + v * L, s.clipped(acc[0] + carried(r, v * L)));
+               store(s.carry_h + r * s.ldh + v * L, sent(r, v, acc[0]));
              });
   if (p_.clip_by_norm) limit({severed, later});
   for (int64_t r = 0; r < severed; ++r) {
@@ -71,7 +86,7 @@ void BackwardPass<Cell, T>::step(int d, int64_t later_row, int64_t later, int64_
     team_.meet();
     product<1>(packed(s_.w_hr[d]), Inner{s.R}, units_, {0, now}, [&](int64_t r) { return s.dh + r * s.ldh; },
                [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA { expect_saved(s, s.rows[r], u, n); },
-               [&](int64_t r, int64_t v, const V* acc, int) { cell_backward(s, r, v * L, acc[0]); });
+               [&](int64_t r, int64_t v, const V* acc, int) { cell_backward(s, r, v * L, acc[0], V(0)); });
   }
   if constexpr (kTwoStage) {
     team_.meet();
@@ -121,32 +136,47 @@ FUSEDRNN_INLINE void BackwardPass<Cell, T>::expect_saved(const Step& s, const Ro
   if constexpr (K == 0) prefetch_to_read(at.y + u, n);
 }
 
-// The cell at sample r, units from u on. dh: dL/dh_t, or of the unprojected output.
+// The c that the cell gave: c_t, but where that keeps something of c_{t-1}.
 template <class Cell, class T>
-FUSEDRNN_INLINE void BackwardPass<Cell, T>::cell_backward(const Step& s, int64_t r, int64_t u, V dh) {
+FUSEDRNN_INLINE typename BackwardPass<Cell, T>::V BackwardPass<Cell, T>::candidate_c(const Row& at,
+                                                                                     const Values<V, K>& saved,
+                                                                                     int64_t H, int64_t u) {
+  if (!at.keep_c) return load<S>(at.saved + K * H + u, H - u);
+  Values<V, Z> prev;
+  prev[1] = load<S>(at.c_prev + u, H - u);
+  return Cell::candidate(saved, prev);
+}
+
+// The cell at sample r, units from u on. dh: dL/d of the h that the cell gave, or of the unprojected output; direct:
+// what goes past the cell to h_{t-1}.
+template <class Cell, class T>
+FUSEDRNN_INLINE void BackwardPass<Cell, T>::cell_backward(const Step& s, int64_t r, int64_t u, V dh, V direct) {
   const Row& at = s.rows[r];
   const int64_t H = s.H, n = H - u;
   Values<V, K> saved;
   Values<V, Z> prev, cur, d;
   Values<V, G> dx, drec;
+  V direct_c(0);
   for (int g = 0; g < G; ++g) dx[g] = drec[g] = V(0);
   for (int k = 0; k < K; ++k) saved[k] = load<S>(at.saved + k * H + u, n);
   prev[0] = s.projected ? V(0) : previous_h(at, u, s.R);
-  cur[0] = s.projected ? V(0) : load<S>(at.y + u, n);
+  if (K == 0 && at.keep_h) cur[0] = load<S>(at.saved + u, n);
+  else cur[0] = s.projected ? V(0) : load<S>(at.y + u, n);
   d[0] = dh;
   if constexpr (Z > 1) {
     prev[1] = load<S>(at.c_prev + u, n);
-    cur[1] = load<S>(at.saved + K * H + u, n);
+    cur[1] = candidate_c(at, saved, H, u);
     d[1] = load(s.carry_c + r * s.ldm + u);
     if (at.dc) d[1] = d[1] + load<S>(at.dc + u, n);
-    if (s.norms) store(s.dc + r * s.ldm + u, Cell::dc_of(saved, cur, d));
+    if (s.norms) store(s.all_dc + r * s.ldm + u, at.keep_c ? d[1] : Cell::dc_of(saved, cur, d));
+    if (at.keep_c) direct_c = d[1] * load<S>(at.keep_c + u, n), d[1] = d[1] - direct_c;  // (Z3)
   }
   Cell::backward(saved, prev, cur, d, dx, drec);
   S* dg = s.dg + r * s.ldg + u;
   for (int g = 0; g < G; ++g) store(dg + g * H, drec[g], n);
   for (int g = G - kSplit; g < G; ++g) store(dg + (g + kSplit) * H, dx[g], n);
-  if (!s.projected) store(s.carry_h + r * s.ldh + u, d[0]);
-  if constexpr (Z > 1) store(s.carry_c + r * s.ldm + u, s.clipped(d[1]));
+  if (!s.projected) store(s.carry_h + r * s.ldh + u, d[0] + direct);
+  if constexpr (Z > 1) store(s.carry_c + r * s.ldm + u, s.clipped(d[1] + direct_c));
 }
 
 template <class Cell, class T>
@@ -159,9 +189,10 @@ FUSEDRNN_INLINE void BackwardPass<Cell, T>::first_stage_backward(const Step& s, 
   Values<V, G> dx, drec;
   for (int k = 0; k < K; ++k) saved[k] = load<S>(at.saved + k * H + u, n);
   for (int g = 0; g < G; ++g) dx[g] = drec[g] = load<S>(dg + g * H, n);
-  prev[0] = previous_h(at, u, s.R);
-  d[0] = load(s.carry_h + r * s.ldh + u);
+  const T* mask = s.mask_of(r);
+  prev[0] = masked(mask, u, s.R, previous_h(at, u, s.R));
+  d[0] = V(0);
   Cell::backward_first(saved, prev, dq, d, dx, drec);
   for (int g = 0; g < F; ++g) store(dg + g * H, drec[g], n);
-  store(s.carry_h + r * s.ldh + u, d[0]);
+  store(s.carry_h + r * s.ldh + u, load(s.carry_h + r * s.ldh + u) + masked(mask, u, s.R, d[0]));
 }

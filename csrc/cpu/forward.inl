@@ -5,7 +5,8 @@
 // tiles, the cell on each block of rows while it is in the first-level cache, a barrier after each product. With
 // `saved`, the projection is written straight into the rows that the activated gates will overwrite.
 //
-// Layouts: gates [g][pitch]; saved rows [k][H] for k in [0, kSaved), then c; h double-buffered [2][samples][R].
+// Layouts: gates [g][pitch]; saved rows [k][H] for k in [0, kSaved), then c; h double-buffered [2][samples][R], and so
+// is what the products read of it, if that is masked.
 
 template <class Cell, class T>
 class ForwardPass {
@@ -32,6 +33,7 @@ class ForwardPass {
   };
   struct TeamBuffers {
     S *h[2], *c, *m;  // [samples][row_stride]
+    S* operand[2];    // h, masked; without a mask h itself
     S* gates;         // [chunk rows][row_stride of G*H], unless they live in `saved`
     S* x;             // [chunk rows][I], if x must be converted
     const S** x_row;  // [members][chunk rows]
@@ -120,6 +122,9 @@ class ForwardPass {
     TeamBuffers b;
     b.h[0] = carver.take<S>(samples * row_stride<S>(z.R));
     b.h[1] = carver.take<S>(samples * row_stride<S>(z.R));
+    for (int i = 0; i < 2; ++i) {
+      b.operand[i] = p.noise.mask_h ? carver.take<S>(samples * row_stride<S>(z.R)) : b.h[i];
+    }
     b.c = carver.take<S>(Z > 1 ? samples * row_stride<S>(z.H) : 0);
     b.m = carver.take<S>(kTwoStage || z.projected ? samples * row_stride<S>(z.H) : 0);
     b.gates = carver.take<S>(p.saved && K ? 0 : rows * row_stride<S>(G * padded(z.H)));
@@ -199,7 +204,7 @@ class ForwardPass {
       project(item.d, rows);
       for (int64_t s = s0, row = 0; s < s1; ++s) {
         const int64_t t = time_of(item, s);
-        step(item, t, row, b_.h[s & 1], b_.h[(s + 1) & 1]);
+        step(item, t, row, s & 1);
         row += item.rows(t);
       }
     }
@@ -214,6 +219,10 @@ class ForwardPass {
         const V h = p_.h0 ? load<S>(static_cast<const T*>(p_.h0) + sample * z_.R + v * L, z_.R - v * L) : V(0);
         store(b_.h[0] + b * ldh_ + v * L, h);
         store(b_.h[1] + b * ldh_ + v * L, h);  // a sample that starts late finds it in either buffer
+        if (!p_.noise.mask_h) continue;
+        const V seen = h * load<S>(static_cast<const T*>(p_.noise.mask_h) + sample * z_.R + v * L, z_.R - v * L);
+        store(b_.operand[0] + b * ldh_ + v * L, seen);
+        store(b_.operand[1] + b * ldh_ + v * L, seen);
       }
       if constexpr (Z > 1) {
         for (int64_t v = units_.begin; v < units_.end; ++v) {
@@ -255,7 +264,7 @@ class ForwardPass {
 
   // forward_step.inl
   void project(int d, int64_t rows) const;
-  void step(const Item& item, int64_t t, int64_t row, const S* h_prev, S* h_next);
+  void step(const Item& item, int64_t t, int64_t row, int now);
 
   void final_states(const Item& item) {
     const Range own = part(item.samples(), team_.me, team_.members);

@@ -20,20 +20,27 @@ void ForwardPass<Cell, T>::project(int d, int64_t rows) const {
       });
 }
 
-// One time step of the rows [row, row + n) of the chunk: h_prev in, h_next out.
+// One time step of the rows [row, row + n) of the chunk: h[now] in, the other h out.
 template <class Cell, class T>
-void ForwardPass<Cell, T>::step(const Item& item, int64_t t, int64_t row, const S* h_prev, S* h_next) {
+void ForwardPass<Cell, T>::step(const Item& item, int64_t t, int64_t row, int now) {
   const Timed timed(Phase::kRecurrentProduct);
   const LayerWeights& w = p_.weights[item.d];
   const int64_t n = item.rows(t), H = z_.H, R = z_.R, ldh = ldh_, ldm = ldm_, ldy = z_.D * R, pitch = pitch_;
   const bool projected = z_.projected, saving = p_.saved;
   const S* bias = s_.b_hh[item.d];
   T* y = static_cast<T*>(p_.y) + (z_.offset[t] + item.first) * ldy + item.d * R;
-  S *c = b_.c, *m = b_.m;
+  const S *h_prev = b_.h[now], *seen = b_.operand[now];
+  S *h_next = b_.h[1 - now], *seen_next = b_.operand[1 - now], *c = b_.c, *m = b_.m;
+  const T* mask = p_.noise.mask_h ? static_cast<const T*>(p_.noise.mask_h) + (item.d * z_.B + item.first) * R : nullptr;
+  const auto kept = [&](const RowView& of, int64_t width) {
+    return of.data ? row_at<T>(of, z_.offset, t, item.first) + item.d * width : nullptr;
+  };
+  const T *keep_h = kept(p_.noise.keep_h, R), *keep_c = kept(p_.noise.keep_c, H);
+  const int64_t keep_h_stride = p_.noise.keep_h.batch, keep_c_stride = p_.noise.keep_c.batch;
   S* const* gate_row = b_.gate_row + row;
   S* const* saved_row = b_.saved_row + row;
 
-  const auto h_row = [&](int64_t r) { return h_prev + r * ldh; };
+  const auto h_row = [&](int64_t r) { return seen + r * ldh; };
   const auto m_row = [&](int64_t r) { return m + r * ldm; };
   const auto expect = [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA {
     if (saving) {
@@ -58,11 +65,18 @@ void ForwardPass<Cell, T>::step(const Item& item, int64_t t, int64_t row, const 
     if (!saving) return;
     for (int k = first; k < end; ++k) store(saved_row[r] + k * H + u, saved[k], H - u);
   };
+  const auto between = [](V keep, V before, V next) { return keep * before + (V(1) - keep) * next; };  // (Z2)
   const auto put_c = [&](int64_t r, int64_t u, V next) {
+    if (keep_c) next = between(load<S>(keep_c + r * keep_c_stride + u, H - u), load(c + r * ldm + u), next);
     store(c + r * ldm + u, next);
     if (saving) store(saved_row[r] + K * H + u, next, H - u);
   };
   const auto put_h = [&](int64_t r, int64_t u, V h) {
+    if (keep_h) {
+      if (K == 0 && saving) store(saved_row[r] + u, h, H - u);
+      h = between(load<S>(keep_h + r * keep_h_stride + u, R - u), load(h_prev + r * ldh + u), h);
+    }
+    if (mask) store(seen_next + r * ldh + u, h * load<S>(mask + r * R + u, R - u));
     store(h_next + r * ldh + u, h);
     store(y + r * ldy + u, h, R - u);
   };
@@ -81,7 +95,7 @@ void ForwardPass<Cell, T>::step(const Item& item, int64_t t, int64_t row, const 
                  Values<V, Z> prev;
                  V q;
                  inputs(0, F, gates, u, acc, stride, x, rec);
-                 states(r, u, prev);
+                 prev[0] = load(seen + r * ldh + u);
                  Cell::forward_first(x, rec, prev, saved, q);
                  for (int k = 0; k < F; ++k) store(gates + k * pitch + u, saved[k], pitch - u);
                  store(m + r * ldm + u, q);

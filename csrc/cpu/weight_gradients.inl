@@ -81,27 +81,28 @@ void BackwardPass<Cell, T>::gather_operands(const Item& item, int64_t s0, int64_
       const T* x = row_at<T>(p_.x, z_.offset, t, item.first + b);
       const Row& at = b_.rows[r];
       for (int64_t i = 0; i < z_.I; i += L) store(b_.x.at(r, i), load<S>(x + i, z_.I - i));
-      for (int64_t u = 0; u < z_.R; u += L) store(b_.h.at(r, u), previous_h(at, u, z_.R));
+      const T* mask = mask_of(item, b);
+      for (int64_t u = 0; u < z_.R; u += L) store(b_.h.at(r, u), masked(mask, u, z_.R, previous_h(at, u, z_.R)));
       if (kTwoStage || z_.projected) {
-        for (int64_t u = 0; u < z_.H; u += L) store(b_.m.at(r, u), second_operand(at, u));
+        for (int64_t u = 0; u < z_.H; u += L) store(b_.m.at(r, u), second_operand(at, mask, u));
       }
     }
   });
 }
 
 template <class Cell, class T>
-FUSEDRNN_INLINE typename BackwardPass<Cell, T>::V BackwardPass<Cell, T>::second_operand(const Row& at,
+FUSEDRNN_INLINE typename BackwardPass<Cell, T>::V BackwardPass<Cell, T>::second_operand(const Row& at, const T* mask,
                                                                                         int64_t u) const {
   const int64_t n = z_.H - u;
   Values<V, K> saved;
   for (int k = 0; k < K; ++k) saved[k] = load<S>(at.saved + k * z_.H + u, n);
   Values<V, Z> state;
   if constexpr (kTwoStage) {
-    state[0] = previous_h(at, u, z_.R);
+    state[0] = masked(mask, u, z_.R, previous_h(at, u, z_.R));
     return Cell::recurrent_operand(saved, state);
   } else if constexpr (Z > 1) {
     state[0] = V(0);
-    state[1] = load<S>(at.saved + K * z_.H + u, n);
+    state[1] = candidate_c(at, saved, z_.H, u);
     return Cell::output(saved, state);
   }
   return V(0);  // no such operand: not reached

@@ -22,6 +22,17 @@ struct StepView {
   int64_t batch;
 };
 
+// What a step keeps of a state before it (problem.h). Columns from the direction's first on.
+template <class T>
+struct Keeps {
+  PerSlot<StepView<T>> h, c;  // [rows, R], [rows, H]
+
+  template <class S>
+  FUSEDRNN_INLINE static S of(const StepView<T>& keep, int64_t b, int64_t j) {
+    return widen(keep.data[b * keep.batch + j]);
+  }
+};
+
 // One matrix of each slot, [rows][columns], side by side.
 template <class T>
 struct Beside {
@@ -58,11 +69,14 @@ struct LoadStates {
   S* c;                       // [slots][B][H], or null
   PerSlot<const T*> from_h;   // [B, R] or null
   PerSlot<const T*> from_c;   // [B, H] or null
+  PerSlot<const T*> mask;     // [B, R] or null: of the operand
 
   FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t j) const {
     if (j < R) {
       const T value = from_h[s] ? from_h[s][b * R + j] : narrow<T>(0);
-      if (operand) operand[(s * B + b) * R + j] = value;
+      if (operand) {
+        operand[(s * B + b) * R + j] = mask[s] ? narrow<T>(widen(value) * widen(mask[s][b * R + j])) : value;
+      }
       if (h) h[(s * B + b) * R + j] = widen(value);
     }
     if (c && j < H) c[(s * B + b) * H + j] = from_c[s] ? widen(from_c[s][b * H + j]) : S(0);
@@ -101,6 +115,7 @@ struct ForwardBuffers {
   int64_t saved_stride;
   S* kept;                    // [slots][B][kSaved*H]: the saved values of this step alone, if `saved` is null
   const S* rec;               // [slots][B][G*H]: W_hh h_{t-1}
+  PerSlot<const T*> mask;     // [B, R] or null: of the operand
   T* operand;                 // [slots][B][R]: h as the next product reads it
   S* h;                       // [slots][B][R], or null: operand is it
   S* c;                       // [slots][B][H]
@@ -111,6 +126,7 @@ template <class Cell, class S, class T>
 struct ForwardElement {
   ForwardBuffers<S, T> u;
   StepRows at;
+  Keeps<T> keep;
   PerSlot<const S*> x;  // [rows, G*H]: W_ih x_t
 
   static constexpr int G = Cell::kGates;
@@ -130,6 +146,24 @@ struct ForwardElement {
   FUSEDRNN_INLINE S previous_h(int64_t i) const { return u.h ? u.h[i] : widen(u.operand[i]); }
 };
 
+// Between what a cell gives and the state before it, where zoneout says.
+template <class S>
+FUSEDRNN_INLINE S between(S keep, S before, S next) {
+  return keep * before + (S(1) - keep) * next;  // (Z2)
+}
+
+// h of a sample's unit j, element i of the driver's buffers, as what comes after finds it: h_{t-1} is there still.
+template <class S, class T>
+FUSEDRNN_INLINE void publish(const ForwardBuffers<S, T>& u, const StepRows& at, const Keeps<T>& keep, int s, int64_t b,
+                             int64_t j, S h) {
+  const int64_t i = (s * u.B + b) * u.R + j;
+  if (keep.h[s].data) h = between(Keeps<T>::template of<S>(keep.h[s], b, j), u.h[i], h);
+  const T rounded = narrow<T>(h);
+  u.operand[i] = u.mask[s] ? narrow<T>(h * widen(u.mask[s][b * u.R + j])) : rounded;
+  if (u.h) u.h[i] = h;
+  u.y[s][(at.first[s] + b) * u.width + j] = rounded;
+}
+
 // The first gates and q, of cells with two products a step.
 template <class Cell, class S, class T>
 struct ForwardFirst : ForwardElement<Cell, S, T> {
@@ -138,7 +172,7 @@ struct ForwardFirst : ForwardElement<Cell, S, T> {
     const int64_t H = this->u.H, i = (s * this->u.B + b) * H + j;
     Values<S, Cell::kGates> x, rec;
     for (int g = 0; g < Cell::kFirst; ++g) x[g] = this->x_gate(s, b, j, g), rec[g] = this->rec_gate(s, b, j, g);
-    Values<S, 1> previous = {this->previous_h(i)};
+    Values<S, 1> previous = {this->u.mask[s] ? widen(this->u.operand[i]) : this->previous_h(i)};
     Values<S, Cell::kSaved> saved;
     S q;
     Cell::forward_first(x, rec, previous, saved, q);
@@ -175,31 +209,31 @@ struct ForwardStep : ForwardElement<Cell, S, T> {
     } else {
       Cell::forward(x, rec, state, saved);
     }
-    if constexpr (Cell::kStates == 2) u.c[i] = state[1];
-    const T h = narrow<T>(state[0]);
-    if constexpr (kProjected) {
-      u.q[i] = h;
-    } else {
-      u.operand[i] = h;
-      if (u.h) u.h[i] = state[0];
-      u.y[s][(this->at.first[s] + b) * u.width + j] = h;
+    if constexpr (Cell::kStates == 2) {
+      const StepView<T>& keep = this->keep.c[s];
+      if (keep.data) state[1] = between(Keeps<T>::template of<S>(keep, b, j), u.c[i], state[1]);
+      u.c[i] = state[1];
     }
     if (u.saved[s]) {
       for (int k = 0; k < Cell::kSaved; ++k) row[k * H + j] = saved[k];
       if constexpr (Cell::kStates == 2) row[Cell::kSaved * H + j] = state[1];
+      if (Cell::kSaved == 0 && this->keep.h[s].data) row[j] = state[0];
     }
+    if constexpr (kProjected) u.q[i] = narrow<T>(state[0]);
+    else publish(u, this->at, this->keep, s, b, j, state[0]);
   }
 };
 
-// y of a projected layer, from the product that the next step reads.
+// h and y of a projected layer, from the product that is in the place of what the next step reads.
 template <class S, class T>
 struct PublishProjected {
   ForwardBuffers<S, T> u;
   StepRows at;
+  Keeps<T> keep;
 
   FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t r) const {
     if (b >= at.rows[s]) return;
-    u.y[s][(at.first[s] + b) * u.width + r] = u.operand[(s * u.B + b) * u.R + r];
+    publish(u, at, keep, s, b, r, widen(u.operand[(s * u.B + b) * u.R + r]));
   }
 };
 
@@ -216,9 +250,10 @@ struct BackwardBuffers {
   PerSlot<const S*> saved;     // [N, saved_stride]
   int64_t saved_stride;
   PerSlot<T*> dg;              // [N, (kSplit + G)*H]
-  PerSlot<T*> before;          // [N, R]: h_{t-1} of each row, or null
+  PerSlot<const T*> mask;      // [B, R] or null
+  PerSlot<T*> before;          // [N, R]: mask * h_{t-1} of each row, or null
   PerSlot<T*> q;               // [N, H]: operand of the second product or output before its projection; or null
-  PerSlot<T*> dy_rows;         // [N, R]: dL/dy of a projected layer
+  PerSlot<T*> dy_rows;         // [N, R]: dL/d(W_hr (o * tanh(c))) of a projected layer
   PerSlot<S*> dh_rows;         // [N, R]: dL/dh_t by all ways, or null
   PerSlot<S*> dc_rows;         // [N, H]: dL/dc_t likewise, or null
   S* dh;                       // [slots][B][R]: dL/dh of this step but for dy
@@ -232,7 +267,19 @@ struct BackwardElement {
   StepRows at;
   PerSlot<StepView<T>> dy;
   PerSlot<StepView<T>> dc;
+  Keeps<T> keep;
 
+  FUSEDRNN_INLINE S masked(int s, int64_t b, int64_t r, S v) const {
+    return u.mask[s] ? v * widen(u.mask[s][b * u.R + r]) : v;
+  }
+  // As the products read it.
+  FUSEDRNN_INLINE S previous_operand(int s, int64_t b, int64_t r) const {
+    return masked(s, b, r, widen(previous_h(s, b, r)));
+  }
+  // Of a gradient what goes past the cell to the state before.
+  FUSEDRNN_INLINE static S direct(const StepView<T>& keep, int64_t b, int64_t j, S d) {
+    return keep.data ? d * Keeps<T>::template of<S>(keep, b, j) : S(0);  // (Z3)
+  }
   FUSEDRNN_INLINE T previous_h(int s, int64_t b, int64_t r) const {
     return b < at.carried[s] ? u.y[s][(at.previous[s] + b) * u.width + r]
                              : u.h0[s] ? u.h0[s][b * u.R + r] : narrow<T>(0);
@@ -250,10 +297,11 @@ struct BackwardProjected : BackwardElement<S, T> {
   FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t r) const {
     if (b >= this->at.rows[s]) return;
     const int64_t i = (this->at.first[s] + b) * this->u.R + r;
-    const S dh = this->total_dh(s, b, r);
-    this->u.dy_rows[s][i] = narrow<T>(dh);
+    const S dh = this->total_dh(s, b, r), direct = this->direct(this->keep.h[s], b, r, dh);
+    this->u.dy_rows[s][i] = narrow<T>(dh - direct);
+    this->u.dh[(s * this->u.B + b) * this->u.R + r] = direct;
     if (this->u.dh_rows[s]) this->u.dh_rows[s][i] = dh;
-    if (this->u.before[s]) this->u.before[s][i] = this->previous_h(s, b, r);
+    if (this->u.before[s]) this->u.before[s][i] = narrow<T>(this->previous_operand(s, b, r));
   }
 };
 
@@ -267,28 +315,35 @@ struct BackwardStep : BackwardElement<S, T> {
     Values<S, Cell::kSaved> saved;
     for (int k = 0; k < Cell::kSaved; ++k) saved[k] = row[k * H + j];
     Values<S, Cell::kStates> previous, current, d;
+    S direct_h = S(0), direct_c = S(0);
     if constexpr (kProjected) {
       previous[0] = current[0] = S(0);  // no cell that is projected reads them
       d[0] = u.through[i];
     } else {
-      const T before = this->previous_h(s, b, j);
-      if (u.before[s]) u.before[s][n * H + j] = before;
-      previous[0] = widen(before);
-      current[0] = widen(u.y[s][n * u.width + j]);
+      const StepView<T>& keep = this->keep.h[s];
+      if (u.before[s]) u.before[s][n * H + j] = narrow<T>(this->previous_operand(s, b, j));
+      previous[0] = widen(this->previous_h(s, b, j));
+      current[0] = Cell::kSaved == 0 && keep.data ? row[j] : widen(u.y[s][n * u.width + j]);
       d[0] = this->total_dh(s, b, j);
       if (u.dh_rows[s]) u.dh_rows[s][n * H + j] = d[0];
+      direct_h = this->direct(keep, b, j, d[0]);
+      d[0] -= direct_h;
     }
     if constexpr (Cell::kStates == 2) {
       const int64_t before = (this->at.previous[s] + b) * u.saved_stride + Cell::kSaved * H + j;
       previous[1] = b < this->at.carried[s] ? u.saved[s][before] : u.c0[s] ? widen(u.c0[s][b * H + j]) : S(0);
-      current[1] = row[Cell::kSaved * H + j];
+      const StepView<T>& keep = this->keep.c[s];
+      current[1] = keep.data ? Cell::candidate(saved, previous) : row[Cell::kSaved * H + j];
       d[1] = u.dc[i];
       const StepView<T>& dc = this->dc[s];
       if (dc.data) d[1] += widen(dc.data[b * dc.batch + j]);
-      if (u.dc_rows[s]) u.dc_rows[s][n * H + j] = Cell::dc_of(saved, current, d);
+      if (u.dc_rows[s]) u.dc_rows[s][n * H + j] = keep.data ? d[1] : Cell::dc_of(saved, current, d);
+      direct_c = this->direct(keep, b, j, d[1]);
+      d[1] -= direct_c;
     }
     if constexpr (Cell::kFirst < Cell::kGates) {
-      if (u.q[s]) u.q[s][n * H + j] = narrow<T>(Cell::recurrent_operand(saved, previous));
+      const Values<S, 1> operand = {this->previous_operand(s, b, j)};
+      if (u.q[s]) u.q[s][n * H + j] = narrow<T>(Cell::recurrent_operand(saved, operand));
     }
     if constexpr (kProjected) {
       if (u.q[s]) u.q[s][n * H + j] = narrow<T>(Cell::output(saved, current));
@@ -298,8 +353,8 @@ struct BackwardStep : BackwardElement<S, T> {
     T* out = u.dg[s] + n * (Cell::kSplit + Cell::kGates) * H + j;
     for (int k = 0; k < Cell::kSplit; ++k) out[k * H] = narrow<T>(dx[Cell::kGates - Cell::kSplit + k]);
     for (int g = 0; g < Cell::kGates; ++g) out[(Cell::kSplit + g) * H] = narrow<T>(drec[g]);
-    if constexpr (!kProjected) u.dh[i] = d[0];
-    if constexpr (Cell::kStates == 2) u.dc[i] = d[1];
+    if constexpr (!kProjected) u.dh[i] = d[0] + direct_h;
+    if constexpr (Cell::kStates == 2) u.dc[i] = d[1] + direct_c;
   }
 };
 
@@ -314,13 +369,25 @@ struct BackwardFirst : BackwardElement<S, T> {
     T* out = u.dg[s] + (this->at.first[s] + b) * (Cell::kSplit + Cell::kGates) * H + Cell::kSplit * H + j;
     Values<S, Cell::kSaved> saved;
     for (int k = 0; k < Cell::kSaved; ++k) saved[k] = row[k * H + j];
-    const Values<S, 1> previous = {widen(this->previous_h(s, b, j))};
-    Values<S, 1> d = {u.dh[i]};
+    const Values<S, 1> previous = {this->previous_operand(s, b, j)};
+    Values<S, 1> d = {S(0)};
     Values<S, Cell::kGates> dx = {}, drec = {};
     for (int g = 0; g < Cell::kFirst; ++g) dx[g] = drec[g] = widen(out[g * H]);
     Cell::backward_first(saved, previous, u.through[i], d, dx, drec);
     for (int g = 0; g < Cell::kFirst; ++g) out[g * H] = narrow<T>(drec[g]);
-    u.dh[i] = d[0];
+    u.dh[i] += this->masked(s, b, j, d[0]);
+  }
+};
+
+// What the products send back to a masked h, beside the direct path.
+template <class S, class T>
+struct AddMasked : BackwardElement<S, T> {
+  const S* sent;  // [slots][B][R]
+
+  FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t r) const {
+    if (b >= this->at.rows[s]) return;
+    const int64_t i = (s * this->u.B + b) * this->u.R + r;
+    this->u.dh[i] += this->masked(s, b, r, sent[i]);
   }
 };
 

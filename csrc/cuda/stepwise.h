@@ -70,4 +70,23 @@ const T* beside(Device& device, const Problem& p, const void* LayerWeights::*wei
   return copies;
 }
 
+// Rows of step i, a slot's columns [slot * width, ...).
+template <class T>
+void view_step(const RowView& from, const LayerSizes& z, const Slots& slots, int64_t i, int64_t width,
+               PerSlot<StepView<T>>& to) {
+  for (int s = 0; from.data && s < slots.count; ++s) {
+    const int64_t t = slots.time(z, s, i);
+    const int64_t row = from.time < 0 ? z.offset[t] * from.batch : t * from.time;
+    to[s] = {typed<T>(from.data, row + s * width), from.batch};
+  }
+}
+
+template <class T, class Problem>
+Keeps<T> keeps(const Problem& p, const Slots& slots, int64_t i) {
+  Keeps<T> keep = {};
+  view_step(p.noise.keep_h, p.size, slots, i, p.size.R, keep.h);
+  view_step(p.noise.keep_c, p.size, slots, i, p.size.H, keep.c);
+  return keep;
+}
+
 }  // namespace fusedrnn

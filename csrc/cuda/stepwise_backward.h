@@ -24,6 +24,7 @@ struct StepwiseBackward {
 
   struct Work {
     S* dh;       // [slots][B][R]
+    S* sent;     // [slots][B][R] or null: what the products send back to a masked h
     S* dc;       // [slots][B][H] or null
     S* through;  // [slots][B][H] or null
     T* dg;       // [slots][N][kBlocks*H]
@@ -43,6 +44,7 @@ struct StepwiseBackward {
     const LayerSizes& z = p.size;
     Work w = {};
     w.dh = arena.take<S>(z.D * z.B * z.R);
+    if (p.noise.mask_h) w.sent = arena.take<S>(z.D * z.B * z.R);
     if (Cell::kStates == 2) w.dc = arena.take<S>(z.D * z.B * z.H);
     if (kTwoProducts || z.projected) w.through = arena.take<S>(z.D * z.B * z.H);
     w.dg = arena.take<T>(z.D * z.N * kBlocks * z.H);
@@ -74,7 +76,7 @@ struct StepwiseBackward {
     const int64_t H = z.H, R = z.R, B = z.B, N = z.N;
     const T* const w_hh = beside(device, p, &LayerWeights::w_hh, w.w_hh, G * H, R);
     const T* const w_hr = z.projected ? beside(device, p, &LayerWeights::w_hr, w.w_hr, R, H) : nullptr;
-    LoadStates<S, T> begin = {B, R, H, nullptr, w.dh, w.dc, {}, {}};
+    LoadStates<S, T> begin = {B, R, H, nullptr, w.dh, w.dc, {}, {}, {}};
     StoreStates<S, S, T> finish = {B, R, H, w.dh, w.dc, {}, {}};
     BackwardBuffers<S, T> u = {};
     u.B = B, u.H = H, u.R = R, u.width = z.D * R;
@@ -85,6 +87,7 @@ struct StepwiseBackward {
       begin.from_c[s] = typed<T>(p.dc_n, s * B * H);
       finish.to_h[s] = typed<T>(p.dh0, s * B * R);
       finish.to_c[s] = typed<T>(p.dc0, s * B * H);
+      u.mask[s] = typed<T>(p.noise.mask_h, s * B * R);
       u.h0[s] = typed<T>(p.h0, s * B * R);
       u.c0[s] = typed<T>(p.c0, s * B * H);
       u.y[s] = typed<T>(p.y, s * R);
@@ -98,7 +101,7 @@ struct StepwiseBackward {
     }
     device.each(slots.count, B, std::max(H, R), begin);
     for (int64_t i = z.T - 1; i >= 0; --i) {
-      step(device, p, slots, w_hh, w_hr, u, i);
+      step(device, p, slots, w_hh, w_hr, u, w.sent, i);
       if (p.clip > 0 || p.bptt_steps > 0) limit(device, p, slots, w, u, i);
     }
     device.each(slots.count, B, std::max(H, R), finish);
@@ -121,20 +124,14 @@ struct StepwiseBackward {
  private:
   template <class Device>
   static void step(Device& device, const BackwardProblem& p, const Slots& slots, const T* w_hh, const T* w_hr,
-                   const BackwardBuffers<S, T>& u, int64_t i) {
+                   const BackwardBuffers<S, T>& u, S* sent, int64_t i) {
     const LayerSizes& z = p.size;
     const int64_t H = z.H, R = z.R, width = kBlocks * H;
     const StepRows at = slots.rows(z, i);
     const int64_t rows = slots.most_rows(at);
-    BackwardElement<S, T> element = {u, at, {}, {}};
-    const auto view = [&](const RowView& from, int64_t t, int64_t column) {
-      const int64_t row = from.time < 0 ? z.offset[t] * from.batch : t * from.time;
-      return StepView<T>{typed<T>(from.data, row + column), from.batch};
-    };
-    for (int s = 0; s < slots.count; ++s) {
-      element.dy[s] = view(p.dy, slots.time(z, s, i), s * R);
-      element.dc[s] = view(p.dc, slots.time(z, s, i), s * H);
-    }
+    BackwardElement<S, T> element = {u, at, {}, {}, keeps<T>(p, slots, i)};
+    view_step(p.dy, z, slots, i, R, element.dy);
+    view_step(p.dc, z, slots, i, H, element.dc);
     // to [slots][B][columns] = or += rows of this step, `length` elements each from column `offset` of `from`
     // [slots][N][from_width] on, times a matrix [length, columns] at `weight`, of weights `distance` apart.
     const auto multiply = [&](const T* from, int64_t from_width, int64_t offset, const T* weight, int64_t distance,
@@ -161,8 +158,9 @@ struct StepwiseBackward {
                (G - Cell::kFirst) * H, H, u.through, false);
       device.each(slots.count, rows, H, BackwardFirst<Cell, S, T>{element});
     }
-    // A cell's direct path to h_{t-1} is in dh already; a projected one has none.
-    multiply(u.dg[0], width, kSplit * H, w_hh, G * H * R, Cell::kFirst * H, R, u.dh, !z.projected);
+    // The direct path to h_{t-1} is in dh already.
+    multiply(u.dg[0], width, kSplit * H, w_hh, G * H * R, Cell::kFirst * H, R, sent ? sent : u.dh, !sent);
+    if (sent) device.each(slots.count, rows, R, AddMasked<S, T>{element, sent});
   }
 
   // What step i sends to step i - 1.

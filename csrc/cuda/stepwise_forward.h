@@ -21,7 +21,7 @@ struct StepwiseForward {
     S* x;        // [slots][limit][G*H]
     S* rec;      // [slots][B][G*H]
     T* operand;  // [slots][B][R]
-    S* h;        // [slots][B][R] or null
+    S* h;        // [slots][B][R], or null: `operand` is all there is to know of it
     S* c;        // [slots][B][H] or null
     T* q;        // [slots][B][H] or null
     S* kept;     // [slots][B][kSaved*H] or null
@@ -40,7 +40,7 @@ struct StepwiseForward {
     w.x = arena.take<S>(w.limit * row);
     w.rec = arena.take<S>(z.B * row);
     w.operand = arena.take<T>(z.D * z.B * z.R);
-    if (!kOneType && !z.projected) w.h = arena.take<S>(z.D * z.B * z.R);
+    if ((!kOneType && !z.projected) || p.noise.mask_h || p.noise.keep_h.data) w.h = arena.take<S>(z.D * z.B * z.R);
     if (Cell::kStates == 2) w.c = arena.take<S>(z.D * z.B * z.H);
     if (kTwoProducts || z.projected) w.q = arena.take<T>(z.D * z.B * z.H);
     if (kTwoProducts && !p.saved) w.kept = arena.take<S>(z.D * z.B * Cell::kSaved * z.H);
@@ -69,7 +69,7 @@ struct StepwiseForward {
     const Weights weights = {beside(device, p, &LayerWeights::w_ih, w.w_ih, G * H, z.I),
                              beside(device, p, &LayerWeights::w_hh, w.w_hh, G * H, R),
                              z.projected ? beside(device, p, &LayerWeights::w_hr, w.w_hr, R, H) : nullptr};
-    LoadStates<S, T> begin = {B, R, H, w.operand, w.h, w.c, {}, {}};
+    LoadStates<S, T> begin = {B, R, H, w.operand, w.h, w.c, {}, {}, {}};
     StoreStates<T, S, T> finish = {B, R, H, w.operand, w.c, {}, {}};
     ForwardBuffers<S, T> u = {};
     u.B = B, u.H = H, u.R = R, u.width = z.D * R;
@@ -80,6 +80,7 @@ struct StepwiseForward {
       begin.from_c[s] = typed<T>(p.c0, s * B * H);
       finish.to_h[s] = typed<T>(p.h_n, s * B * R);
       finish.to_c[s] = typed<T>(p.c_n, s * B * H);
+      u.mask[s] = begin.mask[s] = typed<T>(p.noise.mask_h, s * B * R);
       u.b_ih[s] = typed<T>(p.weights[s].b_ih);
       u.b_hh[s] = typed<T>(p.weights[s].b_hh);
       u.y[s] = typed<T>(p.y, s * R);
@@ -91,7 +92,13 @@ struct StepwiseForward {
       project(device, p, slots, w, weights, slots.span(z, i, end));
       for (; i < end; ++i) step(device, p, slots, w, weights, u, slots.span(z, chunk, end), i);
     }
-    device.each(slots.count, B, std::max(H, R), finish);
+    if (p.noise.mask_h) {  // what the products read is not h
+      const StoreStates<S, S, T> unmasked = {B, R, H, w.h, w.c, {finish.to_h[0], finish.to_h[1]},
+                                             {finish.to_c[0], finish.to_c[1]}};
+      device.each(slots.count, B, std::max(H, R), unmasked);
+    } else {
+      device.each(slots.count, B, std::max(H, R), finish);
+    }
   }
 
  private:
@@ -123,8 +130,8 @@ struct StepwiseForward {
     const int64_t H = z.H, R = z.R;
     const StepRows at = slots.rows(z, i);
     const int64_t rows = slots.most_rows(at);
-    PerSlot<const S*> x = {};
-    for (int s = 0; s < slots.count; ++s) x[s] = w.x + (s * w.limit + at.first[s] - span.first[s]) * G * H;
+    ForwardElement<Cell, S, T> element = {u, at, keeps<T>(p, slots, i), {}};
+    for (int s = 0; s < slots.count; ++s) element.x[s] = w.x + (s * w.limit + at.first[s] - span.first[s]) * G * H;
     Product product = {0, Cell::kFirst * H, R, 0, kDType};
     product.a = w.operand, product.lda = R, product.a_stride = z.B * R;
     product.b = weights.w_hh, product.ldb = R, product.b_stride = G * H * R;
@@ -132,7 +139,7 @@ struct StepwiseForward {
     product.b_transposed = product.c_compute = true;
     product_of_rows(device, slots, at.rows, product);
     if constexpr (kTwoProducts) {
-      device.each(slots.count, rows, H, ForwardFirst<Cell, S, T>{{u, at, {x[0], x[1]}}});
+      device.each(slots.count, rows, H, ForwardFirst<Cell, S, T>{element});
       product.n = (G - Cell::kFirst) * H;
       product.a = w.q, product.a_stride = z.B * H;
       product.b = weights.w_hh + Cell::kFirst * H * R;
@@ -141,25 +148,26 @@ struct StepwiseForward {
     }
     if constexpr (Cell::kStates == 2) {
       if (z.projected) {
-        device.each(slots.count, rows, H, ForwardStep<Cell, S, T, true>{{u, at, {x[0], x[1]}}});
-        return project_output(device, p, slots, w, weights, u, at);
+        device.each(slots.count, rows, H, ForwardStep<Cell, S, T, true>{element});
+        return project_output(device, p, slots, w, weights, element);
       }
     }
-    device.each(slots.count, rows, H, ForwardStep<Cell, S, T, false>{{u, at, {x[0], x[1]}}});
+    device.each(slots.count, rows, H, ForwardStep<Cell, S, T, false>{element});
   }
 
   // h = W_hr (o * tanh(c)), where the next product reads it; then y.
   template <class Device>
   static void project_output(Device& device, const ForwardProblem& p, const Slots& slots, const Work& w,
-                             const Weights& weights, const ForwardBuffers<S, T>& u, const StepRows& at) {
+                             const Weights& weights, const ForwardElement<Cell, S, T>& element) {
     const LayerSizes& z = p.size;
     Product product = {0, z.R, z.H, 0, kDType};
     product.a = w.q, product.lda = z.H, product.a_stride = z.B * z.H;
     product.b = weights.w_hr, product.ldb = z.H, product.b_stride = z.R * z.H;
     product.c = w.operand, product.ldc = z.R, product.c_stride = z.B * z.R;
     product.b_transposed = true;
-    product_of_rows(device, slots, at.rows, product);
-    device.each(slots.count, slots.most_rows(at), z.R, PublishProjected<S, T>{u, at});
+    product_of_rows(device, slots, element.at.rows, product);
+    const PublishProjected<S, T> body = {element.u, element.at, element.keep};
+    device.each(slots.count, slots.most_rows(element.at), z.R, body);
   }
 };
 

@@ -1,0 +1,150 @@
+"""Dropout as recurrent networks use it: one mask a sequence, zoneout, and dropped weights.
+
+In layer l, for each sample and unit, or for each weight, with b(p) one with probability p and zero otherwise:
+
+- *variational* (Gal & Ghahramani 2016): x_t := m_x x_t and W_hh h_{t-1} := W_hh (m_h h_{t-1}), the same m = b(1 - p)/(1 -
+  p) at every step. What goes from h_{t-1} to h_t without a product (GRU, residual RNN) is not masked.
+- *zoneout* (Krueger et al. 2017): h_t := k_t h_{t-1} + (1 - k_t) h'_t, where h'_t is what the cell gives and k_t = b(p)
+  is drawn at every step; c_t likewise. h'_t is of the cell's c'_t. Outside training k_t is p, its mean.
+- *weight drop* (Merity et al. 2018, after Wan et al. 2013): W_hh := b(1 - p)/(1 - p) W_hh, the same for the whole call.
+
+The first and the last have their mean without a mask, so outside training they do nothing. Masks are drawn by torch, on
+the layer's device: :func:`torch.manual_seed` repeats them. The kernels take them as they take weights. Gradients:
+docs/derivations.md, section Z.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .segments import Segments
+
+__all__ = ["NAMES", "NOISELESS", "Noise", "Rates", "active", "drop_input", "drop_weights", "noise", "rates"]
+
+#: What our sequence modules are told, by arguments and attributes of these names.
+NAMES = ("input_dropout", "recurrent_dropout", "zoneout", "weight_dropout")
+_NO_RATES = (0, (0, 0), [0, 0])
+
+
+class Noise(NamedTuple):
+    """What a layer does to its states, all in the type of x. None: nothing.
+
+    Attributes:
+        mask_h: (D, B, R), the factor of h_{t-1} in all products.
+        keep_h: (T, B, D*R) or (N, D*R), the part of h_{t-1} in h_t.
+        keep_c: (T, B, D*H) or (N, D*H), the part of c_{t-1} in c_t.
+    """
+
+    mask_h: Tensor | None = None
+    keep_h: Tensor | None = None
+    keep_c: Tensor | None = None
+
+    @property
+    def any(self) -> bool:
+        return self.mask_h is not None or self.keep_h is not None or self.keep_c is not None
+
+
+NOISELESS = Noise()
+
+
+class Rates(NamedTuple):
+    """Probabilities, of an element to be dropped or a state to be kept."""
+
+    input: float = 0.0
+    recurrent: float = 0.0
+    zoneout_h: float = 0.0
+    zoneout_c: float = 0.0
+    weight: float = 0.0
+
+    def at(self, training: bool) -> Rates:
+        """What is left of them outside training."""
+        return self if training else Rates(zoneout_h=self.zoneout_h, zoneout_c=self.zoneout_c)
+
+
+def rates(
+    input_dropout: float, recurrent_dropout: float, zoneout: float | Sequence[float], weight_dropout: float, states: int
+) -> Rates:
+    """The arguments of :func:`fusedrnn.functional.recurrent`, for a cell of so many states.
+
+    Raises:
+        ValueError: no probability, or a pair for a cell with one state.
+    """
+    pair = tuple(zoneout) if isinstance(zoneout, (tuple, list)) else (zoneout,) * states
+    if len(pair) != states:
+        what = ", or a pair of them, of h and of c" if states == 2 else ": the cell has one state"
+        raise ValueError(f"zoneout must be a probability{what}, got {zoneout}")
+    found = Rates(input_dropout, recurrent_dropout, *(*pair, 0.0)[:2], weight_dropout)
+    names = ("input_dropout", "recurrent_dropout", "zoneout", "zoneout", "weight_dropout")
+    for name, value in zip(names, found):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ValueError(f"{name} must be a probability, from 0 to 1, got {value!r}")
+    return found
+
+
+def active(module: torch.nn.Module) -> list[str]:
+    """Which of :data:`NAMES` make a difference to the module as it is now."""
+    own = vars(module)
+    if not torch.compiler.is_compiling() and own.keys().isdisjoint(NAMES):  # (Dynamo knows no isdisjoint of keys.)
+        return []
+    names = NAMES if module.training else ("zoneout",)
+    return [name for name in names if name in own and own[name] not in _NO_RATES]
+
+
+def drop_input(x: Tensor, rate: float, batch_sizes: Tensor | None, layout: object) -> Tensor:
+    """x (T, B, I) or (N, I), one mask for all steps of a sample."""
+    if rate == 0:
+        return x
+    if batch_sizes is None:
+        return x * _mask(x, rate, x.shape[1:])
+    if isinstance(layout, Segments):  # of the same sample the same mask
+        return x * _mask(x, rate, (layout.samples, x.size(1))).index_select(0, layout.rows % layout.samples)
+    begins = torch.repeat_interleave(batch_sizes.cumsum(0) - batch_sizes, batch_sizes)
+    sample = (torch.arange(x.size(0)) - begins).to(x.device)
+    return x * _mask(x, rate, (int(batch_sizes[0]), x.size(1))).index_select(0, sample)
+
+
+def drop_weights(weights: Sequence[Tensor], rate: float, directions: int) -> Sequence[Tensor]:
+    """Each direction's W_hh, the second of its weights, with elements dropped."""
+    if rate == 0:
+        return weights
+    each = len(weights) // directions
+    return [functional.dropout(w, rate) if i % each == 1 else w for i, w in enumerate(weights)]
+
+
+def noise(
+    rates: Rates,
+    training: bool,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    layout: object,
+    directions: int,
+    gates: int,
+    w_hh: Tensor,
+) -> Noise:
+    """Masks for the states of a layer with these ``gates``, on input x (T, B, I) or (N, I)."""
+    if rates.recurrent == rates.zoneout_h == rates.zoneout_c == 0:
+        return NOISELESS
+    hidden, out, mask_h = w_hh.size(0) // gates, w_hh.size(1), None
+    if rates.recurrent > 0:
+        segments = layout if isinstance(layout, Segments) else None
+        samples = segments.samples if segments else x.size(1) if batch_sizes is None else int(batch_sizes[0])
+        mask_h = _mask(x, rates.recurrent, (directions, samples, out))
+        mask_h = mask_h.index_select(1, segments.sample) if segments else mask_h
+
+    def keep(rate: float, width: int) -> Tensor | None:
+        if rate == 0:
+            return None
+        if training:  # on the CPU torch.bernoulli would take more than twice as long
+            return (torch.rand((*x.shape[:-1], width), device=x.device) < rate).to(x.dtype)
+        return x.new_full((1,) * (x.dim() - 1) + (width,), rate).expand(*x.shape[:-1], width)
+
+    return Noise(mask_h, keep(rates.zoneout_h, directions * out), keep(rates.zoneout_c, directions * hidden))
+
+
+def _mask(x: Tensor, rate: float, shape: Sequence[int]) -> Tensor:
+    return functional.dropout(torch.ones(shape, dtype=x.dtype, device=x.device), rate)  # of no map that x is in

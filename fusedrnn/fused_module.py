@@ -1,0 +1,136 @@
+"""What sequence modules and single steps share: the call of the kernels for a plain batch, packed weights for inference,
+and what our classes are beside torch.nn's.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.fx import Proxy, _symbolic_trace
+from torch.nn.utils.rnn import PackedSequence
+from torch.overrides import has_torch_function
+
+from ._C import PackedWeights, infer
+from .autograd import PLAIN, recurrent_layer
+from .cells import CELLS
+from .streaming import steppers
+
+__all__ = ["KEPT", "FusedModule", "as_states", "dense", "infers", "is_plain", "kept_aside"]
+
+KEPT = "_packed_weights"  # attribute of a module that has been used for inference
+
+#: What is kept of other people's modules (:mod:`fusedrnn.patch`), until they train: their pickles hold nothing of ours.
+kept_aside: weakref.WeakKeyDictionary[torch.nn.Module, PackedWeights] = weakref.WeakKeyDictionary()
+
+
+def infers() -> bool:
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
+def dense(
+    module: torch.nn.Module,
+    cell: str,
+    bidirectional: bool,
+    num_layers: int,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """A dense batch through one layer or, in inference, through several: y, h_n, c_n. None: by the long road.
+
+    Of a cell, x is (B, I), without the time, and so are the states and results.
+    """
+    if infers():
+        result = infer(x, h0, c0, weights, cell, bidirectional, num_layers, _kept(module))
+        if result is not None:
+            return result
+    elif not torch.compiler.is_compiling() and kept_aside:
+        kept_aside.pop(module, None)
+    if num_layers > 1:
+        return None
+    if x.dim() == 3:
+        return recurrent_layer(cell, bidirectional, x, None, h0, c0, weights, PLAIN, module)[:3]
+    x, h0, c0 = (None if t is None else t.unsqueeze(0) for t in (x, h0, c0))
+    y, h_n, c_n, _ = recurrent_layer(cell, bidirectional, x, None, h0, c0, weights)
+    return y[0], h_n[0], c_n[0] if c_n.size(0) else c_n
+
+
+def is_plain(
+    input: Tensor | PackedSequence, dim: int, states: Sequence[Tensor] | None, weights: Sequence[Tensor], cell: str
+) -> bool:
+    """Whether input is a tensor of this rank, and hx, if given, a tuple of as many tensors as the cell has states;
+    whether no cast and no forward-mode derivative is wanted, and no one overrides what torch's functions do.
+    """
+    return (
+        type(input) is Tensor
+        and input.dim() == dim
+        and not torch.is_autocast_enabled("cuda" if input.is_cuda else "cpu")
+        and (
+            states is None
+            or (type(states) is tuple and [type(state) for state in states] == [Tensor] * len(CELLS[cell].states))
+        )
+        and forward_ad._current_level < 0
+        and not has_torch_function(weights)
+    )
+
+
+def _node(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Proxy | None:
+    """The call as one node of a torch.fx graph, if it is traced: tracers know torch.nn's modules alone as leaves."""
+    given = [*args, *kwargs.values()]
+    for value in [*given, *(item for value in given if isinstance(value, (tuple, list)) for item in value)]:
+        if isinstance(value, Proxy):
+            return value.tracer.create_proxy("call_module", value.tracer.path_of_module(module), args, kwargs)
+    return None
+
+
+def as_states(states: Sequence[Tensor] | None, cell: str) -> Sequence[Tensor] | None:
+    """The caller's hx, the right number of tensors."""
+    count = len(CELLS[cell].states)
+    if states is None:
+        return None
+    if isinstance(states, Tensor):
+        raise TypeError(f"hx of {cell} must be a tuple of {count} tensors, got a tensor")
+    if len(states) != count:
+        raise RuntimeError(f"{cell} expects {'two hidden states' if count == 2 else 'one hidden state'}")
+    return states
+
+
+def _kept(module: torch.nn.Module) -> PackedWeights:
+    """The packed weights of a module, from call to call."""
+    if isinstance(module, FusedModule):
+        return vars(module).get(KEPT) or vars(module).setdefault(KEPT, PackedWeights())
+    return kept_aside.get(module) or kept_aside.setdefault(module, PackedWeights())
+
+
+class FusedModule:
+    """What our modules do not share with torch.nn's: packed weights for inference, of which copies and pickles of a
+    module hold none, and an answer to TorchScript.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _symbolic_trace._is_fx_tracing_flag and (node := _node(self, args, kwargs)) is not None:
+            return node  # with the hooks
+        return torch.nn.Module.__call__(self, *args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> torch.nn.Module:  # by .to(), .double(), .share_memory() ...
+        vars(self).pop(KEPT, None)
+        steppers.pop(self, None)
+        return super()._apply(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> torch.nn.Module:
+        """As in torch.nn. Training frees what inference has kept."""
+        if mode:
+            vars(self).pop(KEPT, None)
+        return super().train(mode)
+
+    def __prepare_scriptable__(self) -> torch.nn.Module:  # by torch.jit.script
+        raise NotImplementedError(
+            f"fusedrnn.{type(self).__name__} cannot be compiled by TorchScript: use torch.export.export, or"
+            " fusedrnn.revert(model), which makes torch.nn modules of fusedrnn's, before torch.jit.script"
+        )

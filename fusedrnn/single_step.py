@@ -1,0 +1,101 @@
+"""Single steps in the place of torch.nn's cells: same constructors, parameters, state_dict and errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cells import CELLS
+from .functional import recurrent_cell
+from .fused_module import FusedModule, as_states, dense, is_plain
+
+__all__ = ["GRUCell", "LSTMCell", "RNNCell", "forward_cell"]
+
+def forward_cell(
+    module: torch.nn.RNNCellBase, cell: str, name: str, input: Tensor, states: Sequence[Tensor] | None
+) -> tuple[Tensor, ...]:
+    """What the single-step modules share."""
+    short = _short_road_of_cell(module, cell, input, states)
+    if short is not None:
+        return short
+    if input.dim() not in (1, 2):
+        raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+    count, states = len(CELLS[cell].states), as_states(states, cell)
+    for index, state in enumerate(states or ()):
+        if state.dim() not in (1, 2):
+            what = f"hx[{index}]" if count == 2 else "hidden"
+            raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {state.dim()}D instead")
+    batched = input.dim() == 2
+    if states is not None:
+        states = [state if batched else state.unsqueeze(0) for state in states]
+    result = recurrent_cell(
+        cell,
+        input if batched else input.unsqueeze(0),
+        states or (None,) * count,
+        module.weight_ih,
+        module.weight_hh,
+        module.bias_ih,
+        module.bias_hh,
+    )
+    return result if batched else tuple(state.squeeze(0) for state in result)
+
+
+def _short_road_of_cell(
+    module: torch.nn.RNNCellBase, cell: str, input: Tensor, states: Sequence[Tensor] | None
+) -> tuple[Tensor, ...] | None:
+    """As :func:`_short_road`, for a batch through a cell."""
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if module.bias else ("weight_ih", "weight_hh")
+    weights = [module._parameters.get(name) for name in names]
+    if not is_plain(input, 2, states, weights, cell):
+        return None
+    h0, c0 = (*(states or ()), None, None)[:2]
+    try:
+        result = dense(module, cell, False, 1, input, h0, c0, weights)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError):
+        return None
+    if result is None:
+        return None
+    _, h, c = result
+    return (h, c) if len(CELLS[cell].states) == 2 else (h,)
+
+
+class RNNCell(FusedModule, torch.nn.RNNCell):
+    """One step of :class:`RNN`, in the place of :class:`torch.nn.RNNCell`: input (B, I), h (B, H) -> h (B, H)."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        cell = f"rnn_{self.nonlinearity}"
+        return forward_cell(self, cell, "RNNCell", input, None if hx is None else (hx,))[0]
+
+
+class LSTMCell(FusedModule, torch.nn.LSTMCell):
+    """One step of :class:`LSTM`, in the place of :class:`torch.nn.LSTMCell`: input (B, I), (h, c) -> (h, c)."""
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        return forward_cell(self, "lstm", "LSTMCell", input, hx)
+
+
+_TorchGRUCell = torch.nn.GRUCell  # people give this name of torch.nn to our class
+
+
+class GRUCell(FusedModule, _TorchGRUCell):
+    """One step of :class:`GRU`, in the place of :class:`torch.nn.GRUCell`: input (B, I), h (B, H) -> h (B, H)."""
+
+    reset_after: bool = True
+
+    def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
+        _TorchGRUCell.__init__(self, *args, **kwargs)
+        self.reset_after = reset_after
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        cell = "gru" if self.reset_after else "gru_reset_before"
+        return forward_cell(self, cell, "GRUCell", input, None if hx is None else (hx,))[0]
+
+    def extra_repr(self) -> str:
+        return _TorchGRUCell.extra_repr(self) + ("" if self.reset_after else ", reset_after=False")
