@@ -2,8 +2,8 @@
 
 In layer l, for each sample and unit, or for each weight, with b(p) one with probability p and zero otherwise:
 
-- *variational* (Gal & Ghahramani 2016): x_t := m_x x_t and W_hh h_{t-1} := W_hh (m_h h_{t-1}), the same m = b(1 - p)/(1 -
-  p) at every step. What goes from h_{t-1} to h_t without a product (GRU, residual RNN) is not masked.
+- *variational* (Gal & Ghahramani 2016): x_t := m_x x_t and W_hh h_{t-1} := W_hh (m_h h_{t-1}) with the same masks
+  m = b(1 - p)/(1 - p) at every step. What goes from h_{t-1} to h_t without a product (GRU, residual RNN) is not masked.
 - *zoneout* (Krueger et al. 2017): h_t := k_t h_{t-1} + (1 - k_t) h'_t, where h'_t is what the cell gives and k_t = b(p)
   is drawn at every step; c_t likewise. h'_t is of the cell's c'_t. Outside training k_t is p, its mean.
 - *weight drop* (Merity et al. 2018, after Wan et al. 2013): W_hh := b(1 - p)/(1 - p) W_hh, the same for the whole call.

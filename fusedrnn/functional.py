@@ -245,7 +245,7 @@ def recurrent(
         marks = reset.t() if batch_first and isinstance(reset, Tensor) and reset.dim() == 2 else reset
         segments = cut(lengths, marks, x.size(0), x.size(1), x.device)
         if not segments.whole:
-            sizes = segments.batch_sizes if len(segments.batch_sizes) else None
+            sizes = segments.batch_sizes if torch.compiler.is_compiling() or len(segments.batch_sizes) else None
             own = [segments.initial(s, directions) for s in states]
             y, finals, steps = _stack(cell, segments.gather(x), sizes, own, *stack, segments)
             finals = tuple(segments.final(s, before, directions) for s, before in zip(finals, states, strict=True))

@@ -1,5 +1,5 @@
-"""What sequence modules and single steps share: the call of the kernels for a plain batch, packed weights for inference,
-and what our classes are beside torch.nn's.
+"""What sequence modules and single steps share: the call of the kernels for a plain batch, the packed weights that
+inference keeps, and what our classes are beside torch.nn's.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Modules in the place of torch.nn's: same constructors, parameters, state_dict and errors, fused kernels inside.
 
-``RNN``, ``LSTM``, ``GRU`` and the cells (:mod:`fusedrnn.single_step`) are subclasses of torch.nn's classes, so that code
-which asks ``isinstance(m, torch.nn.LSTM)`` goes on working. ``ResidualRNN`` and ``GRU(reset_after=False)`` have no
+``RNN``, ``LSTM``, ``GRU`` and the cells (:mod:`fusedrnn.single_step`) are subclasses of torch.nn's classes: code that
+asks ``isinstance(m, torch.nn.LSTM)`` goes on working. ``ResidualRNN`` and ``GRU(reset_after=False)`` have no
 counterpart there. Nothing here computes: the modules check as torch.nn does and call :mod:`fusedrnn.functional`.
 """
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 __all__ = ["Segments", "cut"]
 
@@ -49,11 +50,11 @@ class Segments:
     @property
     def whole(self) -> bool:
         """Whether nothing was cut: every sample has every step and its own initial state."""
-        return len(self.sample) == self.samples and len(self.rows) == self.steps * self.samples and self.uncut
+        return self.uncut and len(self.sample) == self.samples and len(self.rows) == self.steps * self.samples
 
     def gather(self, x: Tensor) -> Tensor:
         """The rows of x (T, B, *): (N, *); without any, (1, 0, *), a batch of no sample."""
-        if len(self.rows) == 0:
+        if not is_compiling() and len(self.rows) == 0:
             return x[:1, :0]
         return x.flatten(0, 1).index_select(0, self.rows)
 
@@ -75,7 +76,7 @@ class Segments:
 
     def final(self, state: Tensor, before: Tensor | None, directions: int) -> Tensor:
         """The final states of the samples from those of the segments; ``before``: the samples' initial ones."""
-        if len(self.sample) == 0:
+        if not is_compiling() and len(self.sample) == 0:
             found = state.new_zeros(state.size(0), self.samples, state.size(2))
         else:
             by_direction = state.unflatten(0, (-1, directions)).unbind(1)
@@ -86,7 +87,6 @@ class Segments:
         return torch.where(self.empty.unsqueeze(1), 0 if before is None else before, found)
 
 
-@torch.compiler.disable(reason="how many rows a batch has is known when its lengths are read")
 def cut(
     lengths: Tensor | Sequence[int] | None, reset: Tensor | None, steps: int, samples: int, device: torch.device
 ) -> Segments:
@@ -100,6 +100,8 @@ def cut(
     Raises:
         TypeError, ValueError: another dtype or shape, a length out of range.
     """
+    if is_compiling():
+        return _traced(lengths, reset, steps, samples, device)
     if steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     ends = torch.full((samples,), steps) if lengths is None else _checked_lengths(lengths, steps, samples)
@@ -116,13 +118,13 @@ def cut(
     order = torch.argsort(stop - start, descending=True, stable=True)
     sample, start, stop = sample[order], start[order], stop[order]
     length, begins = stop - start, (start == 0) & ~cut_at_start[sample]
-    first, last = torch.zeros(2, samples, dtype=torch.long)
+    first, last = (torch.zeros(samples, dtype=torch.long) for _ in range(2))
     number = torch.arange(len(sample))
     first[sample[start == 0]] = number[start == 0]
     is_last = stop == ends[sample]
     last[sample[is_last]] = number[is_last]
 
-    batch_sizes = torch.bincount(length, minlength=1).flip(0).cumsum(0).flip(0)[1:]
+    batch_sizes = torch.bincount(length, minlength=1)[1:].flip(0).cumsum(0).flip(0)
     offset = torch.cat([batch_sizes.new_zeros(1), batch_sizes.cumsum(0)])
     segment = torch.repeat_interleave(number, length)
     step = torch.arange(len(segment)) - torch.repeat_interleave(length.cumsum(0) - length, length)
@@ -138,6 +140,38 @@ def cut(
         empty.to(device) if bool(empty.any()) else None,
         bool(begins.all()) and bool(is_last.all()),
     )
+
+
+@torch.library.custom_op("fusedrnn::cut", mutates_args=())
+def _cut(lengths: Tensor | None, reset: Tensor | None, steps: int, samples: int, device: torch.device) -> list[Tensor]:
+    """:func:`cut` as one node of a compiled graph: its tensors, with ``empty`` in any case."""
+    found = cut(lengths, reset, steps, samples, device)
+    if len(found.rows) == 0:
+        raise ValueError("a compiled layer needs a sample with a step: all lengths are 0")
+    empty = torch.zeros(samples, dtype=torch.bool, device=device) if found.empty is None else found.empty
+    return [found.rows, found.batch_sizes, found.sample, found.begins, found.ends, found.first, found.last, empty]
+
+
+@_cut.register_fake
+def _(lengths: Tensor | None, reset: Tensor | None, steps: int, samples: int, device: torch.device) -> list[Tensor]:
+    rows, segments, longest = (torch.library.get_ctx().new_dynamic_size(min=1) for _ in range(3))
+
+    def some(size: int, dtype: torch.dtype = torch.long, device: torch.device | str = device) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    return [
+        some(rows), some(longest, device="cpu"), some(segments), *(some(segments, torch.bool) for _ in range(2)),
+        *(some(samples) for _ in range(2)), some(samples, torch.bool),
+    ]  # fmt: skip
+
+
+def _traced(
+    lengths: Tensor | Sequence[int] | None, reset: Tensor | None, steps: int, samples: int, device: torch.device
+) -> Segments:
+    """What a compiler sees of :func:`cut`: how many rows and segments there are is known when it runs."""
+    lengths = None if lengths is None else torch.as_tensor(lengths)
+    rows, batch_sizes, sample, begins, ends, first, last, empty = _cut(lengths, reset, steps, samples, device)
+    return Segments(steps, samples, rows, batch_sizes, sample, begins, ends, first, last, empty, uncut=False)
 
 
 def _checked_lengths(lengths: Tensor | Sequence[int], steps: int, samples: int) -> Tensor:

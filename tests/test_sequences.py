@@ -267,30 +267,56 @@ def test_segments_are_what_the_marks_say(data: st.DataObject) -> None:
             assert segments[found.last[b]][0] == b and segments[found.last[b]][3]
 
 
-def test_a_compiled_call_has_a_graph_break_where_the_lengths_are_read() -> None:
-    model, x = Model(), torch.randn(T, B, 4, requires_grad=True)
-    with torch._dynamo.config.patch(allow_rnn=True):
-        compiled = torch.compile(model, backend="aot_eager")
-        for lengths in (torch.tensor(LENGTHS), torch.tensor(LENGTHS).flip(0)):
-            found, expected = compiled(x, lengths), model(x, lengths)
+@torch._dynamo.config.patch(allow_rnn=True)
+def test_compiled_in_one_graph() -> None:
+    """Whatever the lengths and resets are: how many rows there are is known when the program runs."""
+    torch._dynamo.reset()
+    for batch_first in (False, True):
+        model = Model(batch_first)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        for seed, lengths in enumerate((torch.tensor(LENGTHS), torch.tensor(LENGTHS).flip(0), None)):
+            x = torch.randn((B, T, 4) if batch_first else (T, B, 4), requires_grad=True)
+            reset = marks(seed=seed)
+            reset = None if seed == 1 else reset.T if batch_first else reset
+            if lengths is None and reset is None:
+                continue
+            found, expected = compiled(x, lengths, reset), model(x, lengths, reset)
             assert torch.equal(found, expected)
             for a, b in zip(*(torch.autograd.grad(y.sum(), [x, *model.parameters()]) for y in (found, expected))):
                 torch.testing.assert_close(a, b)
-        torch._dynamo.reset()
-        with pytest.raises(torch._dynamo.exc.Unsupported, match="known when its lengths are read"):
-            torch.compile(model, backend="aot_eager", fullgraph=True)(x, torch.tensor(LENGTHS))
+        with pytest.raises(ValueError, match="all lengths are 0"):
+            compiled(x, torch.zeros(B, dtype=torch.long), reset)
+        with pytest.raises(ValueError, match="lengths must be from 0 to T"):
+            compiled(x, torch.full((B,), T + 1), reset)
+
+
+def test_exported() -> None:
+    """With another T, another B and other lengths than those of the example."""
+    model, dynamic = Model().eval(), torch.export.Dim.DYNAMIC
+    program = torch.export.export(
+        model, (torch.randn(T, B, 4), torch.tensor(LENGTHS), None),
+        dynamic_shapes=({0: dynamic, 1: dynamic}, {0: dynamic}, None),
+    )  # fmt: skip
+    x, lengths = torch.randn(9, 3, 4), torch.tensor([0, 9, 4])
+    torch.testing.assert_close(program.module()(x, lengths, None), model(x, lengths, None))
+
+
+def test_the_cut_is_an_op() -> None:
+    for lengths, reset in ((torch.tensor(LENGTHS), marks()), (None, marks()), (torch.tensor(LENGTHS), None)):
+        torch.library.opcheck(torch.ops.fusedrnn.cut.default, (lengths, reset, T, B, torch.device("cpu")))
 
 
 class Model(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, batch_first: bool = False) -> None:
         super().__init__()
-        self.layer = fusedrnn.LSTM(4, 5)
+        self.layer = fusedrnn.LSTM(4, 5, num_layers=2, bidirectional=True, batch_first=batch_first)
 
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        return self.layer(x, lengths=lengths)[0]
+    def forward(self, x: Tensor, lengths: Tensor | None, reset: Tensor | None) -> Tensor:
+        y, (h_n, _) = self.layer(x, lengths=lengths, reset=reset)
+        return y.sum(2) + h_n.sum()
 
 
 def test_symbolic_traces_keep_the_lengths() -> None:
     model = Model()
-    x, lengths = torch.randn(T, B, 4), torch.tensor(LENGTHS)
-    assert torch.equal(torch.fx.symbolic_trace(model)(x, lengths), model(x, lengths))
+    x, lengths, reset = torch.randn(T, B, 4), torch.tensor(LENGTHS), marks()
+    assert torch.equal(torch.fx.symbolic_trace(model)(x, lengths, reset), model(x, lengths, reset))
