@@ -142,6 +142,22 @@ void keep_panels(const Work& work, size_t index, PackedWeights& kept) {
   }
 }
 
+// A row of each state's part that stays, [2, D * max(H, R)]; undefined if none does.
+Tensor rows_kept(const Zoneout& zoneout, const LayerSizes& z, const at::TensorOptions& options) {
+  if (zoneout.first == 0 && zoneout.second == 0) return {};
+  Tensor rows = at::empty({2, z.D * std::max(z.H, z.R)}, options);
+  rows[0].fill_(zoneout.first);
+  rows[1].fill_(zoneout.second);
+  return rows;
+}
+
+StateNoise noise_of(const Zoneout& zoneout, const Tensor& rows) {
+  StateNoise noise;  // every step and sample at the same row
+  if (zoneout.first != 0) noise.keep_h.data = rows[0].const_data_ptr();
+  if (zoneout.second != 0) noise.keep_c.data = rows[1].const_data_ptr();
+  return noise;
+}
+
 bool run(const Layer& layer, const ForwardProblem& problem) {
   return kernels().forward[layer.cell][layer.kernel_dtype()](problem);
 }
@@ -182,7 +198,7 @@ bool run_pipeline(const std::vector<Work>& stack, int64_t steps, int threads) {
 
 std::optional<Inferred> infer(const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                               const std::vector<Tensor>& weights, const std::string& cell, bool bidirectional,
-                              int64_t layers, PackedWeights& kept) {
+                              int64_t layers, PackedWeights& kept, const Zoneout& zoneout) {
   bool all_plain = plain(x) && (!h0 || plain(*h0)) && (!c0 || plain(*c0)) && !watched();
   for (const Tensor& w : weights) all_plain = all_plain && w.defined() && plain(w);
   if (!all_plain || x.scalar_type() == at::kHalf) return std::nullopt;  // float16: not every set has kernels
@@ -197,7 +213,7 @@ std::optional<Inferred> infer(const Tensor& x, const OptionalTensor& h0, const O
   std::vector<Work> stack(layers);
   int64_t steps = 0;           // of a chunk, if the layers run side by side
   std::vector<Tensor> memory;  // of panels that are not kept
-  Tensor input = x, h_n, c_n;
+  Tensor input = x, h_n, c_n, keep;
   for (int64_t l = 0; l < layers; ++l) {
     const auto of_layer = [&](const OptionalTensor& state) {
       return state && layers > 1 ? OptionalTensor(state->narrow(0, l * D, D)) : state;
@@ -212,11 +228,13 @@ std::optional<Inferred> infer(const Tensor& x, const OptionalTensor& h0, const O
         const int lanes = kernels().vector_bytes / static_cast<int>(at::elementSize(work.layer.dtype));
         steps = pipeline_steps(z, work.layer.constants().gates, lanes, layers, threads());
       }
+      keep = rows_kept(zoneout, z, x.options());
       h_n = at::empty({layers * D, z.B, z.R}, x.options());
       c_n = at::empty({work.layer.constants().states == 2 ? layers * D : 0, z.B, z.H}, x.options());
     }
     input = at::empty({z.T, z.B, D * z.R}, x.options());
     fill(work.problem, work.layer);
+    work.problem.noise = noise_of(zoneout, keep);
     work.problem.y = result(input);
     const auto own = [&](const Tensor& t, int64_t width) {
       return t.numel() ? static_cast<char*>(result(t)) + l * D * z.B * width * t.element_size() : nullptr;
@@ -248,7 +266,7 @@ std::optional<Inferred> infer(const Tensor& x, const OptionalTensor& h0, const O
 }
 
 std::unique_ptr<Stepper> Stepper::make(const Tensor& x, const std::vector<Tensor>& weights, const std::string& cell,
-                                       int64_t layers) {
+                                       int64_t layers, const Zoneout& zoneout) {
   bool fit = plain(x) && x.dim() == 2 && x.size(0) > 0 && x.scalar_type() != at::kHalf && layers > 0 &&
              !weights.empty() && weights.size() % layers == 0;
   for (const Tensor& w : weights) fit = fit && w.defined() && plain(w) && w.is_contiguous();
@@ -265,8 +283,10 @@ std::unique_ptr<Stepper> Stepper::make(const Tensor& x, const std::vector<Tensor
                            at::TensorList(stepper->weights_).slice(l * each, each), cell, false);
     input = at::empty({1, x.size(0), own.layer.size.R}, x.options());
   }
+  stepper->keep_ = rows_kept(zoneout, stepper->layers_[0].layer.size, x.options());
   for (Prepared& own : stepper->layers_) {  // they lie where they stay
     fill(own.problem, own.layer);
+    own.problem.noise = noise_of(zoneout, stepper->keep_);
     own.problem.saved = nullptr;
     own.problem.saved_stride = 0;
     own.layer.x = Tensor();

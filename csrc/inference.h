@@ -5,6 +5,7 @@
 #include <memory>
 #include <mutex>
 #include <tuple>
+#include <utility>
 
 #include "layer.h"
 
@@ -33,12 +34,14 @@ class PackedWeights {
 };
 
 // y, h_n, c_n of `layers` layers: x [T, B, I]; h0, c0 [layers * D, B, *]; weights of each layer and direction in turn.
+// zoneout: the part of h and of c that a step keeps, 0 for none (StateNoise of problem.h, the same for all).
 // None if the tensors do not fit the layers, some of them is not a plain one on the CPU, or someone listens to what
 // torch does: the ops serve those, or word the error.
 using Inferred = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using Zoneout = std::pair<double, double>;
 std::optional<Inferred> infer(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                               const std::vector<at::Tensor>& weights, const std::string& cell, bool bidirectional,
-                              int64_t layers, PackedWeights& kept);
+                              int64_t layers, PackedWeights& kept, const Zoneout& zoneout);
 
 // One step at a time through stacked layers of one direction: everything but the tensors of the call is prepared once,
 // for one batch size and these weights, which are read where they lie.
@@ -46,7 +49,7 @@ class Stepper {
  public:
   // None if the tensors do not fit or are no plain ones on the CPU: x [B, I].
   static std::unique_ptr<Stepper> make(const at::Tensor& x, const std::vector<at::Tensor>& weights,
-                                       const std::string& cell, int64_t layers);
+                                       const std::string& cell, int64_t layers, const Zoneout& zoneout);
   size_t weights() const { return weights_.size(); }
   // Whether weight i is what it was, but for its values.
   bool is_prepared_for(size_t i, const at::Tensor& weight) const;
@@ -59,6 +62,7 @@ class Stepper {
     Layer layer;
     ForwardProblem problem;
   };
+  at::Tensor keep_;                  // what the problems' noise points to
   std::vector<at::Tensor> weights_;  // the same memory by tensors of our own: the caller may swap his
   std::vector<Prepared> layers_;
   at::TensorOptions options_;

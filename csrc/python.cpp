@@ -138,13 +138,14 @@ std::vector<std::vector<int64_t>> projection_spans(const std::vector<int64_t>& b
 // y, h_n, c_n, or None: see inference.h. Of one step x [B, I], with states [B, *], the same without the time.
 py::object infer_layers(const at::Tensor& x, const std::optional<at::Tensor>& h0, const std::optional<at::Tensor>& c0,
                         const std::vector<at::Tensor>& weights, const std::string& cell, bool bidirectional,
-                        int64_t layers, PackedWeights& kept) {
+                        int64_t layers, PackedWeights& kept, const Zoneout& zoneout) {
   std::optional<Inferred> results;
   {
     const py::gil_scoped_release release;
     const bool step = x.dim() == 2;
     const auto with_time = [&](const std::optional<at::Tensor>& t) { return step && t ? t->unsqueeze(0) : t; };
-    results = infer(*with_time(x), with_time(h0), with_time(c0), weights, cell, bidirectional, layers, kept);
+    results = infer(*with_time(x), with_time(h0), with_time(c0), weights, cell, bidirectional, layers, kept,
+                    zoneout);
     if (step && results) {
       auto& [y, h_n, c_n] = *results;
       y = y.squeeze(0), h_n = h_n.squeeze(0), c_n = c_n.size(0) ? c_n.squeeze(0) : c_n;
@@ -271,10 +272,11 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("uses", [](const PackedWeights& kept) { return kept.uses.load(); },
                              "How often panels were used that an earlier call had packed.");
   m.def("infer", infer_layers, py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("cell"),
-        py::arg("bidirectional"), py::arg("layers"), py::arg("kept"),
+        py::arg("bidirectional"), py::arg("layers"), py::arg("kept"), py::arg("zoneout") = Zoneout(0, 0),
         "Stacked layers on a dense batch, without gradients: y, h_n, c_n; None where only the ops will do.");
   py::class_<Stepper>(m, "Stepper", "Stacked layers of one direction, a step at a time, prepared for one batch size.")
-      .def_static("make", &Stepper::make, py::arg("x"), py::arg("weights"), py::arg("cell"), py::arg("layers"))
+      .def_static("make", &Stepper::make, py::arg("x"), py::arg("weights"), py::arg("cell"), py::arg("layers"),
+                  py::arg("zoneout") = Zoneout(0, 0))
       .def("step", step, py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("parameters"), py::arg("names"),
            "y, h_n, c_n; None where it is not prepared for what it gets.");
   m.def("plan", plan, py::arg("batch_sizes"), py::arg("I"), py::arg("H"), py::arg("directions"), py::arg("gates"),

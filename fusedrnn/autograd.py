@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import differentiable, recording
-from .dropout import NOISELESS, Noise
 from .batching import is_batched_by_autograd, map_backward
 from .cells import CELLS
+from .dropout import NOISELESS, Noise
 from .ops import KERNEL_DTYPES, layer_backward, layer_forward
 from .second_order import Arguments, hessian_vector_product
 
@@ -48,6 +48,7 @@ class Options(NamedTuple):
 
 
 PLAIN = Options()
+
 
 def recurrent_layer(
     cell: str,
@@ -106,8 +107,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """y, h_n, c_n, all c_t if they are asked for, and what the backward pass wants, if anything."""
     states = options.states and len(CELLS[cell].states) == 2
-    keep = keep and not _recomputes(options, cell)
-    y, h_n, c_n, saved = layer_forward(x, batch_sizes, h0, c0, weights, cell, bidirectional, keep or states, *noise)
+    keep, masks = keep and not _recomputes(options, cell), noise.to(x.dtype)
+    y, h_n, c_n, saved = layer_forward(x, batch_sizes, h0, c0, weights, cell, bidirectional, keep or states, *masks)
     if not states:
         return y, h_n, c_n, None, saved
     begin = CELLS[cell].saved * c_n.size(2)
@@ -201,7 +202,8 @@ class RecurrentLayer(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         if _recomputes(ctx.options, ctx.cell):
             with torch.no_grad():
-                saved = layer_forward(x, batch_sizes, h0, c0, weights, ctx.cell, ctx.bidirectional, True, *noise)[3]
+                forward = x, batch_sizes, h0, c0, weights, ctx.cell, ctx.bidirectional, True, *noise.to(x.dtype)
+                saved = layer_forward(*forward)[3]
         if _wants_plain_operations(x, dy, dh_n, dc_n, dc, h0, c0, *weights):
             _refuse(ctx.options, "forward-mode AD and torch.func.functionalize")
             with _without_autocast(x):
@@ -306,7 +308,7 @@ def _backward(
     recorders = recording.interested(owner)
     dx, dh0, dc0, dweights, dgates, _, norms = layer_backward(
         dy, dh_n, dc_n, dc, x, batch_sizes, h0, c0, weights, y, saved, cell, bidirectional, need_x, need_weights,
-        need_gates, bool(recorders), options.bptt_steps, options.clip, options.clip_by_norm, *noise,
+        need_gates, bool(recorders), options.bptt_steps, options.clip, options.clip_by_norm, *noise.to(x.dtype),
     )  # fmt: skip
     for recorder in recorders:
         recorder.add(owner, cell, norms, x, batch_sizes)

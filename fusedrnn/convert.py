@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from . import modules
 from .fused_module import KEPT
 from .ops import KERNEL_DTYPES
+from .options import changed
 
 __all__ = ["ConversionEntry", "ConversionReport", "convert", "revert"]
 
@@ -149,7 +150,7 @@ def _obstacle_to_revert(module: nn.Module) -> str | None:
     if cls not in _TORCH:
         return "a subclass with code of its own"
     if isinstance(module, modules._SequenceModule):
-        missing = [name for name in modules.changed(module) if name != "recompute"]  # which changes no number
+        missing = [name for name in changed(module) if name != "recompute"]  # which changes no number
         if missing:
             return f"torch.nn has no {', '.join(missing)}"
     return None

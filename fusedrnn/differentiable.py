@@ -82,7 +82,7 @@ def layer(
     directions = 2 if bidirectional else 1
     each = len(weights) // directions
     rows = batch_sizes.tolist() if batch_sizes is not None else [x.size(1)] * x.size(0)
-    steps, finals = [], []
+    noise, steps, finals = noise.to(x.dtype), [], []
     for d in range(directions):
         own = weights[d * each : (d + 1) * each]
         start = [None if s is None else s[d] for s in (h0, c0)]

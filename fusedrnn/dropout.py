@@ -16,28 +16,24 @@ docs/derivations.md, section Z.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from .segments import Segments
 
-__all__ = ["NAMES", "NOISELESS", "Noise", "Rates", "active", "drop_input", "drop_weights", "noise", "rates"]
-
-#: What our sequence modules are told, by arguments and attributes of these names.
-NAMES = ("input_dropout", "recurrent_dropout", "zoneout", "weight_dropout")
-_NO_RATES = (0, (0, 0), [0, 0])
+__all__ = ["NOISELESS", "Noise", "Rates", "draw", "drop_input", "drop_weights", "kept_parts", "rates"]
 
 
 class Noise(NamedTuple):
-    """What a layer does to its states, all in the type of x. None: nothing.
+    """What a layer does to its states. None: nothing.
 
     Attributes:
-        mask_h: (D, B, R), the factor of h_{t-1} in all products.
-        keep_h: (T, B, D*R) or (N, D*R), the part of h_{t-1} in h_t.
-        keep_c: (T, B, D*H) or (N, D*H), the part of c_{t-1} in c_t.
+        mask_h: (D, B, R), the factor of h_{t-1} in all products, in the type of x.
+        keep_h: (T, B, D*R) or (N, D*R), the part of h_{t-1} in h_t, in the type of x or boolean.
+        keep_c: (T, B, D*H) or (N, D*H), the part of c_{t-1} in c_t, likewise.
     """
 
     mask_h: Tensor | None = None
@@ -47,6 +43,13 @@ class Noise(NamedTuple):
     @property
     def any(self) -> bool:
         return self.mask_h is not None or self.keep_h is not None or self.keep_c is not None
+
+
+    def to(self, dtype: torch.dtype) -> Noise:
+        """As the kernels take it; what is kept for the backward pass is not."""
+        if self.keep_h is self.keep_c is None:
+            return self
+        return Noise(*(None if t is None else t.to(dtype) for t in self))
 
 
 NOISELESS = Noise()
@@ -81,18 +84,14 @@ def rates(
     found = Rates(input_dropout, recurrent_dropout, *(*pair, 0.0)[:2], weight_dropout)
     names = ("input_dropout", "recurrent_dropout", "zoneout", "zoneout", "weight_dropout")
     for name, value in zip(names, found):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
             raise ValueError(f"{name} must be a probability, from 0 to 1, got {value!r}")
     return found
 
 
-def active(module: torch.nn.Module) -> list[str]:
-    """Which of :data:`NAMES` make a difference to the module as it is now."""
-    own = vars(module)
-    if not torch.compiler.is_compiling() and own.keys().isdisjoint(NAMES):  # (Dynamo knows no isdisjoint of keys.)
-        return []
-    names = NAMES if module.training else ("zoneout",)
-    return [name for name in names if name in own and own[name] not in _NO_RATES]
+def kept_parts(zoneout: float | Sequence[float], states: int) -> tuple[float, float]:
+    """Of h and of c, outside training. Raises as :func:`rates`."""
+    return (0.0, 0.0) if isinstance(zoneout, float) and zoneout == 0 else rates(0.0, 0.0, zoneout, 0.0, states)[2:4]
 
 
 def drop_input(x: Tensor, rate: float, batch_sizes: Tensor | None, layout: object) -> Tensor:
@@ -113,10 +112,10 @@ def drop_weights(weights: Sequence[Tensor], rate: float, directions: int) -> Seq
     if rate == 0:
         return weights
     each = len(weights) // directions
-    return [functional.dropout(w, rate) if i % each == 1 else w for i, w in enumerate(weights)]
+    return [w * _mask(w, rate, w.shape) if i % each == 1 else w for i, w in enumerate(weights)]
 
 
-def noise(
+def draw(
     rates: Rates,
     training: bool,
     x: Tensor,
@@ -139,12 +138,18 @@ def noise(
     def keep(rate: float, width: int) -> Tensor | None:
         if rate == 0:
             return None
-        if training:  # on the CPU torch.bernoulli would take more than twice as long
-            return (torch.rand((*x.shape[:-1], width), device=x.device) < rate).to(x.dtype)
+        if training:
+            return _bernoulli((*x.shape[:-1], width), rate, x.device)
         return x.new_full((1,) * (x.dim() - 1) + (width,), rate).expand(*x.shape[:-1], width)
 
     return Noise(mask_h, keep(rates.zoneout_h, directions * out), keep(rates.zoneout_c, directions * hidden))
 
 
 def _mask(x: Tensor, rate: float, shape: Sequence[int]) -> Tensor:
-    return functional.dropout(torch.ones(shape, dtype=x.dtype, device=x.device), rate)  # of no map that x is in
+    """Zero with probability ``rate``, else what makes the mean one; in the type of x."""
+    kept = _bernoulli(shape, 1 - rate, x.device).to(x.dtype)
+    return kept if rate == 1 else kept / (1 - rate)
+
+
+def _bernoulli(shape: Sequence[int], p: float, device: torch.device) -> Tensor:
+    return torch.rand(shape, device=device) < p  # torch.bernoulli takes more than twice as long on the CPU

@@ -8,7 +8,6 @@ kernel, forward and backward.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -20,8 +19,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .autograd import Options, RecurrentLayer, recurrent_layer
 from .cells import CELLS
-from .dropout import Rates, drop_input, drop_weights, noise, rates
+from .dropout import Rates, draw, drop_input, drop_weights, rates
 from .ops import KERNEL_DTYPES
+from .options import check_policy
 from .recording import Owner
 from .segments import Segments, cut
 
@@ -80,7 +80,7 @@ def _stack(
         x, h_n, c_n, c = recurrent_layer(
             cell, bidirectional, x, batch_sizes, h0, c0, mine, options,
             None if owner is None or torch.compiler.is_compiling() else Owner(owner, layer, layout),
-            noise(drop, training, x, batch_sizes, layout, directions, gates, mine[1]),
+            draw(drop, training, x, batch_sizes, layout, directions, gates, mine[1]),
         )  # fmt: skip
         finals.append((h_n, c_n)[:count])
         steps.append((x, c)[:count])
@@ -173,13 +173,14 @@ def recurrent(
         grad_clip: the limit c of what a step sends back to the states before it, m = dL/dh_{t-1} and, for the LSTM,
             dL/dc_{t-1}, before the earlier step adds its own dL/dy_{t-1}. None: m as it is.
         grad_clip_mode: "value": each element into [-c, c]; "norm": each sample's m times min(1, c / ||m||).
-        bptt_steps: truncated back-propagation through time: from a step t that is a multiple of it, counted from 0,
-            no gradient passes to step t - 1 (in a reverse direction from t - 1 to t). The same gradients as of calls
-            with so many steps each, the states handed on detached. With ``reset``, t counts from the last reset.
+        bptt_steps: truncated back-propagation through time: from a step t > 0 that is a multiple of it, counted from
+            0, no gradient passes to step t - 1 (in a reverse direction from t - 1 to t). The same gradients as of calls
+            with so many steps each, the states handed on detached; the initial states get theirs from the first call.
+            With ``reset``, t counts from the last reset.
         recompute: "gates": the backward pass makes a second forward pass of each layer instead of keeping gates and
             c_t: nothing but input and output is kept, for about a third more time. "none": everything is kept.
         input_dropout, recurrent_dropout: probabilities of variational dropout, if ``training``: on the input of every
-            layer, and on h_{t-1} in the products. One mask for all steps of a sequence.
+            layer, and on h_{t-1} in the products. One mask for all steps of a sample, resets or not.
         zoneout: probability that a unit keeps its state at a step; a pair for the LSTM, of h and of c, where one number
             stands for both. Outside training every state is mixed with the one before in this proportion.
         weight_dropout: probability, on the elements of every W_hh, if ``training``; one mask for the call. Equations of
@@ -262,48 +263,16 @@ def recurrent(
     return results(y, finals, steps, lambda t: t.transpose(0, 1) if batch_first else t)
 
 
-def check_policy(
-    grad_clip: float | None, grad_clip_mode: str, bptt_steps: int | None, recompute: str
-) -> Options:
-    """These arguments of :func:`recurrent` as a layer takes them.
-
-    Raises:
-        ValueError: one that has no meaning.
-    """
-    if grad_clip_mode not in ("value", "norm"):
-        raise ValueError(f"grad_clip_mode must be 'value' or 'norm', got {grad_clip_mode!r}")
-    if recompute not in ("none", "gates"):
-        raise ValueError(f"recompute must be 'none' or 'gates', got {recompute!r}")
-    if grad_clip is not None and not 0 < grad_clip < math.inf:
-        raise ValueError(f"grad_clip must be positive and finite, or None, got {grad_clip}")
-    if bptt_steps is not None and (not isinstance(bptt_steps, int) or bptt_steps < 1):
-        raise ValueError(f"bptt_steps must be a positive integer, or None, got {bptt_steps}")
-    return Options(False, recompute == "gates", bptt_steps or 0, float(grad_clip or 0), grad_clip_mode == "norm")
-
-
 def lstm(
-    input: Tensor | PackedSequence,
-    hx: Sequence[Tensor] | None,
-    weights: Sequence[Tensor],
-    *,
-    num_layers: int = 1,
-    bidirectional: bool = False,
-    dropout: float = 0.0,
-    training: bool = False,
-    batch_first: bool = False,
-    lengths: Tensor | Sequence[int] | None = None,
-    reset: Tensor | None = None,
-) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+    input: Tensor | PackedSequence, hx: Sequence[Tensor] | None, weights: Sequence[Tensor], **options: Any
+) -> tuple[Any, ...]:
     """Long short-term memory, with projection where ``w_hr`` is given. Gates i, f, g, o.
 
     c_t = f * c_{t-1} + i * g,  h_t = o * tanh(c_t)  [then h_t = W_hr h_t]
 
-    ``hx`` is (h_0, c_0) or None; returns ``output, (h_n, c_n)``. The rest as in :func:`recurrent`.
+    ``hx`` is (h_0, c_0) or None; returns ``output, (h_n, c_n)``. The options and the rest as in :func:`recurrent`.
     """
-    return recurrent(
-        "lstm", input, hx, weights, num_layers=num_layers, bidirectional=bidirectional, dropout=dropout,
-        training=training, batch_first=batch_first, lengths=lengths, reset=reset,
-    )  # fmt: skip
+    return recurrent("lstm", input, hx, weights, **options)
 
 
 def gru(
@@ -311,28 +280,19 @@ def gru(
     hx: Tensor | None,
     weights: Sequence[Tensor],
     *,
-    num_layers: int = 1,
-    bidirectional: bool = False,
-    dropout: float = 0.0,
-    training: bool = False,
-    batch_first: bool = False,
-    lengths: Tensor | Sequence[int] | None = None,
-    reset: Tensor | None = None,
     reset_after: bool = True,
-) -> tuple[Tensor | PackedSequence, Tensor]:
+    **options: Any,
+) -> tuple[Any, ...]:
     """Gated recurrent unit. Gates r, z, n; h_t = (1 - z) * n + z * h_{t-1}.
 
     ``reset_after=True`` (torch.nn): n = tanh(x_n + r * (W_hn h_{t-1} + b_hn)).
     ``reset_after=False`` (the original paper): n = tanh(x_n + W_hn (r * h_{t-1}) + b_hn).
 
-    ``hx`` is h_0 or None; returns ``output, h_n``. The rest as in :func:`recurrent`.
+    ``hx`` is h_0 or None; returns ``output, h_n``. The options and the rest as in :func:`recurrent`.
     """
-    y, (h_n,) = recurrent(
-        "gru" if reset_after else "gru_reset_before", input, hx, weights, num_layers=num_layers,
-        bidirectional=bidirectional, dropout=dropout, training=training, batch_first=batch_first, lengths=lengths,
-        reset=reset,
-    )  # fmt: skip
-    return y, h_n
+    cell = "gru" if reset_after else "gru_reset_before"
+    y, (h_n,), *states = recurrent(cell, input, hx, weights, **options)
+    return y, h_n, *states
 
 
 def rnn(
@@ -340,24 +300,15 @@ def rnn(
     hx: Tensor | None,
     weights: Sequence[Tensor],
     *,
-    num_layers: int = 1,
     nonlinearity: str = "tanh",
-    bidirectional: bool = False,
-    dropout: float = 0.0,
-    training: bool = False,
-    batch_first: bool = False,
-    lengths: Tensor | Sequence[int] | None = None,
-    reset: Tensor | None = None,
-) -> tuple[Tensor | PackedSequence, Tensor]:
+    **options: Any,
+) -> tuple[Any, ...]:
     """Simple recurrent network, h_t = g(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh), g = tanh or relu.
 
-    ``hx`` is h_0 or None; returns ``output, h_n``. The rest as in :func:`recurrent`.
+    ``hx`` is h_0 or None; returns ``output, h_n``. The options and the rest as in :func:`recurrent`.
     """
-    y, (h_n,) = recurrent(
-        _rnn_cell_name(nonlinearity), input, hx, weights, num_layers=num_layers, bidirectional=bidirectional,
-        dropout=dropout, training=training, batch_first=batch_first, lengths=lengths, reset=reset,
-    )  # fmt: skip
-    return y, h_n
+    y, (h_n,), *states = recurrent(_rnn_cell_name(nonlinearity), input, hx, weights, **options)
+    return y, h_n, *states
 
 
 def _rnn_cell_name(nonlinearity: str) -> str:

@@ -18,6 +18,7 @@ from torch.overrides import has_torch_function
 from ._C import PackedWeights, infer
 from .autograd import PLAIN, recurrent_layer
 from .cells import CELLS
+from .dropout import kept_parts
 from .streaming import steppers
 
 __all__ = ["KEPT", "FusedModule", "as_states", "dense", "infers", "is_plain", "kept_aside"]
@@ -41,14 +42,16 @@ def dense(
     h0: Tensor | None,
     c0: Tensor | None,
     weights: Sequence[Tensor],
+    zoneout: float | Sequence[float] = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """A dense batch through one layer or, in inference, through several: y, h_n, c_n. None: by the long road.
 
-    Of a cell, x is (B, I), without the time, and so are the states and results.
+    Of a cell, x is (B, I), without the time, and so are the states and results. ``zoneout``: in inference alone.
     """
     if infers():
-        result = infer(x, h0, c0, weights, cell, bidirectional, num_layers, _kept(module))
-        if result is not None:
+        parts = kept_parts(zoneout, len(CELLS[cell].states))
+        result = infer(x, h0, c0, weights, cell, bidirectional, num_layers, _kept(module), parts)
+        if result is not None or any(parts):
             return result
     elif not torch.compiler.is_compiling() and kept_aside:
         kept_aside.pop(module, None)

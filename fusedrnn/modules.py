@@ -18,11 +18,12 @@ from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
-from . import dropout
+from . import options
 from .cells import CELLS
-from .functional import check_policy, recurrent
+from .functional import recurrent
 from .fused_module import FusedModule, as_states, dense, infers, is_plain
-from .single_step import GRUCell, LSTMCell, RNNCell
+from .options import SequenceOptions
+from .single_step import GRUCell, LSTMCell, RNNCell  # old pickles look for them here
 from .streaming import cell_of, step, steppers
 
 __all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell", "ResidualRNN"]
@@ -42,9 +43,9 @@ def _forward(
 ) -> tuple[Any, ...]:
     """What the sequence modules share: torch.nn's checks, in its order and words, then the layers."""
     ours = isinstance(module, _SequenceModule)
-    options = _options(module) if ours else {}
-    if lengths is None and reset is None and not return_states and not options:
-        short = _short_road(module, cell, input, states)
+    own = options.active(module) if ours else {}
+    if lengths is None and reset is None and not return_states and (not own or _mixes_only(module, own)):
+        short = _short_road(module, cell, input, states, own.get("zoneout", 0.0))
         if short is not None:
             return short
     module._update_flat_weights()
@@ -80,7 +81,7 @@ def _forward(
         reset=reset,
         return_states=return_states,
         owner=module if ours else None,
-        **options,
+        **own,
     )
 
 
@@ -90,18 +91,27 @@ _untraced = torch.compiler.disable(_forward)
 
 
 def _of_one_state(
-    module: torch.nn.RNNBase, name: str, input: Tensor | PackedSequence, hx: Tensor | None, *options: Any
+    module: torch.nn.RNNBase, name: str, input: Tensor | PackedSequence, hx: Tensor | None, *further: Any
 ) -> tuple[Any, ...]:
     """:func:`_forward` for cells whose only state is h, which is no tuple then."""
-    output, (h_n,), *states = _forward(module, cell_of(module), name, input, None if hx is None else (hx,), *options)
+    output, (h_n,), *states = _forward(module, cell_of(module), name, input, None if hx is None else (hx,), *further)
     return output, h_n, *states
 
 
 _of_one_state_untraced = torch.compiler.disable(_of_one_state)
 
 
+def _mixes_only(module: torch.nn.RNNBase, own: dict[str, Any]) -> bool:
+    """Whether the one option is zoneout in inference, which has numbers for masks."""
+    return infers() and not module.training and list(own) == ["zoneout"]
+
+
 def _short_road(
-    module: torch.nn.RNNBase, cell: str, input: Tensor | PackedSequence, states: Sequence[Tensor] | None
+    module: torch.nn.RNNBase,
+    cell: str,
+    input: Tensor | PackedSequence,
+    states: Sequence[Tensor] | None,
+    zoneout: float | Sequence[float],
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
     """A dense batch through one layer, or in inference through several, checked by the kernel alone: a step is often
     all there is to do, and torch.nn's checks would take several times as long. None where anything is different: the
@@ -118,7 +128,7 @@ def _short_road(
     x = input.transpose(0, 1) if module.batch_first else input
     h0, c0 = (*(states or ()), None, None)[:2]
     try:
-        result = dense(module, cell, module.bidirectional, module.num_layers, x, h0, c0, weights)
+        result = dense(module, cell, module.bidirectional, module.num_layers, x, h0, c0, weights, zoneout)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError):
@@ -148,33 +158,7 @@ def _check_args(
         module.check_hidden_size(states[0], module.get_expected_hidden_size(input, batch_sizes))
 
 
-
-
-
-
-_POLICY = ("grad_clip", "grad_clip_mode", "bptt_steps", "recompute")
-
-
-def _options(module: torch.nn.RNNBase) -> dict[str, Any]:
-    """What differs from torch.nn's layer for the call that is made now."""
-    own = vars(module)
-    if not is_compiling() and own.keys().isdisjoint(_OPTIONS):  # (Dynamo knows no isdisjoint of keys.)
-        return {}
-    names = [*dropout.active(module), *(_POLICY if torch.is_grad_enabled() else ())]
-    return {name: own[name] for name in names if own.get(name, _DEFAULT[name]) != _DEFAULT[name]}
-
-
-def changed(module: torch.nn.RNNBase) -> dict[str, Any]:
-    """Its options that differ from torch.nn's layer."""
-    own = vars(module)
-    return {name: own[name] for name in _OPTIONS if own.get(name, _DEFAULT[name]) != _DEFAULT[name]}
-
-
-def _options_text(module: torch.nn.RNNBase) -> str:
-    return "".join(f", {name}={value!r}" for name, value in changed(module).items())
-
-
-class _SequenceModule(FusedModule):
+class _SequenceModule(FusedModule, SequenceOptions):
     """What our sequence modules do not share with torch.nn's.
 
     Their forward has further arguments, by name: ``lengths``, ``reset`` and ``return_states``. What is dropped and how
@@ -183,23 +167,12 @@ class _SequenceModule(FusedModule):
     ``recompute``. All as in :func:`fusedrnn.functional.recurrent`.
     """
 
-    input_dropout: float = 0.0
-    recurrent_dropout: float = 0.0
-    zoneout: float | tuple[float, float] = 0.0
-    weight_dropout: float = 0.0
-
-    grad_clip: float | None = None
-    grad_clip_mode: str = "value"
-    bptt_steps: int | None = None
-    recompute: str = "none"
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+        own = {name: kwargs.pop(name) for name in options.NAMES if name in kwargs}
         super().__init__(*args, **kwargs)
-        for name, value in options.items():
+        for name, value in own.items():
             setattr(self, name, value)
-        check_policy(*(getattr(self, name) for name in _POLICY))
-        dropout.rates(*(getattr(self, name) for name in dropout.NAMES), 2 if self.mode == "LSTM" else 1)
+        options.check(self, 2 if self.mode == "LSTM" else 1)
 
     def step(
         self, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None = None
@@ -208,21 +181,21 @@ class _SequenceModule(FusedModule):
 
         The same numbers as ``forward`` of one step, without gradients, and sooner: what does not change from step to
         step is prepared at the first one, for its batch size. Weights are read where they lie, so that changes of their
-        values are seen. Where nothing can be prepared (a GPU, float16, autocast, parametrized weights, dropout in
-        training) it is a call of ``forward``.
+        values are seen. Where nothing can be prepared (a GPU, float16, autocast, parametrized weights, forward hooks,
+        dropout in training, which draws new masks at every step) it is a call of ``forward``.
 
         >>> state = None
         >>> for x_t in stream:
         ...     y_t, state = lstm.step(x_t, state)
 
         Raises:
-            ValueError: the module is bidirectional, or input has no two dimensions.
+            ValueError, TypeError: the module is bidirectional, or input is no tensor of two dimensions.
         """
         return step(self, input, hx)
 
     def extra_repr(self) -> str:
         """As in torch.nn, and what differs from the defaults."""
-        return super().extra_repr() + _options_text(self)
+        return super().extra_repr() + options.text(self)
 
     def train(self, mode: bool = True) -> torch.nn.Module:
         """As in torch.nn."""
@@ -245,10 +218,6 @@ class _SequenceModule(FusedModule):
 
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels read the parameters where they are. Kept because callers use it."""
-
-
-_OPTIONS = (*dropout.NAMES, *_POLICY)
-_DEFAULT = {name: getattr(_SequenceModule, name) for name in _OPTIONS}
 
 
 class RNN(_SequenceModule, torch.nn.RNN):
@@ -315,7 +284,7 @@ class GRU(_SequenceModule, _TorchGRU):
         return call(self, "GRU", input, hx, lengths, reset, return_states)
 
     def extra_repr(self) -> str:
-        return _TorchGRU.extra_repr(self) + _options_text(self) + ("" if self.reset_after else ", reset_after=False")
+        return _TorchGRU.extra_repr(self) + options.text(self) + ("" if self.reset_after else ", reset_after=False")
 
 
 class ResidualRNN(_SequenceModule, torch.nn.RNNBase):

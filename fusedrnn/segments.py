@@ -77,7 +77,8 @@ class Segments:
     def final(self, state: Tensor, before: Tensor | None, directions: int) -> Tensor:
         """The final states of the samples from those of the segments; ``before``: the samples' initial ones."""
         if not is_compiling() and len(self.sample) == 0:
-            found = state.new_zeros(state.size(0), self.samples, state.size(2))
+            nothing = state.new_zeros(state.size(0), self.samples, state.size(2))
+            found = torch.cat([state, nothing], dim=1)  # which autograd knows
         else:
             by_direction = state.unflatten(0, (-1, directions)).unbind(1)
             ends = (self.last, self.first)
@@ -176,7 +177,10 @@ def _traced(
 
 def _checked_lengths(lengths: Tensor | Sequence[int], steps: int, samples: int) -> Tensor:
     if not isinstance(lengths, Tensor):
-        lengths = torch.as_tensor(lengths, dtype=None if len(lengths) else torch.long)
+        try:
+            lengths = torch.as_tensor(lengths, dtype=None if len(lengths) else torch.long)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"lengths must be integers, one for each sample, got {lengths!r}") from error
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise TypeError(f"lengths must be integers, got {lengths.dtype}")
     if lengths.shape != (samples,):

@@ -46,7 +46,7 @@ def forward_cell(
 def _short_road_of_cell(
     module: torch.nn.RNNCellBase, cell: str, input: Tensor, states: Sequence[Tensor] | None
 ) -> tuple[Tensor, ...] | None:
-    """As :func:`_short_road`, for a batch through a cell."""
+    """A batch through a cell, checked by the kernel alone; None where anything is different."""
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if module.bias else ("weight_ih", "weight_hh")
     weights = [module._parameters.get(name) for name in names]
     if not is_plain(input, 2, states, weights, cell):

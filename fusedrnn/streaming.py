@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dropout
+from . import options
 from ._C import Stepper
+from .dropout import kept_parts
 
 __all__ = ["cell_of", "step", "steppers"]
 
-#: What is prepared, by module, not in it: copies and pickles hold nothing of it.
-steppers: weakref.WeakKeyDictionary[torch.nn.Module, Stepper] = weakref.WeakKeyDictionary()
+#: What is prepared, by module, not in it, and what for: copies and pickles hold nothing of it.
+steppers: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Stepper, Any]] = weakref.WeakKeyDictionary()
 
 
 def cell_of(module: torch.nn.RNNBase) -> str:
@@ -27,13 +28,27 @@ def cell_of(module: torch.nn.RNNBase) -> str:
     return module.mode.lower() if getattr(module, "reset_after", True) else "gru_reset_before"
 
 
+def _purpose(module: torch.nn.RNNBase) -> Any:
+    """The attributes that a prepared step depends on. None: no step can be prepared."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return None
+    if module.training and (
+        module.zoneout or module.input_dropout or module.recurrent_dropout or module.weight_dropout or module.dropout
+    ):
+        return None
+    return module.mode, module.mode == "GRU" and module.reset_after, module.zoneout
+
+
 def step(module: torch.nn.RNNBase, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
     """input (B, I) and states -> output (B, R) and states."""
-    stepper, two = steppers.get(module), module.mode == "LSTM"
-    if stepper is not None and not torch.is_autocast_enabled("cpu") and not dropout.active(module):
-        h0, c0 = hx if two and hx is not None else (hx, None)
-        found = stepper.step(input, h0, c0, module._parameters, module._flat_weights_names)
-        if found is not None:
+    prepared, two = steppers.get(module), module.mode == "LSTM"
+    if prepared is not None and not torch.is_autocast_enabled("cpu") and _purpose(module) == prepared[1]:
+        h0, c0 = hx if two and type(hx) is tuple and len(hx) == 2 else (hx, None)
+        try:
+            found = prepared[0].step(input, h0, c0, module._parameters, module._flat_weights_names)
+        except TypeError:
+            found = None  # forward words it
+        if found is not None and (not two or hx is None or c0 is not None):
             y, h_n, c_n = found
             return y, (h_n, c_n) if two else h_n
     return _first_step(module, input, hx)
@@ -43,6 +58,8 @@ def _first_step(module: torch.nn.RNNBase, input: Tensor, hx: Any) -> tuple[Tenso
     """By ``forward``, with its checks; what it has found right is prepared for the next."""
     if module.bidirectional:
         raise ValueError("step: a bidirectional module needs the whole sequence")
+    if not isinstance(input, Tensor):
+        raise TypeError(f"step: Expected input to be a tensor, got {type(input).__name__}")
     if input.dim() != 2:
         raise ValueError(f"step: Expected input to be 2D, (B, I), got {input.dim()}D instead")
     time = 1 if module.batch_first else 0
@@ -51,9 +68,10 @@ def _first_step(module: torch.nn.RNNBase, input: Tensor, hx: Any) -> tuple[Tenso
     steppers.pop(module, None)
     weights = [module._parameters.get(name) for name in module._flat_weights_names]
     plain = all(own is weight for own, weight in zip(weights, module._flat_weights, strict=True))
-    dropping = module.dropout > 0 and module.training and module.num_layers > 1
-    if plain and not dropping and not dropout.active(module) and not torch.compiler.is_compiling():
-        stepper = Stepper.make(input, weights, cell_of(module), module.num_layers)
+    purpose, cell = _purpose(module), cell_of(module)
+    if plain and purpose is not None and not torch.compiler.is_compiling():
+        zoneout = kept_parts(options.active(module).get("zoneout", 0.0), 2 if cell == "lstm" else 1)
+        stepper = Stepper.make(input, weights, cell, module.num_layers, zoneout)
         if stepper is not None:
-            steppers[module] = stepper
+            steppers[module] = stepper, purpose
     return y.squeeze(time), last

@@ -22,6 +22,7 @@ from fusedrnn.dropout import Noise
 from fusedrnn.functional import recurrent
 from loops import TWINS
 from parity import DEVICE
+from test_through_time import Limited
 from tolerances import assert_all_close
 
 T, B, I, H = 6, 4, 3, 5
@@ -32,7 +33,7 @@ Layer = dict[str, Any]
 
 def one_layer(
     cell: str, x: Tensor, sizes: Sequence[int], states: Sequence[Tensor], weights: Sequence[Tensor], noise: Noise,
-    directions: int,
+    directions: int, clip: float = 0.0, mode: str = "value", bptt: int = 0,
 ) -> list[Tensor]:  # fmt: skip
     """y, final states and, of the LSTM, all c_t, rows as in a PackedSequence: a sample and a step at a time.
 
@@ -48,7 +49,11 @@ def one_layer(
         w_hh = w_hh if noise.mask_h is None else w_hh * noise.mask_h[d, b]
         now = tuple(s[d, b : b + 1] for s in states)
         for t in reversed(range(length)) if d else range(length):
-            row = starts[t] + b
+            row, before = starts[t] + b, t + 1 if d else t  # the boundary that the state comes over
+            if clip:
+                now = tuple(Limited.apply(s, clip, mode) for s in now)
+            if bptt and before % bptt == 0 and 0 < before < length:
+                now = tuple(s.detach() for s in now)
             new = TWINS[cell].step(x[row : row + 1], now, w_ih, w_hh, *biases)
             new = (linear(new[0], rest[-1]), *new[1:]) if each % 2 else new
             keeps = [None if k is None else k[row].chunk(directions)[d] for k in noise[1:]]
@@ -103,7 +108,10 @@ def outcome(results: Sequence[Tensor], layer: Layer) -> dict[str, Tensor]:
     return {str(i): t.detach().cpu() for i, t in enumerate((*results, *found))}
 
 
-def ours(cell: str, layer: Layer, sizes: Sequence[int], directions: int) -> dict[str, Tensor]:
+def ours(
+    cell: str, layer: Layer, sizes: Sequence[int], directions: int, clip: float = 0.0, mode: str = "value",
+    bptt: int = 0,
+) -> dict[str, Tensor]:  # fmt: skip
     def there(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.detach().to(DEVICE).requires_grad_(t.requires_grad)
 
@@ -115,20 +123,22 @@ def ours(cell: str, layer: Layer, sizes: Sequence[int], directions: int) -> dict
         noise = Noise(noise.mask_h, *(None if k is None else k.unflatten(0, (len(sizes), -1)) for k in noise[1:]))
     y, h_n, c_n, c = recurrent_layer(
         cell, directions == 2, x, torch.tensor(sizes) if ragged else None, layer["h0"], layer["c0"], layer["weights"],
-        Options(states=True), None, noise,
+        Options(True, False, bptt, clip, mode == "norm"), None, noise,
     )  # fmt: skip
     rows = [y.reshape(-1, y.size(-1)), h_n]
     return outcome(rows + ([c_n, c.reshape(-1, c.size(-1))] if c is not None else []), layer)
 
 
-def expected(cell: str, layer: Layer, sizes: Sequence[int], directions: int) -> dict[str, Tensor]:
+def expected(
+    cell: str, layer: Layer, sizes: Sequence[int], directions: int, **limits: Any
+) -> dict[str, Tensor]:
     def wide(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.detach().double().requires_grad_(t.requires_grad)
 
     layer = {n: wide(v) if n in ("x", "h0", "c0") else list(map(wide, v)) for n, v in layer.items()}
     states = [s for s in (layer["h0"], layer["c0"]) if s is not None]
     noise = Noise(*layer["noise"])
-    return outcome(one_layer(cell, layer["x"], sizes, states, layer["weights"], noise, directions), layer)
+    return outcome(one_layer(cell, layer["x"], sizes, states, layer["weights"], noise, directions, **limits), layer)
 
 
 @pytest.mark.isa
@@ -142,6 +152,18 @@ def test_the_kernels(cell: str, kinds: str) -> None:
     for directions, proj, sizes, means in product((1, 2), projections, ((B,) * 3, SIZES), (False, True)):
         layer = draw(cell, directions, proj, sizes, kinds, means=means)
         assert_all_close(ours(cell, layer, sizes, directions), expected(cell, layer, sizes, directions))
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("cell", CELLS)
+def test_with_a_limited_backward_pass(cell: str) -> None:
+    """What is clipped and cut is all that a step sends back, past the cell and through it."""
+    projections = (0, 3) if CELLS[cell].projectable else (0,)
+    limits = ({"clip": 0.3}, {"clip": 0.3, "mode": "norm"}, {"bptt": 2}, {"clip": 0.2, "mode": "norm", "bptt": 3})
+    for directions, proj, sizes, own in product((1, 2), projections, ((B,) * 5, SIZES), limits):
+        layer = draw(cell, directions, proj, sizes, "mhc", means=True)
+        found, wanted = ours(cell, layer, sizes, directions, **own), expected(cell, layer, sizes, directions, **own)
+        assert_all_close(found, wanted)
 
 
 @pytest.mark.isa
@@ -182,7 +204,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], list[Noise], l
         return wrapper
 
     monkeypatch.setattr(dropout, "_mask", kept(masks, dropout._mask))
-    monkeypatch.setattr(fusedrnn.functional, "noise", kept(noises, fusedrnn.functional.noise))
+    monkeypatch.setattr(fusedrnn.functional, "draw", kept(noises, fusedrnn.functional.draw))
     monkeypatch.setattr(fusedrnn.functional, "drop_weights", kept(weights, fusedrnn.functional.drop_weights))
     return masks, noises, weights
 
@@ -197,11 +219,12 @@ def test_the_modules(cell: str, training: bool, monkeypatch: pytest.MonkeyPatch)
     masks, noises, weights = watch(monkeypatch)
     x = torch.randn(T, B, I, dtype=torch.float64)
     y, last = copy.deepcopy(module).to(DEVICE)(x.to(DEVICE))
-    inputs = masks[::2] if training else [torch.ones(1, dtype=torch.float64)] * 2
-    assert len(masks) == (4 if training else 0)
+    inputs = masks[::4] if training else [torch.ones(1, dtype=torch.float64)] * 2
+    assert len(masks) == (8 if training else 0)  # a layer: x, W_hh of both directions, h
     out, finals = x, []
     for mask, noise, own in zip(inputs, noises, weights, strict=True):
         flat = Noise(*(None if k is None else k.cpu().flatten(0, -2) if i else k.cpu() for i, k in enumerate(noise)))
+        flat = flat.to(x.dtype)
         rows = (out * mask.cpu()).flatten(0, 1)
         zeros = [torch.zeros(2, B, H, dtype=torch.float64)] * len(CELLS[cell].states)
         found = one_layer(cell, rows, [B] * T, zeros, [w.cpu() for w in own], flat, 2)
@@ -504,6 +527,17 @@ def test_streams() -> None:
     assert not torch.equal(stream(), stream())
 
 
+def test_streams_with_zoneout_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x, calls = fusedrnn.GRU(I, H, num_layers=2, zoneout=0.3).eval(), torch.randn(T, B, I), []
+    expected = module(x)[0].detach()
+    module.register_forward_hook(lambda *_: calls.append(1)).remove()
+    _, state = module.step(x[0])
+    monkeypatch.setattr(fusedrnn.GRU, "forward", None)
+    for t in range(1, T):
+        y, state = module.step(x[t], state)
+        torch.testing.assert_close(y, expected[t])
+
+
 def test_what_is_not_asked_for_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outside training only zoneout is left: the short road of a plain module; limits of the backward pass are nothing
     to inference.
@@ -521,6 +555,50 @@ def test_what_is_not_asked_for_costs_nothing(monkeypatch: pytest.MonkeyPatch) ->
         module.train()
         with pytest.raises(AssertionError, match="the long road"):
             module(x)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("cell", CELLS)
+def test_inference(cell: str) -> None:
+    """Zoneout's mean by the short road, of one call and another: layers, directions, projections."""
+    x, h = torch.randn(T, B, I), len(CELLS[cell].states)
+    for bidirectional, proj in product((False, True), (0, 3) if CELLS[cell].projectable else (0,)):
+        options = {"proj_size": proj} if proj else {}
+        rates = (0.3, 0.6) if h == 2 else 0.3
+        module = TWINS[cell].layer(I, H, num_layers=3, bidirectional=bidirectional, zoneout=rates, **options).eval()
+        expected = module(x)
+        with torch.no_grad():
+            for _ in range(3):
+                torch.testing.assert_close(module(x), expected)
+
+
+def test_attributes_of_a_class_count() -> None:
+    class Frozen(fusedrnn.LSTM):
+        zoneout = 1.0
+        bptt_steps = 1
+
+    module, h0 = Frozen(I, H), torch.randn(1, B, H, requires_grad=True)
+    assert repr(module) == "Frozen(3, 5, zoneout=1.0, bptt_steps=1)"
+    y, _ = module(torch.randn(T, B, I), (h0, torch.zeros(1, B, H)))
+    assert torch.equal(y, h0.expand(T, B, H))
+    y[1:].sum().backward()
+    assert h0.grad.count_nonzero() == 0
+
+
+def test_options_without_effect() -> None:
+    for options in ({"zoneout": (0.0, 0.0)}, {"zoneout": 0}, {"grad_clip_mode": "norm"}):
+        module = fusedrnn.LSTM(I, H, **options)
+        assert repr(module) == "LSTM(3, 5)" and str(fusedrnn.revert(nn.Sequential(module))).startswith("1 recurrent")
+
+
+def test_functions_take_the_options() -> None:
+    x = torch.randn(T, B, I)
+    for name, module in (("lstm", fusedrnn.LSTM(I, H)), ("gru", fusedrnn.GRU(I, H)), ("rnn", fusedrnn.RNN(I, H))):
+        function, weights = getattr(fusedrnn.functional, name), list(module.parameters())
+        y, last, states = function(x, None, weights, zoneout=1.0, return_states=True, grad_clip=1.0, recompute="gates")
+        assert y.count_nonzero() == 0 and torch.equal(states[0][0], y)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'zone'"):
+            function(x, None, weights, zone=1.0)
 
 
 def test_modules_carry_their_rates() -> None:

@@ -316,6 +316,23 @@ class Model(nn.Module):
         return y.sum(2) + h_n.sum()
 
 
+@pytest.mark.parametrize("lengths", [3, "abcd", [[1], [2, 3]]])
+def test_lengths_that_are_none(lengths: Any) -> None:
+    with pytest.raises(TypeError, match="lengths must be integers, one for each sample, got"):
+        fusedrnn.GRU(4, 5)(torch.randn(T, B, 4), lengths=lengths)
+
+
+def test_a_batch_without_a_step_has_gradients() -> None:
+    """A rare batch must not stop the training of others: y and h_n lead back to the parameters, with nothing."""
+    for cell in ("lstm", "gru"):
+        module = Case(cell, T=T, B=B).module()
+        y, last = module(torch.randn(T, B, 4, dtype=torch.float64), lengths=[0] * B)
+        for result in (y, *(last if isinstance(last, tuple) else (last,))):
+            module.zero_grad()
+            result.sum().backward(retain_graph=True)
+            assert all(p.grad.count_nonzero() == 0 for p in module.parameters())
+
+
 def test_symbolic_traces_keep_the_lengths() -> None:
     model = Model()
     x, lengths, reset = torch.randn(T, B, 4), torch.tensor(LENGTHS), marks()

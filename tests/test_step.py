@@ -162,3 +162,37 @@ def test_errors() -> None:
             module.step(x.double())
         module.step(x)
     assert module.step(torch.randn(0, 4))[0].shape == (0, 5)
+
+
+def test_what_a_step_was_prepared_for() -> None:
+    """Another cell, by an attribute, or a hook: forward's numbers at once."""
+    x, h = torch.randn(2, 3), torch.randn(1, 2, 5)
+    for module, name, value in (
+        (fusedrnn.GRU(3, 5), "reset_after", False), (fusedrnn.RNN(3, 5), "mode", "RNN_RELU"),
+        (fusedrnn.GRU(3, 5), "zoneout", 0.5),
+    ):  # fmt: skip
+        module.eval().step(x, h)
+        setattr(module, name, value)
+        for _ in range(2):
+            torch.testing.assert_close(module.step(x, h)[0], module(x[None], h)[0][0])
+    calls: list[int] = []
+    module = fusedrnn.GRU(3, 5)
+    module.step(x, h)
+    module.register_forward_hook(lambda *_: calls.append(1))
+    module.step(x, h), module.step(x, h)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_states_that_do_not_fit_are_forwards_to_word(layers: int) -> None:
+    module, x = fusedrnn.LSTM(3, 5, num_layers=layers), torch.randn(2, 3)
+    h = torch.zeros(layers, 2, 5)
+    for _ in range(2):
+        with pytest.raises(TypeError, match="hx of lstm must be a tuple"):
+            module.step(x, torch.zeros(2, layers, 2, 5))
+        with pytest.raises(RuntimeError, match="lstm expects two hidden states"):
+            module.step(x, (h, h, h))
+        with pytest.raises(TypeError, match="step: Expected input to be a tensor, got list"):
+            module.step([1.0], (h, h))
+        module.step(x, (h, h))
+        assert torch.equal(module.step(x, [h, h])[0], module.step(x, (h, h))[0])
