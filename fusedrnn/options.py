@@ -15,8 +15,8 @@ __all__ = ["NAMES", "SequenceOptions", "active", "changed", "check", "check_poli
 
 
 class SequenceOptions:
-    """By name to the constructor, or attributes of a module or its class. :func:`fusedrnn.functional.recurrent` says what
-    they mean.
+    """By name to the constructor, or attributes of a module or its class; :func:`fusedrnn.functional.recurrent` says
+    what they mean.
     """
 
     input_dropout: float = 0.0

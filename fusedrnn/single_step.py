@@ -14,6 +14,7 @@ from .fused_module import FusedModule, as_states, dense, is_plain
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell", "forward_cell"]
 
+
 def forward_cell(
     module: torch.nn.RNNCellBase, cell: str, name: str, input: Tensor, states: Sequence[Tensor] | None
 ) -> tuple[Tensor, ...]:

@@ -380,3 +380,11 @@ def test_swapped_tensors(name: str, converted: bool) -> None:
     if converted:
         fusedrnn.revert(module)
         assert_close("y", first(module(x.float())), first(other(x.float())))
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell", "ResidualRNN"])
+def test_pickles_find_their_classes(name: str) -> None:
+    """Under the name of the module that older pickles hold, and under today's."""
+    cls = getattr(fusedrnn, name)
+    assert getattr(fusedrnn.modules, name) is cls
+    assert pickle.loads(pickle.dumps(cls)) is cls
