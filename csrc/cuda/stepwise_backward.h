@@ -6,6 +6,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "step_backward.h"
 #include "stepwise.h"
 
 namespace fusedrnn {

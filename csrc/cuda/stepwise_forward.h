@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "step_forward.h"
 #include "stepwise.h"
 
 namespace fusedrnn {

@@ -1,0 +1,282 @@
+// The bodies (step.h) of the backward pass: a step, the limits on what it sends back, norms, the sums after all steps.
+#pragma once
+
+#include "step.h"
+
+namespace fusedrnn {
+
+// What the steps of a backward pass share. A row of dg holds first the gradients of x for the last kSplit gates, then
+// those of rec for all gates, kSplit + kGates blocks of H.
+template <class S, class T>
+struct BackwardBuffers {
+  int64_t B, H, R, width;
+  PerSlot<const T*> h0;        // [B, R] or null
+  PerSlot<const T*> c0;        // [B, H] or null
+  PerSlot<const T*> y;         // [N, width], from the direction's first column on
+  PerSlot<const S*> saved;     // [N, saved_stride]
+  int64_t saved_stride;
+  PerSlot<T*> dg;              // [N, (kSplit + G)*H]
+  PerSlot<const T*> mask;      // [B, R] or null
+  PerSlot<T*> before;          // [N, R]: mask * h_{t-1} of each row, or null
+  PerSlot<T*> q;               // [N, H]: operand of the second product or output before its projection; or null
+  PerSlot<T*> dy_rows;         // [N, R]: dL/d(W_hr (o * tanh(c))) of a projected layer
+  PerSlot<S*> dh_rows;         // [N, R]: dL/dh_t by all ways, or null
+  PerSlot<S*> dc_rows;         // [N, H]: dL/dc_t likewise, or null
+  S* dh;                       // [slots][B][R]: dL/dh of this step but for dy
+  S* dc;                       // [slots][B][H]
+  S* through;                  // [slots][B][H]: dL/dq, or the gradient through the projection
+};
+
+template <class S, class T>
+struct BackwardElement {
+  BackwardBuffers<S, T> u;
+  StepRows at;
+  PerSlot<StepView<T>> dy;
+  PerSlot<StepView<T>> dc;
+  Keeps<T> keep;
+
+  FUSEDRNN_INLINE S masked(int s, int64_t b, int64_t r, S v) const {
+    return u.mask[s] ? v * widen(u.mask[s][b * u.R + r]) : v;
+  }
+  // As the products read it.
+  FUSEDRNN_INLINE S previous_operand(int s, int64_t b, int64_t r) const {
+    return masked(s, b, r, widen(previous_h(s, b, r)));
+  }
+  // Of a gradient what goes past the cell to the state before.
+  FUSEDRNN_INLINE static S direct(const StepView<T>& keep, int64_t b, int64_t j, S d) {
+    return keep.data ? d * Keeps<T>::template of<S>(keep, b, j) : S(0);  // (Z3)
+  }
+  FUSEDRNN_INLINE T previous_h(int s, int64_t b, int64_t r) const {
+    return b < at.carried[s] ? u.y[s][(at.previous[s] + b) * u.width + r]
+                             : u.h0[s] ? u.h0[s][b * u.R + r] : narrow<T>(0);
+  }
+  FUSEDRNN_INLINE S total_dh(int s, int64_t b, int64_t r) const {
+    const S dh = u.dh[(s * u.B + b) * u.R + r];
+    return dy[s].data ? dh + widen(dy[s].data[b * dy[s].batch + r]) : dh;
+  }
+  FUSEDRNN_INLINE const S* saved_row(int s, int64_t b) const { return u.saved[s] + (at.first[s] + b) * u.saved_stride; }
+};
+
+// dL/dy of a projected layer, as its product reads it, and h_{t-1}.
+template <class S, class T>
+struct BackwardProjected : BackwardElement<S, T> {
+  FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t r) const {
+    if (b >= this->at.rows[s]) return;
+    const int64_t i = (this->at.first[s] + b) * this->u.R + r;
+    const S dh = this->total_dh(s, b, r), direct = this->direct(this->keep.h[s], b, r, dh);
+    this->u.dy_rows[s][i] = narrow<T>(dh - direct);
+    this->u.dh[(s * this->u.B + b) * this->u.R + r] = direct;
+    if (this->u.dh_rows[s]) this->u.dh_rows[s][i] = dh;
+    if (this->u.before[s]) this->u.before[s][i] = narrow<T>(this->previous_operand(s, b, r));
+  }
+};
+
+template <class Cell, class S, class T, bool kProjected>
+struct BackwardStep : BackwardElement<S, T> {
+  FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t j) const {
+    if (b >= this->at.rows[s]) return;
+    const auto& u = this->u;
+    const int64_t H = u.H, i = (s * u.B + b) * H + j, n = this->at.first[s] + b;
+    const S* row = this->saved_row(s, b);
+    Values<S, Cell::kSaved> saved;
+    for (int k = 0; k < Cell::kSaved; ++k) saved[k] = row[k * H + j];
+    Values<S, Cell::kStates> previous, current, d;
+    S direct_h = S(0), direct_c = S(0);
+    if constexpr (kProjected) {
+      previous[0] = current[0] = S(0);  // no cell that is projected reads them
+      d[0] = u.through[i];
+    } else {
+      const StepView<T>& keep = this->keep.h[s];
+      if (u.before[s]) u.before[s][n * H + j] = narrow<T>(this->previous_operand(s, b, j));
+      previous[0] = widen(this->previous_h(s, b, j));
+      current[0] = Cell::kSaved == 0 && keep.data ? row[j] : widen(u.y[s][n * u.width + j]);
+      d[0] = this->total_dh(s, b, j);
+      if (u.dh_rows[s]) u.dh_rows[s][n * H + j] = d[0];
+      direct_h = this->direct(keep, b, j, d[0]);
+      d[0] -= direct_h;
+    }
+    if constexpr (Cell::kStates == 2) {
+      const int64_t before = (this->at.previous[s] + b) * u.saved_stride + Cell::kSaved * H + j;
+      previous[1] = b < this->at.carried[s] ? u.saved[s][before] : u.c0[s] ? widen(u.c0[s][b * H + j]) : S(0);
+      const StepView<T>& keep = this->keep.c[s];
+      current[1] = keep.data ? Cell::candidate(saved, previous) : row[Cell::kSaved * H + j];
+      d[1] = u.dc[i];
+      const StepView<T>& dc = this->dc[s];
+      if (dc.data) d[1] += widen(dc.data[b * dc.batch + j]);
+      if (u.dc_rows[s]) u.dc_rows[s][n * H + j] = keep.data ? d[1] : Cell::dc_of(saved, current, d);
+      direct_c = this->direct(keep, b, j, d[1]);
+      d[1] -= direct_c;
+    }
+    if constexpr (Cell::kFirst < Cell::kGates) {
+      const Values<S, 1> operand = {this->previous_operand(s, b, j)};
+      if (u.q[s]) u.q[s][n * H + j] = narrow<T>(Cell::recurrent_operand(saved, operand));
+    }
+    if constexpr (kProjected) {
+      if (u.q[s]) u.q[s][n * H + j] = narrow<T>(Cell::output(saved, current));
+    }
+    Values<S, Cell::kGates> dx = {}, drec = {};
+    Cell::backward(saved, previous, current, d, dx, drec);
+    T* out = u.dg[s] + n * (Cell::kSplit + Cell::kGates) * H + j;
+    for (int k = 0; k < Cell::kSplit; ++k) out[k * H] = narrow<T>(dx[Cell::kGates - Cell::kSplit + k]);
+    for (int g = 0; g < Cell::kGates; ++g) out[(Cell::kSplit + g) * H] = narrow<T>(drec[g]);
+    if constexpr (!kProjected) u.dh[i] = d[0] + direct_h;
+    if constexpr (Cell::kStates == 2) u.dc[i] = d[1] + direct_c;
+  }
+};
+
+// The first gates of cells with two products a step, from dL/dq.
+template <class Cell, class S, class T>
+struct BackwardFirst : BackwardElement<S, T> {
+  FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t j) const {
+    if (b >= this->at.rows[s]) return;
+    const auto& u = this->u;
+    const int64_t H = u.H, i = (s * u.B + b) * H + j;
+    const S* row = this->saved_row(s, b);
+    T* out = u.dg[s] + (this->at.first[s] + b) * (Cell::kSplit + Cell::kGates) * H + Cell::kSplit * H + j;
+    Values<S, Cell::kSaved> saved;
+    for (int k = 0; k < Cell::kSaved; ++k) saved[k] = row[k * H + j];
+    const Values<S, 1> previous = {this->previous_operand(s, b, j)};
+    Values<S, 1> d = {S(0)};
+    Values<S, Cell::kGates> dx = {}, drec = {};
+    for (int g = 0; g < Cell::kFirst; ++g) dx[g] = drec[g] = widen(out[g * H]);
+    Cell::backward_first(saved, previous, u.through[i], d, dx, drec);
+    for (int g = 0; g < Cell::kFirst; ++g) out[g * H] = narrow<T>(drec[g]);
+    u.dh[i] += this->masked(s, b, j, d[0]);
+  }
+};
+
+// What the products send back to a masked h, beside the direct path.
+template <class S, class T>
+struct AddMasked : BackwardElement<S, T> {
+  const S* sent;  // [slots][B][R]
+
+  FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t r) const {
+    if (b >= this->at.rows[s]) return;
+    const int64_t i = (s * this->u.B + b) * this->u.R + r;
+    this->u.dh[i] += this->masked(s, b, r, sent[i]);
+  }
+};
+
+// ---- what a step sends back, limited; norms ----------------------------------------------------------------------
+
+template <class S>
+FUSEDRNN_INLINE S norm_of(const S* row, int64_t n) {
+  S sum = S(0);
+  for (int64_t j = 0; j < n; ++j) sum += row[j] * row[j];
+  return std::sqrt(sum);
+}
+
+// Of each sample that sends: the factors that make its dL/dh and dL/dc no longer than `most`. Column 0 or 1.
+template <class S>
+struct Lengths {
+  int64_t B, R, H;
+  StepRows at;
+  S most;
+  const S* dh;  // [slots][B][R]
+  const S* dc;  // [slots][B][H], or null
+  S* scale;     // [slots][B][2]
+
+  FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t column) const {
+    if (b >= at.rows[s] || (column && !dc)) return;
+    const int64_t i = s * B + b;
+    const S length = column ? norm_of(dc + i * H, H) : norm_of(dh + i * R, R);
+    scale[i * 2 + column] = length > most ? most / length : S(1);
+  }
+};
+
+// What a step has left in dh and dc, as the step before may have it.
+template <class S>
+struct Limit {
+  int64_t B, R, H;
+  StepRows at;
+  PerSlot<bool> sever;  // samples that have a step before this one send nothing
+  S most;               // of each element, or 0
+  const S* scale;       // [slots][B][2], or null
+  S* dh;                // [slots][B][R]
+  S* dc;                // [slots][B][H], or null
+
+  FUSEDRNN_INLINE S limited(int s, int64_t b, int column, S v) const {
+    if (sever[s] && b < at.carried[s]) return S(0);
+    if (scale) return v * scale[(s * B + b) * 2 + column];
+    if (most == S(0)) return v;
+    return v > most ? most : v < -most ? -most : v;
+  }
+  FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t j) const {
+    if (b >= at.rows[s]) return;
+    if (S* v = dh + (s * B + b) * R + j; j < R) *v = limited(s, b, 0, *v);
+    if (S* v = dc + (s * B + b) * H + j; dc && j < H) *v = limited(s, b, 1, *v);
+  }
+};
+
+// The norms of a row: of dL/dh_t, dL/dc_t and each gate's gradient. dg as in BackwardBuffers.
+template <class S, class T, int kStates, int kGates, int kSplit>
+struct RowNorms {
+  int64_t N, R, H;
+  PerSlot<const S*> dh;  // [N, R]
+  PerSlot<const S*> dc;  // [N, H]
+  PerSlot<const T*> dg;  // [N, (kSplit + kGates)*H]
+  S* to;                 // [slots][N][kStates + kGates]
+
+  FUSEDRNN_INLINE void operator()(int s, int64_t n, int64_t column) const {
+    S& result = to[(s * N + n) * (kStates + kGates) + column];
+    if (column == 0) result = norm_of(dh[s] + n * R, R);
+    else if (column < kStates) result = norm_of(dc[s] + n * H, H);
+    else {
+      const int64_t g = column - kStates;
+      const T* row = dg[s] + (n * (kSplit + kGates) + (g < kGates - kSplit ? g + kSplit : g - (kGates - kSplit))) * H;
+      S sum = S(0);
+      for (int64_t j = 0; j < H; ++j) sum += widen(row[j]) * widen(row[j]);
+      result = std::sqrt(sum);
+    }
+  }
+};
+
+// Sums of the rows of dg in an order that depends on N alone: row p of `part` sums rows [p * step, (p + 1) * step).
+template <class S, class T>
+struct SumRows {
+  int64_t N, columns, step;
+  PerSlot<const T*> dg;  // [N, columns]
+  PerSlot<S*> part;      // [parts, columns]
+
+  FUSEDRNN_INLINE void operator()(int s, int64_t p, int64_t j) const {
+    const int64_t end = (p + 1) * step < N ? (p + 1) * step : N;
+    S sum = S(0);
+    for (int64_t n = p * step; n < end; ++n) sum += widen(dg[s][n * columns + j]);
+    part[s][p * columns + j] = sum;
+  }
+};
+
+// The bias gradients: column j of a row of dg is a gate's gradient of x, of rec, or of both.
+template <class S, class T, int kGates, int kSplit>
+struct BiasGradients {
+  int64_t H, parts;
+  PerSlot<const S*> part;  // [parts, (kSplit + kGates)*H]
+  PerSlot<T*> db_ih;       // [G*H]
+  PerSlot<T*> db_hh;       // [G*H]
+
+  FUSEDRNN_INLINE void operator()(int s, int64_t, int64_t j) const {
+    constexpr int kBlocks = kSplit + kGates;
+    S sum = S(0);
+    for (int64_t p = 0; p < parts; ++p) sum += part[s][p * kBlocks * H + j];
+    const T value = narrow<T>(sum);
+    if (j < kSplit * H) {
+      db_ih[s][(kGates - kSplit) * H + j] = value;
+    } else {
+      const int64_t gate = j - kSplit * H;
+      db_hh[s][gate] = value;
+      if (gate < (kGates - kSplit) * H) db_ih[s][gate] = value;
+    }
+  }
+};
+
+template <class S, class T>
+struct Round {
+  int64_t columns;
+  const S* from;
+  T* to;
+  FUSEDRNN_INLINE void operator()(int, int64_t row, int64_t j) const {
+    to[row * columns + j] = narrow<T>(from[row * columns + j]);
+  }
+};
+
+}  // namespace fusedrnn
