@@ -7,8 +7,7 @@ with a dropped W_hh. Each side draws its masks anew at every step of training.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -78,17 +77,18 @@ def measure(name: str, variant: str, shape: tuple[int, int, int], seconds: float
     return f"{case:32} {times[0]:9.2f} {times[1]:9.2f} {ratios[0]:10.2f} {times[2]:10.2f} {ratios[1]:15.2f}"
 
 
+def rows(seconds: float) -> Iterator[str]:
+    return (
+        measure(name, variant, shape, seconds)
+        for shape in SHAPES
+        for name in ("LSTM", "GRU", "RNN")
+        for variant in VARIANTS
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.dropout", description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=3.0, help="time for the rounds of a row")
-    args = parser.parse_args(argv)
-    print(report.describe(report.machine(torch.get_num_threads())), HEADER, sep="\n", flush=True)
-    for shape in SHAPES:
-        for name in ("LSTM", "GRU", "RNN"):
-            for variant in VARIANTS:
-                print(measure(name, variant, shape, args.seconds), flush=True)
-    return 0
+    return report.run_command("dropout", __doc__, argv, 3.0, torch.get_num_threads(), HEADER, rows)
 
 
 if __name__ == "__main__":

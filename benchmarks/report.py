@@ -5,10 +5,11 @@ A README keeps the table between the lines BEGIN and END, which ``update_readme`
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import geometric_mean
@@ -53,6 +54,20 @@ def describe(info: dict) -> str:
         f" {info['fusedrnn']}, torch {info['torch']}, Python {info['python']}, {info['system']}; {info['date']};"
         f" torch.matmul of 1024x1024 float32: {info['matmul_gflops']:.0f} GFLOP/s"
     )
+
+
+def run_command(
+    name: str, doc: str, argv: Sequence[str] | None, seconds: float, threads: int, header: str,
+    rows: Callable[[float], Iterable[str]],
+) -> int:  # fmt: skip
+    """A command whose only option is the time for a row: the machine, a header and the rows as they come."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=doc.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=seconds, help="time for the rounds of a row")
+    args = parser.parse_args(argv)
+    print(describe(machine(threads)), header, sep="\n", flush=True)
+    for row in rows(args.seconds):
+        print(row, flush=True)
+    return 0
 
 
 def _short(value: float) -> str:

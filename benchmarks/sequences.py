@@ -7,8 +7,7 @@ policies do (``_process_sequence``). Results are compared, then timed in turn: f
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -81,17 +80,18 @@ def measure(what: str, case: Case, seconds: float, min_rounds: int = MIN_ROUNDS)
     return f"{what + ', ' + case.name:45} {ours:>12.1f} {theirs:>9.1f}   {middle:.2f} ({low:.2f}-{high:.2f})"
 
 
+def rows(seconds: float) -> Iterator[str]:
+    return (
+        measure(what, Case(cell, mode, shape), seconds)
+        for what, shape in SHAPES.items()
+        for mode in ("train", "infer")
+        for cell in ("lstm", "gru", "rnn")
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sequences", description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=5.0, help="time for the rounds of a row")
-    args = parser.parse_args(argv)
-    print(report.describe(report.machine(torch.get_num_threads())), HEADER, sep="\n", flush=True)
-    for what, shape in SHAPES.items():
-        for mode in ("train", "infer"):
-            for cell in ("lstm", "gru", "rnn"):
-                print(measure(what, Case(cell, mode, shape), args.seconds), flush=True)
-    return 0
+    return report.run_command("sequences", __doc__, argv, 5.0, torch.get_num_threads(), HEADER, rows)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ its cell, our layer called with T = 1, and ``step``; torch.nn's times over that 
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,16 +69,13 @@ def measure(name: str, B: int, H: int, seconds: float, min_rounds: int = MIN_ROU
     return f"{f'{name} B{B} H{H}':18} {columns}"
 
 
+def rows(seconds: float) -> Iterator[str]:
+    return (measure(name, B, H, seconds) for B, H in SHAPES for name in ("LSTM", "GRU", "RNN"))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.streaming", description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=2.0, help="time for the rounds of a row")
-    args = parser.parse_args(argv)
-    print(report.describe(report.machine(1)), HEADER, sep="\n", flush=True)
-    for B, H in SHAPES:
-        for name in ("LSTM", "GRU", "RNN"):
-            print(measure(name, B, H, args.seconds), flush=True)
-    return 0
+    return report.run_command("streaming", __doc__, argv, 2.0, 1, HEADER, rows)
 
 
 if __name__ == "__main__":

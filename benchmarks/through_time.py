@@ -7,8 +7,7 @@ element or on the norm of what a step sends back, and truncated every 25 steps.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -63,15 +62,13 @@ def measure(case: Case, seconds: float, min_rounds: int = MIN_ROUNDS) -> str:
     return f"{case.name:30} {1e3 * np.median(rounds[:, 0]):9.2f} {columns}   {values[0]:11.1f}  {values[1]:.1f}"
 
 
+def rows(seconds: float) -> Iterator[str]:
+    return (measure(case, seconds) for case in CASES)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.through_time", description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=4.0, help="time for the rounds of a row")
-    args = parser.parse_args(argv)
-    print(report.describe(report.machine(torch.get_num_threads())), HEADER, sep="\n", flush=True)
-    for case in CASES:
-        print(measure(case, args.seconds), flush=True)
-    return 0
+    return report.run_command("through_time", __doc__, argv, 4.0, torch.get_num_threads(), HEADER, rows)
 
 
 if __name__ == "__main__":
