@@ -46,8 +46,28 @@ def dense(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """A dense batch through one layer or, in inference, through several: y, h_n, c_n. None: by the long road.
 
-    Of a cell, x is (B, I), without the time, and so are the states and results. ``zoneout``: in inference alone.
+    Of a cell, x is (B, I), without the time, and so are the states and results. ``zoneout``: in inference alone. What
+    the kernel refuses goes by the long road too, which words the error.
     """
+    try:
+        return _dense(module, cell, bidirectional, num_layers, x, h0, c0, weights, zoneout)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError):
+        return None
+
+
+def _dense(
+    module: torch.nn.Module,
+    cell: str,
+    bidirectional: bool,
+    num_layers: int,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    weights: Sequence[Tensor],
+    zoneout: float | Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor] | None:
     if infers():
         parts = kept_parts(zoneout, len(CELLS[cell].states))
         result = infer(x, h0, c0, weights, cell, bidirectional, num_layers, _kept(module), parts)

@@ -127,12 +127,7 @@ def _short_road(
             return None  # parametrized or replaced
     x = input.transpose(0, 1) if module.batch_first else input
     h0, c0 = (*(states or ()), None, None)[:2]
-    try:
-        result = dense(module, cell, module.bidirectional, module.num_layers, x, h0, c0, weights, zoneout)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, TypeError):
-        return None
+    result = dense(module, cell, module.bidirectional, module.num_layers, x, h0, c0, weights, zoneout)
     if result is None:
         return None
     y, *finals = result

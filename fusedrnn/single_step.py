@@ -53,12 +53,7 @@ def _short_road_of_cell(
     if not is_plain(input, 2, states, weights, cell):
         return None
     h0, c0 = (*(states or ()), None, None)[:2]
-    try:
-        result = dense(module, cell, False, 1, input, h0, c0, weights)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, TypeError):
-        return None
+    result = dense(module, cell, False, 1, input, h0, c0, weights)
     if result is None:
         return None
     _, h, c = result

@@ -36,7 +36,8 @@ def _purpose(module: torch.nn.RNNBase) -> Any:
         module.zoneout or module.input_dropout or module.recurrent_dropout or module.weight_dropout or module.dropout
     ):
         return None
-    return module.mode, module.mode == "GRU" and module.reset_after, module.zoneout
+    zoneout = tuple(module.zoneout) if isinstance(module.zoneout, list) else module.zoneout
+    return module.mode, module.mode == "GRU" and module.reset_after, zoneout
 
 
 def step(module: torch.nn.RNNBase, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
