@@ -33,7 +33,8 @@ SOURCES = sorted(SOURCES - set(CUDA_SOURCES))
 # One translation unit an instruction set: the largest first, so that parallel jobs end together.
 SOURCES.sort(key=lambda name: ("isa_" not in name, name))
 
-FLAGS = ["-O3", "-g0", "-std=c++17", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden"]
+# No -std: torch adds the one that its headers ask for, C++17 or, from 2.14 on, C++20.
+FLAGS = ["-O3", "-g0", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden"]
 FLAGS += ["-Wall", "-Wno-unknown-pragmas"]
 if sys.platform == "darwin":
     FLAGS.remove("-fopenmp")  # Apple's clang has none: one thread
@@ -79,7 +80,7 @@ setup(
         (CUDAExtension if CUDA else CppExtension)(
             "fusedrnn._C",
             SOURCES + (CUDA_SOURCES if CUDA else []),
-            extra_compile_args={"cxx": FLAGS + (torch_headers() if CUDA else []), "nvcc": ["-O3", "-std=c++17"]},
+            extra_compile_args={"cxx": FLAGS + (torch_headers() if CUDA else []), "nvcc": ["-O3"]},
             extra_link_args=shlex.split(os.environ.get("FUSEDRNN_LD_FLAGS", "")),
         )
     ],

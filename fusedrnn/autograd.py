@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from . import differentiable, recording
 from .batching import is_batched_by_autograd, map_backward
@@ -20,6 +21,7 @@ from .cells import CELLS
 from .dropout import NOISELESS, Noise
 from .ops import KERNEL_DTYPES, layer_backward, layer_forward
 from .second_order import Arguments, hessian_vector_product
+from .torch_internals import dual_level, exporting, functionalizing, transformed
 
 __all__ = ["Options", "RecurrentLayer", "RecurrentLayerBackward", "recurrent_layer"]
 
@@ -68,25 +70,25 @@ def recurrent_layer(
     module whose first layer it is, for short. No gradient is that of ``noise``.
     """
     forward = x, batch_sizes, h0, c0, weights, cell, bidirectional, noise
-    compiling, transformed = torch.compiler.is_compiling(), _transformed()
+    compiling, mapped = is_compiling(), transformed()
     arguments = cell, bidirectional, options, None if compiling else owner, x, batch_sizes, h0, c0, *noise, *weights
-    if torch.compiler._is_exporting_flag:  # a program has no backward. (Dynamo of 2.11 takes is_exporting() for true.)
+    if exporting():  # a program has no backward
         return _forward(options, *forward, keep=False)[:4]
     if _wants_plain_operations(x, h0, c0, *weights):
         _refuse(options, "forward-mode AD and torch.func.functionalize")
         y, h_n, *cs = differentiable.layer(cell, bidirectional, x, batch_sizes, h0, c0, weights, noise)
         return (y, h_n, *cs) if cs else (y, h_n, h_n[:0], None)
-    if compiling and transformed and torch.is_grad_enabled():
+    if compiling and mapped and torch.is_grad_enabled():
         # Dynamo takes no tensor inside torch.func.grad for one that requires a gradient: it would be lost.
         raise NotImplementedError("fusedrnn: torch.compile cannot trace a layer inside torch.func.grad or vmap")
     wanted = any(t is not None and t.requires_grad for t in (x, h0, c0, *weights))
-    if torch.is_grad_enabled() and (wanted or transformed):  # what tensors inside a transform require does not show
-        if torch._C._get_tracing_state() is not None:
+    if torch.is_grad_enabled() and (wanted or mapped):  # what tensors inside a transform require does not show
+        if torch.jit.is_tracing():
             raise NotImplementedError(
                 "fusedrnn: TorchScript cannot hold the backward pass of a recurrent layer: use torch.export.export, or,"
                 " for inference, torch.jit.trace under torch.no_grad()"
             )
-        if compiling or transformed:
+        if compiling or mapped:
             return RecurrentLayer.apply(*arguments)[:4]
         return _apply(RecurrentLayer, arguments)[:4]
     return _forward(options, *forward, keep=False)[:4]
@@ -130,12 +132,11 @@ def _wants_plain_operations(*tensors: Tensor | None) -> bool:
     """Whether only :func:`fusedrnn.differentiable.layer` will do: forward-mode AD, whose levels torch lets no Function
     see but one, and torch.func.functionalize, which takes none.
     """
-    if torch.compiler.is_compiling():
-        return forward_ad._current_level >= 0
-    if _transformed():
-        stack = torch._C._functorch.get_interpreter_stack() or []
-        return forward_ad._current_level >= 0 or any(level.key() == _FUNCTIONALIZE for level in stack)
-    return forward_ad._current_level >= 0 and any(
+    if is_compiling():
+        return dual_level() >= 0
+    if transformed():
+        return dual_level() >= 0 or functionalizing()
+    return dual_level() >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
     )
 
@@ -146,14 +147,6 @@ def _apply(function: type[torch.autograd.Function], arguments: tuple) -> tuple[T
     Not a method of the class: after a graph break Dynamo would begin a frame there, and fail.
     """
     return super(torch.autograd.Function, function).apply(*arguments)
-
-
-_FUNCTIONALIZE = torch._C._functorch.TransformType.Functionalize
-
-
-def _transformed() -> bool:
-    """Whether a transform of torch.func is at work, vmap or another."""
-    return torch._C._are_functorch_transforms_active()
 
 
 class RecurrentLayer(torch.autograd.Function):
@@ -213,7 +206,7 @@ class RecurrentLayer(torch.autograd.Function):
         elif _is_one_step(ctx, x, batch_sizes):
             dx, dh0, dc0, *dweights = _one_step(ctx, (dy, dh_n, dc_n, dc), x, h0, c0, weights, noise)
         # Another Function only where its result may be differentiated. Dynamo traces none inside a backward.
-        elif torch.compiler.is_compiling() or not (torch.is_grad_enabled() or _transformed()):
+        elif is_compiling() or not (torch.is_grad_enabled() or transformed()):
             dx, dh0, dc0, dweights, _ = _backward(
                 ctx.cell, ctx.bidirectional, ctx.options, ctx.owner, need_x, any(need_weights), dy, dh_n, dc_n, dc, x,
                 batch_sizes, h0, c0, y, saved, weights, noise, need_gates=False,
@@ -246,7 +239,7 @@ def _is_one_step(ctx: Any, x: Tensor, batch_sizes: Tensor | None) -> bool:
     """
     return (
         torch.is_grad_enabled()
-        and not (torch.compiler.is_compiling() or _transformed() or ctx.options.limits)
+        and not (is_compiling() or transformed() or ctx.options.limits)
         and not recording.interested(ctx.owner)
         and batch_sizes is None
         and x.size(0) == 1
@@ -358,7 +351,7 @@ class RecurrentLayerBackward(torch.autograd.Function):
         asked["weights"] = ddweights or [None] * len(weights)
         # In the tensors' own type, whatever autocast is on around backward().
         with _without_autocast(x):
-            if noise.any or torch.is_grad_enabled() or _transformed():
+            if noise.any or torch.is_grad_enabled() or transformed():
                 gradients = partial(differentiable.gradients, ctx.cell, ctx.bidirectional, batch_sizes, noise)
                 found, pull = torch.func.vjp(gradients, _cotangents(dy, dh_n, dc_n, dc), _leaves(x, h0, c0, weights))
                 d_cotangents, d_leaves = pull(_like(found, asked))

@@ -20,6 +20,7 @@ from torch import Tensor
 from . import _C
 from .cells import CELLS
 from .differentiable import previous
+from .torch_internals import add_batch_dim, batched_by_autograd, batching_level, remove_batch_dim
 
 __all__ = ["is_batched_by_autograd", "map_backward"]
 
@@ -245,15 +246,14 @@ def is_batched_by_autograd(*gradients: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    return any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in gradients)
+    return any(g is not None and batched_by_autograd(g) for g in gradients)
 
 
 def map_backward(backward: Callable[..., Sequence[Tensor | None]], *gradients: Tensor | None) -> list[Tensor | None]:
     """``backward`` of gradients that autograd has batched, by torch.vmap."""
-    level = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
+    level = batching_level()
     batched = [is_batched_by_autograd(g) for g in gradients]
-    plain = [torch._remove_batch_dim(g, level, 1, 0) if b else g for g, b in zip(gradients, batched, strict=True)]
+    plain = [remove_batch_dim(g, level) if b else g for g, b in zip(gradients, batched, strict=True)]
     found: list[Tensor | None] = []
 
     def wanted(*own: Tensor) -> list[Tensor]:
@@ -262,4 +262,4 @@ def map_backward(backward: Callable[..., Sequence[Tensor | None]], *gradients: T
         return [t for t in found if t is not None]
 
     results = iter(torch.vmap(wanted)(*(g for g, b in zip(plain, batched, strict=True) if b)))
-    return [None if t is None else torch._add_batch_dim(next(results), 0, level) for t in found]
+    return [None if t is None else add_batch_dim(next(results), level) for t in found]

@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.fx import Proxy, _symbolic_trace
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import has_torch_function
 
@@ -20,6 +19,7 @@ from .autograd import PLAIN, recurrent_layer
 from .cells import CELLS
 from .dropout import kept_parts
 from .streaming import steppers
+from .torch_internals import dual_level, symbolic_tracing
 
 __all__ = ["KEPT", "FusedModule", "as_states", "dense", "infers", "is_plain", "kept_aside"]
 
@@ -98,7 +98,7 @@ def is_plain(
             states is None
             or (type(states) is tuple and [type(state) for state in states] == [Tensor] * len(CELLS[cell].states))
         )
-        and forward_ad._current_level < 0
+        and dual_level() < 0
         and not has_torch_function(weights)
     )
 
@@ -137,7 +137,7 @@ class FusedModule:
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _symbolic_trace._is_fx_tracing_flag and (node := _node(self, args, kwargs)) is not None:
+        if symbolic_tracing() and (node := _node(self, args, kwargs)) is not None:
             return node  # with the hooks
         return torch.nn.Module.__call__(self, *args, **kwargs)
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
@@ -25,6 +24,7 @@ from .fused_module import FusedModule, as_states, dense, infers, is_plain
 from .options import SequenceOptions
 from .single_step import GRUCell, LSTMCell, RNNCell  # old pickles look for them here
 from .streaming import cell_of, step, steppers
+from .torch_internals import eval_frame_callback, flat_weights, untraced
 
 __all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell", "ResidualRNN"]
 
@@ -48,7 +48,6 @@ def _forward(
         short = _short_road(module, cell, input, states, own.get("zoneout", 0.0))
         if short is not None:
             return short
-    module._update_flat_weights()
     two_states = len(CELLS[cell].states) == 2
     states = as_states(states, cell)
     if isinstance(input, PackedSequence):
@@ -71,7 +70,7 @@ def _forward(
         cell,
         input,
         states,
-        module._flat_weights,  # as torch.nn does: each look-up of a parametrized weight computes it anew
+        flat_weights(module),
         num_layers=module.num_layers,
         bidirectional=module.bidirectional,
         dropout=module.dropout,
@@ -85,20 +84,12 @@ def _forward(
     )
 
 
-#: Where Dynamo compiles the caller and has refused the module itself (torch._dynamo.config.allow_rnn): it would begin
-#: anew at each function inside, without the gradients of a gradient. (To be asked in ``forward``, the refused frame.)
-_untraced = torch.compiler.disable(_forward)
-
-
 def _of_one_state(
     module: torch.nn.RNNBase, name: str, input: Tensor | PackedSequence, hx: Tensor | None, *further: Any
 ) -> tuple[Any, ...]:
     """:func:`_forward` for cells whose only state is h, which is no tuple then."""
     output, (h_n,), *states = _forward(module, cell_of(module), name, input, None if hx is None else (hx,), *further)
     return output, h_n, *states
-
-
-_of_one_state_untraced = torch.compiler.disable(_of_one_state)
 
 
 def _mixes_only(module: torch.nn.RNNBase, own: dict[str, Any]) -> bool:
@@ -228,7 +219,7 @@ class RNN(_SequenceModule, torch.nn.RNN):
         self, input: Tensor | PackedSequence, hx: Tensor | None = None, *,
         lengths: Lengths = None, reset: Tensor | None = None, return_states: bool = False,
     ) -> tuple[Any, ...]:  # fmt: skip
-        call = _of_one_state if is_compiling() or not get_eval_frame_callback() else _of_one_state_untraced
+        call = _of_one_state if is_compiling() or not eval_frame_callback() else untraced(_of_one_state)
         return call(self, "RNN", input, hx, lengths, reset, return_states)
 
 
@@ -247,7 +238,7 @@ class LSTM(_SequenceModule, torch.nn.LSTM):
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None, *,
         lengths: Lengths = None, reset: Tensor | None = None, return_states: bool = False,
     ) -> tuple[Any, ...]:  # fmt: skip
-        call = _forward if is_compiling() or not get_eval_frame_callback() else _untraced
+        call = _forward if is_compiling() or not eval_frame_callback() else untraced(_forward)
         return call(self, "lstm", "LSTM", input, hx, lengths, reset, return_states)
 
 
@@ -275,7 +266,7 @@ class GRU(_SequenceModule, _TorchGRU):
         self, input: Tensor | PackedSequence, hx: Tensor | None = None, *,
         lengths: Lengths = None, reset: Tensor | None = None, return_states: bool = False,
     ) -> tuple[Any, ...]:  # fmt: skip
-        call = _of_one_state if is_compiling() or not get_eval_frame_callback() else _of_one_state_untraced
+        call = _of_one_state if is_compiling() or not eval_frame_callback() else untraced(_of_one_state)
         return call(self, "GRU", input, hx, lengths, reset, return_states)
 
     def extra_repr(self) -> str:
@@ -301,5 +292,5 @@ class ResidualRNN(_SequenceModule, torch.nn.RNNBase):
         self, input: Tensor | PackedSequence, hx: Tensor | None = None, *,
         lengths: Lengths = None, reset: Tensor | None = None, return_states: bool = False,
     ) -> tuple[Any, ...]:  # fmt: skip
-        call = _of_one_state if is_compiling() or not get_eval_frame_callback() else _of_one_state_untraced
+        call = _of_one_state if is_compiling() or not eval_frame_callback() else untraced(_of_one_state)
         return call(self, "ResidualRNN", input, hx, lengths, reset, return_states)

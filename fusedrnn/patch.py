@@ -14,12 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import (
-    Tensor,
-    _VF,  # noqa: F401  TorchScript, which finds torch's source through __wrapped__, looks its names up here
-    nn,
-)
-from torch._C._dynamo.eval_frame import get_eval_frame_callback
+from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
@@ -27,6 +22,8 @@ from . import modules
 from .fused_module import kept_aside
 from .ops import KERNEL_DTYPES
 from .single_step import forward_cell
+from .torch_internals import VF as _VF  # noqa: F401  TorchScript looks up names of torch's source, by __wrapped__, here
+from .torch_internals import eval_frame_callback, exporting, transformed, untraced
 
 __all__ = ["patch_torch", "unpatch_torch"]
 
@@ -122,15 +119,13 @@ def _forward(theirs: type[nn.Module], own: Callable[..., Any], compute: Callable
     The questions asked before take 2 us, where one step of nn.GRU(64, 64) takes 25 here and 130 in torch.nn.
     """
 
-    untraced = torch.compiler.disable(compute)  # as in modules.py
-
     @functools.wraps(own)
     def forward(self: nn.Module, input: Tensor | PackedSequence, hx: Any = None) -> Any:
-        if not _calls or torch.jit.is_tracing() or torch.compiler._is_exporting_flag:
+        if not _calls or torch.jit.is_tracing() or exporting():
             return own(self, input, hx)
         reason = _obstacle(self, theirs, input)
         if reason is None:
-            call = compute if is_compiling() or not get_eval_frame_callback() else untraced
+            call = compute if is_compiling() or not eval_frame_callback() else untraced(compute)  # as in modules.py
             return call(self, input, hx)
         if (theirs, reason) not in _warned:
             text = f"torch.nn.{theirs.__name__}, patched by fusedrnn, goes to torch.nn's own forward: {reason}"
@@ -152,7 +147,7 @@ def _obstacle(module: nn.Module, theirs: type[nn.Module], input: Tensor | Packed
             dtype = torch.get_autocast_dtype(device)
         if dtype not in KERNEL_DTYPES[device]:
             return f"no kernels for {dtype} on {device}"
-    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if is_compiling() and transformed():
         return "a transform of torch.func inside torch.compile"
     cls = type(module)
     if cls is not theirs and any(getattr(cls, name, None) is not getattr(theirs, name, None) for name in _CHECKS):

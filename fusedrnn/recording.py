@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .cells import CELLS
 from .segments import Segments
+from .torch_internals import transformed
 
 __all__ = ["LayerGradients", "Owner", "interested", "record_gradients"]
 
@@ -159,7 +160,7 @@ class record_gradients:
 
     def add(self, owner: Owner | nn.Module, cell: str, norms: Tensor, x: Tensor, batch_sizes: Tensor | None) -> None:
         """A layer's norms (D, N, states + gates), as the kernel gives them."""
-        if torch._C._are_functorch_transforms_active():
+        if transformed():
             raise RuntimeError("record_gradients cannot look into torch.func.vmap, grad and the like")
         with _lock:
             own = owner if isinstance(owner, Owner) else Owner(owner, 0)

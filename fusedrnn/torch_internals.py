@@ -1,0 +1,146 @@
+"""Every private name of torch that the package uses: asked for here and nowhere else.
+
+A torch that lacks one of them costs speed or a convenience, as each function says; no plain call of a layer, forward or
+backward, depends on one (a test takes them away one at a time). What a new torch renames is mended in this file.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torch.fx import _symbolic_trace
+from torch.nn.modules import module as _module
+
+__all__ = [
+    "VF",
+    "add_batch_dim",
+    "batched_by_autograd",
+    "batching_level",
+    "dual_level",
+    "eval_frame_callback",
+    "exporting",
+    "flat_weights",
+    "functionalizing",
+    "has_hooks",
+    "remove_batch_dim",
+    "symbolic_tracing",
+    "transformed",
+    "untraced",
+    "weight_names",
+]
+
+_functorch = getattr(torch._C, "_functorch", None)
+_eval_frame = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
+
+#: What torch.nn calls by this name. Without it: patched modules cannot be compiled by TorchScript.
+VF = getattr(torch, "_VF", None)
+
+_is_fx_symbolic_tracing = getattr(_symbolic_trace, "is_fx_symbolic_tracing", None)
+_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", None)
+_interpreter_stack = getattr(_functorch, "get_interpreter_stack", None)
+_global_hooks = getattr(_module, "_global_forward_hooks", True)
+_global_pre_hooks = getattr(_module, "_global_forward_pre_hooks", True)
+_functionalize = getattr(getattr(_functorch, "TransformType", None), "Functionalize", None)
+_is_legacy_batched = getattr(_functorch, "is_legacy_batchedtensor", None)
+
+
+def symbolic_tracing() -> bool:
+    """Whether torch.fx.symbolic_trace is at work. Without the name: never, and it refuses our modules."""
+    return _is_fx_symbolic_tracing is not None and _is_fx_symbolic_tracing()
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func is at work, vmap or another. Without the name: always outside torch.compile,
+    which takes every layer by the longer ways that transforms need.
+    """
+    return _transforms_active() if _transforms_active is not None else not is_compiling()
+
+
+def functionalizing() -> bool:
+    """Whether torch.func.functionalize is among the transforms. Without the names: never, and it refuses layers."""
+    if _interpreter_stack is None or _functionalize is None:
+        return False
+    return any(level.key() == _functionalize for level in _interpreter_stack() or ())
+
+
+def dual_level() -> int:
+    """The nesting of forward-mode AD, below 0: none. Without the name: 0, which has tensors asked for tangents."""
+    return getattr(forward_ad, "_current_level", 0)
+
+
+def exporting() -> bool:
+    """Whether torch.export traces. Without the name: what torch.compiler.is_exporting says, which Dynamo of torch 2.11
+    takes to be always true.
+    """
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else flag
+
+
+#: Dynamo's callback while it would compile every frame that is entered, else None or False. A function of C, which is no
+#: frame. Without the name: always False, and of a layer that Dynamo leaves to Python it compiles pieces.
+eval_frame_callback: Callable[[], Any] = getattr(_eval_frame, "get_eval_frame_callback", bool)
+
+#: ``untraced(f)`` is f as Dynamo leaves it alone. Not made at import: torch.compiler.disable loads Dynamo, which takes a
+#: second.
+untraced = functools.cache(torch.compiler.disable)
+
+
+def batched_by_autograd(t: Tensor) -> bool:
+    """Whether autograd maps over t (``is_grads_batched``). Without the name: never, and such calls raise."""
+    return _is_legacy_batched is not None and _is_legacy_batched(t)
+
+
+def batching_level() -> int:
+    """The level at which autograd's map over gradients works."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    return level
+
+
+def remove_batch_dim(t: Tensor, level: int) -> Tensor:
+    """A tensor that autograd has batched, with the mapped dimension in front."""
+    return torch._remove_batch_dim(t, level, 1, 0)
+
+
+def add_batch_dim(t: Tensor, level: int) -> Tensor:
+    """The inverse."""
+    return torch._add_batch_dim(t, 0, level)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks are called around the module's ``forward``, its or everybody's. Without the names: yes."""
+    return bool(
+        getattr(module, "_forward_hooks", True)
+        or getattr(module, "_forward_pre_hooks", True)
+        or _global_hooks
+        or _global_pre_hooks
+    )
+
+
+def weight_names(module: nn.RNNBase) -> list[str]:
+    """The weights of a sequence module, in the order in which kernels take them. Without the name: as torch.nn names
+    them.
+    """
+    names = getattr(module, "_flat_weights_names", None)
+    if names is not None:
+        return names
+    kinds = ["weight_ih", "weight_hh"] + ["bias_ih", "bias_hh"] * module.bias + ["weight_hr"] * (module.proj_size > 0)
+    directions = ("", "_reverse")[: 1 + module.bidirectional]
+    return [f"{kind}_l{layer}{end}" for layer in range(module.num_layers) for end in directions for kind in kinds]
+
+
+def flat_weights(module: nn.RNNBase) -> list[Tensor]:
+    """The weights that torch.nn's ``forward`` would read. (Each look-up of a parametrized one computes it anew.) Without
+    the names: the attributes.
+    """
+    update = getattr(module, "_update_flat_weights", None)
+    if update is None or not hasattr(module, "_flat_weights"):
+        return [getattr(module, name) for name in weight_names(module)]
+    update()
+    return module._flat_weights
