@@ -117,7 +117,7 @@ void find_panels(Work& work, size_t index, PackedWeights& kept) {
     for (int d = 0; d < z.D; ++d) {
       DirectionWeights& w = work.layer.weights[d];
       for (Tensor* t : {&w.w_ih, &w.w_hh, &w.w_hr}) *t = t->defined() ? t->clone() : *t;
-      work.problem.weights[d] = pointers(w);
+      work.problem.weights[d] = inputs(w);
     }
     work.packed = nullptr;
     work.fresh = std::make_shared<PackedWeights::Layer>(digest(work.layer), memory_for_panels(work.layer));
@@ -212,6 +212,7 @@ std::optional<Inferred> infer(const Tensor& x, const OptionalTensor& h0, const O
 
   std::vector<Work> stack(layers);
   int64_t steps = 0;           // of a chunk, if the layers run side by side
+  int64_t hidden = 0;          // H, the same in every layer
   std::vector<Tensor> memory;  // of panels that are not kept
   Tensor input = x, h_n, c_n, keep;
   for (int64_t l = 0; l < layers; ++l) {
@@ -222,7 +223,9 @@ std::optional<Inferred> infer(const Tensor& x, const OptionalTensor& h0, const O
     work.layer = read_layer(input, std::nullopt, of_layer(h0), of_layer(c0),
                             at::TensorList(weights).slice(l * each, each), cell, bidirectional);
     const LayerSizes& z = work.layer.size;
+    if (l > 0 && !(z.H == hidden && z.R == h_n.size(2))) return std::nullopt;
     if (l == 0) {
+      hidden = z.H;
       // States are rounded to the type of x between chunks: the same numbers only where that is the compute type.
       if (work.layer.dtype == work.layer.compute_type()) {
         const int lanes = kernels().vector_bytes / static_cast<int>(at::elementSize(work.layer.dtype));
@@ -232,15 +235,13 @@ std::optional<Inferred> infer(const Tensor& x, const OptionalTensor& h0, const O
       h_n = at::empty({layers * D, z.B, z.R}, x.options());
       c_n = at::empty({work.layer.constants().states == 2 ? layers * D : 0, z.B, z.H}, x.options());
     }
-    input = at::empty({z.T, z.B, D * z.R}, x.options());
+    const Tensor y = at::empty({z.T, z.B, D * z.R}, x.options());
     fill(work.problem, work.layer);
     work.problem.noise = noise_of(zoneout, keep);
-    work.problem.y = result(input);
-    const auto own = [&](const Tensor& t, int64_t width) {
-      return t.numel() ? static_cast<char*>(result(t)) + l * D * z.B * width * t.element_size() : nullptr;
-    };
-    work.problem.h_n = own(h_n, z.R);
-    work.problem.c_n = own(c_n, z.H);
+    work.problem.y = output(y, {z.T, z.B, D * z.R});
+    input = y;
+    work.problem.h_n = output(h_n, {D, z.B, z.R}, l, layers);
+    work.problem.c_n = output(c_n, {D, z.B, z.H}, l, layers);
     work.problem.saved = nullptr;
     work.problem.saved_stride = 0;
     if (steps || z.B == 0) continue;
@@ -273,61 +274,65 @@ std::unique_ptr<Stepper> Stepper::make(const Tensor& x, const std::vector<Tensor
   if (!fit) return nullptr;
   auto stepper = std::make_unique<Stepper>();
   stepper->options_ = x.options();
-  for (const Tensor& w : weights) stepper->weights_.push_back(w.detach());
+  for (const Tensor& w : weights) stepper->shapes_.emplace_back(w.sizes());
   const size_t each = weights.size() / layers;
   Tensor input = x.detach().unsqueeze(0).contiguous();
   for (int64_t l = 0; l < layers; ++l) {
-    stepper->layers_.emplace_back();
-    Prepared& own = stepper->layers_.back();
-    own.layer = read_layer(input, std::nullopt, std::nullopt, std::nullopt,
-                           at::TensorList(stepper->weights_).slice(l * each, each), cell, false);
-    input = at::empty({1, x.size(0), own.layer.size.R}, x.options());
-  }
-  stepper->keep_ = rows_kept(zoneout, stepper->layers_[0].layer.size, x.options());
-  for (Prepared& own : stepper->layers_) {  // they lie where they stay
-    fill(own.problem, own.layer);
-    own.problem.noise = noise_of(zoneout, stepper->keep_);
-    own.problem.saved = nullptr;
-    own.problem.saved_stride = 0;
-    own.layer.x = Tensor();
+    Layer layer = read_layer(input, std::nullopt, std::nullopt, std::nullopt,
+                             at::TensorList(weights).slice(l * each, each), cell, false);
+    const LayerSizes &z = layer.size, &first = l > 0 ? stepper->layers_[0].size : z;
+    if (z.H != first.H || z.R != first.R) return nullptr;
+    if (l == 0) stepper->keep_ = rows_kept(zoneout, z, x.options());
+    ForwardProblem problem;
+    problem.size = z;
+    problem.noise = noise_of(zoneout, stepper->keep_);
+    problem.saved = nullptr;
+    problem.saved_stride = 0;
+    problem.x = rows(input, false);
+    problem.x.data = nullptr;
+    stepper->problems_.push_back(problem);
+    input = at::empty({1, z.B, z.R}, x.options());
+    layer.x = Tensor();
+    layer.weights.clear();
+    stepper->layers_.push_back(std::move(layer));
   }
   return stepper;
 }
 
-bool Stepper::is_prepared_for(size_t i, const Tensor& weight) const {
-  const Tensor& own = weights_[i];
-  return plain(weight) && weight.const_data_ptr() == own.const_data_ptr() && weight.is_contiguous() &&
-         weight.scalar_type() == own.scalar_type() && weight.sizes() == own.sizes();
+bool Stepper::fits(const Tensor& t, at::IntArrayRef shape) const {
+  return plain(t) && t.scalar_type() == options_.dtype().toScalarType() && t.sizes() == shape && t.is_contiguous() &&
+         is_there(t);
 }
 
-std::optional<Inferred> Stepper::step(const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0) const {
-  const LayerSizes& first = layers_[0].layer.size;
-  const bool two_states = layers_[0].layer.constants().states == 2;
+bool Stepper::fits(size_t i, const Tensor& weight) const { return fits(weight, shapes_[i]); }
+
+std::optional<Inferred> Stepper::step(const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
+                                      at::TensorList weights) const {
+  const LayerSizes& first = layers_[0].size;
+  const bool two_states = layers_[0].constants().states == 2;
   const int64_t B = first.B, H = first.H, R = first.R, layers = layers_.size();
-  const auto fits = [&](const Tensor& t, at::IntArrayRef shape) {
-    return plain(t) && t.scalar_type() == options_.dtype().toScalarType() && t.sizes() == shape && t.is_contiguous();
-  };
-  bool fit = !watched() && fits(x, {B, first.I}) && (!h0 || fits(*h0, {layers, B, R})) &&
-             (!c0 || (two_states && fits(*c0, {layers, B, H})));
+  const bool fit = !watched() && fits(x, {B, first.I}) && (!h0 || fits(*h0, {layers, B, R})) &&
+                   (!c0 || (two_states && fits(*c0, {layers, B, H})));
   if (!fit) return std::nullopt;
   Tensor y = at::empty({B, R}, options_), h_n = at::empty({layers, B, R}, options_);
   Tensor c_n = at::empty({two_states ? layers : 0, B, H}, options_);
-  const int64_t bytes = x.element_size();
-  const auto at_layer = [&](const void* p, int64_t l, int64_t width) {
-    return p ? static_cast<const char*>(p) + l * B * width * bytes : nullptr;
+  const size_t each = weights.size() / layers;
+  const auto state = [&](const OptionalTensor& t, int64_t l, int64_t width) {
+    return t ? static_cast<const char*>(input(*t)) + l * B * width * t->element_size() : nullptr;
   };
-  const void* input = x.const_data_ptr();
+  const void* rows_of_x = input(x);
   for (int64_t l = 0; l < layers; ++l) {
-    ForwardProblem p = layers_[l].problem;
+    ForwardProblem p = problems_[l];
     p.threads = threads();
-    p.x.data = input;
-    p.h0 = at_layer(h0 ? h0->const_data_ptr() : nullptr, l, R);
-    p.c0 = at_layer(c0 ? c0->const_data_ptr() : nullptr, l, H);
-    p.h_n = const_cast<char*>(at_layer(h_n.mutable_data_ptr(), l, R));
-    p.c_n = two_states ? const_cast<char*>(at_layer(c_n.mutable_data_ptr(), l, H)) : nullptr;
-    p.y = l + 1 == layers ? y.mutable_data_ptr() : p.h_n;  // of a lower layer, the same
-    input = p.h_n;
-    check_memory(run(layers_[l].layer, p));
+    p.weights[0] = inputs(weights.slice(l * each, each));
+    p.x.data = rows_of_x;
+    p.h0 = state(h0, l, R);
+    p.c0 = state(c0, l, H);
+    p.h_n = output(h_n, {1, B, R}, l, layers);
+    p.c_n = output(c_n, {1, B, H}, l, layers);
+    p.y = l + 1 == layers ? output(y, {B, R}) : p.h_n;  // of a lower layer, the same
+    rows_of_x = p.h_n;
+    check_memory(run(layers_[l], p));
   }
   return Inferred{y, h_n, c_n};
 }

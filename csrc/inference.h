@@ -43,28 +43,28 @@ std::optional<Inferred> infer(const at::Tensor& x, const OptionalTensor& h0, con
                               const std::vector<at::Tensor>& weights, const std::string& cell, bool bidirectional,
                               int64_t layers, PackedWeights& kept, const Zoneout& zoneout);
 
-// One step at a time through stacked layers of one direction: everything but the tensors of the call is prepared once,
-// for one batch size and these weights, which are read where they lie.
+// One step at a time through stacked layers of one direction: the sizes are checked once, for one batch size and weights
+// of these shapes; every step is given its tensors, the weights too, and keeps none of their addresses.
 class Stepper {
  public:
   // None if the tensors do not fit or are no plain ones on the CPU: x [B, I].
   static std::unique_ptr<Stepper> make(const at::Tensor& x, const std::vector<at::Tensor>& weights,
                                        const std::string& cell, int64_t layers, const Zoneout& zoneout);
-  size_t weights() const { return weights_.size(); }
-  // Whether weight i is what it was, but for its values.
-  bool is_prepared_for(size_t i, const at::Tensor& weight) const;
-  // y [B, R], h_n [layers, B, R], c_n [layers, B, H], from x [B, I] and states of these shapes, or none. None if x or
-  // the states are others than the prepared ones, or someone listens to torch.
-  std::optional<Inferred> step(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0) const;
+  size_t weights() const { return shapes_.size(); }
+  // Whether a step can read weight i as it is now.
+  bool fits(size_t i, const at::Tensor& weight) const;
+  // y [B, R], h_n [layers, B, R], c_n [layers, B, H], from x [B, I], states of these shapes, or none, and weights that
+  // fit. None if x or the states are others than the prepared ones, or someone listens to torch.
+  std::optional<Inferred> step(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
+                               at::TensorList weights) const;
 
  private:
-  struct Prepared {
-    Layer layer;
-    ForwardProblem problem;
-  };
-  at::Tensor keep_;                  // what the problems' noise points to
-  std::vector<at::Tensor> weights_;  // the same memory by tensors of our own: the caller may swap his
-  std::vector<Prepared> layers_;
+  bool fits(const at::Tensor& t, at::IntArrayRef shape) const;
+
+  at::Tensor keep_;                // what the problems' noise points to
+  std::vector<Layer> layers_;      // without tensors
+  std::vector<ForwardProblem> problems_;
+  std::vector<at::DimVector> shapes_;  // of the weights
   at::TensorOptions options_;
 };
 

@@ -1,13 +1,38 @@
 // See layer.h.
 #include "layer.h"
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <algorithm>
 
 namespace fusedrnn {
 
 using at::Tensor;
 
+namespace {
+
+size_t storage_needed(const Tensor& t) {
+  return at::detail::computeStorageNbytes(t.sizes(), t.strides(), t.dtype().itemsize(), t.storage_offset());
+}
+
+}  // namespace
+
+bool is_there(const Tensor& t) {
+  const c10::Storage& storage = t.storage();
+  return t.numel() == 0 || (storage.nbytes() >= storage_needed(t) && storage.data() != nullptr);
+}
+
+void check_there(const Tensor& t, const char* name) {
+  TORCH_CHECK_TYPE(t.defined(), name, " must be a tensor, got None");
+  TORCH_CHECK(t.has_storage(), name, " must be a dense tensor, got one with layout ", t.layout());
+  TORCH_CHECK(is_there(t), name, ", of shape ", t.sizes(), ", needs a storage of ", storage_needed(t),
+              " bytes, got one of ", t.storage().nbytes(), ": it was resized or freed");
+}
+
 void check_tensor(const Tensor& t, const Tensor& x, const char* name, at::IntArrayRef shape) {
+  check_there(t, name);
   TORCH_CHECK(t.device() == x.device(), name, " must be on the device of the input, ", x.device(), ", got ",
               t.device());
   TORCH_CHECK_VALUE(t.scalar_type() == x.scalar_type(), name, " must have the dtype of the input, ", x.scalar_type(),
@@ -37,32 +62,37 @@ void read_steps(Layer& layer, const OptionalTensor& batch_sizes) {
     TORCH_CHECK(sizes.device().is_cpu() && sizes.scalar_type() == at::kLong && sizes.dim() == 1,
                 "batch_sizes must be a 1-D int64 tensor on the CPU, got ", sizes.dim(), "-D ", sizes.scalar_type(),
                 " on ", sizes.device());
+    check_there(sizes, "batch_sizes");
     z.T = sizes.size(0);
-    const Tensor values = sizes.contiguous();
-    const int64_t* first = values.const_data_ptr<int64_t>();
-    layer.active.assign(first, first + z.T);
   } else {
     TORCH_CHECK(layer.x.dim() == 3, "input must have 3 dimensions, got ", layer.x.dim());
     z.T = layer.x.size(0);
-    layer.active.assign(z.T, layer.x.size(1));
   }
   TORCH_CHECK(z.T > 0, "Expected sequence length to be larger than 0 in RNN");
-  layer.offset.resize(z.T);
+  layer.steps = c10::GetCPUAllocator()->allocate(2 * z.T * sizeof(int64_t));  // torch's error where there is no memory
+  int64_t* const active = static_cast<int64_t*>(layer.steps.get());
+  int64_t* const offset = active + z.T;
+  if (layer.packed) {
+    const Tensor values = batch_sizes->contiguous();
+    std::copy_n(values.const_data_ptr<int64_t>(), z.T, active);
+  } else {
+    std::fill_n(active, z.T, layer.x.size(1));
+  }
   z.N = 0;
   for (int64_t t = 0; t < z.T; ++t) {
-    const int64_t rows = layer.active[t];
-    TORCH_CHECK(!layer.packed || (rows > 0 && (t == 0 || rows <= layer.active[t - 1])),
+    const int64_t rows = active[t];
+    TORCH_CHECK(!layer.packed || (rows > 0 && (t == 0 || rows <= active[t - 1])),
                 "batch_sizes must be positive and not increase, got ", rows, " at step ", t);
     TORCH_CHECK(!layer.packed || rows <= layer.x.size(0) - z.N, "batch_sizes must add up to the rows of the input, ",
                 layer.x.size(0), ", got more by step ", t);
-    layer.offset[t] = z.N;
+    offset[t] = z.N;
     z.N += rows;
   }
   TORCH_CHECK(!layer.packed || z.N == layer.x.size(0), "batch_sizes must add up to the rows of the input, ",
               layer.x.size(0), ", got ", z.N);
-  z.B = layer.active[0];
-  z.active = layer.active.data();
-  z.offset = layer.offset.data();
+  z.B = active[0];
+  z.active = active;
+  z.offset = offset;
 }
 
 void read_weights(Layer& layer, at::TensorList weights, int directions) {
@@ -79,6 +109,7 @@ void read_weights(Layer& layer, at::TensorList weights, int directions) {
   TORCH_CHECK(!z.projected || layer.constants().states == 2, "cell ", layer.constants().name,
               " cannot be projected: w_hr given");
   const Tensor& first = weights[1];  // w_hh: [G*H, R]
+  check_there(first, "w_hh");
   TORCH_CHECK(first.dim() == 2 && first.size(0) % G == 0 && first.size(0) > 0, "w_hh must have shape [", G,
               "*H, H], got ", first.sizes());
   z.H = first.size(0) / G;
@@ -109,6 +140,7 @@ void read_weights(Layer& layer, at::TensorList weights, int directions) {
 Layer read_layer(const Tensor& x, const OptionalTensor& batch_sizes, const OptionalTensor& h0,
                  const OptionalTensor& c0, at::TensorList weights, c10::string_view cell, bool bidirectional,
                  const Noise& noise) {
+  check_there(x, "input");
   Layer layer;
   layer.cell = find_cell(std::string(cell).c_str());
   TORCH_CHECK_VALUE(layer.cell >= 0, "unknown cell '", cell, "'");
@@ -162,6 +194,28 @@ void Layer::widen_without_kernel() {
   for (DirectionWeights& w : weights) {
     for (Tensor* t : {&w.w_ih, &w.w_hh, &w.b_ih, &w.b_hh, &w.w_hr}) widen(*t);
   }
+}
+
+const void* input(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
+
+void* output(const Tensor& t, std::initializer_list<int64_t> shape, int64_t part, int64_t parts) {
+  if (!t.defined() || t.numel() == 0) return nullptr;
+  const at::IntArrayRef one(shape);
+  const bool fits = t.dim() == static_cast<int64_t>(one.size()) && t.size(0) == parts * one[0] &&
+                    t.sizes().slice(1) == one.slice(1) && t.is_contiguous() && 0 <= part && part < parts;
+  TORCH_INTERNAL_ASSERT(fits, "a result of shape ", t.sizes(), ", for ", parts, " parts of shape ", one);
+  return static_cast<char*>(t.mutable_data_ptr()) + part * (t.numel() / parts) * t.element_size();
+}
+
+LayerWeights inputs(const DirectionWeights& w) {
+  return {input(w.w_ih), input(w.w_hh), input(w.b_ih), input(w.b_hh), input(w.w_hr)};
+}
+
+LayerWeights inputs(at::TensorList w) {
+  const size_t n = w.size();
+  const bool bias = n >= 4;
+  return {input(w[0]), input(w[1]), bias ? input(w[2]) : nullptr, bias ? input(w[3]) : nullptr,
+          n % 2 ? input(w[n - 1]) : nullptr};
 }
 
 RowView rows(const Tensor& t, bool packed) {

@@ -1,8 +1,11 @@
 // A layer's arguments as torch gives them: checked once, then turned into what the backends see (problem.h).
+// Every address that a kernel gets is taken here, by input() and output(), which see that its memory is there and as
+// large as the layer's sizes say: for the ops, inference and steps alike.
 #pragma once
 
 #include <ATen/ATen.h>
 
+#include <initializer_list>
 #include <optional>
 #include <vector>
 
@@ -29,7 +32,7 @@ struct Layer {
   at::ScalarType dtype;
   at::Tensor x, h0, c0;  // h0, c0 may be undefined
   at::Tensor mask_h, keep_h, keep_c;  // may be undefined
-  std::vector<int64_t> active, offset;  // what size.active and size.offset point to
+  at::DataPtr steps;  // what size.active and size.offset point to
   std::vector<DirectionWeights> weights;
   bool packed;
 
@@ -50,6 +53,10 @@ Layer read_layer(const at::Tensor& x, const OptionalTensor& batch_sizes, const O
                  const OptionalTensor& c0, at::TensorList weights, c10::string_view cell, bool bidirectional,
                  const Noise& noise = {});
 
+// Whether the storage of t is as large as its sizes and strides say: someone may have resized or freed it.
+bool is_there(const at::Tensor& t);
+// Throws if it is not, or t is undefined.
+void check_there(const at::Tensor& t, const char* name);
 void check_tensor(const at::Tensor& t, const at::Tensor& x, const char* name, at::IntArrayRef shape);
 // Undefined if not given, else contiguous.
 at::Tensor check_optional(const OptionalTensor& t, const at::Tensor& x, const char* name, at::IntArrayRef shape);
@@ -57,22 +64,24 @@ at::Tensor check_optional(const OptionalTensor& t, const at::Tensor& x, const ch
 at::Tensor check_rows(const OptionalTensor& t, const Layer& layer, const char* name, int64_t columns);
 void check_memory(bool enough);
 
-inline const void* pointer(const at::Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
-inline void* result(const at::Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
-inline LayerWeights pointers(const DirectionWeights& w) {
-  return {pointer(w.w_ih), pointer(w.w_hh), pointer(w.b_ih), pointer(w.b_hh), pointer(w.w_hr)};
-}
+// To be read: a checked tensor, null if undefined.
+const void* input(const at::Tensor& t);
+// To be written: part `part` of `parts` along the first dimension of a contiguous t, each of this shape; null if t is
+// undefined or has no element.
+void* output(const at::Tensor& t, std::initializer_list<int64_t> shape, int64_t part = 0, int64_t parts = 1);
+LayerWeights inputs(const DirectionWeights& w);
+LayerWeights inputs(at::TensorList weights);  // of one direction, in the ops' order
 RowView rows(const at::Tensor& t, bool packed);
 int threads();  // for a call made now
 
 template <class Problem>
 void fill(Problem& p, const Layer& layer) {
   p.size = layer.size;
-  for (int d = 0; d < layer.size.D; ++d) p.weights[d] = pointers(layer.weights[d]);
+  for (int d = 0; d < layer.size.D; ++d) p.weights[d] = inputs(layer.weights[d]);
   p.x = rows(layer.x, layer.packed);
-  p.noise = {pointer(layer.mask_h), rows(layer.keep_h, layer.packed), rows(layer.keep_c, layer.packed)};
-  p.h0 = pointer(layer.h0);
-  p.c0 = pointer(layer.c0);
+  p.noise = {input(layer.mask_h), rows(layer.keep_h, layer.packed), rows(layer.keep_c, layer.packed)};
+  p.h0 = input(layer.h0);
+  p.c0 = input(layer.c0);
   p.threads = threads();
 }
 

@@ -35,6 +35,18 @@ void run(const Layer& layer, const BackwardProblem& p) {
   check_memory(kernels().backward[layer.cell][layer.kernel_dtype()](p));
 }
 
+// A row for each step and sample: [T, B, columns] or [N, columns], as x lies.
+Tensor empty_rows(const Layer& layer, int64_t columns) {
+  const LayerSizes& z = layer.size;
+  const auto options = layer.x.options();
+  return layer.packed ? at::empty({z.N, columns}, options) : at::empty({z.T, z.B, columns}, options);
+}
+
+void* output_rows(const Tensor& t, const Layer& layer, int64_t columns) {
+  const LayerSizes& z = layer.size;
+  return layer.packed ? output(t, {z.N, columns}) : output(t, {z.T, z.B, columns});
+}
+
 // In the type of the caller's tensors, from that of a layer that was widened.
 Tensor narrowed(const Tensor& t, const Tensor& like) { return t.to(like.scalar_type()); }
 
@@ -48,17 +60,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_forward(const Tensor& x, const 
   const LayerSizes& z = layer.size;
   const int64_t width = z.D * z.R;
   const auto options = layer.x.options();
-  Tensor y = layer.packed ? at::empty({z.N, width}, options) : at::empty({z.T, z.B, width}, options);
+  Tensor y = empty_rows(layer, width);
   Tensor h_n = at::empty({z.D, z.B, z.R}, options);
   Tensor c_n = at::empty({layer.constants().states == 2 ? z.D : 0, z.B, z.H}, options);
   Tensor saved = at::empty({z.D, save ? z.N : 0, layer.saved_width()}, options.dtype(layer.compute_type()));
   if (z.B > 0) {
     ForwardProblem p;
     fill(p, layer);
-    p.y = result(y);
-    p.h_n = result(h_n);
-    p.c_n = result(c_n);
-    p.saved = saved.numel() > 0 ? result(saved) : nullptr;
+    p.y = output_rows(y, layer, width);
+    p.h_n = output(h_n, {z.D, z.B, z.R});
+    p.c_n = output(c_n, {z.D, z.B, z.H});
+    p.saved = output(saved, {z.D, z.N, layer.saved_width()});
     p.saved_stride = layer.saved_width();
     run(layer, p);
   }
@@ -75,6 +87,8 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor> 
   Layer layer = read_layer(x, batch_sizes, h0, c0, weights, cell, bidirectional, {mask_h, keep_h, keep_c});
   const LayerSizes& z = layer.size;
   const bool two_states = layer.constants().states == 2;
+  check_there(y, "y");
+  check_there(saved, "saved");
   check_rows(y, layer, "y", z.R);
   TORCH_CHECK(saved.scalar_type() == layer.compute_type() && saved.device() == x.device(),
               "saved must be what layer_forward returned");
@@ -95,7 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor> 
   const Tensor y_rows = widened(y).contiguous(), saved_rows = saved.contiguous();
 
   const auto compute = options.dtype(layer.compute_type());
-  Tensor dx = at::empty(need_x ? x.sizes() : at::IntArrayRef{0}, options);
+  Tensor dx = need_x ? empty_rows(layer, z.I) : at::empty({0}, options);
   Tensor dx_part[2];  // the directions are worked on at the same time
   const bool wide = layer.compute_type() == layer.dtype, cuda = x.is_cuda();
   if (need_x) dx_part[0] = wide && (cuda || z.D == 1) ? dx : at::empty({z.N, z.I}, compute);
@@ -116,19 +130,18 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor> 
     fill(p, layer);
     p.dy = rows(dy_rows, layer.packed);
     p.dc = rows(dc_views, layer.packed);
-    p.y = pointer(y_rows);
-    p.saved = pointer(saved_rows);
+    p.y = input(y_rows);
+    p.saved = input(saved_rows);
     p.saved_stride = layer.saved_width();
-    p.dh_n = pointer(dh);
-    p.dc_n = two_states ? pointer(dc) : nullptr;
-    p.dx = need_x ? result(dx) : nullptr;
-    p.dx_part[0] = result(dx_part[0]);
-    p.dx_part[1] = result(dx_part[1]);
-    p.dh0 = result(dh0);
-    p.dc0 = two_states ? result(dc0) : nullptr;
-    p.dgates = need_gates ? result(dgates) : nullptr;
-    p.dh = need_gates && z.projected ? result(dh_rows) : nullptr;
-    p.norms = need_norms ? result(norms) : nullptr;
+    p.dh_n = input(dh);
+    p.dc_n = two_states ? input(dc) : nullptr;
+    p.dx = need_x ? output_rows(dx, layer, z.I) : nullptr;
+    for (int d = 0; d < 2; ++d) p.dx_part[d] = dx_part[d].is_same(dx) ? p.dx : output(dx_part[d], {z.N, z.I});
+    p.dh0 = output(dh0, {z.D, z.B, z.R});
+    p.dc0 = output(dc0, {z.D, z.B, z.H});
+    p.dgates = output(dgates, {z.D, z.N, (cell_of.gates + cell_of.split) * z.H});
+    p.dh = output(dh_rows, {z.D, z.N, z.R});
+    p.norms = output(norms, {z.D, z.N, cell_of.states + cell_of.gates});
     p.bptt_steps = bptt_steps;
     p.clip = clip;
     p.clip_by_norm = clip_by_norm && clip > 0;
@@ -137,8 +150,9 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor> 
     for (int d = 0; need_weights && d < z.D; ++d) {
       const Tensor* g = &dw[d * each];
       const bool bias = each >= 4;
-      p.dw[d] = {result(g[0]), result(g[1]), bias ? result(g[2]) : nullptr, bias ? result(g[3]) : nullptr,
-                 z.projected ? result(g[each - 1]) : nullptr};
+      const int64_t units = cell_of.gates * z.H;
+      p.dw[d] = {output(g[0], {units, z.I}), output(g[1], {units, z.R}), bias ? output(g[2], {units}) : nullptr,
+                 bias ? output(g[3], {units}) : nullptr, z.projected ? output(g[each - 1], {z.R, z.H}) : nullptr};
     }
     run(layer, p);
   }

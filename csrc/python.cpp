@@ -49,6 +49,19 @@ std::vector<py::dict> cell_list() {
   return list;
 }
 
+constexpr int64_t kMostSteps = 1 << 16, kMostSamples = 1 << 12, kMostUnits = 1 << 12, kMostGates = 16;
+
+void check_size(const char* name, int64_t value, int64_t most) {
+  if (value >= 1 && value <= most) return;
+  throw py::value_error(std::string(name) + " must be from 1 to " + std::to_string(most) + ", got " +
+                        std::to_string(value));
+}
+
+void check_seconds(double seconds) {
+  if (seconds >= 0 && seconds <= 60) return;
+  throw py::value_error("seconds must be from 0 to 60, got " + std::to_string(seconds));
+}
+
 // How this library was compiled.
 py::dict build() {
   py::dict result;
@@ -73,12 +86,17 @@ py::dict build() {
   return result;
 }
 
-// Sizes of a layer of given lengths (not increasing), for the plan's tests.
+// Sizes of a layer of given lengths, for the plan's tests. No product of them overflows.
 struct Lengths {
   std::vector<int64_t> active, offset;
   LayerSizes size{};
   Lengths(const std::vector<int64_t>& batch_sizes, int64_t I, int64_t H, int directions)
       : active(batch_sizes), offset(batch_sizes.size()) {
+    check_size("the number of steps", active.size(), kMostSteps);
+    check_size("I", I, kMostUnits);
+    check_size("H", H, kMostUnits);
+    check_size("directions", directions, 2);
+    for (size_t t = 0; t < active.size(); ++t) check_size("batch_sizes", active[t], t ? active[t - 1] : kMostSamples);
     for (size_t t = 0; t < active.size(); ++t) {
       offset[t] = size.N;
       size.N += active[t];
@@ -95,10 +113,9 @@ struct Lengths {
 
 py::dict plan(const std::vector<int64_t>& batch_sizes, int64_t I, int64_t H, int directions, int gates, int lanes,
               int threads) {
-  const bool sizes = !batch_sizes.empty() && I > 0 && H > 0 && gates > 0 && lanes > 0 && threads > 0;
-  if (!sizes || directions < 1 || directions > 2) {
-    throw py::value_error("plan: every size must be at least 1, directions 1 or 2");
-  }
+  check_size("gates", gates, kMostGates);
+  check_size("lanes", lanes, 64);
+  check_size("threads", threads, kMostSteps);
   const Lengths lengths(batch_sizes, I, H, directions);
   const Plan p = make_plan(lengths.size, gates, lanes, threads);
   std::vector<int64_t> bounds(p.slices + 1);
@@ -112,16 +129,18 @@ py::dict plan(const std::vector<int64_t>& batch_sizes, int64_t I, int64_t H, int
 }
 
 int64_t steps_of_pipeline(int64_t T, int64_t B, int64_t H, int gates, int lanes, int64_t layers, int threads) {
-  if (T < 1 || B < 1 || H < 1 || gates < 1 || lanes < 1) {
-    throw py::value_error("pipeline_steps: every size must be at least 1");
-  }
+  check_size("T", T, kMostSteps);
+  check_size("gates", gates, kMostGates);
+  check_size("lanes", lanes, 64);
+  check_size("layers", layers, kMostUnits);
+  check_size("threads", threads, kMostSteps);
   return pipeline_steps(Lengths(std::vector<int64_t>(T, B), H, H, 1).size, gates, lanes, layers, threads);
 }
 
 // The spans of steps whose input products the stepwise road makes at once, of at most `limit` rows or one step: begin
 // and end in a direction's own order, and for the forward and the reverse direction their first row and number of rows.
 std::vector<std::vector<int64_t>> projection_spans(const std::vector<int64_t>& batch_sizes, int64_t limit) {
-  if (batch_sizes.empty()) throw py::value_error("projection_spans: no steps");
+  check_size("limit", limit, int64_t{1} << 40);
   const Lengths lengths(batch_sizes, 1, 1, 2);
   const LayerSizes& z = lengths.size;
   const Slots slots(z);
@@ -135,16 +154,39 @@ std::vector<std::vector<int64_t>> projection_spans(const std::vector<int64_t>& b
   return spans;
 }
 
+// An object of C++ as Python holds it: a capsule, which cannot be made, copied or pickled but by this module.
+template <class T>
+constexpr const char* kCapsule = nullptr;
+template <>
+constexpr const char* kCapsule<PackedWeights> = "fusedrnn.PackedWeights";
+template <>
+constexpr const char* kCapsule<Stepper> = "fusedrnn.Stepper";
+
+template <class T>
+py::capsule held(std::shared_ptr<T> object) {
+  return {new std::shared_ptr<T>(std::move(object)), kCapsule<T>,
+          [](void* holder) { delete static_cast<std::shared_ptr<T>*>(holder); }};
+}
+
+template <class T>
+const std::shared_ptr<T>& object_in(const py::capsule& capsule) {
+  if (!capsule.name() || std::string(capsule.name()) != kCapsule<T>) {
+    throw py::type_error(std::string("expected a capsule ") + kCapsule<T>);
+  }
+  return *capsule.get_pointer<std::shared_ptr<T>>();
+}
+
 // y, h_n, c_n, or None: see inference.h. Of one step x [B, I], with states [B, *], the same without the time.
 py::object infer_layers(const at::Tensor& x, const std::optional<at::Tensor>& h0, const std::optional<at::Tensor>& c0,
                         const std::vector<at::Tensor>& weights, const std::string& cell, bool bidirectional,
-                        int64_t layers, PackedWeights& kept, const Zoneout& zoneout) {
+                        int64_t layers, const py::capsule& kept, const Zoneout& zoneout) {
   std::optional<Inferred> results;
+  const std::shared_ptr<PackedWeights> packed = object_in<PackedWeights>(kept);
   {
     const py::gil_scoped_release release;
-    const bool step = x.dim() == 2;
+    const bool step = x.defined() && x.dim() == 2;
     const auto with_time = [&](const std::optional<at::Tensor>& t) { return step && t ? t->unsqueeze(0) : t; };
-    results = infer(*with_time(x), with_time(h0), with_time(c0), weights, cell, bidirectional, layers, kept,
+    results = infer(*with_time(x), with_time(h0), with_time(c0), weights, cell, bidirectional, layers, *packed,
                     zoneout);
     if (step && results) {
       auto& [y, h_n, c_n] = *results;
@@ -154,16 +196,34 @@ py::object infer_layers(const at::Tensor& x, const std::optional<at::Tensor>& h0
   return results ? py::cast(*results) : py::none();
 }
 
-// With the parameters of these names, if they are those it was prepared for. No other thread of Python runs meanwhile:
-// a step is shorter than handing over would take.
-py::object step(const Stepper& stepper, const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                const py::dict& parameters, const py::list& names) {
-  if (names.size() != stepper.weights()) return py::none();
+py::object prepare_step(const at::Tensor& x, const std::vector<at::Tensor>& weights, const std::string& cell,
+                        int64_t layers, const Zoneout& zoneout) {
+  std::shared_ptr<Stepper> stepper = Stepper::make(x, weights, cell, layers, zoneout);
+  return stepper ? py::object(held(std::move(stepper))) : py::none();
+}
+
+bool is_tensor_or_none(const py::object& object) { return object.is_none() || THPVariable_Check(object.ptr()); }
+
+OptionalTensor tensor_or_none(const py::object& object) {
+  return object.is_none() ? OptionalTensor() : OptionalTensor(THPVariable_Unpack(object.ptr()));
+}
+
+// With the weights of a module as torch.nn keeps them: its parameters by name, the names, and the list by which its
+// forward reads them, which must hold these very parameters. No other thread of Python runs meanwhile: a step is shorter
+// than handing over would take.
+py::object step(const py::capsule& prepared, const py::object& x, const py::object& h0, const py::object& c0,
+                const py::dict& parameters, const py::list& names, const py::list& listed) {
+  const Stepper& stepper = *object_in<Stepper>(prepared);
+  const bool tensors = THPVariable_Check(x.ptr()) && is_tensor_or_none(h0) && is_tensor_or_none(c0);
+  if (!tensors || names.size() != stepper.weights() || listed.size() != stepper.weights()) return py::none();
+  c10::SmallVector<at::Tensor, 8> weights;
   for (size_t i = 0; i < names.size(); ++i) {
-    PyObject* own = PyDict_GetItem(parameters.ptr(), PyList_GET_ITEM(names.ptr(), i));
-    if (!own || !THPVariable_Check(own) || !stepper.is_prepared_for(i, THPVariable_Unpack(own))) return py::none();
+    PyObject* const own = PyDict_GetItem(parameters.ptr(), PyList_GET_ITEM(names.ptr(), i));
+    if (!own || own != PyList_GET_ITEM(listed.ptr(), i) || !THPVariable_Check(own)) return py::none();
+    weights.push_back(THPVariable_Unpack(own));
+    if (!stepper.fits(i, weights.back())) return py::none();
   }
-  const auto results = stepper.step(x, h0, c0);
+  const auto results = stepper.step(THPVariable_Unpack(x.ptr()), tensor_or_none(h0), tensor_or_none(c0), weights);
   return results ? py::cast(*results) : py::none();
 }
 
@@ -181,7 +241,8 @@ py::object phases() {
 // `seconds` by its own clock. setup(thread) comes before.
 template <class Setup, class Work>
 double rate(int threads, double seconds, const Setup& setup, const Work& work) {
-  if (threads < 1 || threads > kMaxThreads) throw std::invalid_argument("threads must be from 1 to 256");
+  check_size("threads", threads, kMaxThreads);
+  check_seconds(seconds);
   using Clock = std::chrono::steady_clock;
   std::vector<double> rates(threads);
   on_threads(threads, [&](int thread) {
@@ -205,7 +266,7 @@ double peak_flops(int threads, double seconds) {
 
 // Each thread reads `kilobytes` of its own again and again.
 double read_bandwidth(int threads, int64_t kilobytes, double seconds) {
-  if (kilobytes < 1 || kilobytes > int64_t{1} << 22) throw std::invalid_argument("kilobytes must be from 1 to 2^22");
+  check_size("kilobytes", kilobytes, int64_t{1} << 22);
   const int64_t n = kilobytes * 1024 / sizeof(float);
   const auto setup = [n](int) {
     std::vector<float> data(n, 1.0f);
@@ -225,7 +286,7 @@ double read_bandwidth(int threads, int64_t kilobytes, double seconds) {
 
 // Seconds a meeting of a team of `threads` that has nothing else to do.
 double meeting_seconds(int threads) {
-  if (threads < 1 || threads > kMaxThreads) throw std::invalid_argument("threads must be from 1 to 256");
+  check_size("threads", threads, kMaxThreads);
   struct alignas(64) Line {
     char bytes[64];
   };
@@ -264,21 +325,20 @@ PYBIND11_MODULE(_C, m) {
   m.def("supported_isas", [] { return isas(true); }, "Instruction sets of this build that this CPU has.");
   m.def("build", build, "Compiler, flags and versions this library was built with.");
   m.def("cells", cell_list, "Constants of the compiled cells, in registry order.");
-  py::class_<PackedWeights>(m, "PackedWeights", "Packed weights of a module's layers, kept between calls of infer.")
-      .def(py::init<>())
-      .def(py::pickle([](const PackedWeights&) { return py::tuple(); },  // nothing: a copy packs for itself
-                      [](const py::tuple&) { return std::make_unique<PackedWeights>(); }))
-      .def_property_readonly("bytes", &PackedWeights::bytes)
-      .def_property_readonly("uses", [](const PackedWeights& kept) { return kept.uses.load(); },
-                             "How often panels were used that an earlier call had packed.");
+  m.def("packed_weights", [] { return held(std::make_shared<PackedWeights>()); },
+        "A capsule for the packed weights of a module's layers, kept between calls of infer.");
+  m.def("packed_bytes", [](const py::capsule& kept) { return object_in<PackedWeights>(kept)->bytes(); });
+  m.def("packed_uses", [](const py::capsule& kept) { return object_in<PackedWeights>(kept)->uses.load(); },
+        "How often panels were used that an earlier call had packed.");
   m.def("infer", infer_layers, py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("cell"),
         py::arg("bidirectional"), py::arg("layers"), py::arg("kept"), py::arg("zoneout") = Zoneout(0, 0),
         "Stacked layers on a dense batch, without gradients: y, h_n, c_n; None where only the ops will do.");
-  py::class_<Stepper>(m, "Stepper", "Stacked layers of one direction, a step at a time, prepared for one batch size.")
-      .def_static("make", &Stepper::make, py::arg("x"), py::arg("weights"), py::arg("cell"), py::arg("layers"),
-                  py::arg("zoneout") = Zoneout(0, 0))
-      .def("step", step, py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("parameters"), py::arg("names"),
-           "y, h_n, c_n; None where it is not prepared for what it gets.");
+  m.def("prepare_step", prepare_step, py::arg("x"), py::arg("weights"), py::arg("cell"), py::arg("layers"),
+        py::arg("zoneout") = Zoneout(0, 0),
+        "A capsule with stacked layers of one direction, prepared for one batch size; None where there can be none.");
+  m.def("step", step, py::arg("prepared"), py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("parameters"),
+        py::arg("names"), py::arg("listed"),
+        "One step: y, h_n, c_n; None where it is not prepared for what it gets.");
   m.def("plan", plan, py::arg("batch_sizes"), py::arg("I"), py::arg("H"), py::arg("directions"), py::arg("gates"),
         py::arg("lanes"), py::arg("threads"), "How a layer would be shared among threads.");
   m.def("pipeline_steps", steps_of_pipeline, py::arg("T"), py::arg("B"), py::arg("H"), py::arg("gates"),

@@ -14,9 +14,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from . import modules
-from .fused_module import KEPT
+from .fused_module import kept_aside
 from .ops import KERNEL_DTYPES
 from .options import changed
+from .torch_internals import refer_strongly
 
 __all__ = ["ConversionEntry", "ConversionReport", "convert", "revert"]
 
@@ -115,10 +116,10 @@ def _exchange(
     if type(module) is not before:  # the class in front holds the properties that compute the parametrized weights
         after = type(f"Parametrized{after.__name__}", (after,), dict(vars(type(module))))
     vars(module).pop("reset_after", None)  # True here, as the class says
-    vars(module).pop(KEPT, None)
+    kept_aside.pop(module, None)
     module.__class__ = after
     if isinstance(module, modules._SequenceModule):
-        module._drop_weak_references()
+        refer_strongly(module)
 
 
 def _own_class(module: nn.Module) -> type[nn.Module]:

@@ -14,19 +14,18 @@ from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import has_torch_function
 
-from ._C import PackedWeights, infer
+from ._C import infer, packed_weights
 from .autograd import PLAIN, recurrent_layer
 from .cells import CELLS
 from .dropout import kept_parts
 from .streaming import steppers
 from .torch_internals import dual_level, symbolic_tracing
 
-__all__ = ["KEPT", "FusedModule", "as_states", "dense", "infers", "is_plain", "kept_aside"]
+__all__ = ["FusedModule", "as_states", "dense", "infers", "is_plain", "kept_aside"]
 
-KEPT = "_packed_weights"  # attribute of a module that has been used for inference
-
-#: What is kept of other people's modules (:mod:`fusedrnn.patch`), until they train: their pickles hold nothing of ours.
-kept_aside: weakref.WeakKeyDictionary[torch.nn.Module, PackedWeights] = weakref.WeakKeyDictionary()
+#: The packed weights of modules that have been used for inference, until they train. Not in the modules: using one
+#: changes neither its pickle nor its state.
+kept_aside: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
 def infers() -> bool:
@@ -73,7 +72,7 @@ def _dense(
         result = infer(x, h0, c0, weights, cell, bidirectional, num_layers, _kept(module), parts)
         if result is not None or any(parts):
             return result
-    elif not torch.compiler.is_compiling() and kept_aside:
+    elif not torch.compiler.is_compiling() and kept_aside and not isinstance(module, FusedModule):
         kept_aside.pop(module, None)
     if num_layers > 1:
         return None
@@ -124,17 +123,13 @@ def as_states(states: Sequence[Tensor] | None, cell: str) -> Sequence[Tensor] | 
     return states
 
 
-def _kept(module: torch.nn.Module) -> PackedWeights:
-    """The packed weights of a module, from call to call."""
-    if isinstance(module, FusedModule):
-        return vars(module).get(KEPT) or vars(module).setdefault(KEPT, PackedWeights())
-    return kept_aside.get(module) or kept_aside.setdefault(module, PackedWeights())
+def _kept(module: torch.nn.Module) -> Any:
+    """The packed weights of a module, from call to call: a capsule of C++."""
+    return kept_aside.get(module) or kept_aside.setdefault(module, packed_weights())
 
 
 class FusedModule:
-    """What our modules do not share with torch.nn's: packed weights for inference, of which copies and pickles of a
-    module hold none, and an answer to TorchScript.
-    """
+    """What our modules do not share with torch.nn's: packed weights for inference, and an answer to TorchScript."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if symbolic_tracing() and (node := _node(self, args, kwargs)) is not None:
@@ -142,14 +137,14 @@ class FusedModule:
         return torch.nn.Module.__call__(self, *args, **kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> torch.nn.Module:  # by .to(), .double(), .share_memory() ...
-        vars(self).pop(KEPT, None)
+        kept_aside.pop(self, None)
         steppers.pop(self, None)
         return super()._apply(*args, **kwargs)
 
     def train(self, mode: bool = True) -> torch.nn.Module:
         """As in torch.nn. Training frees what inference has kept."""
         if mode:
-            vars(self).pop(KEPT, None)
+            kept_aside.pop(self, None)
         return super().train(mode)
 
     def __prepare_scriptable__(self) -> torch.nn.Module:  # by torch.jit.script

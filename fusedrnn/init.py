@@ -18,6 +18,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .cells import CELLS
+from .torch_internals import own_parameters
 
 __all__ = ["chrono_", "forget_bias_", "orthogonal_"]
 
@@ -111,10 +112,11 @@ def _parameters(module: nn.Module, kind: str) -> list[Tensor]:
     if isinstance(module, nn.RNNBase):
         directions = ("", "_reverse")[: 1 + module.bidirectional]
         names = [f"{kind}_l{layer}{direction}" for layer in range(module.num_layers) for direction in directions]
+    parameters = own_parameters(module)
     for name in names:
-        if module._parameters.get(name) is None:
+        if parameters.get(name) is None:
             raise ValueError(f"{name} must be a Parameter: initialise before it is parametrized or pruned")
-    return [module._parameters[name] for name in names]
+    return [parameters[name] for name in names]
 
 
 def _biases(module: nn.Module) -> tuple[str, list[dict[str, tuple[Tensor, Tensor]]]]:

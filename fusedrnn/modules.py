@@ -8,8 +8,6 @@ counterpart there. Nothing here computes: the modules check as torch.nn does and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from operator import getitem
 from typing import Any
 
 import torch
@@ -24,7 +22,16 @@ from .fused_module import FusedModule, as_states, dense, infers, is_plain
 from .options import SequenceOptions
 from .single_step import GRUCell, LSTMCell, RNNCell  # old pickles look for them here
 from .streaming import cell_of, step, steppers
-from .torch_internals import eval_frame_callback, flat_weights, untraced
+from .torch_internals import (
+    eval_frame_callback,
+    flat_weights,
+    forget_weight,
+    listed_weights,
+    own_parameters,
+    refer_strongly,
+    untraced,
+    weight_names,
+)
 
 __all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell", "ResidualRNN"]
 
@@ -108,12 +115,12 @@ def _short_road(
     all there is to do, and torch.nn's checks would take several times as long. None where anything is different: the
     long road knows, and words errors.
     """
-    weights, parameters = module._flat_weights, module._parameters
+    weights, parameters = listed_weights(module), own_parameters(module)
     if not is_plain(input, 3, states, weights, cell):
         return None
     if module.num_layers > 1 and (not infers() or (module.dropout and module.training)):
         return None
-    for name, weight in zip(module._flat_weights_names, weights):
+    for name, weight in zip(weight_names(module), weights):
         if parameters.get(name) is not weight:
             return None  # parametrized or replaced
     x = input.transpose(0, 1) if module.batch_first else input
@@ -177,7 +184,7 @@ class _SequenceModule(FusedModule, SequenceOptions):
         Raises:
             ValueError, TypeError: the module is bidirectional, or input is no tensor of two dimensions.
         """
-        return step(self, input, hx)
+        return step(self, input, hx, _FORWARDS)
 
     def extra_repr(self) -> str:
         """As in torch.nn, and what differs from the defaults."""
@@ -190,17 +197,15 @@ class _SequenceModule(FusedModule, SequenceOptions):
 
     def _init_flat_weights(self) -> None:
         super()._init_flat_weights()
-        self._drop_weak_references()
+        refer_strongly(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._drop_weak_references()
+        refer_strongly(self)
 
-    def _drop_weak_references(self) -> None:
-        """torch.nn asks a weak reference to each weight whether it changed, and torch.utils.swap_tensors refuses a
-        tensor that has one. Look-ups in the list of weights, which the module holds anyway, answer as well.
-        """
-        self._flat_weight_refs = [partial(getitem, self._flat_weights, i) for i in range(len(self._flat_weights))]
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        forget_weight(self, name)
 
     def flatten_parameters(self) -> None:
         """Does nothing: the kernels read the parameters where they are. Kept because callers use it."""
@@ -294,3 +299,7 @@ class ResidualRNN(_SequenceModule, torch.nn.RNNBase):
     ) -> tuple[Any, ...]:  # fmt: skip
         call = _of_one_state if is_compiling() or not eval_frame_callback() else untraced(_of_one_state)
         return call(self, "ResidualRNN", input, hx, lengths, reset, return_states)
+
+
+#: Whose work ``step`` does without calling them. (A subclass with a ``forward`` of its own is called.)
+_FORWARDS = frozenset(cls.forward for cls in (RNN, LSTM, GRU, ResidualRNN))

@@ -40,8 +40,10 @@ def _spread_stride(n: int, itemsize: int) -> int:
     return n if n < 4 * line else (-(-n // line) | 1) * line
 
 
-def _check_devices(x: Tensor, **tensors: Tensor | None) -> None:
-    """A tensor on the meta device beside others leads here, where nothing is computed: an error, not a result."""
+def _check_devices(x: Tensor, batch_sizes: Tensor | None, **tensors: Tensor | None) -> None:
+    """A tensor on the meta device among others leads here, where nothing is computed: an error, not a result."""
+    if batch_sizes is not None and batch_sizes.device.type != "cpu":
+        raise RuntimeError(f"batch_sizes must be a 1-D int64 tensor on the CPU, got one on {batch_sizes.device}")
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != x.device:
             raise RuntimeError(f"{name} must be on the device of the input, {x.device}, got {tensor.device}")
@@ -62,7 +64,7 @@ def _(
     keep_c: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     noise = {"mask_h": mask_h, "keep_h": keep_h, "keep_c": keep_c}
-    _check_devices(x, h0=h0, c0=c0, **noise, **{f"weights[{i}]": weight for i, weight in enumerate(weights)})
+    _check_devices(x, batch_sizes, h0=h0, c0=c0, **noise, **{f"weights[{i}]": weight for i, weight in enumerate(weights)})
     info, directions = CELLS[cell], 2 if bidirectional else 1
     hidden = weights[1].size(0) // len(info.gates)
     out = weights[1].size(1)  # R: H, or P with a projection
@@ -112,7 +114,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor, Tensor]:
     noise = {"mask_h": mask_h, "keep_h": keep_h, "keep_c": keep_c}
     named = {"dy": dy, "dh_n": dh_n, "dc_n": dc_n, "dc": dc, "h0": h0, "c0": c0, "y": y, "saved": saved}
-    _check_devices(x, **named, **noise, **{f"weights[{i}]": weight for i, weight in enumerate(weights)})
+    _check_devices(x, batch_sizes, **named, **noise, **{f"weights[{i}]": weight for i, weight in enumerate(weights)})
     info, directions = CELLS[cell], 2 if bidirectional else 1
     hidden = weights[1].size(0) // len(info.gates)
     if h0 is not None:

@@ -19,7 +19,7 @@ from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from . import modules
-from .fused_module import kept_aside
+from .fused_module import FusedModule, kept_aside
 from .ops import KERNEL_DTYPES
 from .single_step import forward_cell
 from .torch_internals import VF as _VF  # noqa: F401  TorchScript looks up names of torch's source, by __wrapped__, here
@@ -110,7 +110,8 @@ def _take_back(calls: set[patch_torch]) -> None:
                 theirs.forward = ours.__wrapped__
         _installed.clear()
         _warned.clear()
-        kept_aside.clear()
+        for module in [module for module in kept_aside if not isinstance(module, FusedModule)]:
+            kept_aside.pop(module, None)
 
 
 def _forward(theirs: type[nn.Module], own: Callable[..., Any], compute: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .cells import CELLS
 from .functional import recurrent_cell
 from .fused_module import FusedModule, as_states, dense, is_plain
+from .torch_internals import own_parameters
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell", "forward_cell"]
 
@@ -49,7 +50,8 @@ def _short_road_of_cell(
 ) -> tuple[Tensor, ...] | None:
     """A batch through a cell, checked by the kernel alone; None where anything is different."""
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if module.bias else ("weight_ih", "weight_hh")
-    weights = [module._parameters.get(name) for name in names]
+    parameters = own_parameters(module)
+    weights = [parameters.get(name) for name in names]
     if not is_plain(input, 2, states, weights, cell):
         return None
     h0, c0 = (*(states or ()), None, None)[:2]

@@ -2,25 +2,34 @@
 
 A step of a small layer takes less time than its checks, its autograd Function and the look-up of its weights would. All
 that is the same in every step is prepared at the first one (``Stepper`` of ``csrc/inference.h``), and what may have
-changed is compared in C++: the shapes, the weights' places, modes of torch that want to see every op.
+changed is compared in C++: shapes, weights, modes of torch that want to see every op. No weight and no address of one is
+kept from step to step.
 """
 
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import options
-from ._C import Stepper
+from . import _C, options
 from .dropout import kept_parts
+from .torch_internals import has_hooks, listed_weights, own_parameters, weight_names
 
 __all__ = ["cell_of", "step", "steppers"]
 
-#: What is prepared, by module, not in it, and what for: copies and pickles hold nothing of it.
-steppers: weakref.WeakKeyDictionary[torch.nn.Module, tuple[Stepper, Any]] = weakref.WeakKeyDictionary()
+class _Prepared(NamedTuple):
+    """A step that C++ has checked, and the attributes of the module that it depends on."""
+
+    step: Any  # a capsule of _C.prepare_step
+    mode: str
+    options: Any
+
+
+#: What is prepared, by module, not in it: copies and pickles hold nothing of it.
+steppers: weakref.WeakKeyDictionary[torch.nn.Module, _Prepared] = weakref.WeakKeyDictionary()
 
 
 def cell_of(module: torch.nn.RNNBase) -> str:
@@ -28,34 +37,47 @@ def cell_of(module: torch.nn.RNNBase) -> str:
     return module.mode.lower() if getattr(module, "reset_after", True) else "gru_reset_before"
 
 
-def _purpose(module: torch.nn.RNNBase) -> Any:
-    """The attributes that a prepared step depends on. None: no step can be prepared."""
-    if module._forward_hooks or module._forward_pre_hooks:
-        return None
-    if module.training and (
-        module.zoneout or module.input_dropout or module.recurrent_dropout or module.weight_dropout or module.dropout
-    ):
-        return None
+def _own_options(module: torch.nn.RNNBase) -> Any:
     zoneout = tuple(module.zoneout) if isinstance(module.zoneout, list) else module.zoneout
-    return module.mode, module.mode == "GRU" and module.reset_after, zoneout
+    return module.mode == "GRU" and module.reset_after, zoneout
 
 
-def step(module: torch.nn.RNNBase, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
-    """input (B, I) and states -> output (B, R) and states."""
+def _draws(module: torch.nn.RNNBase) -> bool:
+    """Whether a call draws masks."""
+    return module.training and bool(
+        module.zoneout or module.input_dropout or module.recurrent_dropout or module.weight_dropout or module.dropout
+    )
+
+
+def _skips_forward(module: torch.nn.RNNBase, forwards: frozenset[Any]) -> bool:
+    """Whether a step may do without calling the module: nobody listens, and ``forward`` is of fusedrnn."""
+    return type(module).forward in forwards and "forward" not in vars(module) and not has_hooks(module)
+
+
+def step(module: torch.nn.RNNBase, input: Tensor, hx: Any, forwards: frozenset[Any]) -> tuple[Tensor, Any]:
+    """input (B, I) and states -> output (B, R) and states. ``forwards``: those whose work a prepared step does."""
     prepared, two = steppers.get(module), module.mode == "LSTM"
-    if prepared is not None and not torch.is_autocast_enabled("cpu") and _purpose(module) == prepared[1]:
-        h0, c0 = hx if two and type(hx) is tuple and len(hx) == 2 else (hx, None)
-        try:
-            found = prepared[0].step(input, h0, c0, module._parameters, module._flat_weights_names)
-        except TypeError:
-            found = None  # forward words it
-        if found is not None and (not two or hx is None or c0 is not None):
+    if (
+        prepared is not None
+        and prepared.mode == module.mode
+        and prepared.options == _own_options(module)
+        and (hx is None or not two or (type(hx) is tuple and len(hx) == 2))
+        and not torch.is_autocast_enabled("cpu")
+        and not _draws(module)
+        and _skips_forward(module, forwards)
+    ):
+        h0, c0 = hx if two and hx is not None else (hx, None)
+        weights = own_parameters(module), weight_names(module), listed_weights(module)
+        found = _C.step(prepared.step, input, h0, c0, *weights)
+        if found is not None:
             y, h_n, c_n = found
             return y, (h_n, c_n) if two else h_n
-    return _first_step(module, input, hx)
+    return _first_step(module, input, hx, forwards)
 
 
-def _first_step(module: torch.nn.RNNBase, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
+def _first_step(
+    module: torch.nn.RNNBase, input: Tensor, hx: Any, forwards: frozenset[Any]
+) -> tuple[Tensor, Any]:
     """By ``forward``, with its checks; what it has found right is prepared for the next."""
     if module.bidirectional:
         raise ValueError("step: a bidirectional module needs the whole sequence")
@@ -67,12 +89,13 @@ def _first_step(module: torch.nn.RNNBase, input: Tensor, hx: Any) -> tuple[Tenso
     with torch.no_grad():
         y, last = module(input.unsqueeze(time), hx)
     steppers.pop(module, None)
-    weights = [module._parameters.get(name) for name in module._flat_weights_names]
-    plain = all(own is weight for own, weight in zip(weights, module._flat_weights, strict=True))
-    purpose, cell = _purpose(module), cell_of(module)
-    if plain and purpose is not None and not torch.compiler.is_compiling():
+    parameters = own_parameters(module)
+    weights = [parameters.get(name) for name in weight_names(module)]
+    plain = all(own is weight for own, weight in zip(weights, listed_weights(module), strict=True))
+    if plain and not _draws(module) and _skips_forward(module, forwards) and not torch.compiler.is_compiling():
+        cell = cell_of(module)
         zoneout = kept_parts(options.active(module).get("zoneout", 0.0), 2 if cell == "lstm" else 1)
-        stepper = Stepper.make(input, weights, cell, module.num_layers, zoneout)
-        if stepper is not None:
-            steppers[module] = stepper, purpose
+        prepared = _C.prepare_step(input, weights, cell, module.num_layers, zoneout)
+        if prepared is not None:
+            steppers[module] = _Prepared(prepared, module.mode, _own_options(module))
     return y.squeeze(time), last

@@ -26,7 +26,11 @@ __all__ = [
     "eval_frame_callback",
     "exporting",
     "flat_weights",
+    "forget_weight",
     "functionalizing",
+    "listed_weights",
+    "own_parameters",
+    "refer_strongly",
     "has_hooks",
     "remove_batch_dim",
     "symbolic_tracing",
@@ -135,12 +139,45 @@ def weight_names(module: nn.RNNBase) -> list[str]:
     return [f"{kind}_l{layer}{end}" for layer in range(module.num_layers) for end in directions for kind in kinds]
 
 
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The module's parameters, not its children's. Without the name: as named_parameters gives them."""
+    found = getattr(module, "_parameters", None)
+    return dict(module.named_parameters(recurse=False)) if found is None else found
+
+
+def listed_weights(module: nn.RNNBase) -> list[Tensor]:
+    """The list that torch.nn's ``forward`` reads the weights from, as it is. Without the name: the attributes."""
+    found = getattr(module, "_flat_weights", None)
+    return [getattr(module, name) for name in weight_names(module)] if found is None else found
+
+
 def flat_weights(module: nn.RNNBase) -> list[Tensor]:
-    """The weights that torch.nn's ``forward`` would read. (Each look-up of a parametrized one computes it anew.) Without
-    the names: the attributes.
+    """The weights that torch.nn's ``forward`` would read: that list, made anew where an attribute has changed since it
+    was made. (Each look-up of a parametrized weight computes it anew.) Without the names: the attributes.
     """
     update = getattr(module, "_update_flat_weights", None)
-    if update is None or not hasattr(module, "_flat_weights"):
+    if update is None:
         return [getattr(module, name) for name in weight_names(module)]
     update()
-    return module._flat_weights
+    return listed_weights(module)
+
+
+def refer_strongly(module: nn.RNNBase) -> None:
+    """torch.nn asks a weak reference to each weight whether an attribute has changed, and torch.utils.swap_tensors
+    refuses a tensor that has one. A function that returns the weight answers as well. Without the names: nothing.
+    """
+    if hasattr(module, "_flat_weight_refs"):
+        module._flat_weight_refs = [None if w is None else functools.partial(_same, w) for w in listed_weights(module)]
+
+
+def forget_weight(module: nn.RNNBase, name: str) -> None:
+    """The attribute ``name`` was set. If it is a weight, the reference to the one before, which now differs from it,
+    lets that go.
+    """
+    references = vars(module).get("_flat_weight_refs")
+    if references is not None and name in weight_names(module):
+        references[weight_names(module).index(name)] = object  # a new one at each call, no weight
+
+
+def _same(weight: Tensor) -> Tensor:
+    return weight

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -23,9 +24,9 @@ from loops import TWINS
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
-def kept(module: nn.Module) -> _C.PackedWeights:
+def kept(module: nn.Module) -> Any:
     """What the module keeps for inference; new and empty if nothing."""
-    return vars(module).get(fused_module.KEPT, _C.PackedWeights())
+    return fused_module.kept_aside.get(module) or _C.packed_weights()
 
 
 @pytest.mark.isa
@@ -43,7 +44,7 @@ def test_kept_weights_give_the_same_bits(cell: str, options: dict, number: int, 
         sizes = []
         for _ in range(3):
             assert same(tensors(module(x)), expected)
-            sizes.append(kept(module).bytes)
+            sizes.append(_C.packed_bytes(kept(module)))
         assert sizes[0] == 0 and sizes[1] == sizes[2] > 0  # once the same weights have come a second time
 
 
@@ -107,12 +108,12 @@ def test_no_bit_of_a_weight_may_change_unseen(data) -> None:
     with torch.no_grad():
         module, x = fusedrnn.GRU(3, H), torch.zeros(11, 1, 3)
         module(x), module(x)
-        assert kept(module).bytes > 0
+        assert _C.packed_bytes(kept(module)) > 0
         weight = data.draw(st.sampled_from([module.weight_ih_l0, module.weight_hh_l0])).data.view(torch.int32).view(-1)
         place = data.draw(st.integers(0, weight.numel() - 1), "place")
         weight[place] ^= 1 << data.draw(st.integers(0, 30), "bit")
         module(x)
-        assert kept(module).bytes == 0
+        assert _C.packed_bytes(kept(module)) == 0
 
 
 @pytest.mark.isa
@@ -128,7 +129,7 @@ def test_nor_may_two_bits(data) -> None:
         weight[first] ^= data.draw(st.sampled_from([-(2**31), 1 << 30, 1]), "one bit")
         weight[second] ^= 1 << data.draw(st.integers(0, 30), "another")
         module(x)
-        assert kept(module).bytes == 0
+        assert _C.packed_bytes(kept(module)) == 0
 
 
 def test_weights_written_during_a_call_spoil_no_later_one() -> None:
@@ -158,7 +159,7 @@ def test_calls_of_different_shapes_in_turn_use_what_is_kept(threads: Callable) -
     for _ in range(3):
         module(torch.randn(100, 1, 32)), module(torch.randn(10, 4, 32)), module(torch.randn(1, 11, 32))
     # The first call takes the digest, the second packs, seven use it, in two layers.
-    assert kept(module).bytes > 0 and kept(module).uses == 14
+    assert _C.packed_bytes(kept(module)) > 0 and _C.packed_uses(kept(module)) == 14
 
 
 def test_panels_of_a_sharing_that_is_no_more_are_replaced(threads: Callable) -> None:
@@ -166,11 +167,11 @@ def test_panels_of_a_sharing_that_is_no_more_are_replaced(threads: Callable) -> 
     for number in (1, 2, 1):
         threads(number)
         assert _C.plan([1] * 20, 128, 128, 1, 3, 8, number)["members"] == number
-        expected, before = by_the_ops(module, x), kept(module).uses
+        expected, before = by_the_ops(module, x), _C.packed_uses(kept(module))
         used = []
         for _ in range(8):
             assert same(tensors(module(x)), expected)
-            used.append(kept(module).uses - before)
+            used.append(_C.packed_uses(kept(module)) - before)
         # At first: digest, packing, use. Later: three calls that pack for themselves, packing, use.
         assert used[-1] == (6 if before == 0 else 4)
 
@@ -181,7 +182,7 @@ def test_only_batches_that_gain_keep_anything(T: int, B: int, keeps: bool) -> No
     module = fusedrnn.LSTM(4, 5)
     for _ in range(3):
         module(torch.randn(T, B, 4))
-    assert (kept(module).bytes > 0) == keeps
+    assert (_C.packed_bytes(kept(module)) > 0) == keeps
 
 
 class Equal(fusedrnn.GRU):
@@ -199,8 +200,8 @@ def test_copies_of_a_module_keep_for_themselves(cls: type[nn.Module]) -> None:
     for _ in range(3):
         expected = module(x)[0]
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert kept(twin).bytes == 0 and torch.equal(twin(x)[0], expected)
-    assert kept(module).bytes > 0 and kept(module).uses == 1
+        assert _C.packed_bytes(kept(twin)) == 0 and torch.equal(twin(x)[0], expected)
+    assert _C.packed_bytes(kept(module)) > 0 and _C.packed_uses(kept(module)) == 1
 
 
 FREED = {
@@ -219,9 +220,9 @@ def test_what_is_kept_goes_when_it_will_not_be_used(how: str, cls: type[nn.Modul
     for _ in range(3):
         module(x)
     module.eval()
-    assert kept(module).bytes > 0
+    assert _C.packed_bytes(kept(module)) > 0
     FREED[how](module)
-    assert fused_module.KEPT not in vars(module)
+    assert module not in fused_module.kept_aside
 
 
 def test_shapes_and_threads_may_change_from_call_to_call(threads: Callable) -> None:

@@ -165,15 +165,16 @@ def test_packed_weights_are_let_go() -> None:
     for _ in range(2):
         with torch.no_grad():
             module(x)
-        assert list(kept_aside) == [module]
+        assert module in kept_aside
         module(x)
-        assert not kept_aside
+        assert module not in kept_aside
     with torch.no_grad():
+        count = len(kept_aside)
         nn.GRU(4, 5)(x)
-        assert not kept_aside
+        assert len(kept_aside) == count
         module(x)
     fusedrnn.unpatch_torch()
-    assert not kept_aside
+    assert module not in kept_aside
 
 
 def test_own_modules_and_convert_while_patched() -> None:
@@ -391,6 +392,6 @@ def test_compiled(allow: bool) -> None:
     with fusedrnn.patch_torch(), torch._dynamo.config.patch(allow_rnn=allow):
         with torch.no_grad():
             model(torch.randn(6, 4, 4, dtype=torch.float64))
-        assert kept_aside
+        assert len(kept_aside) > 0
         torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=allow)(X), expected)
     torch._dynamo.reset()
