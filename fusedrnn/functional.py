@@ -110,6 +110,17 @@ def _check_cell_and_weights(cell: str, weights: Sequence[Tensor]) -> None:
             raise RuntimeError(f"{name} must have 2 dimensions, got {weight.dim()}")
 
 
+def _check_hidden_sizes(weights: Sequence[Tensor], each: int) -> None:
+    """One H and R for all layers and directions, whose states lie in one tensor."""
+    first = weights[1].shape
+    for layer, w_hh in enumerate(weights[1::each]):
+        if w_hh.shape != first:
+            raise RuntimeError(
+                f"w_hh must have one shape in all layers and directions, {list(first)}, got {list(w_hh.shape)} in the"
+                f" weights of number {layer}"
+            )
+
+
 def _check_states(
     names: Sequence[str],
     states: Sequence[Tensor | None],
@@ -214,6 +225,7 @@ def recurrent(
             f"weights must hold w_ih, w_hh[, b_ih, b_hh]{projection} for each of {num_layers} layer(s) x {directions} "
             f"direction(s), got {len(weights)} tensors"
         )
+    _check_hidden_sizes(weights, each)
     packed = input if isinstance(input, PackedSequence) else None
     x = input.data if packed is not None else input
     unbatched = packed is None and x.dim() == 2

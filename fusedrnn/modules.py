@@ -73,11 +73,15 @@ def _forward(
             raise RuntimeError(f"For {kind} input, {what} should also be {dim}-D but got {got}")
         batched = input if dim == 3 else input.unsqueeze(0 if module.batch_first else 1)
         _check_args(module, batched, None, states and [s if dim == 3 else s.unsqueeze(1) for s in states], two_states)
+    weights = flat_weights(module)
+    expected = len(CELLS[cell].gates) * module.hidden_size, module.proj_size or module.hidden_size
+    if weights[1].shape != expected:
+        raise RuntimeError(f"weight_hh_l0 must have shape {list(expected)}, got {list(weights[1].shape)}")
     return recurrent(
         cell,
         input,
         states,
-        flat_weights(module),
+        weights,
         num_layers=module.num_layers,
         bidirectional=module.bidirectional,
         dropout=module.dropout,
@@ -117,6 +121,8 @@ def _short_road(
     """
     weights, parameters = listed_weights(module), own_parameters(module)
     if not is_plain(input, 3, states, weights, cell):
+        return None
+    if weights[1].size(-1) != (module.proj_size or module.hidden_size):
         return None
     if module.num_layers > 1 and (not infers() or (module.dropout and module.training)):
         return None

@@ -66,6 +66,27 @@ def test_large_layers_on_two_threads(threads: Callable[[int], None]) -> None:
     assert_all_close(stream(module, x), whole(module, x))
 
 
+def freed_and_filled(module: nn.Module) -> None:
+    """As sharded data parallelism does between two uses."""
+    storage, values = module.weight_hh_l0.untyped_storage(), module.weight_hh_l0.detach().clone()
+    size = storage.size()
+    storage.resize_(0)
+    others = [torch.full((20, 5), torch.nan) for _ in range(20)]  # what lies in the old memory now
+    storage.resize_(size)
+    with torch.no_grad():
+        module.weight_hh_l0.copy_(-values)
+    del others
+
+
+def set_(module: nn.Module) -> None:
+    with torch.no_grad():
+        module.weight_hh_l0.set_(torch.randn(20, 5))
+
+
+def listed(module: nn.Module, i: int, weight: Tensor) -> None:
+    module._flat_weights[i] = weight
+
+
 CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "in place": lambda m: m.weight_hh_l0.data.mul_(-1),
     "data": lambda m: setattr(m.weight_hh_l0, "data", torch.randn(20, 5)),
@@ -76,7 +97,17 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
     "swapped": lambda m: torch.utils.swap_tensors(m.bias_hh_l0, nn.Parameter(torch.ones(20))),
     "trained": lambda m: m.train(),
     "moved": lambda m: m.double().float(),
+    "shared": lambda m: m.weight_hh_l0.share_memory_(),
+    "model shared": lambda m: m.share_memory(),
+    "freed and filled": freed_and_filled,
+    "set_": set_,
+    "larger, then as before": lambda m: m.weight_hh_l0.data.resize_(200, 5).resize_(20, 5).normal_(),
+    "by the dictionary": lambda m: m._parameters.update(weight_hh_l0=nn.Parameter(torch.randn(20, 5))),
+    "in the list": lambda m: listed(m, 1, torch.randn(20, 5)),
+    "another list": lambda m: setattr(m, "_flat_weights", [w.detach() * 2 for w in m._flat_weights]),
+    "no parameter": lambda m: (delattr(m, "weight_hh_l0"), setattr(m, "weight_hh_l0", torch.randn(20, 5))),
 }
+SAME = ("parametrized", "trained", "moved", "shared", "model shared")
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -86,7 +117,12 @@ def test_changes_of_the_weights_are_seen(change: str) -> None:
     before = stream(module, x)["y"]
     CHANGES[change](module)
     assert_all_close(stream(module, x), whole(module, x))
-    assert torch.allclose(before, stream(module, x)["y"]) == (change in ("parametrized", "trained", "moved"))
+    assert torch.allclose(before, stream(module, x)["y"]) == (change in SAME)
+    twin = nn.LSTM(4, 5, num_layers=2)
+    for i, weight in enumerate(module._flat_weights):  # by torch.nn's own way of reading them
+        listed(twin, i, weight.detach())
+    with torch.no_grad():
+        assert_all_close(stream(module, x), {"y": twin(x)[0], **dict(zip(("s0", "s1"), twin(x)[1], strict=True))})
 
 
 def test_changes_of_the_stream() -> None:
@@ -175,12 +211,41 @@ def test_what_a_step_was_prepared_for() -> None:
         setattr(module, name, value)
         for _ in range(2):
             torch.testing.assert_close(module.step(x, h)[0], module(x[None], h)[0][0])
-    calls: list[int] = []
-    module = fusedrnn.GRU(3, 5)
-    module.step(x, h)
-    module.register_forward_hook(lambda *_: calls.append(1))
-    module.step(x, h), module.step(x, h)
-    assert len(calls) == 2
+
+
+class Doubled(fusedrnn.GRU):
+    """A user's class, with a ``forward`` of its own."""
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        y, h_n = super().forward(input, hx)
+        return 2 * y, h_n
+
+
+def test_whoever_listens_to_forward_hears_a_step() -> None:
+    """Hooks, the module's and everybody's, a subclass's ``forward``, and one that was replaced on the instance."""
+    x, h, calls = torch.randn(2, 3), torch.randn(1, 2, 5), []
+    hear = lambda *_: calls.append(1)  # noqa: E731
+    for register in (
+        lambda m: m.register_forward_hook(hear), lambda m: m.register_forward_pre_hook(hear),
+        lambda m: nn.modules.module.register_module_forward_hook(hear),
+        lambda m: nn.modules.module.register_module_forward_pre_hook(hear),
+    ):  # fmt: skip
+        module = fusedrnn.GRU(3, 5)
+        module.step(x, h), module.step(x, h)
+        assert prepared(module) and not calls
+        handle = register(module)
+        module.step(x, h), module.step(x, h)
+        handle.remove()
+        assert len(calls) == 2
+        calls.clear()
+    doubled, plain = Doubled(3, 5), fusedrnn.GRU(3, 5)
+    plain.load_state_dict(doubled.state_dict())
+    expected = 2 * plain.step(x, h)[0]
+    for _ in range(3):
+        torch.testing.assert_close(doubled.step(x, h)[0], expected)
+    plain.forward = lambda input, hx=None: Doubled.forward(doubled, input, hx)
+    for _ in range(2):
+        torch.testing.assert_close(plain.step(x, h)[0], expected)
 
 
 @pytest.mark.parametrize("layers", [1, 2])

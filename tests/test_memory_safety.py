@@ -1,0 +1,191 @@
+"""What the kernels read and write is there: sizes that do not agree, memory that was freed beneath a tensor, missing tensors
+and objects are errors, by every way into the kernels.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fusedrnn
+from fusedrnn import _C
+from fusedrnn.cells import CELLS
+from loops import TWINS
+
+T, B, I, H = 3, 2, 4, 5
+OPS = torch.ops.fusedrnn
+
+
+def widened(module: nn.Module, layer: int, hidden: int) -> nn.Module:
+    """With a layer of another H."""
+    gates = module.weight_hh_l0.size(0) // module.hidden_size
+    for name, columns in (("weight_ih", H), ("weight_hh", hidden)):
+        setattr(module, f"{name}_l{layer}", nn.Parameter(torch.randn(gates * hidden, columns)))
+    for name in ("bias_ih", "bias_hh"):
+        setattr(module, f"{name}_l{layer}", nn.Parameter(torch.randn(gates * hidden)))
+    return module
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("hidden", [1, 4096])
+@pytest.mark.parametrize("cell", CELLS)
+def test_layers_of_other_sizes(cell: str, hidden: int) -> None:
+    """An upper layer larger or smaller than the first, whose sizes the final states have."""
+    module, x = TWINS[cell].layer(I, H, num_layers=2), torch.randn(T, B, I)
+    module.step(x[0])
+    widened(module, 1, hidden)
+    for call in (lambda: module(x), lambda: module.step(x[0]), lambda: module(x, return_states=True)):
+        with pytest.raises(RuntimeError, match="w_hh must have one shape in all layers"):
+            call()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="w_hh must have one shape in all layers"):
+        module(x)
+    weights = list(module._flat_weights)
+    assert _C.infer(x, None, None, weights, cell, False, 2, _C.packed_weights()) is None
+    assert _C.prepare_step(x[0], weights, cell, 2) is None
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_weights_of_another_hidden_size(name: str) -> None:
+    """torch.nn's RNN and GRU raise as well: the states that they make do not fit."""
+    for cls in [getattr(fusedrnn, name)] + [getattr(nn, name)] * (name != "LSTM"):
+        module = widened(cls(H, H), 0, 7)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad), pytest.raises(RuntimeError):
+                module(torch.randn(T, B, H))
+    for cls in (getattr(nn, f"{name}Cell"), getattr(fusedrnn, f"{name}Cell")):
+        module = cls(H, H)
+        for each in module._parameters.values():
+            shape = [size // H * 7 for size in each.shape]
+            each.data = torch.randn(shape if each is module.weight_hh else [shape[0], *each.shape[1:]])
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="inconsistent hidden_size"):
+                module(torch.randn(B, H))
+
+
+def arguments(cell: str = "lstm") -> dict[str, Any]:
+    """What layer_backward takes, from a call of layer_forward."""
+    module = TWINS[cell].layer(I, H)
+    weights, x = [w.detach() for w in module.parameters()], torch.randn(T, B, I)
+    states = [torch.randn(1, B, H) for _ in CELLS[cell].states]
+    h0, c0 = (*states, None)[:2]
+    y, h_n, c_n, saved = OPS.layer_forward(x, None, h0, c0, weights, cell, False, True)
+    dc_n = torch.ones_like(c_n) if len(states) == 2 else None
+    return {
+        "dy": torch.ones_like(y), "dh_n": torch.ones_like(h_n), "dc_n": dc_n, "dc": None, "x": x, "batch_sizes": None,
+        "h0": h0, "c0": c0, "weights": weights, "y": y, "saved": saved, "cell": cell, "bidirectional": False,
+        "need_x": True, "need_weights": True,
+    }  # fmt: skip
+
+
+def forward(given: dict[str, Any]) -> Any:
+    names = ("x", "batch_sizes", "h0", "c0", "weights", "cell", "bidirectional")
+    return OPS.layer_forward(*(given[name] for name in names), True)
+
+
+def backward(given: dict[str, Any]) -> Any:
+    return OPS.layer_backward(**given)
+
+
+def emptied(t: Tensor) -> Tensor:
+    t = t.clone()
+    t.untyped_storage().resize_(0)
+    return t
+
+
+def cut_short(t: Tensor) -> Tensor:
+    t = t.clone()
+    t.untyped_storage().resize_(t.numel() * t.element_size() - 1)
+    return t
+
+
+@pytest.mark.parametrize("harm", [emptied, cut_short])
+@pytest.mark.parametrize("op", [forward, backward])
+def test_memory_that_is_not_there(op: Callable[[dict[str, Any]], Any], harm: Callable[[Tensor], Tensor]) -> None:
+    for name, value in arguments().items():
+        if op is forward and (name.startswith("d") or name in ("y", "saved")):
+            continue
+        given = arguments()
+        if isinstance(value, Tensor):
+            with pytest.raises(RuntimeError, match="needs a storage of"):
+                op({**given, name: harm(value)})
+        for i in range(len(value) if name == "weights" else 0):
+            with pytest.raises(RuntimeError, match="needs a storage of"):
+                op({**given, name: [harm(w) if i == j else w for j, w in enumerate(value)]})
+        op(given)
+
+
+@pytest.mark.parametrize("harm", [emptied, cut_short])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
+def test_weights_that_were_freed(name: str, harm: Callable[[Tensor], Tensor]) -> None:
+    module, x = getattr(fusedrnn, name)(I, H), torch.randn(*((B,) if "Cell" in name else (T, B)), I)
+    if "Cell" not in name:
+        module.step(x[0])
+    with torch.no_grad():
+        module(x)
+    weight = next(w for n, w in module.named_parameters() if n.startswith("weight_hh"))
+    weight.data = harm(weight.data)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="needs a storage of"):
+            module(x)
+    if "Cell" not in name:
+        with pytest.raises(RuntimeError, match="needs a storage of"):
+            module.step(x[0])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_none_for_a_tensor(cell: str) -> None:
+    given = arguments(cell)
+    for name in ("x", "y", "saved"):
+        with pytest.raises(TypeError, match=f"{'input' if name == 'x' else name} must be a tensor, got None"):
+            backward({**given, name: None})
+    with pytest.raises(TypeError, match="input must be a tensor, got None"):
+        forward({**given, "x": None})
+
+
+def test_lengths_on_the_meta_device() -> None:
+    """They lead to the op's fake kernel, which computes nothing."""
+    given = {**arguments(), "x": torch.randn(T * B, I), "batch_sizes": torch.full((T,), B, device="meta")}
+    given |= {name: given[name].flatten(0, 1) for name in ("dy", "y")}
+    for op in (forward, backward):
+        with pytest.raises(RuntimeError, match="batch_sizes must be a 1-D int64 tensor on the CPU"):
+            op(given)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_more_steps_than_memory(grad: bool) -> None:
+    x = torch.zeros(1, 1, I).expand(2**40, 1, I)
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="can't allocate memory"):
+        fusedrnn.RNN(I, 1)(x)
+
+
+def test_nothing_of_the_extension_can_be_made_by_hand() -> None:
+    """What C++ holds is in capsules: no class, so no object that ``__init__`` has not seen."""
+    assert not [name for name, value in vars(_C).items() if inspect.isclass(value)]
+    weights = arguments()["weights"]
+    prepared, packed = _C.prepare_step(torch.randn(B, I), weights, "lstm", 1), _C.packed_weights()
+    with pytest.raises(TypeError, match="expected a capsule fusedrnn.Stepper"):
+        _C.step(packed, torch.randn(B, I), None, None, {}, [], [])
+    with pytest.raises(TypeError, match="expected a capsule fusedrnn.PackedWeights"):
+        _C.packed_bytes(prepared)
+    with pytest.raises(TypeError):
+        _C.packed_bytes(object())
+
+
+def test_sizes_that_no_layer_has() -> None:
+    for sizes in ([0, 3], [3, -1], [], [2, 3], [2**62] * 4):
+        with pytest.raises(ValueError, match="must be from 1 to"):
+            _C.plan(sizes, I, H, 1, 4, 8, 2)
+        with pytest.raises(ValueError, match="must be from 1 to"):
+            _C.projection_spans(sizes, 4)
+    for wrong in ({"I": 0}, {"H": 2**40}, {"directions": 3}, {"gates": 0}, {"lanes": -1}, {"threads": 0}):
+        with pytest.raises(ValueError, match="must be from 1 to"):
+            _C.plan(**{"batch_sizes": [2], "I": I, "H": H, "directions": 1, "gates": 4, "lanes": 8, "threads": 2, **wrong})
+    with pytest.raises(ValueError, match="must be from 1 to"):
+        _C.pipeline_steps(2**50, 1, H, 4, 8, 2, 2)
+    with pytest.raises(ValueError, match="seconds must be from 0 to 60"):
+        _C.peak_flops(1, float("nan"))
