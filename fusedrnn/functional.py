@@ -350,7 +350,7 @@ def recurrent_cell(
     if len(hx) != len(CELLS[cell].states):
         raise RuntimeError(f"{cell} expects {len(CELLS[cell].states)} hidden state(s), got {len(hx)}")
     if input.dim() != 2:
-        raise RuntimeError(f"input must have 2 dimensions, got {input.dim()}")
+        raise RuntimeError(f"Expected 2D input (batch x feature), but got {input.dim()}D input")
     x, *rest = _autocast(input, *hx, *weights)
     hx, weights = rest[: len(hx)], rest[len(hx) :]
     if x.size(1) != w_ih.size(1):
@@ -358,16 +358,16 @@ def recurrent_cell(
     for index, state in enumerate(hx):
         if state is None:
             continue
-        if state.dim() > 0 and state.size(0) != x.size(0):
+        if state.dim() != 2:
+            raise RuntimeError(f"Expected 2D hidden{index} (batch x hidden_size), but got {state.dim()}D tensor")
+        if state.size(0) != x.size(0):
             raise RuntimeError(
                 f"Input batch size {x.size(0)} doesn't match hidden{index} batch size {state.size(0)}"
             )
-        if state.dim() > 1 and state.size(1) != w_hh.size(1):
+        if state.size(1) != w_hh.size(1):
             raise RuntimeError(
                 f"hidden{index} has inconsistent hidden_size: got {state.size(1)}, expected {w_hh.size(1)}"
             )
-        if state.dim() != 2:
-            raise RuntimeError(f"hidden{index} must have 2 dimensions, got {state.dim()}")
     for tensor in (*hx, *weights):
         if tensor is not None and tensor.dtype != x.dtype:
             raise RuntimeError(f"input, hidden state and weights must have one dtype, got {x.dtype} and {tensor.dtype}")

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from . import options
@@ -23,14 +22,13 @@ from .options import SequenceOptions
 from .single_step import GRUCell, LSTMCell, RNNCell  # old pickles look for them here
 from .streaming import cell_of, step, steppers
 from .torch_internals import (
-    eval_frame_callback,
     flat_weights,
     forget_weight,
     listed_weights,
     own_parameters,
     refer_strongly,
-    untraced,
     weight_names,
+    whole,
 )
 
 __all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell", "ResidualRNN"]
@@ -230,8 +228,7 @@ class RNN(_SequenceModule, torch.nn.RNN):
         self, input: Tensor | PackedSequence, hx: Tensor | None = None, *,
         lengths: Lengths = None, reset: Tensor | None = None, return_states: bool = False,
     ) -> tuple[Any, ...]:  # fmt: skip
-        call = _of_one_state if is_compiling() or not eval_frame_callback() else untraced(_of_one_state)
-        return call(self, "RNN", input, hx, lengths, reset, return_states)
+        return whole(_of_one_state, self, "RNN", input, hx, lengths, reset, return_states)
 
 
 class LSTM(_SequenceModule, torch.nn.LSTM):
@@ -249,8 +246,7 @@ class LSTM(_SequenceModule, torch.nn.LSTM):
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None, *,
         lengths: Lengths = None, reset: Tensor | None = None, return_states: bool = False,
     ) -> tuple[Any, ...]:  # fmt: skip
-        call = _forward if is_compiling() or not eval_frame_callback() else untraced(_forward)
-        return call(self, "lstm", "LSTM", input, hx, lengths, reset, return_states)
+        return whole(_forward, self, "lstm", "LSTM", input, hx, lengths, reset, return_states)
 
 
 _TorchGRU = torch.nn.GRU  # people give this name of torch.nn to our class
@@ -277,8 +273,7 @@ class GRU(_SequenceModule, _TorchGRU):
         self, input: Tensor | PackedSequence, hx: Tensor | None = None, *,
         lengths: Lengths = None, reset: Tensor | None = None, return_states: bool = False,
     ) -> tuple[Any, ...]:  # fmt: skip
-        call = _of_one_state if is_compiling() or not eval_frame_callback() else untraced(_of_one_state)
-        return call(self, "GRU", input, hx, lengths, reset, return_states)
+        return whole(_of_one_state, self, "GRU", input, hx, lengths, reset, return_states)
 
     def extra_repr(self) -> str:
         return _TorchGRU.extra_repr(self) + options.text(self) + ("" if self.reset_after else ", reset_after=False")
@@ -303,8 +298,7 @@ class ResidualRNN(_SequenceModule, torch.nn.RNNBase):
         self, input: Tensor | PackedSequence, hx: Tensor | None = None, *,
         lengths: Lengths = None, reset: Tensor | None = None, return_states: bool = False,
     ) -> tuple[Any, ...]:  # fmt: skip
-        call = _of_one_state if is_compiling() or not eval_frame_callback() else untraced(_of_one_state)
-        return call(self, "ResidualRNN", input, hx, lengths, reset, return_states)
+        return whole(_of_one_state, self, "ResidualRNN", input, hx, lengths, reset, return_states)
 
 
 #: Whose work ``step`` does without calling them. (A subclass with a ``forward`` of its own is called.)

@@ -16,6 +16,7 @@ import torch
 
 from .cells import CELLS
 from .ops import layer_forward
+from .torch_internals import PACKING_OPS
 
 __all__ = ["table"]
 
@@ -48,7 +49,7 @@ def table() -> dict[Callable, Callable]:
     def pack_padded_sequence(x, lengths, batch_first):  # noqa: ANN001, ANN202
         return _pack(op, x, lengths, batch_first)
 
-    return {layer_forward: fusedrnn_layer, torch.ops.aten._pack_padded_sequence.default: pack_padded_sequence}
+    return {layer_forward: fusedrnn_layer} | {op: pack_padded_sequence for op in PACKING_OPS}
 
 
 def _layer(

@@ -23,7 +23,7 @@ from .fused_module import FusedModule, kept_aside
 from .ops import KERNEL_DTYPES
 from .single_step import forward_cell
 from .torch_internals import VF as _VF  # noqa: F401  TorchScript looks up names of torch's source, by __wrapped__, here
-from .torch_internals import eval_frame_callback, exporting, transformed, untraced
+from .torch_internals import exporting, transformed, whole
 
 __all__ = ["patch_torch", "unpatch_torch"]
 
@@ -126,8 +126,7 @@ def _forward(theirs: type[nn.Module], own: Callable[..., Any], compute: Callable
             return own(self, input, hx)
         reason = _obstacle(self, theirs, input)
         if reason is None:
-            call = compute if is_compiling() or not eval_frame_callback() else untraced(compute)  # as in modules.py
-            return call(self, input, hx)
+            return whole(compute, self, input, hx)
         if (theirs, reason) not in _warned:
             text = f"torch.nn.{theirs.__name__}, patched by fusedrnn, goes to torch.nn's own forward: {reason}"
             warnings.warn(text, stacklevel=4)  # the caller of the module

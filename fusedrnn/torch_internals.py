@@ -18,12 +18,12 @@ from torch.fx import _symbolic_trace
 from torch.nn.modules import module as _module
 
 __all__ = [
+    "PACKING_OPS",
     "VF",
     "add_batch_dim",
     "batched_by_autograd",
     "batching_level",
     "dual_level",
-    "eval_frame_callback",
     "exporting",
     "flat_weights",
     "forget_weight",
@@ -35,8 +35,8 @@ __all__ = [
     "remove_batch_dim",
     "symbolic_tracing",
     "transformed",
-    "untraced",
     "weight_names",
+    "whole",
 ]
 
 _functorch = getattr(torch._C, "_functorch", None)
@@ -44,6 +44,9 @@ _eval_frame = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
 
 #: What torch.nn calls by this name. Without it: patched modules cannot be compiled by TorchScript.
 VF = getattr(torch, "_VF", None)
+
+#: The op of torch.nn.utils.rnn.pack_padded_sequence. Without the name: none, and packed models do not become ONNX.
+PACKING_OPS = [op.default for op in [getattr(torch.ops.aten, "_pack_padded_sequence", None)] if op is not None]
 
 _is_fx_symbolic_tracing = getattr(_symbolic_trace, "is_fx_symbolic_tracing", None)
 _transforms_active = getattr(torch._C, "_are_functorch_transforms_active", None)
@@ -86,13 +89,24 @@ def exporting() -> bool:
     return torch.compiler.is_exporting() if flag is None else flag
 
 
-#: Dynamo's callback while it would compile every frame that is entered, else None or False. A function of C, which is no
-#: frame. Without the name: always False, and of a layer that Dynamo leaves to Python it compiles pieces.
-eval_frame_callback: Callable[[], Any] = getattr(_eval_frame, "get_eval_frame_callback", bool)
+def whole(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)``, traced where Dynamo compiles the caller, and left whole to Python where it leaves the caller
+    to Python, as it does recurrent modules (torch._dynamo.config.allow_rnn): it would begin anew at each function
+    inside, without the gradients of a gradient. Without the names of torch it does.
+    """
+    if not is_compiling() and _eval_frame_callback():
+        return _untraced(function)(*args)
+    return function(*args)
 
-#: ``untraced(f)`` is f as Dynamo leaves it alone. Not made at import: torch.compiler.disable loads Dynamo, which takes a
-#: second.
-untraced = functools.cache(torch.compiler.disable)
+
+_eval_frame_callback = getattr(_eval_frame, "get_eval_frame_callback", bool)  # None or False: Dynamo is not at work
+_untraced = functools.cache(torch.compiler.disable)  # not made at import: that loads Dynamo, which takes a second
+if hasattr(_eval_frame, "set_code_exec_strategy") and hasattr(_eval_frame, "_FrameExecStrategy"):
+    # Dynamo begins no graph at this very function.
+    _eval_frame.set_code_exec_strategy(
+        whole.__code__,
+        _eval_frame._FrameExecStrategy(_eval_frame._FrameAction.SKIP, _eval_frame._FrameAction.DEFAULT),
+    )
 
 
 def batched_by_autograd(t: Tensor) -> bool:
@@ -175,7 +189,7 @@ def forget_weight(module: nn.RNNBase, name: str) -> None:
     lets that go.
     """
     references = vars(module).get("_flat_weight_refs")
-    if references is not None and name in weight_names(module):
+    if references and name in weight_names(module)[: len(references)]:
         references[weight_names(module).index(name)] = object  # a new one at each call, no weight
 
 

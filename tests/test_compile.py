@@ -84,7 +84,7 @@ def allow_rnn():
 
 
 def test_refused_unless_allowed() -> None:
-    model = torch.compile(fusedrnn.LSTM(4, 5), backend="eager", fullgraph=True)
+    model = torch.compile(nn.Sequential(fusedrnn.LSTM(4, 5)), backend="eager", fullgraph=True)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="allow_rnn=True"):
         model(torch.randn(3, 2, 4))
 
