@@ -15,12 +15,13 @@ BUILD   := build/stamp$(subst /,-,$(VENV))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: help demo test bench bench-peers phases test-avx512 sanitize sanitize-memory sanitize-threads build clean distclean
-.PHONY: check force gpu test-clients
+.PHONY: check force gpu test-clients test-versions test-newest
 .NOTPARALLEL:
 
 help:
 	@echo 'make demo       train a character model with torch.nn.LSTM, then with fusedrnn.LSTM, and compare the two'
 	@echo 'make test       run every test'
+	@echo 'make test-versions  run the tests under every torch and Python that are supported (make test-newest: the newest torch)'
 	@echo 'make test-clients  run other libraries unchanged on torch.nn patched: the same losses, both times'
 	@echo 'make bench      time fusedrnn against torch.nn, layer by layer (make bench-peers: ONNX Runtime and OpenVINO)'
 	@echo 'make phases     time fusedrnn with timers inside: where the time of a layer goes'
@@ -39,6 +40,14 @@ demo: $(BUILD)
 
 test: $(BUILD)
 	@$(BIN) -m pytest $(ARGS)
+
+# Every torch and Python that are supported, each in an environment of its own; the table is docs/versions.md.
+test-versions:
+	@$(PYTHON) tests/versions.py $(ARGS)
+
+# The newest torch, with this Python and the most telling tests: what .ci/run adds to the torch named above.
+test-newest:
+	@$(PYTHON) tests/versions.py --newest $(ARGS)
 
 # Third-party libraries in an environment of their own, with the same Python and torch, so the same extension.
 CLIENTS := $(VENV)-clients
@@ -128,8 +137,8 @@ $(SETUP): requirements-dev.txt | check
 	  "error: Python >= 3.10 needed, $(BASE) is $$($(BASE) -V 2>&1); name another with PYTHON=..." >&2; exit 1; }
 	@test -f "$$($(BASE) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || { echo \
 	  'error: no Python.h for $(BASE): install its development headers (python3-dev, python3-devel)' >&2; exit 1; }
-	@echo 'int main() { if constexpr (true) return 0; }' | $${CXX:-c++} -std=c++17 -x c++ -fsyntax-only - || { echo \
-	  "error: $${CXX:-c++} compiles no C++17: install g++ or name a compiler with CXX=..." >&2; exit 1; }
+	@echo 'int main() { return []<class T>(T x) { return x; }(0); }' | $${CXX:-c++} -std=c++20 -x c++ -fsyntax-only - || { echo \
+	  "error: $${CXX:-c++} compiles no C++20: install g++ >= 10 or name a compiler with CXX=..." >&2; exit 1; }
 	@rm -f $(VENV)/stamp-*
 	@$(BIN) -m pip --version >/dev/null 2>&1 || { echo 'setting up $(VENV)'; $(PYTHON) -m venv --clear $(VENV); } || { \
 	  echo 'error: $(PYTHON) makes no virtual environment (is python3-venv missing?)' >&2; rm -rf $(VENV); exit 1; }

@@ -31,8 +31,9 @@ def forward_cell(
             what = f"hx[{index}]" if count == 2 else "hidden"
             raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {state.dim()}D instead")
     batched = input.dim() == 2
-    if states is None and module.weight_hh.size(-1) != module.hidden_size:
-        got, expected = module.hidden_size, module.weight_hh.size(-1)
+    w_hh = module.weight_hh  # once: a parametrized weight is computed at each look-up
+    if states is None and w_hh.size(-1) != module.hidden_size:
+        got, expected = module.hidden_size, w_hh.size(-1)
         raise RuntimeError(f"hidden0 has inconsistent hidden_size: got {got}, expected {expected}")
     if states is not None:
         states = [state if batched else state.unsqueeze(0) for state in states]
@@ -41,7 +42,7 @@ def forward_cell(
         input if batched else input.unsqueeze(0),
         states or (None,) * count,
         module.weight_ih,
-        module.weight_hh,
+        w_hh,
         module.bias_ih,
         module.bias_hh,
     )
@@ -55,7 +56,9 @@ def _short_road_of_cell(
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if module.bias else ("weight_ih", "weight_hh")
     parameters = own_parameters(module)
     weights = [parameters.get(name) for name in names]
-    if not is_plain(input, 2, states, weights, cell) or weights[1].size(-1) != module.hidden_size:
+    if not is_plain(input, 2, states, weights, cell):
+        return None
+    if any(weight is None for weight in weights) or weights[1].size(-1) != module.hidden_size:
         return None
     h0, c0 = (*(states or ()), None, None)[:2]
     result = dense(module, cell, False, 1, input, h0, c0, weights)
