@@ -145,7 +145,7 @@ $(SETUP): requirements-dev.txt | check
 	@echo 'installing torch $(TORCH) and requirements-dev.txt'
 	@$(BIN) -m pip install --quiet --disable-pip-version-check $(PIPARGS) torch==$(TORCH) -r requirements-dev.txt
 	@echo '$(CURDIR)' > "$$($(BIN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fusedrnn-checkout.pth"
-	@rm -rf build fusedrnn/_C*.so
+	@rm -rf build fusedrnn/_C.*
 	@touch $@
 
 # build/ keeps the objects, and ninja compiles only what changed. The compiler's output is in build/log.
@@ -158,7 +158,7 @@ $(BUILD): $(SETUP) $(SOURCES) $(if $(wildcard fusedrnn/_C*.so),,force) | check
 	@touch $@
 
 clean:
-	rm -rf build dist out fusedrnn/_C*.so fusedrnn.egg-info
+	rm -rf build dist out fusedrnn/_C.* fusedrnn.egg-info
 
 distclean: clean
 	rm -rf $(VENV) $(CLIENTS)

@@ -69,6 +69,14 @@ def torch_headers() -> list[str]:
     return [flag for path in found for flag in ("-idirafter", str(path.parent))]
 
 
+class Build(BuildExtension):
+    """Leaves the version of torch beside the extension, for fusedrnn.extension."""
+
+    def run(self) -> None:
+        super().run()
+        Path(self.get_ext_fullpath("fusedrnn._C")).with_name("_C.torch").write_text(torch.__version__ + "\n")
+
+
 CUDA = with_cuda()
 if CUDA:
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
@@ -84,5 +92,5 @@ setup(
             extra_link_args=shlex.split(os.environ.get("FUSEDRNN_LD_FLAGS", "")),
         )
     ],
-    cmdclass={"build_ext": BuildExtension.with_options(no_python_abi_suffix=True)},
+    cmdclass={"build_ext": Build.with_options(no_python_abi_suffix=True)},
 )

@@ -7,6 +7,7 @@
 torch.Size([5, 3, 20])
 """
 
+from . import extension  # isort: skip  before all that loads the extension
 from . import autograd, functional, init, onnx, ops, reference
 from .cells import CELLS, CellInfo
 from .convert import ConversionReport, convert, revert

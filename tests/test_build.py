@@ -83,3 +83,22 @@ def test_wrong_instruction_set_is_an_import_error(value, message):
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, "FUSEDRNN_CPU_ISA": value},
     )  # fmt: skip
     assert run.returncode == 1 and "ImportError" in run.stderr and message in run.stderr
+
+
+@pytest.mark.parametrize("built", ["2.9.1+cu128", "1.13.0", None])
+def test_an_extension_of_another_torch_is_named(built: str | None, tmp_path: Path) -> None:
+    """Also where the loader would stop at an undefined symbol: the file that it would load is empty here."""
+    package = tmp_path / "fusedrnn"
+    package.mkdir()
+    for source in Path(fusedrnn.__file__).parent.glob("*.py"):
+        shutil.copy(source, package)
+    if built:
+        (package / "_C.so").touch()
+        (package / "_C.torch").write_text(built)
+    done = subprocess.run([sys.executable, "-c", "import fusedrnn"], cwd=tmp_path, capture_output=True, text=True)
+    expected = f"built with torch {built}, but torch {torch.__version__} is running" if built else "is not built"
+    assert done.returncode == 1 and expected in done.stderr and "--no-build-isolation" in done.stderr
+
+
+def test_the_build_leaves_its_torch() -> None:
+    assert (Path(fusedrnn.__file__).parent / "_C.torch").read_text().strip() == torch.__version__
