@@ -389,7 +389,11 @@ def pictures(
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m fusedrnn.gradflow", description=__doc__.split("\n\n")[1])
+    parser = argparse.ArgumentParser(
+        prog="python -m fusedrnn.gradflow",
+        description=__doc__.split("\n\n")[1],
+        epilog="Without options it takes 19 minutes on two cores, with --quick a few seconds.",
+    )
 
     def at_least(least: int) -> Callable[[str], int]:
         def integer(text: str) -> int:

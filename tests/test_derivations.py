@@ -19,6 +19,7 @@ from fusedrnn import reference
 
 ROOT = Path(__file__).parents[1]
 EQUATIONS = re.findall(r"\\text\{\(([A-Z]\d+)\)\}", (ROOT / "docs/derivations.md").read_text(encoding="utf-8"))
+SOURCES = (".py", ".h", ".inl", ".cpp", ".cu")
 # Lines that only name, load or keep a value.
 PLUMBING = r"constexpr|one = V\(1\)|= saved\[|^\s*(saved|late)\[\d\] = [\w\[\]]+[,;]"
 
@@ -31,11 +32,30 @@ def test_equations_are_numbered_once_and_in_order() -> None:
 
 @pytest.mark.parametrize(
     "file",
-    sorted([*ROOT.glob("csrc/cells/*.h"), *ROOT.glob("fusedrnn/reference/*.py"), *ROOT.glob("fusedrnn/*.py")]),
+    sorted([p for top in ("csrc", "fusedrnn") for p in (ROOT / top).rglob("*") if p.suffix in SOURCES]),
     ids=lambda f: f.name,
 )
 def test_every_number_in_the_code_is_an_equation(file: Path) -> None:
     assert set(re.findall(r"\(([A-Z]\d+)\)", file.read_text(encoding="utf-8"))) <= set(EQUATIONS)
+
+
+def test_every_section_is_in_the_list() -> None:
+    text = (ROOT / "docs/derivations.md").read_text(encoding="utf-8")
+    opening = text[: text.index("## Notation")]
+    for letter, title in re.findall(r"^## ([A-Z])\. (.*)$", text, re.MULTILINE):
+        anchor = re.sub(r"[^a-z0-9 -]", "", f"{letter}. {title}".lower()).replace(" ", "-")
+        assert f"[{letter}](#{anchor})" in opening
+
+
+@pytest.mark.parametrize("file", sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("*.md")]), ids=lambda f: f.name)
+def test_formulas_are_those_that_github_renders(file: Path) -> None:
+    """No macro that it refuses, and no inline formula that goes on in the next line."""
+    text = re.sub(r"```.*?```", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert not re.findall(r"\\(?:operatorname|DeclareMathOperator|newcommand|def)\b", text)
+    for formula in re.findall(r"\$\$.*?\$\$", text, re.DOTALL):
+        assert "\n" not in formula, formula
+    for line in re.sub(r"\$\$.*?\$\$|`[^`\n]*`", "", text).splitlines():
+        assert line.count("$") % 2 == 0, line
 
 
 def test_every_line_of_the_cells_names_its_equation() -> None:

@@ -287,3 +287,9 @@ def test_pictures_without_matplotlib_are_refused_before_any_training(
         gradflow.main(["--out", str(tmp_path / "pictures")])
     assert "--out needs matplotlib" in capsys.readouterr().err
     assert not (tmp_path / "pictures").exists()
+
+
+def test_help_says_how_long_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gradflow.main(["--help"])
+    assert "19 minutes" in capsys.readouterr().out
