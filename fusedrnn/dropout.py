@@ -103,7 +103,7 @@ def drop_input(x: Tensor, rate: float, batch_sizes: Tensor | None, layout: objec
     if isinstance(layout, Segments):  # of the same sample the same mask
         return x * _mask(x, rate, (layout.samples, x.size(1))).index_select(0, layout.rows % layout.samples)
     begins = torch.repeat_interleave(batch_sizes.cumsum(0) - batch_sizes, batch_sizes)
-    sample = (torch.arange(x.size(0)) - begins).to(x.device)
+    sample = (torch.arange(x.size(0), device="cpu") - begins).to(x.device)
     return x * _mask(x, rate, (int(batch_sizes[0]), x.size(1))).index_select(0, sample)
 
 
@@ -152,4 +152,5 @@ def _mask(x: Tensor, rate: float, shape: Sequence[int]) -> Tensor:
 
 
 def _bernoulli(shape: Sequence[int], p: float, device: torch.device) -> Tensor:
-    return torch.rand(shape, device=device) < p  # torch.bernoulli takes more than twice as long on the CPU
+    # In float32 whatever the default type. (torch.bernoulli takes more than twice as long on the CPU.)
+    return torch.rand(shape, dtype=torch.float32, device=device) < p

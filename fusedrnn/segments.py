@@ -105,13 +105,13 @@ def cut(
         return _traced(lengths, reset, steps, samples, device)
     if steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    ends = torch.full((samples,), steps) if lengths is None else _checked_lengths(lengths, steps, samples)
-    marks = torch.zeros(samples, steps, dtype=torch.bool)
+    ends = torch.full((samples,), steps, device="cpu") if lengths is None else _checked_lengths(lengths, steps, samples)
+    marks = torch.zeros(samples, steps, dtype=torch.bool, device="cpu")
     if reset is not None:
         marks = _checked_reset(reset, steps, samples).t().clone(memory_format=torch.contiguous_format)
     cut_at_start = marks[:, 0].clone()
     marks[:, 0] = True
-    marks &= torch.arange(steps) < ends.unsqueeze(1)
+    marks &= torch.arange(steps, device="cpu") < ends.unsqueeze(1)
     sample, start = marks.nonzero().unbind(1)  # by sample, then by time
     same = sample[1:] == sample[:-1]
     stop = ends[sample]
@@ -119,8 +119,8 @@ def cut(
     order = torch.argsort(stop - start, descending=True, stable=True)
     sample, start, stop = sample[order], start[order], stop[order]
     length, begins = stop - start, (start == 0) & ~cut_at_start[sample]
-    first, last = (torch.zeros(samples, dtype=torch.long) for _ in range(2))
-    number = torch.arange(len(sample))
+    first, last = (torch.zeros(samples, dtype=torch.long, device="cpu") for _ in range(2))
+    number = torch.arange(len(sample), device="cpu")
     first[sample[start == 0]] = number[start == 0]
     is_last = stop == ends[sample]
     last[sample[is_last]] = number[is_last]
@@ -128,7 +128,7 @@ def cut(
     batch_sizes = torch.bincount(length, minlength=1)[1:].flip(0).cumsum(0).flip(0)
     offset = torch.cat([batch_sizes.new_zeros(1), batch_sizes.cumsum(0)])
     segment = torch.repeat_interleave(number, length)
-    step = torch.arange(len(segment)) - torch.repeat_interleave(length.cumsum(0) - length, length)
+    step = torch.arange(len(segment), device="cpu") - torch.repeat_interleave(length.cumsum(0) - length, length)
     rows = torch.empty_like(segment)
     rows[offset[step] + segment] = (start[segment] + step) * samples + sample[segment]
     empty = ends == 0
@@ -170,7 +170,7 @@ def _traced(
     lengths: Tensor | Sequence[int] | None, reset: Tensor | None, steps: int, samples: int, device: torch.device
 ) -> Segments:
     """What a compiler sees of :func:`cut`: how many rows and segments there are is known when it runs."""
-    lengths = None if lengths is None else torch.as_tensor(lengths)
+    lengths = lengths if lengths is None or isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
     rows, batch_sizes, sample, begins, ends, first, last, empty = _cut(lengths, reset, steps, samples, device)
     return Segments(steps, samples, rows, batch_sizes, sample, begins, ends, first, last, empty, uncut=False)
 
@@ -178,7 +178,7 @@ def _traced(
 def _checked_lengths(lengths: Tensor | Sequence[int], steps: int, samples: int) -> Tensor:
     if not isinstance(lengths, Tensor):
         try:
-            lengths = torch.as_tensor(lengths, dtype=None if len(lengths) else torch.long)
+            lengths = torch.as_tensor(lengths, dtype=None if len(lengths) else torch.long, device="cpu")
         except (TypeError, ValueError) as error:
             raise TypeError(f"lengths must be integers, one for each sample, got {lengths!r}") from error
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:

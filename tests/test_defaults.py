@@ -1,0 +1,125 @@
+"""Whatever device and dtype torch makes tensors on by default, layers compute where and in what their arguments are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils._pytree import tree_leaves
+
+import fusedrnn
+from fusedrnn.cells import CELLS
+from loops import TWINS
+
+T, B, I, H = 5, 3, 4, 6
+LENGTHS = [5, 2, 0]
+NOISE = {"input_dropout": 0.3, "recurrent_dropout": 0.3, "zoneout": 0.3, "weight_dropout": 0.3}
+RESET = torch.zeros(T, B, dtype=torch.bool)
+RESET[2, 0] = RESET[0, 1] = True
+
+
+def packed(module: nn.Module, x: Tensor, lengths: Tensor) -> Any:
+    return module(pack_padded_sequence(x, lengths, enforce_sorted=False))
+
+
+CALLS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "plain": lambda m, x: m(x),
+    "packed": lambda m, x: packed(m, x, SORTED),
+    "lengths in a list": lambda m, x: m(x, lengths=LENGTHS),
+    "lengths": lambda m, x: m(x, lengths=GIVEN),
+    "no step": lambda m, x: m(x, lengths=[0] * B),
+    "reset": lambda m, x: m(x, reset=RESET),
+    "both, with states": lambda m, x: m(x, lengths=LENGTHS, reset=RESET, return_states=True),
+    "step": lambda m, x: [m.step(x_t) for x_t in x],
+}
+GIVEN, SORTED = torch.tensor(LENGTHS), torch.tensor([5, 1, 4])
+
+
+def results(module: nn.Module, call: Callable[[nn.Module, Tensor], Any], x: Tensor) -> list[Tensor]:
+    """Every output and gradient, with the same random masks at each call."""
+    torch.manual_seed(7)
+    x = x.clone().requires_grad_()
+    outputs = [t for t in tree_leaves(call(module, x)) if isinstance(t, Tensor) and t.is_floating_point()]
+    wanted = [t for t in outputs if t.requires_grad]
+    if not wanted:
+        return outputs
+    loss = sum((t.square().sum() for t in wanted), start=wanted[0].sum())
+    return [*outputs, *torch.autograd.grad(loss, [x, *module.parameters()], allow_unused=True)]
+
+
+@pytest.fixture(params=["device", "dtype"])
+def other_default(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
+    """A function that sets another default."""
+    if request.param == "device":
+        yield lambda: torch.set_default_device("meta")
+        torch.set_default_device(None)
+    else:
+        yield lambda: torch.set_default_dtype(torch.float64)
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("options", [{}, NOISE, {"grad_clip": 0.5, "bptt_steps": 2, "recompute": "gates"}], ids=str)
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_same_numbers(cell: str, call: str, options: dict[str, Any], other_default: Callable[[], Any]) -> None:
+    module, x = TWINS[cell].layer(I, H, num_layers=2, **options), torch.randn(T, B, I)
+    expected = results(module, CALLS[call], x)
+    other_default()
+    found = results(module, CALLS[call], x)
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None) == (b is None) and (a is None or (a.dtype, a.device) == (b.dtype, b.device))
+        assert a is None or torch.equal(a, b)
+
+
+def penalty(module: nn.Module, x: Tensor) -> Tensor:
+    leaf = x.clone().requires_grad_()
+    (dx,) = torch.autograd.grad(module(leaf)[0].sum(), leaf, create_graph=True)
+    return torch.autograd.grad(dx.square().sum(), list(module.parameters()), allow_unused=True)[0]
+
+
+def per_sample(module: nn.Module, x: Tensor) -> Tensor:
+    parameters = dict(module.named_parameters())
+    loss = lambda p, x: torch.func.functional_call(module, p, (x,))[0].square().sum()  # noqa: E731
+    return torch.vmap(torch.func.grad(loss), (None, 1))(parameters, x.unsqueeze(2))["weight_hh_l0"]
+
+
+def tangent(module: nn.Module, x: Tensor) -> Tensor:
+    return torch.func.jvp(lambda x: module(x)[0], (x,), (x,))[1]
+
+
+def converted(module: nn.Module, x: Tensor) -> Tensor:
+    fusedrnn.revert(module)
+    with fusedrnn.patch_torch(), torch.no_grad():
+        y = module(x)[0]
+    fusedrnn.convert(module)
+    return y
+
+
+def initialised(module: nn.Module, x: Tensor) -> Tensor:
+    torch.manual_seed(1)
+    fusedrnn.init.orthogonal_(module)
+    return module(x)[0]
+
+
+@pytest.mark.parametrize("way", [penalty, per_sample, tangent, converted, initialised])
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_by_every_other_way(name: str, way: Callable[[nn.Module, Tensor], Tensor], other_default: Callable) -> None:
+    module, x = getattr(fusedrnn, name)(I, H), torch.randn(T, B, I)
+    expected = way(module, x)
+    other_default()
+    found = way(module, x)
+    assert (found.dtype, found.device) == (expected.dtype, expected.device)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_cells(name: str, other_default: Callable[[], None]) -> None:
+    module, x = getattr(fusedrnn, name)(I, H), torch.randn(B, I)
+    expected = results(module, lambda m, x: m(x), x)
+    other_default()
+    for a, b in zip(results(module, lambda m, x: m(x), x), expected, strict=True):
+        assert torch.equal(a, b)
