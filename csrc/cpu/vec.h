@@ -1,8 +1,9 @@
 // A vector of FUSEDRNN_VECTOR_BYTES bytes on the compiler's vector extensions: one source for every instruction
 // set. Included inside the unnamed namespace of each isa_*.cpp; no intrinsics, no library calls.
 // Accuracy of the activations, measured against a wider type over all floats (tests/test_activations.py):
-//   sigmoid 2.5 ulp for |x| <= 87, tanh 2.5 ulp for all x (float); sigmoid 3 ulp, tanh 3 ulp (double).
-// NaN comes out as NaN, +-inf as the limit.
+//   sigmoid 2.5 ulp, tanh 2.5 ulp (float); sigmoid 3 ulp, tanh 3 ulp (double).
+// A sigmoid whose e^-x overflows is 0, as torch's is. Of +-inf comes the limit itself, of NaN comes NaN: a small number
+// in the place of a 0 would hide the infinity that it is multiplied with.
 
 template <class S>
 struct Raw;
@@ -183,7 +184,8 @@ struct Exp<float> {
   static constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   static constexpr int32_t kRoundBits = 0x4b400000, kBias = 127;
   static constexpr int kMantissa = 23;
-  static constexpr float kSigmoidLimit = 87.3f, kTanhLimit = 9.1f;  // beyond: the limit value to the last bit
+  // Beyond these the result does not change any more: -x of a sigmoid, |x| of a tanh.
+  static constexpr float kSigmoidLow = -80.0f, kSigmoidHigh = 89.0f, kTanhLimit = 9.1f;
   // (e^r - 1 - r) / r^2 on |r| <= ln(2)/2 (Cephes expf)
   static constexpr float kPoly[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
                                     4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
@@ -195,7 +197,7 @@ struct Exp<double> {
   static constexpr double kRound = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr int64_t kRoundBits = 0x4338000000000000, kBias = 1023;
   static constexpr int kMantissa = 52;
-  static constexpr double kSigmoidLimit = 708.0, kTanhLimit = 19.1;
+  static constexpr double kSigmoidLow = -700.0, kSigmoidHigh = 710.0, kTanhLimit = 19.1;
   // Taylor: 1/13! ... 1/2!; the remainder on |r| <= ln(2)/2 is below 2^-57
   static constexpr double kPoly[] = {1.6059043836821613e-10, 2.0876756987868099e-09, 2.5052108385441720e-08,
                                      2.7557319223985893e-07, 2.7557319223985888e-06, 2.4801587301587302e-05,
@@ -203,9 +205,9 @@ struct Exp<double> {
                                      4.1666666666666664e-02, 1.6666666666666666e-01, 5.0000000000000000e-01};
 };
 
-// x = n ln 2 + r: returns e^r - 1 and 2^n. |x| must be small enough that 2^n is a normal number.
-template <class S>
-FUSEDRNN_INLINE Vec<S> expm1_reduced(Vec<S> x, Vec<S>& two_n) {
+// x = n ln 2 + r: returns e^r - 1 and 2^(n - less). |x| must be small enough that this is a normal number.
+template <int less, class S>
+FUSEDRNN_INLINE Vec<S> expm1_reduced(Vec<S> x, Vec<S>& power) {
   using E = Exp<S>;
   using Int = typename Raw<S>::Int;
   const Vec<S> shifted = x * Vec<S>(E::kLog2e) + Vec<S>(E::kRound);
@@ -213,20 +215,20 @@ FUSEDRNN_INLINE Vec<S> expm1_reduced(Vec<S> x, Vec<S>& two_n) {
   const Vec<S> r = (x - n * Vec<S>(E::kLn2High)) - n * Vec<S>(E::kLn2Low);
   Vec<S> p(E::kPoly[0]);
   for (unsigned i = 1; i < sizeof(E::kPoly) / sizeof(S); ++i) p = p * r + Vec<S>(E::kPoly[i]);
-  const Int exponent = (Int)shifted.v - E::kRoundBits + E::kBias;
-  two_n = (typename Raw<S>::Type)(exponent << E::kMantissa);
+  const Int exponent = (Int)shifted.v - E::kRoundBits + (E::kBias - less);
+  power = (typename Raw<S>::Type)(exponent << E::kMantissa);
   return p * (r * r) + r;
 }
 
 template <class S>
-FUSEDRNN_INLINE Vec<S> sigmoid(Vec<S> x) {
-  const Vec<S> hi(Exp<S>::kSigmoidLimit), lo(-Exp<S>::kSigmoidLimit);
+FUSEDRNN_INLINE Vec<S> sigmoid(Vec<S> x) {  // e^-x = 2 e^r 2^(n-1), for 2^n may overflow where e^-x does not
+  const Vec<S> hi(Exp<S>::kSigmoidHigh), lo(Exp<S>::kSigmoidLow);
   Vec<S> u = Vec<S>(0) - x;
   u = Vec<S>(u.v > hi.v ? hi.v : u.v);  // comparisons are false for NaN, which passes
   u = Vec<S>(u.v < lo.v ? lo.v : u.v);
-  Vec<S> two_n;
-  const Vec<S> m = expm1_reduced(u, two_n);
-  return Vec<S>(1) / (Vec<S>(1) + (m * two_n + two_n));
+  Vec<S> half_two_n;
+  const Vec<S> m = expm1_reduced<1>(u, half_two_n);
+  return Vec<S>(1) / (Vec<S>(1) + (m * Vec<S>(2) + Vec<S>(2)) * half_two_n);
 }
 
 template <class S>
@@ -237,7 +239,7 @@ FUSEDRNN_INLINE Vec<S> tanh(Vec<S> x) {  // t = e^(2|x|) - 1, tanh|x| = t / (t +
   Vec<S> a = (typename Raw<S>::Type)((Int)x.v & ~sign);
   a = Vec<S>(a.v > limit.v ? limit.v : a.v);
   Vec<S> two_n;
-  const Vec<S> m = expm1_reduced(a + a, two_n);
+  const Vec<S> m = expm1_reduced<0>(a + a, two_n);
   const Vec<S> t = m * two_n + (two_n - Vec<S>(1));
   const Vec<S> result = t / (t + Vec<S>(2));
   return (typename Raw<S>::Type)((Int)result.v | ((Int)x.v & sign));
