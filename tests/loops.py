@@ -42,7 +42,7 @@ def _gru(x, states, w_ih, w_hh, b_ih, b_hh) -> States:
     h_r, h_z, h_n = linear(h, w_hh, b_hh).chunk(3, dim=1)
     z = torch.sigmoid(x_z + h_z)
     n = torch.tanh(x_n + torch.sigmoid(x_r + h_r) * h_n)
-    return ((1 - z) * n + z * h,)
+    return ((h - n) * z + n,)  # as torch.nn: of an infinite gradient of h, n gets d - d z, NaN
 
 
 def _gru_reset_before(x, states, w_ih, w_hh, b_ih, b_hh) -> States:
@@ -53,7 +53,7 @@ def _gru_reset_before(x, states, w_ih, w_hh, b_ih, b_hh) -> States:
     r = torch.sigmoid(x_r + linear(h, w_r, b_r))
     z = torch.sigmoid(x_z + linear(h, w_z, b_z))
     n = torch.tanh(x_n + linear(r * h, w_n, b_n))
-    return ((1 - z) * n + z * h,)
+    return ((h - n) * z + n,)  # likewise
 
 
 @dataclass(frozen=True)
