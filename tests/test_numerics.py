@@ -22,6 +22,7 @@ from fusedrnn.cells import CELLS
 from parity import DEVICE, Case, Results, module_results, ragged, reference_results, run_ours, run_twin, twin
 from tolerances import assert_all_close, assert_close
 
+STEPWISE = DEVICE.type == "cuda" or fusedrnn._C.isa() == "stepwise"  # rounds what a product reads to 16 bits
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 SEEDS = range(8)
 MARGIN_ALL, MARGIN_EACH = 1.2, 1.5  # a mean over 8 seeds is itself random, good to 5 in a hundred, a single name to 20
@@ -192,6 +193,72 @@ def test_one_number_that_is_not_ordinary(cell: str, dtype: torch.dtype) -> None:
                 assert_close(f"{label}: {result}", found[result], right)
             for side, before in zip((ours, reference), ordinary, strict=True):
                 side.place(name, index, before)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float16), ids=str)
+def test_relu_and_rounding_of_any_bits(dtype: torch.dtype) -> None:
+    """With W_ih = 1 and h_0 = 0, y = relu(x_1 + x_2) to the bit, x_1 of random bits: NaN, infinities and subnormals too.
+
+    16 bits are widened exactly and rounded once, to nearest, ties to even: x_2 is of random bits too, or about as large
+    as what the rounding of x_1 drops, or x_1 again, which makes the largest numbers infinite.
+    """
+    module = fusedrnn.RNN(2, 19, nonlinearity="relu", bias=False, dtype=dtype).requires_grad_(False)
+    module.weight_ih_l0.fill_(1.0)
+    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize]
+    draw = torch.randint(torch.iinfo(bits).min, torch.iinfo(bits).max, (2, 1, 4096), dtype=bits).view(dtype)
+    draw[0, 0, -4:] = torch.tensor([math.inf, math.nan, torch.finfo(dtype).max, -0.0])
+    rounded_off = draw[0] * torch.randint(5, draw[0].shape).to(dtype) * (torch.finfo(dtype).eps / 4)
+    second = torch.cat([draw[1, :, :1024], rounded_off[:, 1024:3072], draw[0, :, 3072:]], dim=1)
+    wide = torch.float32 if dtype.itemsize == 2 else dtype
+    expected = torch.relu(draw[0].to(wide) + second.to(wide)).to(dtype)
+    y, _ = module.to(DEVICE)(torch.stack([draw[0], second], dim=2).to(DEVICE))
+    assert expected.isnan().any() and expected.isinf().any() and (expected > 0).any()
+    torch.testing.assert_close(y.cpu(), expected[..., None].expand_as(y), rtol=0.0, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", (*DTYPES, torch.float16), ids=str)
+def test_overflow_of_the_relu(dtype: torch.dtype) -> None:
+    """h grows by a little less than half of the largest number a step, for three steps, and shrinks by it afterwards.
+
+    torch.nn's is inf from the third step on. So is ours, but for float16 on the CPU's own kernels, which compute all
+    steps in float32 and round y alone (README, What it cannot do yet). The gradient of W_hh tells of it in any case.
+    """
+    module = fusedrnn.RNN(1, 19, nonlinearity="relu", bias=False, dtype=dtype)
+    with torch.no_grad():
+        module.weight_ih_l0.fill_(1.0)
+        module.weight_hh_l0.copy_(torch.eye(19))
+    x = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0], dtype=dtype) * (0.45 * torch.finfo(dtype).max)
+    x = x[:, None, None].repeat(1, 2, 1).requires_grad_()
+    found, expected = module_results(module, {"x": x}), reference_results("rnn_relu", module, {"x": x}, dtype)
+    assert expected["y"][2].isinf().all() and not expected["y"][2:].isfinite().any()
+    if dtype == torch.float16 and not STEPWISE:
+        wide = reference_results("rnn_relu", module, {"x": x}, torch.float32)["y"]
+        expected["y"], expected["h_n"] = wide.to(dtype), wide[-1:].to(dtype)
+        assert expected["y"][3].isfinite().all()
+    for name in ("y", "h_n"):
+        assert_close(name, found[name], expected[name])
+    assert not found["dweight_hh_l0"].isfinite().any()
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", (*DTYPES[1:], torch.float16), ids=str)
+def test_overflow_of_the_residual_rnn(dtype: torch.dtype) -> None:
+    """From the largest number on, 1 is added a step: float32 h of 16-bit layers gets where their own type rounds off.
+
+    A loop in 16 bits stays at the largest number for ever. So do float32 and bfloat16; float16 overflows in 16 steps.
+    """
+    module = fusedrnn.ResidualRNN(1, 19, bias=False, dtype=dtype).requires_grad_(False)
+    module.weight_ih_l0.fill_(100.0)
+    module.weight_hh_l0.zero_()
+    largest = torch.finfo(dtype).max
+    x, h0 = torch.ones(20, 2, 1, dtype=dtype), torch.full((1, 2, 19), largest, dtype=dtype)
+    found = module_results(module, {"x": x, "h0": h0})["y"]
+    expected = (torch.arange(1, 21, dtype=torch.float32) + largest).to(dtype)[:, None, None].expand(20, 2, 19)
+    assert torch.equal(found.isfinite(), expected.isfinite())
+    assert torch.equal(found[found.isfinite()], expected[expected.isfinite()])
+    assert expected[-1].isfinite().all() == (dtype != torch.float16)
 
 
 @pytest.mark.parametrize("cell", CELLS)
