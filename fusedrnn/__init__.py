@@ -12,6 +12,7 @@ from . import autograd, functional, init, onnx, ops, reference
 from .cells import CELLS, CellInfo
 from .convert import ConversionReport, convert, revert
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, ResidualRNN, RNNCell
+from .options import FusedOptions
 from .patch import patch_torch, unpatch_torch
 from .recording import LayerGradients, record_gradients
 
@@ -21,6 +22,7 @@ __all__ = [
     "CELLS",
     "CellInfo",
     "ConversionReport",
+    "FusedOptions",
     "GRU",
     "GRUCell",
     "LSTM",

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from . import modules
 from .fused_module import kept_aside
 from .ops import KERNEL_DTYPES
-from .options import changed
+from .options import changed, of
 from .torch_internals import refer_strongly
 
 __all__ = ["ConversionEntry", "ConversionReport", "convert", "revert"]
@@ -115,9 +115,10 @@ def _exchange(
     report.replaced.append(ConversionEntry(name, _title(before), f"now {_title(after)}"))
     if type(module) is not before:  # the class in front holds the properties that compute the parametrized weights
         after = type(f"Parametrized{after.__name__}", (after,), dict(vars(type(module))))
-    vars(module).pop("reset_after", None)  # True here, as the class says
     kept_aside.pop(module, None)
     module.__class__ = after
+    if table is _TORCH:
+        vars(module).pop("fused_options", None)
     if isinstance(module, modules._SequenceModule):
         refer_strongly(module)
 
@@ -146,15 +147,12 @@ def _obstacle_to_convert(module: nn.Module) -> str | None:
 
 def _obstacle_to_revert(module: nn.Module) -> str | None:
     cls = _own_class(module)
-    if cls is modules.ResidualRNN or not getattr(module, "reset_after", True):
+    if cls is modules.ResidualRNN or not of(module).reset_after:
         return "torch.nn has no such cell"
     if cls not in _TORCH:
         return "a subclass with code of its own"
-    if isinstance(module, modules._SequenceModule):
-        missing = [name for name in changed(module) if name != "recompute"]  # which changes no number
-        if missing:
-            return f"torch.nn has no {', '.join(missing)}"
-    return None
+    missing = [name for name in changed(of(module)) if name != "recompute"]  # which changes no number
+    return f"torch.nn has no {', '.join(missing)}" if missing else None
 
 
 def _title(cls: type[nn.Module]) -> str:

@@ -18,6 +18,7 @@ from ._C import infer, packed_weights
 from .autograd import PLAIN, recurrent_layer
 from .cells import CELLS
 from .dropout import kept_parts
+from .options import HasOptions, text
 from .streaming import steppers
 from .torch_internals import dual_level, symbolic_tracing
 
@@ -128,7 +129,7 @@ def _kept(module: torch.nn.Module) -> Any:
     return kept_aside.get(module) or kept_aside.setdefault(module, packed_weights())
 
 
-class FusedModule:
+class FusedModule(HasOptions):
     """What our modules do not share with torch.nn's: packed weights for inference, and an answer to TorchScript."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -146,6 +147,10 @@ class FusedModule:
         if mode:
             kept_aside.pop(self, None)
         return super().train(mode)
+
+    def extra_repr(self) -> str:
+        """As in torch.nn, and what differs from the defaults."""
+        return super().extra_repr() + text(self)
 
     def __prepare_scriptable__(self) -> torch.nn.Module:  # by torch.jit.script
         raise NotImplementedError(

@@ -171,7 +171,7 @@ def train(
         head = nn.Linear(hidden, task.output_size)
     run = Run(layer, head, copy.deepcopy((layer, head)))
     if clip == "step":
-        layer.grad_clip, layer.grad_clip_mode = BOUND, "norm"
+        layer.fused_options = dataclasses.replace(layer.fused_options, grad_clip=BOUND, grad_clip_mode="norm")
     parameters = [*layer.parameters(), *head.parameters()]
     descent, generator = optimizer(parameters), Generator().manual_seed(seed)
     while len(run.losses) < steps and (len(run.losses) < 20 or run.loss > 0.03 * task.blind):
@@ -184,7 +184,7 @@ def train(
         descent.step()
         if not math.isfinite(run.losses[-1]):
             break
-    layer.grad_clip = None
+    layer.fused_options = dataclasses.replace(layer.fused_options, grad_clip=None)
     return run
 
 

@@ -22,7 +22,10 @@ from .torch_internals import own_parameters
 
 __all__ = ["chrono_", "forget_bias_", "orthogonal_"]
 
-_SINGLES: dict[type[nn.Module], str] = {nn.RNNCell: "rnn_tanh", nn.LSTMCell: "lstm", nn.GRUCell: "gru"}
+#: Of these torch.nn reads no ``mode``.
+_CELLS: dict[type[nn.Module], str] = {
+    nn.LSTM: "lstm", nn.GRU: "gru", nn.RNNCell: "rnn_tanh", nn.LSTMCell: "lstm", nn.GRUCell: "gru"
+}  # fmt: skip
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
@@ -97,10 +100,9 @@ def chrono_(module: _Module, T_max: float, T_min: float = 2.0, generator: Genera
 
 
 def _gates(module: nn.Module) -> tuple[str, ...]:
-    if isinstance(module, nn.RNNBase):
+    cell = next((name for cls, name in _CELLS.items() if isinstance(module, cls)), "")
+    if not cell and isinstance(module, nn.RNNBase):
         cell = module.mode.lower()
-    else:
-        cell = next((name for cls, name in _SINGLES.items() if isinstance(module, cls)), "")
     if cell not in CELLS:
         raise TypeError(f"module must be an RNN, LSTM, GRU or a cell of one, got {type(module).__name__}")
     return CELLS[cell].gates

@@ -18,9 +18,8 @@ from . import options
 from .cells import CELLS
 from .functional import recurrent
 from .fused_module import FusedModule, as_states, dense, infers, is_plain
-from .options import SequenceOptions
 from .single_step import GRUCell, LSTMCell, RNNCell  # old pickles look for them here
-from .streaming import cell_of, step, steppers
+from .streaming import step, steppers
 from .torch_internals import (
     flat_weights,
     forget_weight,
@@ -48,7 +47,7 @@ def _forward(
 ) -> tuple[Any, ...]:
     """What the sequence modules share: torch.nn's checks, in its order and words, then the layers."""
     ours = isinstance(module, _SequenceModule)
-    own = options.active(module) if ours else {}
+    own = options.active(module)
     if lengths is None and reset is None and not return_states and (not own or _mixes_only(module, own)):
         short = _short_road(module, cell, input, states, own.get("zoneout", 0.0))
         if short is not None:
@@ -97,7 +96,11 @@ def _of_one_state(
     module: torch.nn.RNNBase, name: str, input: Tensor | PackedSequence, hx: Tensor | None, *further: Any
 ) -> tuple[Any, ...]:
     """:func:`_forward` for cells whose only state is h, which is no tuple then."""
-    output, (h_n,), *states = _forward(module, cell_of(module), name, input, None if hx is None else (hx,), *further)
+    if name == "GRU":
+        cell = options.gru_cell(module)
+    else:
+        cell = "residual_rnn" if name == "ResidualRNN" else module.mode.lower()
+    output, (h_n,), *states = _forward(module, cell, name, input, None if hx is None else (hx,), *further)
     return output, h_n, *states
 
 
@@ -155,21 +158,17 @@ def _check_args(
         module.check_hidden_size(states[0], module.get_expected_hidden_size(input, batch_sizes))
 
 
-class _SequenceModule(FusedModule, SequenceOptions):
+class _SequenceModule(FusedModule):
     """What our sequence modules do not share with torch.nn's.
 
-    Their forward has further arguments, by name: ``lengths``, ``reset`` and ``return_states``. What is dropped and how
-    the backward pass is done is told to the constructor, by name, or by attributes of these names: ``input_dropout``,
-    ``recurrent_dropout``, ``zoneout``, ``weight_dropout``; ``grad_clip``, ``grad_clip_mode``, ``bptt_steps``,
-    ``recompute``. All as in :func:`fusedrnn.functional.recurrent`.
+    Their forward has further arguments, by name: ``lengths``, ``reset`` and ``return_states``, as in
+    :func:`fusedrnn.functional.recurrent`. The constructor takes the fields of :class:`fusedrnn.FusedOptions`, by name.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        own = {name: kwargs.pop(name) for name in options.NAMES if name in kwargs}
+        own = {name: kwargs.pop(name) for name in options.OF_SEQUENCES if name in kwargs}
         super().__init__(*args, **kwargs)
-        for name, value in own.items():
-            setattr(self, name, value)
-        options.check(self, 2 if self.mode == "LSTM" else 1)
+        options.tell(self, own)
 
     def step(
         self, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None = None
@@ -189,10 +188,6 @@ class _SequenceModule(FusedModule, SequenceOptions):
             ValueError, TypeError: the module is bidirectional, or input is no tensor of two dimensions.
         """
         return step(self, input, hx, _FORWARDS)
-
-    def extra_repr(self) -> str:
-        """As in torch.nn, and what differs from the defaults."""
-        return super().extra_repr() + options.text(self)
 
     def train(self, mode: bool = True) -> torch.nn.Module:
         """As in torch.nn."""
@@ -249,10 +244,7 @@ class LSTM(_SequenceModule, torch.nn.LSTM):
         return whole(_forward, self, "lstm", "LSTM", input, hx, lengths, reset, return_states)
 
 
-_TorchGRU = torch.nn.GRU  # people give this name of torch.nn to our class
-
-
-class GRU(_SequenceModule, _TorchGRU):
+class GRU(_SequenceModule, torch.nn.GRU):
     """Gated recurrent unit in the place of :class:`torch.nn.GRU`, and with ``reset_after=False`` as first published.
 
     r, z = sigmoid(...), h_t = (1 - z) * n + z * h_{t-1} with
@@ -263,20 +255,15 @@ class GRU(_SequenceModule, _TorchGRU):
     h_0 (L*D, B, H) -> output (T, B, D*H), h_n (L*D, B, H). Derivation: docs/derivations.md, sections G and H.
     """
 
-    reset_after: bool = True  # also for instances made by torch.nn.GRU's constructor or an old pickle
-
     def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
         _SequenceModule.__init__(self, *args, **kwargs)
-        self.reset_after = reset_after
+        options.tell(self, {} if reset_after is True else {"reset_after": reset_after})
 
     def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | None = None, *,
         lengths: Lengths = None, reset: Tensor | None = None, return_states: bool = False,
     ) -> tuple[Any, ...]:  # fmt: skip
         return whole(_of_one_state, self, "GRU", input, hx, lengths, reset, return_states)
-
-    def extra_repr(self) -> str:
-        return _TorchGRU.extra_repr(self) + options.text(self) + ("" if self.reset_after else ", reset_after=False")
 
 
 class ResidualRNN(_SequenceModule, torch.nn.RNNBase):

@@ -1,77 +1,34 @@
-"""What our sequence modules are told beyond torch.nn's: what is dropped, and how the backward pass is done."""
+"""What our modules are told beyond torch.nn's: what is dropped, how the backward pass is done, which of two GRUs it is.
+
+A module has one attribute for all of it, ``fused_options``, so that a user's attributes may have any other name.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any
 
 import torch
+from torch import nn
 
 from .autograd import Options
 from .dropout import rates
 
-__all__ = ["NAMES", "SequenceOptions", "active", "changed", "check", "check_policy", "text"]
-
-
-class SequenceOptions:
-    """By name to the constructor, or attributes of a module or its class; :func:`fusedrnn.functional.recurrent` says
-    what they mean.
-    """
-
-    input_dropout: float = 0.0
-    recurrent_dropout: float = 0.0
-    zoneout: float | tuple[float, float] = 0.0
-    weight_dropout: float = 0.0
-    grad_clip: float | None = None
-    grad_clip_mode: str = "value"
-    bptt_steps: int | None = None
-    recompute: str = "none"
-
-
-_DEFAULTS = {name: getattr(SequenceOptions, name) for name in SequenceOptions.__annotations__}
-NAMES = tuple(_DEFAULTS)
-_DROPOUT = NAMES[:4]
-
-
-def changed(module: SequenceOptions) -> dict[str, Any]:
-    """Its options that make it another layer than torch.nn's, in training at least."""
-    found = {name: value for name in NAMES if (value := getattr(module, name)) != _DEFAULTS[name]}
-    zoneout = found.get("zoneout")
-    if isinstance(zoneout, (tuple, list)) and all(rate == 0 for rate in zoneout):
-        del found["zoneout"]
-    if "grad_clip" not in found:
-        found.pop("grad_clip_mode", None)
-    return found
-
-
-def text(module: torch.nn.Module) -> str:
-    """Its options for ``extra_repr``."""
-    own = changed(module) if isinstance(module, SequenceOptions) else {}
-    return "".join(f", {name}={value!r}" for name, value in own.items())
-
-
-def active(module: SequenceOptions) -> dict[str, Any]:
-    """Those that make a difference to the call that is made now."""
-    if (
-        module.input_dropout == module.recurrent_dropout == module.zoneout == module.weight_dropout == 0
-        and module.grad_clip is None
-        and module.bptt_steps is None
-        and module.recompute == "none"
-    ):
-        return {}
-    names = (*(_DROPOUT if module.training else ("zoneout",)), *(NAMES[4:] if torch.is_grad_enabled() else ()))
-    return {name: value for name, value in changed(module).items() if name in names}
-
-
-def check(module: SequenceOptions, states: int) -> None:
-    """Of a cell with so many states.
-
-    Raises:
-        ValueError: one that has no meaning.
-    """
-    check_policy(*(getattr(module, name) for name in NAMES[4:]))
-    rates(*(getattr(module, name) for name in _DROPOUT), states)
+__all__ = [
+    "DEFAULT",
+    "FusedOptions",
+    "HasOptions",
+    "OF_SEQUENCES",
+    "active",
+    "changed",
+    "check_policy",
+    "gru_cell",
+    "of",
+    "tell",
+    "text",
+]
 
 
 def check_policy(
@@ -95,3 +52,137 @@ def check_policy(
 
 def _is(kind: type, value: object) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class FusedOptions:
+    """What a module of ours is told beyond torch.nn's, its attribute ``fused_options``.
+
+    >>> lstm = fusedrnn.LSTM(64, 128, zoneout=0.1)     # an option, by its name, to the constructor
+    >>> lstm.fused_options = dataclasses.replace(lstm.fused_options, zoneout=0.2, grad_clip=1.0)     # or later
+    >>> class Clipped(fusedrnn.LSTM):
+    ...     fused_options = fusedrnn.FusedOptions(grad_clip=1.0)     # or for all of a class
+
+    What the constructor is not given, or is given as the default, is what the class says. No other attribute of a
+    module is read. :func:`fusedrnn.functional.recurrent` and :mod:`fusedrnn.dropout` say more of each option.
+
+    Attributes:
+        input_dropout: 0.0; probability that an element of every layer's input is dropped in training, one mask a
+            sequence.
+        recurrent_dropout: 0.0; the same of h_{t-1} in the products.
+        zoneout: 0.0; probability that a unit keeps its state at a step, in training; else its part in the next. For the
+            LSTM also a pair, of h and of c.
+        weight_dropout: 0.0; probability that an element of W_hh is dropped in training, one mask a call.
+        grad_clip: None; the limit of what a step of the backward pass sends back to the states before it.
+        grad_clip_mode: "value"; the limit is one of each element. "norm": of each sample's vector.
+        bptt_steps: None; the steps through which a gradient passes back at most, from one multiple of it to the one
+            before.
+        recompute: "none"; what the backward pass needs is kept. "gates": computed again.
+        reset_after: True; of GRU and GRUCell alone: the reset gate after the product, as in torch.nn. False: before it,
+            as first published.
+
+    Raises:
+        ValueError, TypeError: a value without meaning. One that its cell does not have raises where the module is made,
+            or called.
+    """
+
+    input_dropout: float = 0.0
+    recurrent_dropout: float = 0.0
+    zoneout: float | tuple[float, float] = 0.0
+    weight_dropout: float = 0.0
+    grad_clip: float | None = None
+    grad_clip_mode: str = "value"
+    bptt_steps: int | None = None
+    recompute: str = "none"
+    reset_after: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.zoneout, list):
+            object.__setattr__(self, "zoneout", tuple(self.zoneout))
+        self.check_rates(1 if isinstance(self.zoneout, tuple) and len(self.zoneout) == 1 else 2)
+        check_policy(self.grad_clip, self.grad_clip_mode, self.bptt_steps, self.recompute)
+        if not isinstance(self.reset_after, bool):
+            raise TypeError(f"reset_after should be of type bool, got: {type(self.reset_after).__name__}")
+
+    def check_rates(self, states: int) -> None:
+        """For a cell with so many states. Raises ValueError."""
+        rates(self.input_dropout, self.recurrent_dropout, self.zoneout, self.weight_dropout, states)
+
+
+DEFAULT = FusedOptions()
+_FIELDS = {field.name: field.default for field in fields(FusedOptions)}
+OF_SEQUENCES = tuple(_FIELDS)[:-1]  # without reset_after
+_DROPOUT, _BACKWARD = OF_SEQUENCES[:4], OF_SEQUENCES[4:]
+
+# torch.nn's classes as they were at import: people give their names to ours.
+_LSTM, _GRUS, _SINGLE = nn.LSTM, (nn.GRU, nn.GRUCell), nn.RNNCellBase
+
+
+class HasOptions:
+    """A module of ours. One that torch.nn's constructor has made, or a pickle of it, has the class's options."""
+
+    fused_options: FusedOptions = DEFAULT
+
+
+def of(module: nn.Module) -> FusedOptions:
+    """The options of a module; those of torch.nn's have the default ones.
+
+    Raises:
+        TypeError, ValueError: they are no options, or not for this cell.
+    """
+    own = module.fused_options if isinstance(module, HasOptions) else DEFAULT
+    if own is not DEFAULT:
+        _check(module, own)
+    return own
+
+
+def _check(module: nn.Module, own: FusedOptions) -> None:
+    name = type(module).__name__
+    if not isinstance(own, FusedOptions):
+        raise TypeError(f"fused_options of {name} must be a fusedrnn.FusedOptions, got {type(own).__name__}")
+    if not (own.reset_after or isinstance(module, _GRUS)):
+        raise ValueError(f"reset_after=False is for GRU and GRUCell, got it in the fused_options of {name}")
+    if isinstance(module, _SINGLE):
+        others = [other for other in changed(own) if other != "reset_after"]
+        if others:
+            raise ValueError(f"{name} makes single steps, without {', '.join(others)}, got {own}")
+    else:
+        own.check_rates(2 if isinstance(module, _LSTM) else 1)
+
+
+def tell(module: nn.Module, given: dict[str, Any]) -> None:
+    """Options of a new module, if any is given."""
+    if given:
+        module.fused_options = replace(of(module), **given)
+    of(module)
+
+
+def gru_cell(module: nn.Module) -> str:
+    """The registry's name of the cell of a GRU or GRUCell."""
+    return "gru" if of(module).reset_after else "gru_reset_before"
+
+
+def changed(own: FusedOptions) -> dict[str, Any]:
+    """The options that make another layer than torch.nn's, in training at least."""
+    found = {name: value for name, default in _FIELDS.items() if (value := getattr(own, name)) != default}
+    if isinstance(own.zoneout, tuple) and not any(own.zoneout):
+        del found["zoneout"]
+    if "grad_clip" not in found:
+        found.pop("grad_clip_mode", None)
+    return found
+
+
+def text(module: HasOptions) -> str:
+    """Its options for ``extra_repr``, right ones or wrong."""
+    own = module.fused_options
+    values = changed(own) if isinstance(own, FusedOptions) else {"fused_options": own}
+    return "".join(f", {name}={value!r}" for name, value in values.items())
+
+
+def active(module: nn.Module) -> dict[str, Any]:
+    """The arguments of :func:`fusedrnn.functional.recurrent` that make a difference to the call made now."""
+    own = of(module)
+    if own is DEFAULT:
+        return {}
+    names = (*(_DROPOUT if module.training else ("zoneout",)), *(_BACKWARD if torch.is_grad_enabled() else ()))
+    return {name: value for name, value in changed(own).items() if name in names}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import options
 from .cells import CELLS
 from .functional import recurrent_cell
 from .fused_module import FusedModule, as_states, dense, is_plain
@@ -20,6 +21,7 @@ def forward_cell(
     module: torch.nn.RNNCellBase, cell: str, name: str, input: Tensor, states: Sequence[Tensor] | None
 ) -> tuple[Tensor, ...]:
     """What the single-step modules share."""
+    options.of(module)  # raises
     short = _short_road_of_cell(module, cell, input, states)
     if short is not None:
         return short
@@ -91,15 +93,9 @@ _TorchGRUCell = torch.nn.GRUCell  # people give this name of torch.nn to our cla
 class GRUCell(FusedModule, _TorchGRUCell):
     """One step of :class:`GRU`, in the place of :class:`torch.nn.GRUCell`: input (B, I), h (B, H) -> h (B, H)."""
 
-    reset_after: bool = True
-
     def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
         _TorchGRUCell.__init__(self, *args, **kwargs)
-        self.reset_after = reset_after
+        options.tell(self, {} if reset_after is True else {"reset_after": reset_after})
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        cell = "gru" if self.reset_after else "gru_reset_before"
-        return forward_cell(self, cell, "GRUCell", input, None if hx is None else (hx,))[0]
-
-    def extra_repr(self) -> str:
-        return _TorchGRUCell.extra_repr(self) + ("" if self.reset_after else ", reset_after=False")
+        return forward_cell(self, options.gru_cell(self), "GRUCell", input, None if hx is None else (hx,))[0]

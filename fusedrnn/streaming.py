@@ -20,12 +20,15 @@ from .torch_internals import has_hooks, listed_weights, own_parameters, weight_n
 
 __all__ = ["cell_of", "step", "steppers"]
 
+_RNN, _LSTM, _GRU = torch.nn.RNN, torch.nn.LSTM, torch.nn.GRU  # people give these names to our classes
+
+
 class _Prepared(NamedTuple):
-    """A step that C++ has checked, and the attributes of the module that it depends on."""
+    """A step that C++ has checked, and what of the module it depends on."""
 
     step: Any  # a capsule of _C.prepare_step
-    mode: str
-    options: Any
+    cell: str
+    options: options.FusedOptions
 
 
 #: What is prepared, by module, not in it: copies and pickles hold nothing of it.
@@ -33,19 +36,18 @@ steppers: weakref.WeakKeyDictionary[torch.nn.Module, _Prepared] = weakref.WeakKe
 
 
 def cell_of(module: torch.nn.RNNBase) -> str:
-    """The registry's name of a sequence module's cell."""
-    return module.mode.lower() if getattr(module, "reset_after", True) else "gru_reset_before"
+    """The registry's name of a sequence module's cell. (torch.nn's LSTM and GRU do not read their ``mode``.)"""
+    if isinstance(module, _LSTM):
+        return "lstm"
+    if isinstance(module, _GRU):
+        return options.gru_cell(module)
+    return module.mode.lower() if isinstance(module, _RNN) else "residual_rnn"
 
 
-def _own_options(module: torch.nn.RNNBase) -> Any:
-    zoneout = tuple(module.zoneout) if isinstance(module.zoneout, list) else module.zoneout
-    return module.mode == "GRU" and module.reset_after, zoneout
-
-
-def _draws(module: torch.nn.RNNBase) -> bool:
+def _draws(module: torch.nn.RNNBase, given: options.FusedOptions) -> bool:
     """Whether a call draws masks."""
     return module.training and bool(
-        module.zoneout or module.input_dropout or module.recurrent_dropout or module.weight_dropout or module.dropout
+        module.dropout or given.zoneout or given.input_dropout or given.recurrent_dropout or given.weight_dropout
     )
 
 
@@ -56,14 +58,14 @@ def _skips_forward(module: torch.nn.RNNBase, forwards: frozenset[Any]) -> bool:
 
 def step(module: torch.nn.RNNBase, input: Tensor, hx: Any, forwards: frozenset[Any]) -> tuple[Tensor, Any]:
     """input (B, I) and states -> output (B, R) and states. ``forwards``: those whose work a prepared step does."""
-    prepared, two = steppers.get(module), module.mode == "LSTM"
+    prepared, two = steppers.get(module), isinstance(module, _LSTM)
     if (
         prepared is not None
-        and prepared.mode == module.mode
-        and prepared.options == _own_options(module)
+        and prepared.cell == cell_of(module)
+        and prepared.options is module.fused_options
         and (hx is None or not two or (type(hx) is tuple and len(hx) == 2))
         and not torch.is_autocast_enabled("cpu")
-        and not _draws(module)
+        and not _draws(module, prepared.options)
         and _skips_forward(module, forwards)
     ):
         h0, c0 = hx if two and hx is not None else (hx, None)
@@ -89,13 +91,13 @@ def _first_step(
     with torch.no_grad():
         y, last = module(input.unsqueeze(time), hx)
     steppers.pop(module, None)
-    parameters = own_parameters(module)
+    parameters, given = own_parameters(module), options.of(module)
     weights = [parameters.get(name) for name in weight_names(module)]
     plain = all(own is weight for own, weight in zip(weights, listed_weights(module), strict=True))
-    if plain and not _draws(module) and _skips_forward(module, forwards) and not torch.compiler.is_compiling():
+    if plain and not _draws(module, given) and _skips_forward(module, forwards) and not torch.compiler.is_compiling():
         cell = cell_of(module)
-        zoneout = kept_parts(options.active(module).get("zoneout", 0.0), 2 if cell == "lstm" else 1)
+        zoneout = kept_parts(given.zoneout, 2 if cell == "lstm" else 1)
         prepared = _C.prepare_step(input, weights, cell, module.num_layers, zoneout)
         if prepared is not None:
-            steppers[module] = _Prepared(prepared, module.mode, _own_options(module))
+            steppers[module] = _Prepared(prepared, cell, given)
     return y.squeeze(time), last

@@ -230,7 +230,7 @@ def test_what_torch_nn_lacks_is_not_reverted() -> None:
     assert [entry.name for entry in report.replaced] == ["gru"]
     assert [entry.name for entry in report.left] == ["paper", "cell", "residual"]
     assert all("torch.nn has no such cell" in entry.reason for entry in report.left)
-    assert type(model["paper"]) is fusedrnn.GRU and not model["paper"].reset_after
+    assert type(model["paper"]) is fusedrnn.GRU and not model["paper"].fused_options.reset_after
     subclass = type("Mine", (fusedrnn.LSTM,), {"__doc__": "Somebody's own."})
     (entry,) = fusedrnn.revert(subclass(4, 5)).left
     assert "subclass" in entry.reason

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import fusedrnn
+from fusedrnn import FusedOptions
 from fusedrnn.cells import CELLS
 from fusedrnn.streaming import steppers
 from loops import TWINS
@@ -204,8 +205,9 @@ def test_what_a_step_was_prepared_for() -> None:
     """Another cell, by an attribute, or a hook: forward's numbers at once."""
     x, h = torch.randn(2, 3), torch.randn(1, 2, 5)
     for module, name, value in (
-        (fusedrnn.GRU(3, 5), "reset_after", False), (fusedrnn.RNN(3, 5), "mode", "RNN_RELU"),
-        (fusedrnn.GRU(3, 5), "zoneout", 0.5),
+        (fusedrnn.GRU(3, 5), "fused_options", FusedOptions(reset_after=False)),
+        (fusedrnn.RNN(3, 5), "mode", "RNN_RELU"),
+        (fusedrnn.GRU(3, 5), "fused_options", FusedOptions(zoneout=0.5)),
     ):  # fmt: skip
         module.eval().step(x, h)
         setattr(module, name, value)

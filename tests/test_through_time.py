@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.nn.functional import linear
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 import fusedrnn
+from fusedrnn import FusedOptions
 from fusedrnn.cells import CELLS
 from loops import TWINS
 from parity import DEVICE, Case, packer, ragged
@@ -116,8 +118,7 @@ def gradients(
 def run(case: Case, **options: Any) -> dict[str, Tensor]:
     module, tensors = given(case)
     module = module.to(DEVICE)
-    for name, value in options.items():
-        setattr(module, name, value)
+    module.fused_options = replace(module.fused_options, **options)
     tensors = {name: t.detach().to(DEVICE).requires_grad_() for name, t in tensors.items()}
     states = tuple(tensors[name] for name in ("h0", "c0") if name in tensors)
     y, last = module(tensors["x"], states if len(states) > 1 else states[0], lengths=case.lengths)
@@ -162,8 +163,7 @@ def test_limits_on_several_threads(count: int, threads: Callable[[int], None]) -
         options = {"grad_clip": 0.01, "grad_clip_mode": mode, "bptt_steps": 4}
         module, tensors = given(case, 1.0)
         states = tuple(tensors[name] for name in ("h0", "c0") if name in tensors)
-        for name, value in options.items():
-            setattr(module, name, value)
+        module.fused_options = replace(module.fused_options, **options)
         y, last = module(tensors["x"], states if len(states) > 1 else states[0])
         last = last if isinstance(last, tuple) else (last,)
         wanted = loop(cell, module, tensors["x"], states, [T] * 3, 0.01, mode, 4)
@@ -200,7 +200,7 @@ def test_gates_computed_again(cell: str) -> None:
     assert sum(own.values()) == 5 * 2 * (3 + 4 + 4)  # the input, and each layer's output
     assert torch.autograd.gradgradcheck(lambda x: module(x)[0], x, fast_mode=True)
     plain = copy.deepcopy(module)
-    plain.recompute = "none"
+    plain.fused_options = FusedOptions(recompute="none")
     many = torch.randn(3, 5, 2, 3, dtype=torch.float64)
     for a, b in zip(*(torch.vmap(torch.func.grad(lambda x, m=m: m(x)[0].sum()))(many) for m in (module, plain))):
         torch.testing.assert_close(a, b)
@@ -237,7 +237,7 @@ def test_states_of_every_step(cell: str) -> None:
 def test_derivatives_of_every_state(recompute: str) -> None:
     case = Case("lstm", T=3, B=2, I=2, H=3, num_layers=2, bidirectional=True, proj_size=2)
     module, x = case.module(), case.tensors()["x"]
-    module.recompute = recompute
+    module.fused_options = FusedOptions(recompute=recompute)
     weight = module.weight_hh_l0_reverse.detach().requires_grad_()
 
     def states(x: Tensor, weight: Tensor) -> list[Tensor]:
@@ -282,8 +282,6 @@ def test_wrong_options() -> None:
         for name in ("RNN", "LSTM", "GRU", "ResidualRNN"):
             with pytest.raises(ValueError, match=text):
                 getattr(fusedrnn, name)(3, 4, **options)
-    module = fusedrnn.GRU(3, 4)
-    module.bptt_steps = -1
-    with pytest.raises(ValueError, match="bptt_steps must be a positive integer"):
-        module(torch.randn(2, 1, 3))
+        with pytest.raises(ValueError, match=text):
+            FusedOptions(**options)
     assert repr(fusedrnn.GRU(3, 4, bptt_steps=5)) == "GRU(3, 4, bptt_steps=5)"
