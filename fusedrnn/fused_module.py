@@ -135,6 +135,11 @@ class FusedModule(HasOptions):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if symbolic_tracing() and (node := _node(self, args, kwargs)) is not None:
             return node  # with the hooks
+        if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
+            raise NotImplementedError(
+                f"fusedrnn.{type(self).__name__} is exported to ONNX by torch.onnx.export(..., dynamo=True,"
+                " custom_translation_table=fusedrnn.onnx.table()), not by TorchScript (dynamo=False)"
+            )
         return torch.nn.Module.__call__(self, *args, **kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> torch.nn.Module:  # by .to(), .double(), .share_memory() ...

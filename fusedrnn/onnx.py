@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from .cells import CELLS
@@ -66,13 +67,12 @@ def _layer(
 
     def stack(first: int, last: int) -> Any:
         """[D, (last - first) * G * H, ...]: weights first..last of each direction, gates in ONNX's order."""
-        stacked = []
-        for d in range(directions):
-            parts = weights[d * each + first : d * each + last]
-            if len(gates) > 1:
-                parts = [op.Gather(part, op.Constant(value_ints=rows), axis=0) for part in parts]
-            stacked.append(op.Unsqueeze(op.Concat(*parts, axis=0), [0]))
-        return op.Concat(*stacked, axis=0)
+        parts = [weights[d * each + first : d * each + last] for d in range(directions)]
+        if all(_is_constant(part) for own in parts for part in own):
+            return op.Constant(value=_stacked(parts, rows))
+        if len(gates) > 1:
+            parts = [[op.Gather(part, op.Constant(value_ints=rows), axis=0) for part in own] for own in parts]
+        return op.Concat(*(op.Unsqueeze(op.Concat(*own, axis=0), [0]) for own in parts), axis=0)
 
     w_ih, w_hh, bias = stack(0, 1), stack(1, 2), stack(2, 4) if each == 4 else None
     if "activations" in attributes:
@@ -96,6 +96,31 @@ def _layer(
         y = op.Compress(op.Reshape(y, [-1, directions * hidden]), active, axis=0)
     nothing = op.Slice(states[0], [0], [0], [1])
     return y, states[0], states[1] if cell == "lstm" else nothing, nothing
+
+
+def _is_constant(weight: Any) -> bool:
+    """Whether the value is a parameter, buffer or constant of the model, by the prefixes that torch.export gives them."""
+    return weight.producer() is None and str(weight.name).startswith(("p_", "b_", "c_"))
+
+
+def _stacked(parts: Sequence[Sequence[Any]], rows: Sequence[int]) -> Any:
+    """The constants ``parts[direction][i]``, with the first dimension's elements in the order of ``rows``, laid one below
+    the other, directions in front. A layer's operator has an initializer so, which tools look for: the exporter folds
+    small constants alone. The numbers are computed when they are written; now the values do not have theirs.
+    """
+    import onnx_ir as ir
+
+    def numbers(value: Any) -> np.ndarray:
+        if value.const_value is None:
+            raise NotImplementedError(f"fusedrnn: the weight {value.name} is an input of the model: give it another name")
+        return value.const_value.numpy()[rows]
+
+    first = parts[0][0]
+    shape = [len(parts), sum(part.shape[0] for part in parts[0]), *first.shape[1:]]
+    return ir.LazyTensor(
+        lambda: ir.tensor(np.stack([np.concatenate([numbers(part) for part in own]) for own in parts])),
+        dtype=first.dtype, shape=ir.Shape(shape), name=f"{first.name}.stacked",
+    )  # fmt: skip
 
 
 def _check(cell: str, each: int, dtype: Any) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
+import onnx
 import onnxruntime
 import pytest
 import torch
+from onnxruntime.quantization import quantize_dynamic
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -197,3 +200,60 @@ def test_without_onnxscript(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ImportError, match="pip install onnxscript"):
         fusedrnn.onnx.table()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"])
+def test_the_older_exporter_names_the_way(name: str, inside: bool, tmp_path: Path) -> None:
+    """torch.nn's modules go its way, patched ones too."""
+    x = torch.randn(*(() if name.endswith("Cell") else (3,)), 2, 4)
+
+    def export(cls: type[nn.Module]) -> None:
+        module = cls(4, 5).eval()
+        model = nn.Sequential(nn.Identity(), module) if inside else module
+        torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=False)
+
+    with pytest.raises(NotImplementedError, match=r"dynamo=True, custom_translation_table=fusedrnn.onnx.table\(\)"):
+        export(getattr(fusedrnn, name))
+    with fusedrnn.patch_torch():
+        export(getattr(nn, name))
+
+
+def graph_of(model: nn.Module, x: Tensor, path: Path) -> onnx.GraphProto:
+    torch.onnx.export(model, (x,), path, dynamo=True, custom_translation_table=fusedrnn.onnx.table())
+    return onnx.load(path).graph
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}], ids=str)
+@pytest.mark.parametrize("hidden", [8, 256])
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_weights_are_initializers(name: str, hidden: int, options: dict, tmp_path: Path) -> None:
+    """Of the operator itself, whatever their size, and nothing else of that size is in the file."""
+    model, x = nn.Sequential(getattr(fusedrnn, name)(64, hidden, **options)).eval(), torch.randn(5, 2, 64)
+    graph = graph_of(model, x, tmp_path / "model.onnx")
+    held = {tensor.name for tensor in graph.initializer}
+    layers = [node for node in graph.node if node.op_type == name]
+    assert len(layers) == options.get("num_layers", 1)
+    for node in layers:
+        assert set(node.input[1 : 4 if options.get("bias", True) else 3]) <= held
+    stored = sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert stored < sum(p.numel() * 4 for p in model.parameters()) + 40000
+    found = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {graph.input[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found[0]), model(x)[0].detach())
+
+
+def test_weights_that_are_computed(tmp_path: Path) -> None:
+    layer, x = fusedrnn.GRU(4, 5), torch.randn(3, 2, 4)
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(layer, "weight_hh_l0")).eval()
+    graph = graph_of(model, x, tmp_path / "model.onnx")
+    found = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {graph.input[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found[0]), model(x)[0].detach())
+
+
+def test_quantizers_find_the_weights(tmp_path: Path) -> None:
+    model, x = nn.Sequential(fusedrnn.LSTM(64, 128, bidirectional=True)).eval(), torch.randn(5, 2, 64)
+    graph = graph_of(model, x, tmp_path / "model.onnx")
+    quantize_dynamic(tmp_path / "model.onnx", tmp_path / "small.onnx")
+    assert "DynamicQuantizeLSTM" in [node.op_type for node in onnx.load(tmp_path / "small.onnx").graph.node]
+    found = onnxruntime.InferenceSession(tmp_path / "small.onnx").run(None, {graph.input[0].name: x.numpy()})
+    assert (torch.from_numpy(found[0]) - model(x)[0].detach()).abs().max() < 0.01
