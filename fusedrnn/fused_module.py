@@ -20,7 +20,7 @@ from .cells import CELLS
 from .dropout import kept_parts
 from .options import HasOptions, text
 from .streaming import steppers
-from .torch_internals import dual_level, symbolic_tracing
+from .torch_internals import dual_level, forward_hooks, symbolic_tracing
 
 __all__ = ["FusedModule", "as_states", "dense", "infers", "is_plain", "kept_aside"]
 
@@ -124,6 +124,16 @@ def as_states(states: Sequence[Tensor] | None, cell: str) -> Sequence[Tensor] | 
     return states
 
 
+def _refuse_opacus(module: torch.nn.Module, hooks: dict[Any, Any]) -> None:
+    """Before a backward pass that could but fail. Opacus takes any module whose class it does not know."""
+    if any((getattr(hook, "__module__", None) or "").startswith("opacus.") for hook in hooks.values()):
+        raise NotImplementedError(
+            "Opacus computes the gradients of each sample from a module's only input and output, and"
+            f" fusedrnn.{type(module).__name__} has states besides: use the layers of opacus.layers, or"
+            " torch.vmap(torch.func.grad(loss))"
+        )
+
+
 def _kept(module: torch.nn.Module) -> Any:
     """The packed weights of a module, from call to call: a capsule of C++."""
     return kept_aside.get(module) or kept_aside.setdefault(module, packed_weights())
@@ -140,6 +150,8 @@ class FusedModule(HasOptions):
                 f"fusedrnn.{type(self).__name__} is exported to ONNX by torch.onnx.export(..., dynamo=True,"
                 " custom_translation_table=fusedrnn.onnx.table()), not by TorchScript (dynamo=False)"
             )
+        if hooks := forward_hooks(self):
+            _refuse_opacus(self, hooks)
         return torch.nn.Module.__call__(self, *args, **kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> torch.nn.Module:  # by .to(), .double(), .share_memory() ...

@@ -27,6 +27,7 @@ __all__ = [
     "exporting",
     "flat_weights",
     "forget_weight",
+    "forward_hooks",
     "functionalizing",
     "listed_weights",
     "own_parameters",
@@ -48,6 +49,7 @@ VF = getattr(torch, "_VF", None)
 #: The op of torch.nn.utils.rnn.pack_padded_sequence. Without the name: none, and packed models do not become ONNX.
 PACKING_OPS = [op.default for op in [getattr(torch.ops.aten, "_pack_padded_sequence", None)] if op is not None]
 
+_NOTHING: dict[Any, Any] = {}
 _is_fx_symbolic_tracing = getattr(_symbolic_trace, "is_fx_symbolic_tracing", None)
 _transforms_active = getattr(torch._C, "_are_functorch_transforms_active", None)
 _interpreter_stack = getattr(_functorch, "get_interpreter_stack", None)
@@ -129,6 +131,11 @@ def remove_batch_dim(t: Tensor, level: int) -> Tensor:
 def add_batch_dim(t: Tensor, level: int) -> Tensor:
     """The inverse."""
     return torch._add_batch_dim(t, 0, level)
+
+
+def forward_hooks(module: nn.Module) -> dict[Any, Callable[..., Any]]:
+    """The functions that are called after the module's ``forward``. Without the name: none is known."""
+    return getattr(module, "_forward_hooks", _NOTHING)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -106,6 +106,8 @@ class Packed(nn.Module):
 @STRICT
 @pytest.mark.parametrize("given", [False, True], ids=["zeros", "states"])
 def test_packed(given: bool, strict: bool) -> None:
+    if strict and torch.__version__.startswith("2.12."):
+        pytest.skip("Dynamo of torch 2.12 fails at a PackedSequence made from its first two parts")
     def make(*batch_sizes: int) -> tuple:
         hx = (states("lstm", 2, batch_sizes[0], 5),) if given else ()
         return torch.randn(sum(batch_sizes), 4), torch.tensor(batch_sizes), *hx

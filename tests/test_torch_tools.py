@@ -204,3 +204,21 @@ def test_symbolic_traces_with_states_from_outside(name: str, states: int) -> Non
 
     model, given = Model(), hx if states > 1 else hx[0]
     assert torch.equal(torch.fx.symbolic_trace(model)(given), model(given))
+
+
+def hook_of_opacus(module: nn.Module, inputs: object, output: object) -> None:
+    """What Opacus hangs on every module, by its name."""
+
+
+hook_of_opacus.__module__ = "opacus.grad_sample.grad_sample_module"
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"])
+def test_opacus_is_refused_at_once(name: str) -> None:
+    """It knows nothing of a layer's states, and would fail in the backward pass."""
+    module, x = getattr(fusedrnn, name)(3, 4), torch.randn(2, 3)
+    handle = module.register_forward_hook(hook_of_opacus)
+    with pytest.raises(NotImplementedError, match=r"torch.vmap\(torch.func.grad\(loss\)\)"):
+        module(x)
+    handle.remove()
+    module(x)
