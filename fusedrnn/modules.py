@@ -165,9 +165,13 @@ class _SequenceModule(FusedModule):
     :func:`fusedrnn.functional.recurrent`. The constructor takes the fields of :class:`fusedrnn.FusedOptions`, by name.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        own = {name: kwargs.pop(name) for name in options.OF_SEQUENCES if name in kwargs}
-        super().__init__(*args, **kwargs)
+    def __init__(self, arguments: dict[str, Any], *mode: str) -> None:
+        """With the names of a constructor of ours and their values; those that torch.nn does not know are among
+        ``others``, for it to word the error.
+        """
+        given = {name: value for name, value in arguments.items() if name not in ("self", "others")}
+        own = {name: given.pop(name) for name in options.FIELDS if name in given}
+        super().__init__(*mode, **given, **arguments.get("others", {}))
         options.tell(self, own)
 
     def step(
@@ -219,6 +223,16 @@ class RNN(_SequenceModule, torch.nn.RNN):
     -> output (T, B, D*H), h_n (L*D, B, H). Derivation: docs/derivations.md, section R.
     """
 
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, nonlinearity: str = "tanh",
+        bias: bool = True, batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False,
+        device: torch.device | str | int | None = None, dtype: torch.dtype | None = None, *,
+        input_dropout: float = 0.0, recurrent_dropout: float = 0.0, zoneout: float | tuple[float, float] = 0.0,
+        weight_dropout: float = 0.0, grad_clip: float | None = None, grad_clip_mode: str = "value",
+        bptt_steps: int | None = None, recompute: str = "none", **others: Any,
+    ) -> None:  # fmt: skip
+        _SequenceModule.__init__(self, dict(locals()))
+
     def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | None = None, *,
         lengths: Lengths = None, reset: Tensor | None = None, return_states: bool = False,
@@ -236,6 +250,16 @@ class LSTM(_SequenceModule, torch.nn.LSTM):
     (L*D, B, R), (L*D, B, H) -> output (T, B, D*R), (h_n, c_n); R is proj_size, or H without.
     Derivation: docs/derivations.md, section L.
     """
+
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
+        batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False, proj_size: int = 0,
+        device: torch.device | str | int | None = None, dtype: torch.dtype | None = None, *,
+        input_dropout: float = 0.0, recurrent_dropout: float = 0.0, zoneout: float | tuple[float, float] = 0.0,
+        weight_dropout: float = 0.0, grad_clip: float | None = None, grad_clip_mode: str = "value",
+        bptt_steps: int | None = None, recompute: str = "none",
+    ) -> None:  # fmt: skip
+        _SequenceModule.__init__(self, dict(locals()))
 
     def forward(
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None, *,
@@ -255,9 +279,15 @@ class GRU(_SequenceModule, torch.nn.GRU):
     h_0 (L*D, B, H) -> output (T, B, D*H), h_n (L*D, B, H). Derivation: docs/derivations.md, sections G and H.
     """
 
-    def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
-        _SequenceModule.__init__(self, *args, **kwargs)
-        options.tell(self, {} if reset_after is True else {"reset_after": reset_after})
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
+        batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False,
+        device: torch.device | str | int | None = None, dtype: torch.dtype | None = None, *,
+        input_dropout: float = 0.0, recurrent_dropout: float = 0.0, zoneout: float | tuple[float, float] = 0.0,
+        weight_dropout: float = 0.0, grad_clip: float | None = None, grad_clip_mode: str = "value",
+        bptt_steps: int | None = None, recompute: str = "none", reset_after: bool = True, **others: Any,
+    ) -> None:  # fmt: skip
+        _SequenceModule.__init__(self, dict(locals()))
 
     def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | None = None, *,
@@ -273,12 +303,17 @@ class ResidualRNN(_SequenceModule, torch.nn.RNNBase):
     Derivation, and why it can explode: docs/derivations.md, section S.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if "proj_size" in kwargs:
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
+        batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False,
+        device: torch.device | str | int | None = None, dtype: torch.dtype | None = None, *,
+        input_dropout: float = 0.0, recurrent_dropout: float = 0.0, zoneout: float | tuple[float, float] = 0.0,
+        weight_dropout: float = 0.0, grad_clip: float | None = None, grad_clip_mode: str = "value",
+        bptt_steps: int | None = None, recompute: str = "none", **others: Any,
+    ) -> None:  # fmt: skip
+        if "proj_size" in others:
             raise ValueError("proj_size argument is only supported for LSTM, not ResidualRNN")
-        _SequenceModule.__init__(self, "RNN_TANH", *args, **kwargs)  # the parameters of one gate
-        if self.proj_size:
-            raise ValueError(f"ResidualRNN cannot be projected, got proj_size {self.proj_size}")
+        _SequenceModule.__init__(self, dict(locals()), "RNN_TANH")  # the parameters of one gate
         self.mode = "RESIDUAL_RNN"
 
     def forward(

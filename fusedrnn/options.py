@@ -18,9 +18,9 @@ from .dropout import rates
 
 __all__ = [
     "DEFAULT",
+    "FIELDS",
     "FusedOptions",
     "HasOptions",
-    "OF_SEQUENCES",
     "active",
     "changed",
     "check_policy",
@@ -73,7 +73,8 @@ class FusedOptions:
         zoneout: 0.0; probability that a unit keeps its state at a step, in training; else its part in the next. For the
             LSTM also a pair, of h and of c.
         weight_dropout: 0.0; probability that an element of W_hh is dropped in training, one mask a call.
-        grad_clip: None; the limit of what a step of the backward pass sends back to the states before it.
+        grad_clip: None; the limit of what a step of the backward pass sends back to the states before it. Under a
+            GradScaler that is scaled, and so must the limit be: ``c * scaler.get_scale()``.
         grad_clip_mode: "value"; the limit is one of each element. "norm": of each sample's vector.
         bptt_steps: None; the steps through which a gradient passes back at most, from one multiple of it to the one
             before.
@@ -111,8 +112,8 @@ class FusedOptions:
 
 DEFAULT = FusedOptions()
 _FIELDS = {field.name: field.default for field in fields(FusedOptions)}
-OF_SEQUENCES = tuple(_FIELDS)[:-1]  # without reset_after
-_DROPOUT, _BACKWARD = OF_SEQUENCES[:4], OF_SEQUENCES[4:]
+FIELDS = tuple(_FIELDS)
+_DROPOUT, _BACKWARD = FIELDS[:4], FIELDS[4:8]
 
 # torch.nn's classes as they were at import: people give their names to ours.
 _LSTM, _GRUS, _SINGLE = nn.LSTM, (nn.GRU, nn.GRUCell), nn.RNNCellBase
@@ -151,7 +152,8 @@ def _check(module: nn.Module, own: FusedOptions) -> None:
 
 
 def tell(module: nn.Module, given: dict[str, Any]) -> None:
-    """Options of a new module, if any is given."""
+    """Options of a new module: what is not the default is the constructor's, the rest the class's."""
+    given = {name: v for name, v in given.items() if type(v) is not type(_FIELDS[name]) or v != _FIELDS[name]}
     if given:
         module.fused_options = replace(of(module), **given)
     of(module)

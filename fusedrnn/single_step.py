@@ -93,9 +93,12 @@ _TorchGRUCell = torch.nn.GRUCell  # people give this name of torch.nn to our cla
 class GRUCell(FusedModule, _TorchGRUCell):
     """One step of :class:`GRU`, in the place of :class:`torch.nn.GRUCell`: input (B, I), h (B, H) -> h (B, H)."""
 
-    def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
-        _TorchGRUCell.__init__(self, *args, **kwargs)
-        options.tell(self, {} if reset_after is True else {"reset_after": reset_after})
+    def __init__(
+        self, input_size: int, hidden_size: int, bias: bool = True, device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None, *, reset_after: bool = True,
+    ) -> None:  # fmt: skip
+        _TorchGRUCell.__init__(self, input_size, hidden_size, bias, device, dtype)
+        options.tell(self, {"reset_after": reset_after})
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         return forward_cell(self, options.gru_cell(self), "GRUCell", input, None if hx is None else (hx,))[0]

@@ -7,14 +7,16 @@ what must not depend on the road taken: no_grad, inference mode, stepping throug
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from functools import partial
 from itertools import product
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import fusedrnn
 from fusedrnn import functional
 from fusedrnn.cells import CELLS
 from loops import SINGLES, TWINS, layer_loop
@@ -342,3 +344,41 @@ def test_unbatched_input(cell: str) -> None:
         assert_close("y", y, expected["y"].squeeze(0 if first else 1))
         for name, state in zip(("h_n", "c_n"), last if isinstance(last, tuple) else (last,), strict=False):
             assert_close(name, state, expected[name].squeeze(1))
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"])
+def test_signatures_are_torchs_and_our_options(name: str) -> None:
+    """Tools read them: skip_init, configuration parsers. torch.nn's sequence modules show none, RNNBase theirs."""
+    theirs = getattr(nn, name) if name.endswith("Cell") else nn.RNNBase
+    expected = {n: p.default for n, p in inspect.signature(theirs.__init__).parameters.items()}
+    found = inspect.signature(getattr(fusedrnn, name)).parameters
+    positional = [n for n, p in found.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    dropped = {"self", "mode"} | ({"proj_size"} if name in ("RNN", "GRU") else set())
+    order = [n for n in expected if n not in dropped]
+    if name == "RNN":
+        order.insert(3, "nonlinearity")
+    assert positional == order
+    for parameter in positional:
+        assert found[parameter].default == expected.get(parameter, "tanh")
+    own = {n: p.default for n, p in found.items() if p.kind is p.KEYWORD_ONLY}
+    default = fusedrnn.FusedOptions()
+    assert own == {n: getattr(default, n) for n in own}
+    assert ("reset_after" in own) == name.startswith("GRU") and ("zoneout" in own) == (not name.endswith("Cell"))
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "ResidualRNN", "RNNCell", "LSTMCell", "GRUCell"])
+def test_modules_without_initial_values(name: str) -> None:
+    module = nn.utils.skip_init(getattr(fusedrnn, name), 4, 5, dtype=torch.float64)
+    assert all(p.device.type == "cpu" and p.dtype == torch.float64 for p in module.parameters())
+
+
+def test_arguments_by_position() -> None:
+    for theirs, ours, arguments in (
+        (nn.RNN, fusedrnn.RNN, (4, 5, 2, "relu", False, True, 0.1, True)),
+        (nn.LSTM, fusedrnn.LSTM, (4, 5, 2, False, True, 0.1, True, 3)),
+        (nn.GRU, fusedrnn.GRU, (4, 5, 2, False, True, 0.1, True)),
+    ):
+        assert repr(ours(*arguments)) == repr(theirs(*arguments))
+        assert [p.shape for p in ours(*arguments).parameters()] == [p.shape for p in theirs(*arguments).parameters()]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'zone'"):
+        fusedrnn.GRU(4, 5, zone=1)
