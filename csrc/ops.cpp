@@ -120,7 +120,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor> 
   const int64_t rows_of_gates = need_gates ? z.N : 0;
   Tensor dgates = at::empty({z.D, rows_of_gates, (cell_of.gates + cell_of.split) * z.H}, compute);
   Tensor dh_rows = at::empty({z.D, z.projected ? rows_of_gates : 0, z.R}, compute);
-  Tensor norms = at::empty({z.D, need_norms ? z.N : 0, cell_of.states + cell_of.gates}, compute);
+  Tensor norms = at::empty({z.D, need_norms ? z.N : 0, 2 * cell_of.states + cell_of.gates}, compute);
   std::vector<Tensor> dw;
   for (const Tensor& w : weights) {
     if (need_weights) dw.push_back(z.B > 0 ? at::empty(w.sizes(), options) : at::zeros(w.sizes(), options));
@@ -141,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor> 
     p.dc0 = output(dc0, {z.D, z.B, z.H});
     p.dgates = output(dgates, {z.D, z.N, (cell_of.gates + cell_of.split) * z.H});
     p.dh = output(dh_rows, {z.D, z.N, z.R});
-    p.norms = output(norms, {z.D, z.N, cell_of.states + cell_of.gates});
+    p.norms = output(norms, {z.D, z.N, 2 * cell_of.states + cell_of.gates});
     p.bptt_steps = bptt_steps;
     p.clip = clip;
     p.clip_by_norm = clip_by_norm && clip > 0;

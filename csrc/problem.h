@@ -116,9 +116,9 @@ struct BackwardProblem {
   // dL/d(W_ih x + b_ih) of the last kSplit; that of the others is the same.
   void* dgates;       // [D, N, (G + kSplit)*H]
   void* dh;           // [D, N, R]: dL/dh_t of a projected layer, by all ways (with keep_h, of what the cell gives)
-  // In the compute type, or null: not wanted. Of each row the norms of dL/dh_t and, with two states, dL/dc_t, by all
-  // ways, then of each gate's gradient, that of W_ih x + b_ih.
-  void* norms;        // [D, N, kStates + G]
+  // In the compute type, or null: not wanted. Of each row the norms of what the later steps, dh_n and dc_n send to h_t
+  // and, with two states, c_t; of dL/dh_t and dL/dc_t, by all ways; of each gate's gradient, that of W_ih x + b_ih.
+  void* norms;        // [D, N, 2*kStates + G]
   // What a step sends to the states before it. Nothing from a time t that is a multiple of bptt_steps to t - 1, or the
   // other way in the reverse direction (0: everything); the rest with no element beyond `clip`, or no longer than
   // `clip` for each sample and state (0: as it is).

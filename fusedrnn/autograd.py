@@ -61,13 +61,13 @@ def recurrent_layer(
     c0: Tensor | None,
     weights: Sequence[Tensor],
     options: Options = PLAIN,
-    owner: recording.Owner | torch.nn.Module | None = None,
+    owner: recording.Owner | None = None,
     noise: Noise = NOISELESS,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """One layer: y, h_n, c_n and, if ``options`` ask for them, all c_t (T, B, D*H) or (N, D*H).
 
-    What the backward pass needs is kept only if some gradient is wanted. ``owner``: whom a recording knows it by, a
-    module whose first layer it is, for short. No gradient is that of ``noise``.
+    What the backward pass needs is kept only if some gradient is wanted. ``owner``: whom a recording knows it by. No
+    gradient is that of ``noise``.
     """
     forward = x, batch_sizes, h0, c0, weights, cell, bidirectional, noise
     compiling, mapped = is_compiling(), transformed()
@@ -279,7 +279,7 @@ def _backward(
     cell: str,
     bidirectional: bool,
     options: Options,
-    owner: recording.Owner | torch.nn.Module | None,
+    owner: recording.Owner | None,
     need_x: bool,
     need_weights: bool,
     dy: Tensor | None,
@@ -304,7 +304,7 @@ def _backward(
         need_gates, bool(recorders), options.bptt_steps, options.clip, options.clip_by_norm, *noise.to(x.dtype),
     )  # fmt: skip
     for recorder in recorders:
-        recorder.add(owner, cell, norms, x, batch_sizes)
+        recorder.add(owner, cell, norms, dy, x, batch_sizes)
     return dx, dh0, dc0, dweights, dgates
 
 

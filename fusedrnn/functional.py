@@ -8,6 +8,7 @@ kernel, forward and backward.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -79,7 +80,7 @@ def _stack(
         mine = drop_weights(weights[layer * per_layer : (layer + 1) * per_layer], drop.weight, directions)
         x, h_n, c_n, c = recurrent_layer(
             cell, bidirectional, x, batch_sizes, h0, c0, mine, options,
-            None if owner is None or torch.compiler.is_compiling() else Owner(owner, layer, layout),
+            None if owner is None or torch.compiler.is_compiling() else Owner(weakref.ref(owner), layer, layout),
             draw(drop, training, x, batch_sizes, layout, directions, gates, mine[1]),
         )  # fmt: skip
         finals.append((h_n, c_n)[:count])
@@ -182,7 +183,10 @@ def recurrent(
             Both are cuts, known to the processor before it computes: tensors on a GPU are copied to the host.
         return_states: whether to give the states of every layer at every step, too. They are differentiable.
         grad_clip: the limit c of what a step sends back to the states before it, m = dL/dh_{t-1} and, for the LSTM,
-            dL/dc_{t-1}, before the earlier step adds its own dL/dy_{t-1}. None: m as it is.
+            dL/dc_{t-1}, before the earlier step adds its own dL/dy_{t-1}. None: m as it is. Under a
+            ``torch.amp.GradScaler`` m is of the scaled loss: give ``c * scaler.get_scale()``, before each forward pass, as
+            the scale changes; or train in bfloat16, without a scaler; or clip the whole gradient, after
+            ``scaler.unscale_(optimizer)``.
         grad_clip_mode: "value": each element into [-c, c]; "norm": each sample's m times min(1, c / ||m||).
         bptt_steps: truncated back-propagation through time: from a step t > 0 that is a multiple of it, counted from
             0, no gradient passes to step t - 1 (in a reverse direction from t - 1 to t). The same gradients as of calls

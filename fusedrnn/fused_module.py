@@ -19,6 +19,7 @@ from .autograd import PLAIN, recurrent_layer
 from .cells import CELLS
 from .dropout import kept_parts
 from .options import HasOptions, text
+from .recording import Owner
 from .streaming import steppers
 from .torch_internals import dual_level, forward_hooks, symbolic_tracing
 
@@ -78,7 +79,8 @@ def _dense(
     if num_layers > 1:
         return None
     if x.dim() == 3:
-        return recurrent_layer(cell, bidirectional, x, None, h0, c0, weights, PLAIN, module)[:3]
+        owner = None if torch.compiler.is_compiling() else Owner(weakref.ref(module))
+        return recurrent_layer(cell, bidirectional, x, None, h0, c0, weights, PLAIN, owner)[:3]
     x, h0, c0 = (None if t is None else t.unsqueeze(0) for t in (x, h0, c0))
     y, h_n, c_n, _ = recurrent_layer(cell, bidirectional, x, None, h0, c0, weights)
     return y[0], h_n[0], c_n[0] if c_n.size(0) else c_n

@@ -131,7 +131,7 @@ def _(
     projected = len(weights) // directions % 2
     dgates = saved.new_empty((directions, rows, (len(info.gates) + _SPLIT[cell]) * hidden))
     dh = saved.new_empty((directions, rows if projected else 0, weights[1].size(1)))
-    norms = saved.new_empty((directions, all_rows if need_norms else 0, len(info.states) + len(info.gates)))
+    norms = saved.new_empty((directions, all_rows if need_norms else 0, 2 * len(info.states) + len(info.gates)))
     return dx, dh0, dc0, [w.new_empty(w.shape) for w in weights] if need_weights else [], dgates, dh, norms
 
 

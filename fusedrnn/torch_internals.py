@@ -21,6 +21,7 @@ __all__ = [
     "PACKING_OPS",
     "VF",
     "add_batch_dim",
+    "backward_pass",
     "batched_by_autograd",
     "batching_level",
     "dual_level",
@@ -49,6 +50,7 @@ VF = getattr(torch, "_VF", None)
 #: The op of torch.nn.utils.rnn.pack_padded_sequence. Without the name: none, and packed models do not become ONNX.
 PACKING_OPS = [op.default for op in [getattr(torch.ops.aten, "_pack_padded_sequence", None)] if op is not None]
 
+_graph_task = getattr(torch._C, "_current_graph_task_id", None)
 _NOTHING: dict[Any, Any] = {}
 _is_fx_symbolic_tracing = getattr(_symbolic_trace, "is_fx_symbolic_tracing", None)
 _transforms_active = getattr(torch._C, "_are_functorch_transforms_active", None)
@@ -109,6 +111,13 @@ if hasattr(_eval_frame, "set_code_exec_strategy") and hasattr(_eval_frame, "_Fra
         whole.__code__,
         _eval_frame._FrameExecStrategy(_eval_frame._FrameAction.SKIP, _eval_frame._FrameAction.DEFAULT),
     )
+
+
+def backward_pass() -> int:
+    """A number of the backward pass that this thread works for. Without the name: -1, and a second pass counts as another
+    call in the first.
+    """
+    return -1 if _graph_task is None else _graph_task()
 
 
 def batched_by_autograd(t: Tensor) -> bool:

@@ -285,3 +285,23 @@ def test_wrong_options() -> None:
         with pytest.raises(ValueError, match=text):
             FusedOptions(**options)
     assert repr(fusedrnn.GRU(3, 4, bptt_steps=5)) == "GRU(3, 4, bptt_steps=5)"
+
+
+def test_the_limit_under_a_grad_scaler() -> None:
+    """It is one of the scaled gradient: times the scale it is the limit without a scaler."""
+    module, x, c = fusedrnn.LSTM(3, 4).double(), torch.randn(9, 2, 3).double(), 1e-2
+
+    def gradients(limit: float, scaler: torch.amp.GradScaler) -> list[Tensor]:
+        module.zero_grad()
+        optimizer = torch.optim.SGD(module.parameters())
+        module.fused_options = fusedrnn.FusedOptions(grad_clip=limit)
+        scaler.scale(module(x)[0].square().sum()).backward()
+        scaler.unscale_(optimizer)
+        return [p.grad.clone() for p in module.parameters()]
+
+    off, on = (torch.amp.GradScaler("cpu", enabled=enabled) for enabled in (False, True))
+    expected = gradients(c, off)
+    assert on.get_scale() > 1
+    for a, b in zip(gradients(c * on.get_scale(), on), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert not torch.allclose(gradients(c, torch.amp.GradScaler("cpu"))[1], expected[1])

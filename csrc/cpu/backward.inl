@@ -42,7 +42,7 @@ class BackwardPass {
   };
   struct TeamBuffers {
     S *dg, *dh;        // [chunk rows][C*H], [R] (projection)
-    S *all_dh, *all_dc;  // [chunk rows][R], [H]: what norms are of
+    S *sent_dh, *sent_dc, *all_dc;  // [chunk rows][R], [H], [H]: what norms are of
     S* scale;          // [members][2][samples]: of what is sent back, clipped by its norm
     Strips<S> x, h, m;  // [chunk rows][I], [R], [H]: right operands of the weight gradients
     S *carry_h, *carry_c, *c0;  // [samples][R], [H], [H]
@@ -117,7 +117,8 @@ class BackwardPass {
     TeamBuffers b;
     b.dg = carver.take<S>(rows * row_stride<S>(C * z.H));
     b.dh = carver.take<S>(z.projected ? rows * row_stride<S>(z.R) : 0);
-    b.all_dh = carver.take<S>(p.norms ? rows * row_stride<S>(z.R) : 0);
+    b.sent_dh = carver.take<S>(p.norms ? rows * row_stride<S>(z.R) : 0);
+    b.sent_dc = carver.take<S>(Z > 1 && p.norms ? rows * row_stride<S>(z.H) : 0);
     b.all_dc = carver.take<S>(Z > 1 && p.norms ? rows * row_stride<S>(z.H) : 0);
     b.scale = carver.take<S>(p.clip_by_norm ? 2 * samples * s.plan.members : 0);
     const auto strips = [&](int64_t n, int64_t most) {
@@ -310,18 +311,24 @@ class BackwardPass {
     for_steps(item, s0, s1, part(rows, team_.me, team_.members), [&](int64_t t, int64_t first, Range samples) {
       for (int64_t b = samples.begin; b < samples.end; ++b) {
         const int64_t r = first + b;
-        S* to = static_cast<S*>(p_.norms) + (item.d * z_.N + z_.offset[t] + item.first + b) * (Z + G);
-        to[0] = norm(b_.all_dh + r * ldh_, z_.R);
-        if constexpr (Z > 1) to[1] = norm(b_.all_dc + r * ldm_, H);
-        for (int g = 0; g < G; ++g) to[Z + g] = norm(b_.dg + r * ldg_ + (g < G - kSplit ? g : g + kSplit) * H, H);
+        S* to = static_cast<S*>(p_.norms) + (item.d * z_.N + z_.offset[t] + item.first + b) * (2 * Z + G);
+        const T* const dy = b_.rows[r].dy;
+        to[0] = norm(b_.sent_dh + r * ldh_, z_.R);
+        to[Z] = dy ? norm(b_.sent_dh + r * ldh_, z_.R, dy) : to[0];
+        if constexpr (Z > 1) {
+          to[1] = norm(b_.sent_dc + r * ldm_, H);
+          to[Z + 1] = norm(b_.all_dc + r * ldm_, H);
+        }
+        for (int g = 0; g < G; ++g) to[2 * Z + g] = norm(b_.dg + r * ldg_ + (g < G - kSplit ? g : g + kSplit) * H, H);
       }
     });
   }
 
-  static S norm(const S* row, int64_t n) {
+  static S norm(const S* row, int64_t n, const T* more = nullptr) {  // of row, or of row + more
     V sum(0);
     for (int64_t i = 0; i < n; i += L) {
-      const V v = load<S>(row + i, n - i);
+      V v = load<S>(row + i, n - i);
+      if (more) v = v + load<S>(more + i, n - i);
       sum = sum + v * v;
     }
     S total = 0;

@@ -9,7 +9,7 @@ struct BackwardPass<Cell, T>::Step {
   S clip;  // of each element, or 0
   const Row* rows;
   const T* mask;  // [samples][R], or null
-  S *dg, *dh, *all_dh, *all_dc;
+  S *dg, *dh, *sent_dh, *sent_dc, *all_dc;
   S *carry_h, *carry_c;
 
   // What is sent back, no element of it beyond `clip`. NaN stays.
@@ -31,7 +31,8 @@ void BackwardPass<Cell, T>::step(const Item& item, int64_t later_row, int64_t la
   const Timed timed(Phase::kRecurrentProduct);
   const Step s{z_.H, z_.R, ldg_, ldh_, ldm_, z_.projected, p_.norms != nullptr,
                p_.clip_by_norm ? S(0) : static_cast<S>(p_.clip), b_.rows + row, mask_of(item, 0),
-               b_.dg + row * ldg_, b_.dh + row * ldh_, b_.all_dh + row * ldh_, b_.all_dc + row * ldm_, b_.carry_h,
+               b_.dg + row * ldg_, b_.dh + row * ldh_, b_.sent_dh + row * ldh_,
+               b_.sent_dc + row * ldm_, b_.all_dc + row * ldm_, b_.carry_h,
                b_.carry_c};
   const int d = item.d;
   const S* later_dg = b_.dg + later_row * ldg_;
@@ -44,8 +45,8 @@ void BackwardPass<Cell, T>::step(const Item& item, int64_t later_row, int64_t la
   };
   const auto arrive = [&](int64_t r, int64_t u, V dh) {  // dL/dh_t but for dy: the cell, or the projection first
     const Row& at = s.rows[r];
+    if (s.norms) store(s.sent_dh + r * s.ldh + u, dh);
     if (at.dy) dh = dh + load<S>(at.dy + u, s.R - u);
-    if (s.norms) store(s.all_dh + r * s.ldh + u, dh);
     V direct(0);  // past the cell, (Z3)
     if (at.keep_h) direct = dh * load<S>(at.keep_h + u, s.R - u), dh = dh - direct;
     if (s.projected) {
@@ -167,6 +168,7 @@ FUSEDRNN_INLINE void BackwardPass<Cell, T>::cell_backward(const Step& s, int64_t
     prev[1] = load<S>(at.c_prev + u, n);
     cur[1] = candidate_c(at, saved, H, u);
     d[1] = load(s.carry_c + r * s.ldm + u);
+    if (s.norms) store(s.sent_dc + r * s.ldm + u, d[1]);
     if (at.dc) d[1] = d[1] + load<S>(at.dc + u, n);
     if (s.norms) store(s.all_dc + r * s.ldm + u, at.keep_c ? d[1] : Cell::dc_of(saved, cur, d));
     if (at.keep_c) direct_c = d[1] * load<S>(at.keep_c + u, n), d[1] = d[1] - direct_c;  // (Z3)

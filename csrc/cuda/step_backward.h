@@ -20,8 +20,9 @@ struct BackwardBuffers {
   PerSlot<T*> before;          // [N, R]: mask * h_{t-1} of each row, or null
   PerSlot<T*> q;               // [N, H]: operand of the second product or output before its projection; or null
   PerSlot<T*> dy_rows;         // [N, R]: dL/d(W_hr (o * tanh(c))) of a projected layer
-  PerSlot<S*> dh_rows;         // [N, R]: dL/dh_t by all ways, or null
-  PerSlot<S*> dc_rows;         // [N, H]: dL/dc_t likewise, or null
+  PerSlot<S*> dh_rows;         // [N, R]: dL/dh_t but for dy, or null
+  PerSlot<S*> sent_dc;         // [N, H]: what the later steps and dc_n send to c_t, or null
+  PerSlot<S*> dc_rows;         // [N, H]: dL/dc_t by all ways, or null
   S* dh;                       // [slots][B][R]: dL/dh of this step but for dy
   S* dc;                       // [slots][B][H]
   S* through;                  // [slots][B][H]: dL/dq, or the gradient through the projection
@@ -63,10 +64,10 @@ struct BackwardProjected : BackwardElement<S, T> {
   FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t r) const {
     if (b >= this->at.rows[s]) return;
     const int64_t i = (this->at.first[s] + b) * this->u.R + r;
+    if (this->u.dh_rows[s]) this->u.dh_rows[s][i] = this->u.dh[(s * this->u.B + b) * this->u.R + r];
     const S dh = this->total_dh(s, b, r), direct = this->direct(this->keep.h[s], b, r, dh);
     this->u.dy_rows[s][i] = narrow<T>(dh - direct);
     this->u.dh[(s * this->u.B + b) * this->u.R + r] = direct;
-    if (this->u.dh_rows[s]) this->u.dh_rows[s][i] = dh;
     if (this->u.before[s]) this->u.before[s][i] = narrow<T>(this->previous_operand(s, b, r));
   }
 };
@@ -90,8 +91,8 @@ struct BackwardStep : BackwardElement<S, T> {
       if (u.before[s]) u.before[s][n * H + j] = narrow<T>(this->previous_operand(s, b, j));
       previous[0] = widen(this->previous_h(s, b, j));
       current[0] = Cell::kSaved == 0 && keep.data ? row[j] : widen(u.y[s][n * u.width + j]);
+      if (u.dh_rows[s]) u.dh_rows[s][n * H + j] = u.dh[i];
       d[0] = this->total_dh(s, b, j);
-      if (u.dh_rows[s]) u.dh_rows[s][n * H + j] = d[0];
       direct_h = this->direct(keep, b, j, d[0]);
       d[0] -= direct_h;
     }
@@ -101,6 +102,7 @@ struct BackwardStep : BackwardElement<S, T> {
       const StepView<T>& keep = this->keep.c[s];
       current[1] = keep.data ? Cell::candidate(saved, previous) : row[Cell::kSaved * H + j];
       d[1] = u.dc[i];
+      if (u.sent_dc[s]) u.sent_dc[s][n * H + j] = d[1];
       const StepView<T>& dc = this->dc[s];
       if (dc.data) d[1] += widen(dc.data[b * dc.batch + j]);
       if (u.dc_rows[s]) u.dc_rows[s][n * H + j] = keep.data ? d[1] : Cell::dc_of(saved, current, d);
@@ -208,26 +210,40 @@ struct Limit {
   }
 };
 
-// The norms of a row: of dL/dh_t, dL/dc_t and each gate's gradient. dg as in BackwardBuffers.
+// The norms of a row, as problem.h has them. dg as in BackwardBuffers.
 template <class S, class T, int kStates, int kGates, int kSplit>
 struct RowNorms {
-  int64_t N, R, H;
+  int64_t N, B, R, H;
+  RowView dy;
   PerSlot<const S*> dh;  // [N, R]
-  PerSlot<const S*> dc;  // [N, H]
-  PerSlot<const T*> dg;  // [N, (kSplit + kGates)*H]
-  S* to;                 // [slots][N][kStates + kGates]
+  PerSlot<const S*> sent_dc, dc;  // [N, H]
+  PerSlot<const T*> dg;           // [N, (kSplit + kGates)*H]
+  S* to;                          // [slots][N][2*kStates + kGates]
 
   FUSEDRNN_INLINE void operator()(int s, int64_t n, int64_t column) const {
-    S& result = to[(s * N + n) * (kStates + kGates) + column];
-    if (column == 0) result = norm_of(dh[s] + n * R, R);
-    else if (column < kStates) result = norm_of(dc[s] + n * H, H);
+    S& result = to[(s * N + n) * (2 * kStates + kGates) + column];
+    if (column == 0 || (column == kStates && !dy.data)) result = norm_of(dh[s] + n * R, R);
+    else if (column < kStates) result = norm_of(sent_dc[s] + n * H, H);
+    else if (column == kStates) result = norm_with_dy(s, n);
+    else if (column < 2 * kStates) result = norm_of(dc[s] + n * H, H);
     else {
-      const int64_t g = column - kStates;
+      const int64_t g = column - 2 * kStates;
       const T* row = dg[s] + (n * (kSplit + kGates) + (g < kGates - kSplit ? g + kSplit : g - (kGates - kSplit))) * H;
       S sum = S(0);
       for (int64_t j = 0; j < H; ++j) sum += widen(row[j]) * widen(row[j]);
       result = std::sqrt(sum);
     }
+  }
+
+  FUSEDRNN_INLINE S norm_with_dy(int s, int64_t n) const {
+    const int64_t at = dy.time < 0 ? n * dy.batch : n / B * dy.time + n % B * dy.batch;
+    const T* more = static_cast<const T*>(dy.data) + at + s * R;
+    S sum = S(0);
+    for (int64_t j = 0; j < R; ++j) {
+      const S v = dh[s][n * R + j] + widen(more[j]);
+      sum += v * v;
+    }
+    return std::sqrt(sum);
   }
 };
 

@@ -35,6 +35,7 @@ struct StepwiseBackward {
     S* part;     // [slots][parts][kBlocks*H] or null
     S* scale;    // [slots][B][2] or null
     S* dh_rows;  // [slots][N][R] or null
+    S* sent_dc;  // [slots][N][H] or null
     S* dc_rows;  // [slots][N][H] or null
     T* w_hh;     // [2][G*H][R], of two directions
     T* w_hr;     // [2][R][H]
@@ -57,6 +58,7 @@ struct StepwiseBackward {
     if (p.weight_gradients && p.dw[0].b_ih) w.part = arena.take<S>(z.D * parts(z.N) * kBlocks * z.H);
     if (p.clip_by_norm) w.scale = arena.take<S>(z.D * z.B * 2);
     if (p.norms) w.dh_rows = arena.take<S>(z.D * z.N * z.R);
+    if (p.norms && Cell::kStates == 2) w.sent_dc = arena.take<S>(z.D * z.N * z.H);
     if (p.norms && Cell::kStates == 2) w.dc_rows = arena.take<S>(z.D * z.N * z.H);
     return w;
   }
@@ -98,6 +100,7 @@ struct StepwiseBackward {
       u.q[s] = w.q ? w.q + s * N * H : nullptr;
       u.dy_rows[s] = w.dy_rows ? w.dy_rows + s * N * R : nullptr;
       u.dh_rows[s] = w.dh_rows ? w.dh_rows + s * N * R : nullptr;
+      u.sent_dc[s] = w.sent_dc ? w.sent_dc + s * N * H : nullptr;
       u.dc_rows[s] = w.dc_rows ? w.dc_rows + s * N * H : nullptr;
     }
     device.each(slots.count, B, std::max(H, R), begin);
@@ -109,11 +112,11 @@ struct StepwiseBackward {
     if (p.weight_gradients) weight_gradients(device, p, slots, w, u);
     if (p.dx) input_gradient(device, p, slots, u);
     if (p.norms) {
-      RowNorms<S, T, Cell::kStates, G, kSplit> norms = {N, R, H, {}, {}, {}, typed<S>(p.norms)};
+      RowNorms<S, T, Cell::kStates, G, kSplit> norms = {N, B, R, H, p.dy, {}, {}, {}, {}, typed<S>(p.norms)};
       for (int s = 0; s < slots.count; ++s) {
-        norms.dh[s] = u.dh_rows[s], norms.dc[s] = u.dc_rows[s], norms.dg[s] = u.dg[s];
+        norms.dh[s] = u.dh_rows[s], norms.sent_dc[s] = u.sent_dc[s], norms.dc[s] = u.dc_rows[s], norms.dg[s] = u.dg[s];
       }
-      device.each(slots.count, N, Cell::kStates + G, norms);
+      device.each(slots.count, N, 2 * Cell::kStates + G, norms);
     }
     if (p.dgates) {
       const int64_t width = kBlocks * H;
