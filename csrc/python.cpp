@@ -190,7 +190,9 @@ py::object infer_layers(const at::Tensor& x, const std::optional<at::Tensor>& h0
                     zoneout);
     if (step && results) {
       auto& [y, h_n, c_n] = *results;
-      y = y.squeeze(0), h_n = h_n.squeeze(0), c_n = c_n.size(0) ? c_n.squeeze(0) : c_n;
+      for (at::Tensor* t : {&y, &h_n, &c_n}) {
+        if (t->size(0)) t->squeeze_(0);  // no view: people call methods in place
+      }
     }
   }
   return results ? py::cast(*results) : py::none();

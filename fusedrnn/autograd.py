@@ -5,7 +5,7 @@ One call of the fused kernel forward, one backward; :mod:`fusedrnn.functional` s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from .ops import KERNEL_DTYPES, layer_backward, layer_forward
 from .second_order import Arguments, hessian_vector_product
 from .torch_internals import dual_level, exporting, functionalizing, transformed
 
-__all__ = ["Options", "RecurrentLayer", "RecurrentLayerBackward", "recurrent_layer"]
+__all__ = ["PLAIN", "PLAIN_BATCH_FIRST", "Options", "RecurrentLayer", "RecurrentLayerBackward", "in_place", "recurrent_layer"]
 
 
 class Options(NamedTuple):
@@ -35,6 +35,8 @@ class Options(NamedTuple):
         bptt_steps: no gradient passes from a time t that is a multiple of it to t - 1; 0: all pass.
         clip: the limit of what a step sends back to the states before it; 0: none.
         clip_by_norm: whether it is one of each sample's vector, not of each element.
+        batch_first: whether y is (B, T, D*R), laid out in memory as (T, B, D*R). Turned here, where it is not saved yet
+            for the backward pass: a view would refuse methods in place that torch.nn's output allows.
     """
 
     states: bool = False
@@ -42,6 +44,7 @@ class Options(NamedTuple):
     bptt_steps: int = 0
     clip: float = 0.0
     clip_by_norm: bool = False
+    batch_first: bool = False
 
     @property
     def limits(self) -> bool:
@@ -50,6 +53,7 @@ class Options(NamedTuple):
 
 
 PLAIN = Options()
+PLAIN_BATCH_FIRST = Options(batch_first=True)
 
 
 def recurrent_layer(
@@ -77,6 +81,7 @@ def recurrent_layer(
     if _wants_plain_operations(x, h0, c0, *weights):
         _refuse(options, "forward-mode AD and torch.func.functionalize")
         y, h_n, *cs = differentiable.layer(cell, bidirectional, x, batch_sizes, h0, c0, weights, noise)
+        y = y.transpose(0, 1) if options.batch_first else y
         return (y, h_n, *cs) if cs else (y, h_n, h_n[:0], None)
     if compiling and mapped and torch.is_grad_enabled():
         # Dynamo takes no tensor inside torch.func.grad for one that requires a gradient: it would be lost.
@@ -111,11 +116,17 @@ def _forward(
     states = options.states and len(CELLS[cell].states) == 2
     keep, masks = keep and not _recomputes(options, cell), noise.to(x.dtype)
     y, h_n, c_n, saved = layer_forward(x, batch_sizes, h0, c0, weights, cell, bidirectional, keep or states, *masks)
+    y = in_place(Tensor.transpose_, Tensor.transpose, y, 0, 1) if options.batch_first else y
     if not states:
         return y, h_n, c_n, None, saved
     begin = CELLS[cell].saved * c_n.size(2)
     c = torch.cat([s[:, begin : begin + c_n.size(2)] for s in saved], dim=1).to(x.dtype)
     return y, h_n, c_n, c.reshape(*x.shape[:-1], c.size(1)), saved if keep else saved[:, :0].clone()
+
+
+def in_place(method: Callable[..., Tensor], otherwise: Callable[..., Tensor], t: Tensor, *arguments: int) -> Tensor:
+    """Another shape of a tensor that nobody else holds, not as a view; as one where Dynamo or a transform looks on."""
+    return (otherwise if is_compiling() or transformed() else method)(t, *arguments)
 
 
 def _recomputes(options: Options, cell: str) -> bool:
@@ -189,6 +200,8 @@ class RecurrentLayer(torch.autograd.Function):
         if is_batched_by_autograd(dy, dh_n, dc_n, dc):
             return tuple(map_backward(partial(RecurrentLayer.backward, ctx), dy, dh_n, dc_n, dc, None))
         x, batch_sizes, h0, c0, y, saved, mask_h, keep_h, keep_c, *weights = ctx.saved_tensors
+        if ctx.options.batch_first:
+            y, dy = y.transpose(0, 1), None if dy is None else dy.transpose(0, 1)
         noise = Noise(mask_h, keep_h, keep_c)
         _, _, _, _, need_x, _, need_h0, need_c0, _, _, _, *need_weights = ctx.needs_input_grad
         if dy is None and dh_n is None and dc_n is None and dc is None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import dropout as _dropout
 from torch.nn.utils.rnn import PackedSequence
 
-from .autograd import Options, RecurrentLayer, recurrent_layer
+from .autograd import Options, RecurrentLayer, in_place, recurrent_layer
 from .cells import CELLS
 from .dropout import Rates, draw, drop_input, drop_weights, rates
 from .ops import KERNEL_DTYPES
@@ -78,14 +78,15 @@ def _stack(
         h0, c0 = (None if s is None else s if num_layers == 1 else s[own] for s in (*states, None)[:2])
         x = drop_input(x, drop.input, batch_sizes, layout)
         mine = drop_weights(weights[layer * per_layer : (layer + 1) * per_layer], drop.weight, directions)
+        last = layer + 1 == num_layers
         x, h_n, c_n, c = recurrent_layer(
-            cell, bidirectional, x, batch_sizes, h0, c0, mine, options,
+            cell, bidirectional, x, batch_sizes, h0, c0, mine, options if last else options._replace(batch_first=False),
             None if owner is None or torch.compiler.is_compiling() else Owner(weakref.ref(owner), layer, layout),
             draw(drop, training, x, batch_sizes, layout, directions, gates, mine[1]),
         )  # fmt: skip
         finals.append((h_n, c_n)[:count])
         steps.append((x, c)[:count])
-        if dropout and training and layer + 1 < num_layers:
+        if dropout and training and not last:
             x = _dropout(x, dropout, training=True)
     return x, finals[0] if num_layers == 1 else tuple(map(torch.cat, zip(*finals, strict=True))), steps
 
@@ -269,6 +270,9 @@ def recurrent(
             turn = partial(torch.transpose, dim0=0, dim1=1) if batch_first else lambda t: t
             return results(y, finals, steps, lambda t: turn(segments.scatter(t)))
     sizes, layout = (None, None) if packed is None else (packed.batch_sizes, packed[2:])
+    turned = batch_first and packed is None and not (unbatched or return_states)
+    if turned:
+        stack = (*stack[:-2], options._replace(batch_first=True), owner)
     y, finals, steps = _stack(cell, x, sizes, states, *stack, layout)
     if packed is not None:
         if packed.unsorted_indices is not None:
@@ -276,7 +280,7 @@ def recurrent(
         return results(y, finals, steps, lambda t: PackedSequence(t, *packed[1:]))
     if unbatched:
         return results(y, tuple(s.squeeze(1) for s in finals), steps, lambda t: t.squeeze(1))
-    return results(y, finals, steps, lambda t: t.transpose(0, 1) if batch_first else t)
+    return results(y, finals, steps, lambda t: t.transpose(0, 1) if batch_first and not turned else t)
 
 
 def lstm(
@@ -378,7 +382,7 @@ def recurrent_cell(
     h0, c0 = (None if s is None else s.unsqueeze(0) for s in (*hx, None)[:2])
     _check_devices(x, *hx, *weights)
     _, h, c, _ = recurrent_layer(cell, False, x.unsqueeze(0), None, h0, c0, weights)
-    return tuple(s.squeeze(0) for s in (h, c)[: len(CELLS[cell].states)])
+    return tuple(in_place(Tensor.squeeze_, Tensor.squeeze, s, 0) for s in (h, c)[: len(CELLS[cell].states)])
 
 
 def lstm_cell(

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import has_torch_function
 
 from ._C import infer, packed_weights
-from .autograd import PLAIN, recurrent_layer
+from .autograd import PLAIN, PLAIN_BATCH_FIRST, in_place, recurrent_layer
 from .cells import CELLS
 from .dropout import kept_parts
 from .options import HasOptions, text
@@ -47,7 +47,8 @@ def dense(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """A dense batch through one layer or, in inference, through several: y, h_n, c_n. None: by the long road.
 
-    Of a cell, x is (B, I), without the time, and so are the states and results. ``zoneout``: in inference alone. What
+    x is (T, B, I), y as the module has it, batch_first or not. Of a cell, x is (B, I), without the time, and so are the
+    states and results. ``zoneout``: in inference alone. What
     the kernel refuses goes by the long road too, which words the error.
     """
     try:
@@ -72,6 +73,8 @@ def _dense(
     if infers():
         parts = kept_parts(zoneout, len(CELLS[cell].states))
         result = infer(x, h0, c0, weights, cell, bidirectional, num_layers, _kept(module), parts)
+        if result is not None and x.dim() == 3 and module.batch_first:
+            result[0].transpose_(0, 1)
         if result is not None or any(parts):
             return result
     elif not torch.compiler.is_compiling() and kept_aside and not isinstance(module, FusedModule):
@@ -80,10 +83,12 @@ def _dense(
         return None
     if x.dim() == 3:
         owner = None if torch.compiler.is_compiling() else Owner(weakref.ref(module))
-        return recurrent_layer(cell, bidirectional, x, None, h0, c0, weights, PLAIN, owner)[:3]
+        options = PLAIN_BATCH_FIRST if module.batch_first else PLAIN
+        return recurrent_layer(cell, bidirectional, x, None, h0, c0, weights, options, owner)[:3]
     x, h0, c0 = (None if t is None else t.unsqueeze(0) for t in (x, h0, c0))
-    y, h_n, c_n, _ = recurrent_layer(cell, bidirectional, x, None, h0, c0, weights)
-    return y[0], h_n[0], c_n[0] if c_n.size(0) else c_n
+    _, h_n, c_n, _ = recurrent_layer(cell, bidirectional, x, None, h0, c0, weights)
+    h, c = (in_place(Tensor.squeeze_, Tensor.squeeze, s, 0) if s.size(0) else s for s in (h_n, c_n))
+    return h, h, c
 
 
 def is_plain(

@@ -136,7 +136,7 @@ def _short_road(
     if result is None:
         return None
     y, *finals = result
-    return y.transpose(0, 1) if module.batch_first else y, tuple(finals[: len(CELLS[cell].states)])
+    return y, tuple(finals[: len(CELLS[cell].states)])
 
 
 def _check_args(
