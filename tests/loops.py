@@ -152,3 +152,81 @@ def _run(cell, module, suffix, x, states, active, reset, *, reverse):
         states = tuple(torch.where(active[t], after, before) for after, before in zip(new, states, strict=True))
         outputs[t] = torch.where(active[t], states[0], torch.zeros_like(states[0]))
     return torch.stack(outputs), states
+
+
+@dataclass
+class Steps:
+    """What :func:`op_loop` gives: results, and of every row the tensors whose gradients are asked for."""
+
+    y: Tensor
+    h_n: Tensor
+    c_n: Tensor | None
+    c: Tensor | None  # c_t of every row
+    rows: dict[str, list[Tensor]]  # h, c and what goes on from them: sent_h, sent_c; cell_h; ih, hh
+
+
+class _Limited(torch.autograd.Function):
+    """The identity, whose gradient is limited as what a step sends back is."""
+
+    @staticmethod
+    def forward(ctx, state: Tensor, clip: float, by_norm: bool) -> Tensor:
+        ctx.clip, ctx.by_norm = clip, by_norm
+        return state.view_as(state)
+
+    @staticmethod
+    def backward(ctx, d: Tensor):
+        if not ctx.by_norm:
+            return d.clamp(-ctx.clip, ctx.clip), None, None
+        norm = d.norm()
+        return d * ctx.clip / norm if norm > ctx.clip else d, None, None
+
+
+def op_loop(
+    cell: str, x: Tensor, batch_sizes: list[int] | None, h0: Tensor | None, c0: Tensor | None, weights: list[Tensor],
+    directions: int, noise: tuple[Tensor | None, ...] = (None,) * 3, bptt: int = 0, clip: float = 0.0,
+    by_norm: bool = False,
+) -> Steps:  # fmt: skip
+    """A layer as the ops take it, one sample and one step at a time; each step has biases of its own, whose gradients
+    are those of the gates. x (T, B, I) or (N, I), noise: mask_h, keep_h, keep_c."""
+    sizes = [x.shape[1]] * x.shape[0] if batch_sizes is None else batch_sizes
+    x, each, T, B = x.flatten(0, -2), len(weights) // directions, len(sizes), sizes[0]
+    first = [sum(sizes[:t]) for t in range(T)]
+    keeps = [None if k is None else k.flatten(0, -2) for k in noise[1:]]
+    two = cell == "lstm"
+    kinds = ("h", "c", "sent_h", "sent_c", "cell_h", "ih", "hh")
+    rows: dict[str, list] = {name: [None] * (directions * len(x)) for name in kinds}
+    finals: list[States] = []
+    for d in range(directions):
+        w_ih, w_hh, *others = weights[d * each : (d + 1) * each]
+        b_ih, b_hh = others[:2] if len(others) > 1 else [w_ih[:, :0].sum(1)] * 2  # zeros
+        w_hr = others[-1] if len(others) % 2 else None
+        hidden = w_hr.shape[1] if w_hr is not None else w_hh.shape[1]
+        for b in range(B):
+            starts = ((h0, w_hh.shape[1]), (c0, hidden))[: 2 if two else 1]
+            states = tuple(x.new_zeros(1, n) if s is None else s[d, b, None] for s, n in starts)
+            times = [t for t in range(T) if sizes[t] > b]
+            for step, t in enumerate(reversed(times) if d else times):
+                at = first[t] + b
+                before = tuple(_Limited.apply(s, clip, by_norm) for s in states) if clip else states
+                if bptt and step and (t + d) % bptt == 0:
+                    before = tuple(s.detach() for s in before)
+                own = b_ih.clone(), b_hh.clone()
+                masked = w_hh if noise[0] is None else w_hh * noise[0][d, b]
+                new = TWINS[cell].step(x[at, None], before, w_ih, masked, *own)
+                if w_hr is not None:
+                    new = (linear(new[0], w_hr), *new[1:])
+                rows["cell_h"][d * len(x) + at] = new[0]
+                parts = [None if k is None else k[at].chunk(directions)[d] for k in keeps]
+                states = tuple(s if k is None else k * a + (1 - k) * s for s, a, k in zip(new, before, parts))
+                sent = tuple(s.clone() for s in states)  # to the next step, or the final states
+                names = ("ih", "hh", "h", "c", "sent_h", "sent_c") if two else ("ih", "hh", "h", "sent_h")
+                for name, value in zip(names, (*own, *states, *sent)):
+                    rows[name][d * len(x) + at] = value
+                states = sent
+            finals.append(states)
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([torch.cat(rows[name][d * len(x) : (d + 1) * len(x)]) for d in range(directions)], dim=1)
+
+    last = [torch.cat(s).unflatten(0, (directions, B)) for s in zip(*finals, strict=True)]
+    return Steps(joined("h"), last[0], last[1] if two else None, joined("c") if two else None, rows)
