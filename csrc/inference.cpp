@@ -204,7 +204,7 @@ std::optional<Inferred> infer(const Tensor& x, const OptionalTensor& h0, const O
   if (!all_plain || x.scalar_type() == at::kHalf) return std::nullopt;  // float16: not every set has kernels
   RECORD_FUNCTION("fusedrnn::infer", std::vector<c10::IValue>({x}));
   const int64_t each = layers > 0 ? static_cast<int64_t>(weights.size()) / layers : 0, D = bidirectional ? 2 : 1;
-  bool fit = layers > 0 && each * layers == static_cast<int64_t>(weights.size());
+  bool fit = layers > 0 && each > 0 && each * layers == static_cast<int64_t>(weights.size());
   for (const OptionalTensor* state : {&h0, &c0}) {
     fit = fit && (!*state || ((*state)->dim() == 3 && (*state)->size(0) == layers * D));
   }
@@ -301,7 +301,7 @@ std::unique_ptr<Stepper> Stepper::make(const Tensor& x, const std::vector<Tensor
 
 bool Stepper::fits(const Tensor& t, at::IntArrayRef shape) const {
   return plain(t) && t.scalar_type() == options_.dtype().toScalarType() && t.sizes() == shape && t.is_contiguous() &&
-         is_there(t);
+         is_there(t) && aligned(t).is_same(t);
 }
 
 bool Stepper::fits(size_t i, const Tensor& weight) const { return fits(weight, shapes_[i]); }

@@ -19,6 +19,13 @@ size_t storage_needed(const Tensor& t) {
 
 }  // namespace
 
+Tensor aligned(const Tensor& t) {
+  const bool fits = t.numel() == 0 || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % t.element_size() == 0;
+  return fits ? t : t.clone();
+}
+
+Tensor widened_to_float(const Tensor& t) { return t.to(at::kFloat, false, false, at::MemoryFormat::Contiguous); }
+
 bool is_there(const Tensor& t) {
   const c10::Storage& storage = t.storage();
   return t.numel() == 0 || (storage.nbytes() >= storage_needed(t) && storage.data() != nullptr);
@@ -43,7 +50,7 @@ void check_tensor(const Tensor& t, const Tensor& x, const char* name, at::IntArr
 Tensor check_optional(const OptionalTensor& t, const Tensor& x, const char* name, at::IntArrayRef shape) {
   if (!t.has_value() || !t->defined()) return {};
   check_tensor(*t, x, name, shape);
-  return t->contiguous();
+  return aligned(t->contiguous());
 }
 
 void check_memory(bool enough) {
@@ -69,6 +76,11 @@ void read_steps(Layer& layer, const OptionalTensor& batch_sizes) {
     z.T = layer.x.size(0);
   }
   TORCH_CHECK(z.T > 0, "Expected sequence length to be larger than 0 in RNN");
+  constexpr int64_t kMost = int64_t{1} << 40;  // beyond all memory; no product of sizes overflows below it
+  double elements = 1;
+  for (const int64_t size : layer.x.sizes()) elements *= static_cast<double>(std::max<int64_t>(size, 1));
+  TORCH_CHECK(z.T < kMost && elements < kMost, "input of sizes ", layer.x.sizes(), " in ", z.T,
+              " steps is larger than any memory: can't allocate memory");
   layer.steps = c10::GetCPUAllocator()->allocate(2 * z.T * sizeof(int64_t));  // torch's error where there is no memory
   int64_t* const active = static_cast<int64_t*>(layer.steps.get());
   int64_t* const offset = active + z.T;
@@ -119,17 +131,17 @@ void read_weights(Layer& layer, at::TensorList weights, int directions) {
     DirectionWeights w;
     check_tensor(at(0), layer.x, "w_ih", {G * z.H, z.I});
     check_tensor(at(1), layer.x, "w_hh", {G * z.H, z.R});
-    w.w_ih = at(0).contiguous();
-    w.w_hh = at(1).contiguous();
+    w.w_ih = aligned(at(0).contiguous());
+    w.w_hh = aligned(at(1).contiguous());
     if (bias) {
       check_tensor(at(2), layer.x, "b_ih", {G * z.H});
       check_tensor(at(3), layer.x, "b_hh", {G * z.H});
-      w.b_ih = at(2).contiguous();
-      w.b_hh = at(3).contiguous();
+      w.b_ih = aligned(at(2).contiguous());
+      w.b_hh = aligned(at(3).contiguous());
     }
     if (z.projected) {
       check_tensor(at(each - 1), layer.x, "w_hr", {z.R, z.H});
-      w.w_hr = at(each - 1).contiguous();
+      w.w_hr = aligned(at(each - 1).contiguous());
     }
     layer.weights.push_back(w);
   }
@@ -142,12 +154,12 @@ Layer read_layer(const Tensor& x, const OptionalTensor& batch_sizes, const Optio
                  const Noise& noise) {
   check_there(x, "input");
   Layer layer;
-  layer.cell = find_cell(std::string(cell).c_str());
+  layer.cell = find_cell(std::string_view(cell.data(), cell.size()));
   TORCH_CHECK_VALUE(layer.cell >= 0, "unknown cell '", cell, "'");
   layer.dtype = x.scalar_type();
   TORCH_CHECK_TYPE(layer.kernel_dtype() >= 0, "fusedrnn supports float32, float64, bfloat16 and float16, got ",
                    layer.dtype);
-  layer.x = x.dim() > 0 && x.stride(-1) == 1 ? x : x.contiguous();
+  layer.x = aligned(x.dim() > 0 && x.stride(-1) == 1 ? x : x.contiguous());
   read_steps(layer, batch_sizes);
   const int directions = bidirectional ? 2 : 1;
   read_weights(layer, weights, directions);
@@ -171,7 +183,7 @@ Tensor check_rows(const OptionalTensor& t, const Layer& layer, const char* name,
   const std::vector<int64_t> sizes = layer.packed ? std::vector<int64_t>{z.N, z.D * columns}
                                                   : std::vector<int64_t>{z.T, z.B, z.D * columns};
   check_tensor(*t, layer.x, name, sizes);
-  return t->stride(-1) != 1 && t->size(-1) != 1 ? t->contiguous() : *t;
+  return aligned(t->stride(-1) != 1 && t->size(-1) != 1 ? t->contiguous() : *t);
 }
 
 int Layer::kernel_dtype() const {
@@ -188,7 +200,7 @@ void Layer::widen_without_kernel() {
   if (x.is_cuda() || kernels().forward[cell][kernel_dtype()]) return;
   dtype = at::kFloat;
   const auto widen = [](Tensor& t) {
-    if (t.defined()) t = t.to(at::kFloat);
+    if (t.defined()) t = widened_to_float(t);
   };
   for (Tensor* t : {&x, &h0, &c0, &mask_h, &keep_h, &keep_c}) widen(*t);
   for (DirectionWeights& w : weights) {

@@ -55,6 +55,10 @@ Layer read_layer(const at::Tensor& x, const OptionalTensor& batch_sizes, const O
 
 // Whether the storage of t is as large as its sizes and strides say: someone may have resized or freed it.
 bool is_there(const at::Tensor& t);
+// t, or a copy of it whose elements lie at multiples of their size, as kernels read them.
+at::Tensor aligned(const at::Tensor& t);
+// float32, its last dimension dense whatever lay in t.
+at::Tensor widened_to_float(const at::Tensor& t);
 // Throws if it is not, or t is undefined.
 void check_there(const at::Tensor& t, const char* name);
 void check_tensor(const at::Tensor& t, const at::Tensor& x, const char* name, at::IntArrayRef shape);

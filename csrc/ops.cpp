@@ -9,7 +9,9 @@
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "layer.h"
 #if defined(FUSEDRNN_CUDA)
@@ -103,10 +105,12 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor> 
   Tensor dc = check_optional(dc_n, x, "dc_n", {two_states ? z.D : 0, z.B, z.H});
   layer.widen_without_kernel();
   const auto options = layer.x.options();
-  const auto widened = [&](const Tensor& t) { return t.defined() ? t.to(layer.dtype) : t; };
+  const auto widened = [&](const Tensor& t) {
+    return t.defined() && t.scalar_type() != layer.dtype ? widened_to_float(t) : t;
+  };
   dy_rows = widened(dy_rows), dc_views = widened(dc_views);
   dh = widened(dh), dc = widened(dc);
-  const Tensor y_rows = widened(y).contiguous(), saved_rows = saved.contiguous();
+  const Tensor y_rows = aligned(widened(y).contiguous()), saved_rows = aligned(saved.contiguous());
 
   const auto compute = options.dtype(layer.compute_type());
   Tensor dx = need_x ? empty_rows(layer, z.I) : at::empty({0}, options);
@@ -143,7 +147,9 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor> 
     p.dh = output(dh_rows, {z.D, z.N, z.R});
     p.norms = output(norms, {z.D, z.N, 2 * cell_of.states + cell_of.gates});
     p.bptt_steps = bptt_steps;
-    p.clip = clip;
+    // Not to become 0, which is no limit, in the compute type.
+    const double least = layer.dtype == at::kDouble ? 0 : std::numeric_limits<float>::denorm_min();
+    p.clip = clip > 0 ? std::max(clip, least) : 0;
     p.clip_by_norm = clip_by_norm && clip > 0;
     p.weight_gradients = need_weights;
     const size_t each = weights.size() / z.D;

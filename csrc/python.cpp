@@ -7,7 +7,11 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include <algorithm>
+#include <atomic>
 #include <chrono>
+#include <memory>
+#include <new>
 #include <numeric>
 #include <stdexcept>
 
@@ -176,12 +180,31 @@ const std::shared_ptr<T>& object_in(const py::capsule& capsule) {
   return *capsule.get_pointer<std::shared_ptr<T>>();
 }
 
+// An argument of Python in C++. (Pybind's own error prints every argument: torch would read the memory of a freed one.)
+template <class T>
+T argument(const py::object& object, const char* name) {
+  py::detail::make_caster<T> caster;
+  if (!caster.load(object, true)) {
+    throw py::type_error(std::string(name) + " has the wrong type: " + Py_TYPE(object.ptr())->tp_name);
+  }
+  return py::detail::cast_op<T>(std::move(caster));
+}
+
+using Tensors = std::vector<at::Tensor>;
+
 // y, h_n, c_n, or None: see inference.h. Of one step x [B, I], with states [B, *], the same without the time.
-py::object infer_layers(const at::Tensor& x, const std::optional<at::Tensor>& h0, const std::optional<at::Tensor>& c0,
-                        const std::vector<at::Tensor>& weights, const std::string& cell, bool bidirectional,
-                        int64_t layers, const py::capsule& kept, const Zoneout& zoneout) {
+py::object infer_layers(const py::object& given_x, const py::object& given_h0, const py::object& given_c0,
+                        const py::object& given_weights, const py::object& given_cell, const py::object& both,
+                        const py::object& given_layers, const py::object& kept, const py::object& given_zoneout) {
+  const auto x = argument<at::Tensor>(given_x, "x");
+  const auto h0 = argument<OptionalTensor>(given_h0, "h0"), c0 = argument<OptionalTensor>(given_c0, "c0");
+  const auto weights = argument<Tensors>(given_weights, "weights");
+  const auto cell = argument<std::string>(given_cell, "cell");
+  const auto bidirectional = argument<bool>(both, "bidirectional");
+  const auto layers = argument<int64_t>(given_layers, "layers");
+  const auto zoneout = argument<Zoneout>(given_zoneout, "zoneout");
+  const auto packed = object_in<PackedWeights>(argument<py::capsule>(kept, "kept"));
   std::optional<Inferred> results;
-  const std::shared_ptr<PackedWeights> packed = object_in<PackedWeights>(kept);
   {
     const py::gil_scoped_release release;
     const bool step = x.defined() && x.dim() == 2;
@@ -198,9 +221,12 @@ py::object infer_layers(const at::Tensor& x, const std::optional<at::Tensor>& h0
   return results ? py::cast(*results) : py::none();
 }
 
-py::object prepare_step(const at::Tensor& x, const std::vector<at::Tensor>& weights, const std::string& cell,
-                        int64_t layers, const Zoneout& zoneout) {
-  std::shared_ptr<Stepper> stepper = Stepper::make(x, weights, cell, layers, zoneout);
+py::object prepare_step(const py::object& x, const py::object& weights, const py::object& cell,
+                        const py::object& layers, const py::object& zoneout) {
+  std::shared_ptr<Stepper> stepper =
+      Stepper::make(argument<at::Tensor>(x, "x"), argument<Tensors>(weights, "weights"),
+                    argument<std::string>(cell, "cell"), argument<int64_t>(layers, "layers"),
+                    argument<Zoneout>(zoneout, "zoneout"));
   return stepper ? py::object(held(std::move(stepper))) : py::none();
 }
 
@@ -213,18 +239,27 @@ OptionalTensor tensor_or_none(const py::object& object) {
 // With the weights of a module as torch.nn keeps them: its parameters by name, the names, and the list by which its
 // forward reads them, which must hold these very parameters. No other thread of Python runs meanwhile: a step is shorter
 // than handing over would take.
-py::object step(const py::capsule& prepared, const py::object& x, const py::object& h0, const py::object& c0,
-                const py::dict& parameters, const py::list& names, const py::list& listed) {
-  const Stepper& stepper = *object_in<Stepper>(prepared);
+py::object step(const py::object& prepared, const py::object& x, const py::object& h0, const py::object& c0,
+                const py::object& parameters, const py::object& names, const py::object& listed) {
+  const Stepper& stepper = *object_in<Stepper>(argument<py::capsule>(prepared, "prepared"));
   const bool tensors = THPVariable_Check(x.ptr()) && is_tensor_or_none(h0) && is_tensor_or_none(c0);
-  if (!tensors || names.size() != stepper.weights() || listed.size() != stepper.weights()) return py::none();
+  if (!tensors || !PyDict_Check(parameters.ptr())) return py::none();
+  if (!PyList_Check(names.ptr()) || !PyList_Check(listed.ptr())) return py::none();
   c10::SmallVector<at::Tensor, 8> weights;
-  for (size_t i = 0; i < names.size(); ++i) {
-    PyObject* const own = PyDict_GetItem(parameters.ptr(), PyList_GET_ITEM(names.ptr(), i));
-    if (!own || own != PyList_GET_ITEM(listed.ptr(), i) || !THPVariable_Check(own)) return py::none();
-    weights.push_back(THPVariable_Unpack(own));
+  for (size_t i = 0; i < stepper.weights(); ++i) {
+    // Looked at anew each time, and held: to find a name may run code of its class, which may change the lists.
+    const auto item = [i](const py::object& list) {
+      const bool there = static_cast<size_t>(PyList_GET_SIZE(list.ptr())) > i;
+      return py::reinterpret_borrow<py::object>(there ? PyList_GET_ITEM(list.ptr(), i) : nullptr);
+    };
+    const py::object name = item(names), weight = item(listed);
+    if (!name || !weight || !THPVariable_Check(weight.ptr())) return py::none();
+    if (PyDict_GetItem(parameters.ptr(), name.ptr()) != weight.ptr()) return py::none();
+    weights.push_back(THPVariable_Unpack(weight.ptr()));
     if (!stepper.fits(i, weights.back())) return py::none();
   }
+  const auto whole = static_cast<Py_ssize_t>(stepper.weights());
+  if (PyList_GET_SIZE(names.ptr()) != whole || PyList_GET_SIZE(listed.ptr()) != whole) return py::none();
   const auto results = stepper.step(THPVariable_Unpack(x.ptr()), tensor_or_none(h0), tensor_or_none(c0), weights);
   return results ? py::cast(*results) : py::none();
 }
@@ -270,20 +305,23 @@ double peak_flops(int threads, double seconds) {
 double read_bandwidth(int threads, int64_t kilobytes, double seconds) {
   check_size("kilobytes", kilobytes, int64_t{1} << 22);
   const int64_t n = kilobytes * 1024 / sizeof(float);
-  const auto setup = [n](int) {
-    std::vector<float> data(n, 1.0f);
-    volatile float used = kernels().read_all(data.data(), n);  // into the cache
-    (void)used;
+  std::atomic<bool> enough{true};
+  const auto setup = [&](int) {  // no exception leaves a parallel region
+    std::unique_ptr<float[]> data(new (std::nothrow) float[n]);
+    if (!data) enough = false;
+    else std::fill_n(data.get(), n, 1.0f);  // into the cache
     return data;
   };
-  return rate(threads, seconds, setup, [](const std::vector<float>& data) {
+  const double bytes_a_second = rate(threads, seconds, setup, [n](const std::unique_ptr<float[]>& data) {
     int64_t bytes = 0;
-    for (float sum = 0; bytes < 1 << 20; bytes += data.size() * sizeof(float)) {
-      sum += kernels().read_all(data.data(), data.size());
+    for (float sum = 0; data && bytes < 1 << 20; bytes += n * sizeof(float)) {
+      sum += kernels().read_all(data.get(), n);
       if (sum < 0) return int64_t{0};  // used
     }
     return bytes;
   });
+  if (!enough) throw std::bad_alloc();
+  return bytes_a_second;
 }
 
 // Seconds a meeting of a team of `threads` that has nothing else to do.
@@ -306,8 +344,10 @@ double meeting_seconds(int threads) {
 
 template <class S>
 py::array_t<S> activation(const std::string& isa, const std::string& function, py::array_t<S, py::array::c_style> x) {
-  const KernelTable* table = find_isa(isa.c_str());
-  if (!table || !isa_supported(isa.c_str())) throw py::value_error("instruction set not available: " + isa);
+  const KernelTable* table = find_isa(isa);
+  if (!table || !isa_supported(table->name)) throw py::value_error("instruction set not available: " + isa);
+  if (x.ndim() != 1) throw py::value_error("x must have one dimension, got " + std::to_string(x.ndim()));
+  if (reinterpret_cast<uintptr_t>(x.data()) % sizeof(S)) throw py::value_error("x must be aligned");
   if (function != "sigmoid" && function != "tanh") throw py::value_error("function must be 'sigmoid' or 'tanh'");
   py::array_t<S> y(x.size());
   const int which = function == "sigmoid" ? 0 : 1;

@@ -257,7 +257,7 @@ class LSTM(_SequenceModule, torch.nn.LSTM):
         device: torch.device | str | int | None = None, dtype: torch.dtype | None = None, *,
         input_dropout: float = 0.0, recurrent_dropout: float = 0.0, zoneout: float | tuple[float, float] = 0.0,
         weight_dropout: float = 0.0, grad_clip: float | None = None, grad_clip_mode: str = "value",
-        bptt_steps: int | None = None, recompute: str = "none",
+        bptt_steps: int | None = None, recompute: str = "none", **others: Any,
     ) -> None:  # fmt: skip
         _SequenceModule.__init__(self, dict(locals()))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from . import _C  # registers the ops; torch must be loaded first
-from .cells import CELLS
+from .cells import CELLS, CellInfo
 
 __all__ = ["KERNEL_DTYPES", "layer_backward", "layer_forward"]
 
@@ -38,6 +38,12 @@ def _spread_stride(n: int, itemsize: int) -> int:
     """Width of a row of ``saved``: ``spread_stride`` of csrc/problem.h."""
     line = 64 // itemsize
     return n if n < 4 * line else (-(-n // line) | 1) * line
+
+
+def _info(cell: str) -> CellInfo:
+    if cell not in CELLS:
+        raise ValueError(f"unknown cell '{cell}'")
+    return CELLS[cell]
 
 
 def _check_devices(x: Tensor, batch_sizes: Tensor | None, **tensors: Tensor | None) -> None:
@@ -65,7 +71,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     noise = {"mask_h": mask_h, "keep_h": keep_h, "keep_c": keep_c}
     _check_devices(x, batch_sizes, h0=h0, c0=c0, **noise, **{f"weights[{i}]": weight for i, weight in enumerate(weights)})
-    info, directions = CELLS[cell], 2 if bidirectional else 1
+    info, directions = _info(cell), 2 if bidirectional else 1
     hidden = weights[1].size(0) // len(info.gates)
     out = weights[1].size(1)  # R: H, or P with a projection
     if h0 is not None:
@@ -115,7 +121,7 @@ def _(
     noise = {"mask_h": mask_h, "keep_h": keep_h, "keep_c": keep_c}
     named = {"dy": dy, "dh_n": dh_n, "dc_n": dc_n, "dc": dc, "h0": h0, "c0": c0, "y": y, "saved": saved}
     _check_devices(x, batch_sizes, **named, **noise, **{f"weights[{i}]": weight for i, weight in enumerate(weights)})
-    info, directions = CELLS[cell], 2 if bidirectional else 1
+    info, directions = _info(cell), 2 if bidirectional else 1
     hidden = weights[1].size(0) // len(info.gates)
     if h0 is not None:
         batch = h0.size(1)

@@ -356,8 +356,8 @@ def test_functional_arguments() -> None:
         functional.lstm(x, None, [w_ih, w_hh, None, None])
     with pytest.raises(ValueError, match="cell must be one of"):
         functional.recurrent_cell("peephole", x[0], (None,), w_ih, w_hh)
-    with pytest.raises(ValueError, match="cannot be projected"):
-        fusedrnn.ResidualRNN(3, 4, 1, True, False, 0.0, False, 2)
+    with pytest.raises(ValueError, match="proj_size argument is only supported for LSTM, not ResidualRNN"):
+        fusedrnn.ResidualRNN(3, 4, proj_size=2)
     with pytest.raises(RuntimeError, match="device"):  # a single meta tensor would lead to the fake kernel
         fusedrnn.ops.layer_forward(x, None, None, None, [w.to("meta") for w in weights[:4]], "lstm", False, True)
     for dropout in (-0.1, 1.5, float("nan")):

@@ -51,7 +51,7 @@ class BackwardPass {
 
  public:
   static bool run(const BackwardProblem& p) {
-    Shared shared;
+    Shared shared{};
     shared.plan = make_plan(p.size, G, L, p.threads);
     const bool done = in_parallel(
         shared.plan.teams * shared.plan.members, [&](int threads) { return prepare(p, shared, threads); },

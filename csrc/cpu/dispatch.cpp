@@ -74,11 +74,11 @@ bool isa_supported(const char* name) {
   return !std::strcmp(name, "base") || !std::strcmp(name, table_stepwise().name);
 }
 
-const KernelTable* find_isa(const char* name) {
+const KernelTable* find_isa(std::string_view name) {
   for (const KernelTable* table : kTables) {
-    if (!std::strcmp(table->name, name)) return table;
+    if (name == table->name) return table;
   }
-  return !std::strcmp(name, table_stepwise().name) ? &table_stepwise() : nullptr;
+  return name == table_stepwise().name ? &table_stepwise() : nullptr;
 }
 
 const char* isa_error() {
@@ -108,9 +108,9 @@ int cells() { return kCells; }
 
 const CellConstants& cell_constants(int cell) { return constants(Registry{})[cell]; }
 
-int find_cell(const char* name) {
+int find_cell(std::string_view name) {
   for (int cell = 0; cell < kCells; ++cell) {
-    if (!std::strcmp(cell_constants(cell).name, name)) return cell;
+    if (name == cell_constants(cell).name) return cell;
   }
   return -1;
 }

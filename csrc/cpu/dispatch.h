@@ -1,6 +1,8 @@
 // The one door from the ops to the CPU kernels: an instruction set is chosen once, a table of functions follows.
 #pragma once
 
+#include <string_view>
+
 #include "../problem.h"
 #include "phases.h"
 
@@ -41,7 +43,7 @@ extern const KernelTable kTableAvx512;
 const KernelTable& table_stepwise();  // no instruction set: the GPU's time loop on the CPU (csrc/cuda/host.cpp)
 
 bool isa_supported(const char* name);
-const KernelTable* find_isa(const char* name);  // null: no such instruction set in this build
+const KernelTable* find_isa(std::string_view name);  // null: no such instruction set in this build
 const KernelTable& kernels();                   // in use; FUSEDRNN_CPU_ISA forces one, else the best supported
 // Read and check FUSEDRNN_CPU_ISA: null if fine, else what is wrong with it.
 const char* isa_error();
@@ -54,7 +56,7 @@ struct CellConstants {
   const char* name;
   int gates, states, saved, first, split;
 };
-int find_cell(const char* name);  // -1: unknown
+int find_cell(std::string_view name);  // -1: unknown
 const CellConstants& cell_constants(int cell);
 int cells();
 

@@ -298,7 +298,7 @@ FUSEDRNN_INLINE void product(const Weights<S, T>& weights, Inner inner, Range ve
       Vec<S>* results = out;
       for (int64_t v0 = first; v0 < last; v0 += U) {
         const int nv = static_cast<int>(min64(U, last - v0)), width = kGroup * nv;
-        const S* panel = weights.panels + v0 * K * kGroup * L;
+        const S* panel = weights.rows ? nullptr : weights.panels + v0 * K * kGroup * L;
         for (int w = 0; w < width && weights.rows; ++w) {
           const int64_t u = (v0 + w % nv) * L;
           const T* own = weights.rows + (w / nv * weights.units + u) * K;

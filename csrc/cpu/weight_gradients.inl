@@ -17,7 +17,9 @@ typename BackwardPass<Cell, T>::WeightSums BackwardPass<Cell, T>::weight_sums(co
 template <class Cell, class T>
 void BackwardPass<Cell, T>::clear_weight_sums(const Item& item, int index) const {
   const WeightSums sum = weight_sums(item, index);
-  const auto clear = [](S* from, int64_t n) { __builtin_memset(from, 0, n * sizeof(S)); };
+  const auto clear = [](S* from, int64_t n) {
+    if (n > 0) __builtin_memset(from, 0, n * sizeof(S));  // there is no W_ih without an input
+  };
   const int64_t u0 = units_.begin * L, un = min64(z_.H, units_.end * L) - u0;
   for (int g = 0; g < G; ++g) {
     clear(sum.w_ih + (g * z_.H + u0) * z_.I, un * z_.I);
