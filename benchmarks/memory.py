@@ -32,11 +32,11 @@ HEADER = (
 )
 
 
-def kept(library, case: Case, **attributes: object) -> float:
-    """Values autograd keeps for each step, sample and unit, each storage once; ``attributes``: of the layer."""
+def kept(library, case: Case, **options: object) -> float:
+    """Values autograd keeps for each step, sample and unit, each storage once; ``options``: of a layer of ours."""
     layer, problem = make_layer(library, case, torch.float32), Problem.of(case)
-    for name, value in attributes.items():
-        setattr(layer, name, value)
+    if options:
+        layer.fused_options = fusedrnn.FusedOptions(**options)
     x = problem.x.float().requires_grad_()
     storages: dict[int, int] = {}
 

@@ -38,8 +38,7 @@ def step(case: Case, name: str) -> Callable[[], None]:
     torch.manual_seed(1)
     T, B, I, H = case.shape
     layer, x, dy = make_layer(fusedrnn, case, torch.float32), torch.randn(T, B, I), torch.randn(T, B, H)
-    for attribute, value in OPTIONS[name].items():
-        setattr(layer, attribute, value)
+    layer.fused_options = fusedrnn.FusedOptions(**OPTIONS[name])
     parameters = list(layer.parameters())
 
     def plain() -> None:
