@@ -59,7 +59,7 @@ $(CLIENTS)/stamp-torch-$(TORCH): requirements-clients.txt requirements-dev.txt |
 	@touch $@
 
 test-clients: $(BUILD) $(CLIENTS)/stamp-torch-$(TORCH)
-	@$(CLIENTS)/bin/python -m pytest -q -s tests/clients/third_party.py $(ARGS)
+	@$(CLIENTS)/bin/python -m pytest -q -s tests/clients/*.py $(ARGS)
 
 bench: $(BUILD)
 	@$(BIN) -m benchmarks --plot out/benchmarks.png $(ARGS)

@@ -5,7 +5,7 @@ inference keeps, and what our classes are beside torch.nn's.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import has_torch_function
+from torch.utils.hooks import RemovableHandle
 
 from ._C import infer, packed_weights
 from .autograd import PLAIN, PLAIN_BATCH_FIRST, in_place, recurrent_layer
@@ -21,7 +22,7 @@ from .dropout import kept_parts
 from .options import HasOptions, text
 from .recording import Owner
 from .streaming import steppers
-from .torch_internals import dual_level, forward_hooks, symbolic_tracing
+from .torch_internals import dual_level, symbolic_tracing
 
 __all__ = ["FusedModule", "as_states", "dense", "infers", "is_plain", "kept_aside"]
 
@@ -131,19 +132,13 @@ def as_states(states: Sequence[Tensor] | None, cell: str) -> Sequence[Tensor] | 
     return states
 
 
-def _refuse_opacus(module: torch.nn.Module, hooks: dict[Any, Any]) -> None:
-    """Before a backward pass that could but fail. Opacus takes any module whose class it does not know."""
-    if any((getattr(hook, "__module__", None) or "").startswith("opacus.") for hook in hooks.values()):
-        raise NotImplementedError(
-            "Opacus computes the gradients of each sample from a module's only input and output, and"
-            f" fusedrnn.{type(module).__name__} has states besides: use the layers of opacus.layers, or"
-            " torch.vmap(torch.func.grad(loss))"
-        )
-
-
 def _kept(module: torch.nn.Module) -> Any:
     """The packed weights of a module, from call to call: a capsule of C++."""
     return kept_aside.get(module) or kept_aside.setdefault(module, packed_weights())
+
+
+def _module_of(function: Callable[..., Any]) -> str:
+    return getattr(function, "__module__", None) or ""
 
 
 class FusedModule(HasOptions):
@@ -157,9 +152,19 @@ class FusedModule(HasOptions):
                 f"fusedrnn.{type(self).__name__} is exported to ONNX by torch.onnx.export(..., dynamo=True,"
                 " custom_translation_table=fusedrnn.onnx.table()), not by TorchScript (dynamo=False)"
             )
-        if hooks := forward_hooks(self):
-            _refuse_opacus(self, hooks)
         return torch.nn.Module.__call__(self, *args, **kwargs)
+
+    def register_forward_hook(self, hook: Callable[..., Any], **kwargs: Any) -> RemovableHandle:
+        """As in torch.nn, but for the hooks that Opacus puts on modules of classes it does not know: they miss the
+        gradients of states and fail in the backward pass. A subclass may have a forward without states.
+        """
+        if _module_of(hook).startswith("opacus.") and _module_of(type(self).forward).startswith("fusedrnn."):
+            raise NotImplementedError(
+                "Opacus computes the gradients of each sample from the one input and the one output of a module, but"
+                f" fusedrnn.{type(self).__name__} takes and returns states too: use a subclass whose forward(x) returns"
+                " the output alone, the layers of opacus.layers, or torch.vmap(torch.func.grad(loss))"
+            )
+        return super().register_forward_hook(hook, **kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> torch.nn.Module:  # by .to(), .double(), .share_memory() ...
         kept_aside.pop(self, None)

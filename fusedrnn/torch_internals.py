@@ -28,7 +28,6 @@ __all__ = [
     "exporting",
     "flat_weights",
     "forget_weight",
-    "forward_hooks",
     "functionalizing",
     "listed_weights",
     "own_parameters",
@@ -51,7 +50,6 @@ VF = getattr(torch, "_VF", None)
 PACKING_OPS = [op.default for op in [getattr(torch.ops.aten, "_pack_padded_sequence", None)] if op is not None]
 
 _graph_task = getattr(torch._C, "_current_graph_task_id", None)
-_NOTHING: dict[Any, Any] = {}
 _is_fx_symbolic_tracing = getattr(_symbolic_trace, "is_fx_symbolic_tracing", None)
 _transforms_active = getattr(torch._C, "_are_functorch_transforms_active", None)
 _interpreter_stack = getattr(_functorch, "get_interpreter_stack", None)
@@ -140,11 +138,6 @@ def remove_batch_dim(t: Tensor, level: int) -> Tensor:
 def add_batch_dim(t: Tensor, level: int) -> Tensor:
     """The inverse."""
     return torch._add_batch_dim(t, 0, level)
-
-
-def forward_hooks(module: nn.Module) -> dict[Any, Callable[..., Any]]:
-    """The functions that are called after the module's ``forward``. Without the name: none is known."""
-    return getattr(module, "_forward_hooks", _NOTHING)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -215,10 +215,18 @@ hook_of_opacus.__module__ = "opacus.grad_sample.grad_sample_module"
 
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell"])
 def test_opacus_is_refused_at_once(name: str) -> None:
-    """It knows nothing of a layer's states, and would fail in the backward pass."""
+    """It knows nothing of a layer's states, and would fail in the backward pass. (tests/clients has Opacus itself.)"""
     module, x = getattr(fusedrnn, name)(3, 4), torch.randn(2, 3)
-    handle = module.register_forward_hook(hook_of_opacus)
     with pytest.raises(NotImplementedError, match=r"torch.vmap\(torch.func.grad\(loss\)\)"):
-        module(x)
-    handle.remove()
+        module.register_forward_hook(hook_of_opacus)
     module(x)
+
+
+def test_opacus_may_have_a_forward_without_states() -> None:
+    class Outputs(fusedrnn.GRU):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)[0]
+
+    module = Outputs(3, 4)
+    module.register_forward_hook(hook_of_opacus)
+    assert module(torch.randn(2, 3)).shape == (2, 4)
