@@ -1,4 +1,4 @@
-"""Looks at the compiled extension before it is loaded, and says what the loader could not: with which torch it was built.
+"""Looks at the compiled extension before it is loaded, and says with which torch it was built, as no loader does.
 
 An extension of another minor version of torch does not load (undefined symbols), or loads and fails later.
 """
@@ -19,7 +19,7 @@ def check(folder: Path, running: str = torch.__version__) -> None:
     ImportError: there is no extension in ``folder``, or it was built with another minor version of torch.
     """
     if not list(folder.glob("_C*.so")) + list(folder.glob("_C*.pyd")):
-        raise ImportError(f"fusedrnn is not built: {folder} has no extension _C. In its source tree: {BUILD}, or make build")
+        raise ImportError(f"fusedrnn is not built: no _C in {folder}. In its source tree: {BUILD}, or make build")
     record = folder / "_C.torch"  # written by setup.py
     built = record.read_text().strip() if record.exists() else running
     if built.split(".")[:2] != running.split(".")[:2]:

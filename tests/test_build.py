@@ -102,3 +102,10 @@ def test_an_extension_of_another_torch_is_named(built: str | None, tmp_path: Pat
 
 def test_the_build_leaves_its_torch() -> None:
     assert (Path(fusedrnn.__file__).parent / "_C.torch").read_text().strip() == torch.__version__
+
+
+@pytest.mark.parametrize("running", ["2.13.0", "2.13.2+cu130", "2.13.0a0+git123"])
+def test_an_extension_of_the_same_minor_version_is_loaded(running: str, tmp_path: Path) -> None:
+    (tmp_path / "_C.so").touch()
+    (tmp_path / "_C.torch").write_text("2.13.0+cpu\n")
+    fusedrnn.extension.check(tmp_path, running)
