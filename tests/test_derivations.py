@@ -1,7 +1,7 @@
 """docs/derivations.md and the code agree on the numbers of the equations, and its Jacobians are right.
 
-A number is defined where the document sets it as \\text{(X1)}, once and in order; csrc/cells and fusedrnn/reference
-name only numbers that are defined, and every line of csrc/cells that computes something names one. The Jacobians,
+A number is defined where the document sets it as \\text{(X1)}, once and in order; csrc, fusedrnn and docs name only
+numbers that are defined, and every line of csrc/cells that computes something names one. The Jacobians,
 which no kernel needs, are written out here and held to the reference's backward functions.
 """
 
@@ -18,8 +18,12 @@ from tolerances import TOLERANCE
 from fusedrnn import reference
 
 ROOT = Path(__file__).parents[1]
-EQUATIONS = re.findall(r"\\text\{\(([A-Z]\d+)\)\}", (ROOT / "docs/derivations.md").read_text(encoding="utf-8"))
-SOURCES = (".py", ".h", ".inl", ".cpp", ".cu")
+DERIVATIONS = (ROOT / "docs/derivations.md").read_text(encoding="utf-8")
+EQUATIONS = re.findall(r"\\text\{\(([A-Z]\d+)\)\}", DERIVATIONS)
+TABLES = re.findall(r"^\*\*(M\d+)\. ", DERIVATIONS, re.MULTILINE)
+SOURCES = (".py", ".h", ".inl", ".cpp", ".cu", ".md")
+# Macros that GitHub does not render, so that formulas cannot change the page.
+REFUSED = "operatorname|DeclareMathOperator|newcommand|renewcommand|def|let|require|href|class|style|cssId|unicode"
 # Lines that only name, load or keep a value.
 PLUMBING = r"constexpr|one = V\(1\)|= saved\[|^\s*(saved|late)\[\d\] = [\w\[\]]+[,;]"
 
@@ -32,17 +36,16 @@ def test_equations_are_numbered_once_and_in_order() -> None:
 
 @pytest.mark.parametrize(
     "file",
-    sorted([p for top in ("csrc", "fusedrnn") for p in (ROOT / top).rglob("*") if p.suffix in SOURCES]),
+    sorted([p for top in ("csrc", "fusedrnn", "docs") for p in (ROOT / top).rglob("*") if p.suffix in SOURCES]),
     ids=lambda f: f.name,
 )
-def test_every_number_in_the_code_is_an_equation(file: Path) -> None:
-    assert set(re.findall(r"\(([A-Z]\d+)\)", file.read_text(encoding="utf-8"))) <= set(EQUATIONS)
+def test_every_number_that_is_cited_is_an_equation(file: Path) -> None:
+    assert set(re.findall(r"\(([A-Z]\d+)\)", file.read_text(encoding="utf-8"))) <= {*EQUATIONS, *TABLES}
 
 
 def test_every_section_is_in_the_list() -> None:
-    text = (ROOT / "docs/derivations.md").read_text(encoding="utf-8")
-    opening = text[: text.index("## Notation")]
-    for letter, title in re.findall(r"^## ([A-Z])\. (.*)$", text, re.MULTILINE):
+    opening = DERIVATIONS[: DERIVATIONS.index("## Notation")]
+    for letter, title in re.findall(r"^## ([A-Z])\. (.*)$", DERIVATIONS, re.MULTILINE):
         anchor = re.sub(r"[^a-z0-9 -]", "", f"{letter}. {title}".lower()).replace(" ", "-")
         assert f"[{letter}](#{anchor})" in opening
 
@@ -51,11 +54,17 @@ def test_every_section_is_in_the_list() -> None:
 def test_formulas_are_those_that_github_renders(file: Path) -> None:
     """No macro that it refuses, and no inline formula that goes on in the next line."""
     text = re.sub(r"```.*?```", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert not re.findall(r"\\(?:operatorname|DeclareMathOperator|newcommand|def)\b", text)
+    assert not re.findall(rf"\\(?:{REFUSED})\b", text)
     for formula in re.findall(r"\$\$.*?\$\$", text, re.DOTALL):
         assert "\n" not in formula, formula
     for line in re.sub(r"\$\$.*?\$\$|`[^`\n]*`", "", text).splitlines():
         assert line.count("$") % 2 == 0, line
+
+
+def test_every_module_is_in_the_table() -> None:
+    table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    modules = {f"`fusedrnn/{file.name}`" for file in (ROOT / "fusedrnn").glob("*.py")} - {"`fusedrnn/__init__.py`"}
+    assert {name for name in modules if name not in table} == set()
 
 
 def test_every_line_of_the_cells_names_its_equation() -> None:
