@@ -37,6 +37,7 @@ __all__ = ["CLIPS", "TASKS", "VARIANTS", "Run", "Task", "Variant", "bound", "flo
 COPIED, SYMBOLS = 5, 8  # the copy task: so many of so many different ones
 CLIPS = ("none", "norm", "step")
 BOUND, RATE, DESCENT_RATE = 1.0, 1e-2, 0.05  # of clipping; of Adam; of plain gradient descent
+ON: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}  # whatever torch's defaults
 
 
 # --- tasks ---
@@ -64,9 +65,10 @@ def adding(lag: int, batch: int, generator: Generator) -> tuple[Tensor, Tensor]:
 
     The target (1, B) is the sum of the two marked values. Its variance, 1/6, is the loss of a blind guess.
     """
-    values, marks, row = torch.rand(lag, batch, generator=generator), torch.zeros(lag, batch), torch.arange(batch)
+    values, row = torch.rand(lag, batch, generator=generator, **ON), torch.arange(batch, device="cpu")
+    marks = torch.zeros_like(values)
     for begin, end in ((0, lag // 2), (lag // 2, lag)):
-        marks[torch.randint(begin, end, (batch,), generator=generator), row] = 1
+        marks[torch.randint(begin, end, (batch,), generator=generator, device="cpu"), row] = 1
     return torch.stack([values, marks], 2), (values * marks).sum(0, keepdim=True)
 
 
@@ -75,8 +77,8 @@ def copying(lag: int, batch: int, generator: Generator) -> tuple[Tensor, Tensor]
 
     T = lag + 2 COPIED. From the call on, in the last COPIED steps, the target (COPIED, B) is the symbols in order.
     """
-    symbols = torch.randint(SYMBOLS, (COPIED, batch), generator=generator)
-    codes = torch.full((lag + 2 * COPIED, batch), SYMBOLS)
+    symbols = torch.randint(SYMBOLS, (COPIED, batch), generator=generator, device="cpu")
+    codes = torch.full((lag + 2 * COPIED, batch), SYMBOLS, device="cpu")
     codes[:COPIED] = symbols
     codes[lag + COPIED] = SYMBOLS + 1
     return one_hot(codes, SYMBOLS + 2).float(), symbols
@@ -166,9 +168,9 @@ def train(
         raise ValueError(f"clip must be one of {', '.join(CLIPS)}, got {clip!r}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layer = variant.make(task.input_size, hidden)
+        layer = variant.make(task.input_size, hidden, **ON)
         variant.start(layer, lag)
-        head = nn.Linear(hidden, task.output_size)
+        head = nn.Linear(hidden, task.output_size, **ON)
     run = Run(layer, head, copy.deepcopy((layer, head)))
     if clip == "step":
         layer.fused_options = dataclasses.replace(layer.fused_options, grad_clip=BOUND, grad_clip_mode="norm")
@@ -207,7 +209,7 @@ def flow(layer: nn.RNNBase, head: nn.Linear, task: Task, lag: int, *, batch: int
     if found.c is not None:
         found = dataclasses.replace(found, h=found.c)
     norms = found.by_lag()[task.answers - 1 :]
-    return norms / norms[0] if len(norms) == length else torch.full((length,), torch.nan, dtype=torch.float64)
+    return norms / norms[0] if len(norms) == length else norms.new_full((length,), torch.nan)
 
 
 def spectrum(layer: nn.RNNBase) -> dict[str, tuple[float, float]]:
@@ -236,11 +238,11 @@ def products(layer: nn.RNNBase, x: Tensor) -> tuple[Tensor, float, float]:
         raise ValueError(f"products needs an RNN (tanh) or ResidualRNN of one layer and direction, got {layer}")
     with torch.no_grad():
         h = copy.deepcopy(layer).double()(x.double())[0]
-        W, one = layer.weight_hh_l0.double(), torch.eye(layer.hidden_size, dtype=torch.float64)
+        W, one = layer.weight_hh_l0.double(), torch.eye(layer.hidden_size, dtype=torch.float64, device=x.device)
         residual = layer.mode == "RESIDUAL_RNN"
         slopes = 1 - (h.diff(dim=0, prepend=torch.zeros_like(h[:1])) if residual else h).square()  # (T, B, H)
         product = one.expand(x.size(1), -1, -1)
-        norms = [torch.ones(x.size(1), dtype=torch.float64)]
+        norms = [torch.ones(x.size(1), dtype=torch.float64, device=x.device)]
         for slope in slopes.flip(0):
             product = product @ (slope.unsqueeze(2) * W + one * residual)
             finite = bool(product.isfinite().all())
@@ -251,7 +253,7 @@ def products(layer: nn.RNNBase, x: Tensor) -> tuple[Tensor, float, float]:
 
 def bound(layer: nn.RNNBase, gamma: float, sigma: float, k: int) -> float:
     """(gamma sigma)^k of (R15) or, for the residual cell, (1 + gamma sigma)^k of (S7); inf where it overflows."""
-    return float(torch.tensor(gamma * sigma + (layer.mode == "RESIDUAL_RNN"), dtype=torch.float64) ** k)
+    return float(torch.tensor(gamma * sigma + (layer.mode == "RESIDUAL_RNN"), dtype=torch.float64, device="cpu") ** k)
 
 
 # --- tables ---
@@ -374,13 +376,13 @@ def pictures(
     if found:
         curves: dict[str, dict[str, list[Tensor]]] = {"before": {}, "after": {}}
         for cell, when, layer, (norms, gamma, sigma) in found:
-            limit = torch.tensor([bound(layer, gamma, sigma, k) for k in range(len(norms))])
+            limit = torch.tensor([bound(layer, gamma, sigma, k) for k in range(len(norms))], device="cpu")
             curves[when][cell] = [norms.amax(1), limit]
         panels = [[(f"{when} training", lines) for when, lines in curves.items()]]
         draw(args.out / "jacobian.png", panels, "k", "norm of k Jacobians; dashed: bound", (1e-20, 1e20))
     if clipped:
         cells = dict.fromkeys(cell for cell, _ in clipped)
-        norms = {key: [torch.tensor(runs[0].norms)] for key, runs in clipped.items()}
+        norms = {key: [torch.tensor(runs[0].norms, device="cpu")] for key, runs in clipped.items()}
         panels = [[(f"clip: {clip}", {cell: norms[cell, clip] for cell in cells}) for clip in CLIPS]]
         draw(args.out / "clipping.png", panels, "training step", "norm of the gradient, before (J1)", (1e-3, 1e12))
 

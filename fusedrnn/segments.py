@@ -62,7 +62,8 @@ class Segments:
         """(N, *), as the kernels give them, back to (T, B, *), zero where there is no row."""
         y = y.reshape(-1, y.size(-1))
         found = y.new_zeros(self.steps * self.samples, y.size(-1)).index_copy(0, self.rows, y)
-        return found.unflatten(0, (self.steps, self.samples))
+        # (Not unflatten, which Dynamo does not trace where torch has another default device.)
+        return found.view(self.steps, self.samples, y.size(-1))
 
     def initial(self, state: Tensor | None, directions: int) -> Tensor | None:
         """The initial states of the segments (L*D, S, *) from those of the samples (L*D, B, *)."""
@@ -80,7 +81,7 @@ class Segments:
             nothing = state.new_zeros(state.size(0), self.samples, state.size(2))
             found = torch.cat([state, nothing], dim=1)  # which autograd knows
         else:
-            by_direction = state.unflatten(0, (-1, directions)).unbind(1)
+            by_direction = state.view(state.size(0) // directions, directions, *state.shape[1:]).unbind(1)
             ends = (self.last, self.first)
             found = torch.stack([s.index_select(1, end) for s, end in zip(by_direction, ends)], dim=1).flatten(0, 1)
         if self.empty is None:

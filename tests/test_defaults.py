@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves
 
 import fusedrnn
+from fusedrnn import compare, gradflow
 from fusedrnn.cells import CELLS
 from loops import TWINS
 
@@ -51,12 +53,15 @@ def results(module: nn.Module, call: Callable[[nn.Module, Tensor], Any], x: Tens
     return [*outputs, *torch.autograd.grad(loss, [x, *module.parameters()], allow_unused=True)]
 
 
-@pytest.fixture(params=["device", "dtype"])
+@pytest.fixture(params=["device", "context", "dtype"])
 def other_default(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]]:
     """A function that sets another default."""
     if request.param == "device":
         yield lambda: torch.set_default_device("meta")
         torch.set_default_device(None)
+    elif request.param == "context":
+        with ExitStack() as stack:
+            yield lambda: stack.enter_context(torch.device("meta"))
     else:
         yield lambda: torch.set_default_dtype(torch.float64)
         torch.set_default_dtype(torch.float32)
@@ -66,7 +71,8 @@ def other_default(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_the_same_numbers(cell: str, call: str, options: dict[str, Any], other_default: Callable[[], Any]) -> None:
-    module, x = TWINS[cell].layer(I, H, num_layers=2, **options), torch.randn(T, B, I)
+    module = TWINS[cell].layer(I, H, num_layers=2, bidirectional=call != "step", **options)
+    x = torch.randn(T, B, I)
     expected = results(module, CALLS[call], x)
     other_default()
     found = results(module, CALLS[call], x)
@@ -75,16 +81,25 @@ def test_the_same_numbers(cell: str, call: str, options: dict[str, Any], other_d
         assert a is None or torch.equal(a, b)
 
 
-def penalty(module: nn.Module, x: Tensor) -> Tensor:
+def penalty(module: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
     leaf = x.clone().requires_grad_()
-    (dx,) = torch.autograd.grad(module(leaf)[0].sum(), leaf, create_graph=True)
+    (dx,) = torch.autograd.grad(module(leaf, **kwargs)[0].sum(), leaf, create_graph=True)
     return torch.autograd.grad(dx.square().sum(), list(module.parameters()), allow_unused=True)[0]
+
+
+def penalty_of_segments(module: nn.Module, x: Tensor) -> Tensor:
+    return penalty(module, x, lengths=LENGTHS, reset=RESET)
 
 
 def per_sample(module: nn.Module, x: Tensor) -> Tensor:
     parameters = dict(module.named_parameters())
     loss = lambda p, x: torch.func.functional_call(module, p, (x,))[0].square().sum()  # noqa: E731
     return torch.vmap(torch.func.grad(loss), (None, 1))(parameters, x.unsqueeze(2))["weight_hh_l0"]
+
+
+def hessian(module: nn.Module, x: Tensor) -> Tensor:
+    loss = lambda w: torch.func.functional_call(module, {"bias_hh_l0": w}, (x,))[0].square().sum()  # noqa: E731
+    return torch.func.hessian(loss)(module.bias_hh_l0.detach())
 
 
 def tangent(module: nn.Module, x: Tensor) -> Tensor:
@@ -105,7 +120,35 @@ def initialised(module: nn.Module, x: Tensor) -> Tensor:
     return module(x)[0]
 
 
-@pytest.mark.parametrize("way", [penalty, per_sample, tangent, converted, initialised])
+def autocast(module: nn.Module, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return module(x, lengths=LENGTHS)[0]
+
+
+def compiled(module: nn.Module, x: Tensor) -> Tensor:
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(allow_rnn=True):
+        call = torch.compile(lambda x: module(x, lengths=GIVEN, reset=RESET)[0], backend="aot_eager", fullgraph=True)
+        return call(x)
+
+
+def exported(module: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        program = torch.export.export(module, (x,), {"lengths": GIVEN}, strict=False)
+        return program.module()(x, lengths=GIVEN)[0]
+
+
+def by_function(module: nn.Module, x: Tensor) -> Tensor:
+    cell, weights = module.mode.lower(), list(module.parameters())
+    h, *_ = fusedrnn.functional.recurrent_cell(cell, x[0], [None] * len(CELLS[cell].states), *weights)
+    return torch.cat([h, *fusedrnn.functional.recurrent(cell, x, None, weights)[0]])
+
+
+WAYS = [penalty, penalty_of_segments, per_sample, hessian, tangent, converted, initialised]
+WAYS += [autocast, compiled, exported, by_function]
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 def test_by_every_other_way(name: str, way: Callable[[nn.Module, Tensor], Tensor], other_default: Callable) -> None:
     module, x = getattr(fusedrnn, name)(I, H), torch.randn(T, B, I)
@@ -123,3 +166,23 @@ def test_cells(name: str, other_default: Callable[[], None]) -> None:
     other_default()
     for a, b in zip(results(module, lambda m, x: m(x), x), expected, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_comparison(name: str, other_default: Callable[[], None]) -> None:
+    other_default()
+    assert compare.main([name.lower()]) == 0
+
+
+@pytest.mark.parametrize("task", gradflow.TASKS)
+def test_gradients_over_a_lag(task: str, other_default: Callable[[], None]) -> None:
+    def found() -> list[Any]:
+        run = gradflow.train(gradflow.VARIANTS["rnn"], gradflow.TASKS[task], 6, steps=3, hidden=4, batch=2)
+        x, _ = gradflow.TASKS[task].draw(6, 2, torch.Generator().manual_seed(0))
+        norms, gamma, sigma = gradflow.products(run.layer, x)
+        flow = gradflow.flow(run.layer, run.head, gradflow.TASKS[task], 6, batch=2)
+        return [run.losses, norms, flow, gradflow.bound(run.layer, gamma, sigma, 3)]
+
+    expected = found()
+    other_default()
+    torch.testing.assert_close(found(), expected)
