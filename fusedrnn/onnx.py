@@ -99,20 +99,21 @@ def _layer(
 
 
 def _is_constant(weight: Any) -> bool:
-    """Whether the value is a parameter, buffer or constant of the model, by the prefixes that torch.export gives them."""
+    """Whether the value is a parameter, buffer or constant of the model, by the prefixes of torch.export."""
     return weight.producer() is None and str(weight.name).startswith(("p_", "b_", "c_"))
 
 
 def _stacked(parts: Sequence[Sequence[Any]], rows: Sequence[int]) -> Any:
-    """The constants ``parts[direction][i]``, with the first dimension's elements in the order of ``rows``, laid one below
-    the other, directions in front. A layer's operator has an initializer so, which tools look for: the exporter folds
-    small constants alone. The numbers are computed when they are written; now the values do not have theirs.
+    """The constants ``parts[direction][i]``, their rows in the order of ``rows``, stacked: [D, rows of all i, ...].
+
+    An initializer of the layer's operator, which tools look for; the exporter folds small constants alone. Its numbers
+    are computed when the file is written: before that the constants have none.
     """
     import onnx_ir as ir
 
     def numbers(value: Any) -> np.ndarray:
         if value.const_value is None:
-            raise NotImplementedError(f"fusedrnn: the weight {value.name} is an input of the model: give it another name")
+            raise NotImplementedError(f"fusedrnn: the input {value.name} is taken for a parameter: rename it")
         return value.const_value.numpy()[rows]
 
     first = parts[0][0]
