@@ -301,7 +301,7 @@ std::unique_ptr<Stepper> Stepper::make(const Tensor& x, const std::vector<Tensor
 
 bool Stepper::fits(const Tensor& t, at::IntArrayRef shape) const {
   return plain(t) && t.scalar_type() == options_.dtype().toScalarType() && t.sizes() == shape && t.is_contiguous() &&
-         is_there(t) && aligned(t).is_same(t);
+         is_there(t) && is_aligned(t);
 }
 
 bool Stepper::fits(size_t i, const Tensor& weight) const { return fits(weight, shapes_[i]); }

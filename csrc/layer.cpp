@@ -20,8 +20,7 @@ size_t storage_needed(const Tensor& t) {
 }  // namespace
 
 Tensor aligned(const Tensor& t) {
-  const bool fits = t.numel() == 0 || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % t.element_size() == 0;
-  return fits ? t : t.clone();
+  return is_aligned(t) ? t : t.clone();
 }
 
 Tensor widened_to_float(const Tensor& t) { return t.to(at::kFloat, false, false, at::MemoryFormat::Contiguous); }

@@ -57,6 +57,9 @@ Layer read_layer(const at::Tensor& x, const OptionalTensor& batch_sizes, const O
 bool is_there(const at::Tensor& t);
 // t, or a copy of it whose elements lie at multiples of their size, as kernels read them.
 at::Tensor aligned(const at::Tensor& t);
+inline bool is_aligned(const at::Tensor& t) {
+  return t.numel() == 0 || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % t.element_size() == 0;
+}
 // float32, its last dimension dense whatever lay in t.
 at::Tensor widened_to_float(const at::Tensor& t);
 // Throws if it is not, or t is undefined.

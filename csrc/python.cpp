@@ -173,11 +173,11 @@ py::capsule held(std::shared_ptr<T> object) {
 }
 
 template <class T>
-const std::shared_ptr<T>& object_in(const py::capsule& capsule) {
-  if (!capsule.name() || std::string(capsule.name()) != kCapsule<T>) {
+const std::shared_ptr<T>& object_in(const py::object& capsule) {
+  if (!PyCapsule_IsValid(capsule.ptr(), kCapsule<T>)) {
     throw py::type_error(std::string("expected a capsule ") + kCapsule<T>);
   }
-  return *capsule.get_pointer<std::shared_ptr<T>>();
+  return *static_cast<std::shared_ptr<T>*>(PyCapsule_GetPointer(capsule.ptr(), kCapsule<T>));
 }
 
 // An argument of Python in C++. (Pybind's own error prints every argument: torch would read the memory of a freed one.)
@@ -203,7 +203,7 @@ py::object infer_layers(const py::object& given_x, const py::object& given_h0, c
   const auto bidirectional = argument<bool>(both, "bidirectional");
   const auto layers = argument<int64_t>(given_layers, "layers");
   const auto zoneout = argument<Zoneout>(given_zoneout, "zoneout");
-  const auto packed = object_in<PackedWeights>(argument<py::capsule>(kept, "kept"));
+  const auto packed = object_in<PackedWeights>(kept);
   std::optional<Inferred> results;
   {
     const py::gil_scoped_release release;
@@ -241,7 +241,7 @@ OptionalTensor tensor_or_none(const py::object& object) {
 // than handing over would take.
 py::object step(const py::object& prepared, const py::object& x, const py::object& h0, const py::object& c0,
                 const py::object& parameters, const py::object& names, const py::object& listed) {
-  const Stepper& stepper = *object_in<Stepper>(argument<py::capsule>(prepared, "prepared"));
+  const Stepper& stepper = *object_in<Stepper>(prepared);
   const bool tensors = THPVariable_Check(x.ptr()) && is_tensor_or_none(h0) && is_tensor_or_none(c0);
   if (!tensors || !PyDict_Check(parameters.ptr())) return py::none();
   if (!PyList_Check(names.ptr()) || !PyList_Check(listed.ptr())) return py::none();
@@ -369,8 +369,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cells", cell_list, "Constants of the compiled cells, in registry order.");
   m.def("packed_weights", [] { return held(std::make_shared<PackedWeights>()); },
         "A capsule for the packed weights of a module's layers, kept between calls of infer.");
-  m.def("packed_bytes", [](const py::capsule& kept) { return object_in<PackedWeights>(kept)->bytes(); });
-  m.def("packed_uses", [](const py::capsule& kept) { return object_in<PackedWeights>(kept)->uses.load(); },
+  m.def("packed_bytes", [](const py::object& kept) { return object_in<PackedWeights>(kept)->bytes(); });
+  m.def("packed_uses", [](const py::object& kept) { return object_in<PackedWeights>(kept)->uses.load(); },
         "How often panels were used that an earlier call had packed.");
   m.def("infer", infer_layers, py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("cell"),
         py::arg("bidirectional"), py::arg("layers"), py::arg("kept"), py::arg("zoneout") = Zoneout(0, 0),

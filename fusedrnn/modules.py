@@ -23,10 +23,8 @@ from .streaming import step, steppers
 from .torch_internals import (
     flat_weights,
     forget_weight,
-    listed_weights,
-    own_parameters,
     refer_strongly,
-    weight_names,
+    weights_as_kept,
     whole,
 )
 
@@ -120,14 +118,16 @@ def _short_road(
     all there is to do, and torch.nn's checks would take several times as long. None where anything is different: the
     long road knows, and words errors.
     """
-    weights, parameters = listed_weights(module), own_parameters(module)
+    parameters, names, weights = weights_as_kept(module)
+    if not (parameters and names and weights):
+        return None
     if not is_plain(input, 3, states, weights, cell):
         return None
     if weights[1].size(-1) != (module.proj_size or module.hidden_size):
         return None
     if module.num_layers > 1 and (not infers() or (module.dropout and module.training)):
         return None
-    for name, weight in zip(weight_names(module), weights):
+    for name, weight in zip(names, weights):
         if parameters.get(name) is not weight:
             return None  # parametrized or replaced
     x = input.transpose(0, 1) if module.batch_first else input

@@ -9,6 +9,7 @@ kept from step to step.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from . import _C, options
 from .dropout import kept_parts
-from .torch_internals import has_hooks, listed_weights, own_parameters, weight_names
+from .torch_internals import unheard_weights
 
 __all__ = ["cell_of", "step", "steppers"]
 
@@ -27,8 +28,13 @@ class _Prepared(NamedTuple):
     """A step that C++ has checked, and what of the module it depends on."""
 
     step: Any  # a capsule of _C.prepare_step
-    cell: str
+    kind: tuple[type[torch.nn.RNNBase], Callable[..., Any], str]
     options: options.FusedOptions
+
+
+def _kind(module: torch.nn.RNNBase) -> tuple[type[torch.nn.RNNBase], Callable[..., Any], str]:
+    cls = type(module)
+    return cls, cls.forward, module.mode
 
 
 #: What is prepared, by module, not in it: copies and pickles hold nothing of it.
@@ -51,29 +57,27 @@ def _draws(module: torch.nn.RNNBase, given: options.FusedOptions) -> bool:
     )
 
 
-def _skips_forward(module: torch.nn.RNNBase, forwards: frozenset[Any]) -> bool:
-    """Whether a step may do without calling the module: nobody listens, and ``forward`` is of fusedrnn."""
-    return type(module).forward in forwards and "forward" not in vars(module) and not has_hooks(module)
-
-
 def step(module: torch.nn.RNNBase, input: Tensor, hx: Any, forwards: frozenset[Any]) -> tuple[Tensor, Any]:
     """input (B, I) and states -> output (B, R) and states. ``forwards``: those whose work a prepared step does."""
-    prepared, two = steppers.get(module), isinstance(module, _LSTM)
-    if (
-        prepared is not None
-        and prepared.cell == cell_of(module)
-        and prepared.options is module.fused_options
-        and (hx is None or not two or (type(hx) is tuple and len(hx) == 2))
-        and not torch.is_autocast_enabled("cpu")
-        and not _draws(module, prepared.options)
-        and _skips_forward(module, forwards)
-    ):
-        h0, c0 = hx if two and hx is not None else (hx, None)
-        weights = own_parameters(module), weight_names(module), listed_weights(module)
-        found = _C.step(prepared.step, input, h0, c0, *weights)
-        if found is not None:
-            y, h_n, c_n = found
-            return y, (h_n, c_n) if two else h_n
+    prepared = steppers.get(module)
+    if prepared is not None:
+        call, kind, given = prepared
+        weights = unheard_weights(module)
+        if (
+            weights is not None
+            and given is module.fused_options
+            and kind == _kind(module)
+            and not (module.training and _draws(module, given))
+            and not torch.is_autocast_enabled("cpu")
+        ):
+            h0, c0 = hx if type(hx) is tuple and len(hx) == 2 else (hx, None)
+            found = _C.step(call, input, h0, c0, *weights)
+            if found is not None:
+                y, h_n, c_n = found
+                if c_n.numel() == 0:  # the cell has h alone
+                    return y, h_n
+                if hx is None or c0 is not None:
+                    return y, (h_n, c_n)
     return _first_step(module, input, hx, forwards)
 
 
@@ -91,13 +95,15 @@ def _first_step(
     with torch.no_grad():
         y, last = module(input.unsqueeze(time), hx)
     steppers.pop(module, None)
-    parameters, given = own_parameters(module), options.of(module)
-    weights = [parameters.get(name) for name in weight_names(module)]
-    plain = all(own is weight for own, weight in zip(weights, listed_weights(module), strict=True))
-    if plain and not _draws(module, given) and _skips_forward(module, forwards) and not torch.compiler.is_compiling():
+    weights, given = unheard_weights(module), options.of(module)
+    if weights is None or type(module).forward not in forwards or _draws(module, given) or torch.compiler.is_compiling():
+        return y.squeeze(time), last
+    parameters, names, listed = weights
+    own = [parameters.get(name) for name in names]
+    if all(weight is other for weight, other in zip(own, listed, strict=True)):
         cell = cell_of(module)
         zoneout = kept_parts(given.zoneout, 2 if cell == "lstm" else 1)
-        prepared = _C.prepare_step(input, weights, cell, module.num_layers, zoneout)
+        prepared = _C.prepare_step(input, own, cell, module.num_layers, zoneout)
         if prepared is not None:
-            steppers[module] = _Prepared(prepared, cell, given)
+            steppers[module] = _Prepared(prepared, _kind(module), given)
     return y.squeeze(time), last

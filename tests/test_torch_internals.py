@@ -36,9 +36,10 @@ def private_names(source: str) -> list[str]:
 
 
 def asked_for() -> list[str]:
-    """The names that the file asks for by ``getattr`` or ``hasattr``."""
+    """The names that the file asks for by ``getattr``, ``hasattr`` or in an object's dictionary."""
     calls = [node for node in ast.walk(ast.parse(FILE.read_text())) if isinstance(node, ast.Call)]
     asked = [call.args[1] for call in calls if getattr(call.func, "id", "") in ("getattr", "hasattr")]
+    asked += [call.args[0] for call in calls if getattr(call.func, "attr", "") == "get"]
     return sorted({name.value for name in asked if isinstance(name, ast.Constant)})
 
 
@@ -106,6 +107,7 @@ for missing in sorted(MISSING):
     package = types.ModuleType("fusedrnn")
     internals = types.ModuleType("fusedrnn.torch_internals")
     internals.getattr = lambda o, n, *d: d[0] if n == missing and d else builtins.getattr(o, n, *d)
+    internals.vars = lambda o: {n: v for n, v in builtins.vars(o).items() if n != missing}
     internals.hasattr = lambda o, n: n != missing and builtins.hasattr(o, n)
     exec(compile(source, sys.argv[1], "exec"), vars(internals))
     sys.modules["fusedrnn.torch_internals"] = internals
