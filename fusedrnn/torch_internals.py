@@ -51,7 +51,6 @@ VF = getattr(torch, "_VF", None)
 PACKING_OPS = [op.default for op in [getattr(torch.ops.aten, "_pack_padded_sequence", None)] if op is not None]
 
 _graph_task = getattr(torch._C, "_current_graph_task_id", None)
-_NOTHING: dict[str, Any] = {}
 _is_fx_symbolic_tracing = getattr(_symbolic_trace, "is_fx_symbolic_tracing", None)
 _transforms_active = getattr(torch._C, "_are_functorch_transforms_active", None)
 _interpreter_stack = getattr(_functorch, "get_interpreter_stack", None)
@@ -150,9 +149,10 @@ def unheard_weights(module: nn.RNNBase) -> tuple[dict[str, Any], list[str], list
     listened = (
         own.get("_forward_hooks", True) or own.get("_forward_pre_hooks", True) or _global_hooks or _global_pre_hooks
     )
-    if listened or "forward" in own or "_flat_weights_names" not in own:
+    parameters, names, listed = weights_as_kept(module)
+    if listened or "forward" in own or not (parameters and names and listed):
         return None
-    return own.get("_parameters", _NOTHING), own["_flat_weights_names"], own.get("_flat_weights", [])
+    return parameters, names, listed
 
 
 def weight_names(module: nn.RNNBase) -> list[str]:
