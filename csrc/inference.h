@@ -43,8 +43,8 @@ std::optional<Inferred> infer(const at::Tensor& x, const OptionalTensor& h0, con
                               const std::vector<at::Tensor>& weights, const std::string& cell, bool bidirectional,
                               int64_t layers, PackedWeights& kept, const Zoneout& zoneout);
 
-// One step at a time through stacked layers of one direction: the sizes are checked once, for one batch size and weights
-// of these shapes; every step is given its tensors, the weights too, and keeps none of their addresses.
+// One step at a time through stacked layers of one direction: the sizes are checked once, for one batch size and
+// weights of these shapes; every step is given its tensors, the weights too, and keeps none of their addresses.
 class Stepper {
  public:
   // None if the tensors do not fit or are no plain ones on the CPU: x [B, I].

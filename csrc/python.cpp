@@ -237,8 +237,8 @@ OptionalTensor tensor_or_none(const py::object& object) {
 }
 
 // With the weights of a module as torch.nn keeps them: its parameters by name, the names, and the list by which its
-// forward reads them, which must hold these very parameters. No other thread of Python runs meanwhile: a step is shorter
-// than handing over would take.
+// forward reads them, which must hold these very parameters. No other thread of Python runs meanwhile: a step is
+// shorter than handing over would take.
 py::object step(const py::object& prepared, const py::object& x, const py::object& h0, const py::object& c0,
                 const py::object& parameters, const py::object& names, const py::object& listed) {
   const Stepper& stepper = *object_in<Stepper>(prepared);

@@ -23,7 +23,15 @@ from .ops import KERNEL_DTYPES, layer_backward, layer_forward
 from .second_order import Arguments, hessian_vector_product
 from .torch_internals import dual_level, exporting, functionalizing, transformed
 
-__all__ = ["PLAIN", "PLAIN_BATCH_FIRST", "Options", "RecurrentLayer", "RecurrentLayerBackward", "in_place", "recurrent_layer"]
+__all__ = [
+    "PLAIN",
+    "PLAIN_BATCH_FIRST",
+    "Options",
+    "RecurrentLayer",
+    "RecurrentLayerBackward",
+    "in_place",
+    "recurrent_layer",
+]
 
 
 class Options(NamedTuple):

@@ -185,8 +185,8 @@ def recurrent(
         return_states: whether to give the states of every layer at every step, too. They are differentiable.
         grad_clip: the limit c of what a step sends back to the states before it, m = dL/dh_{t-1} and, for the LSTM,
             dL/dc_{t-1}, before the earlier step adds its own dL/dy_{t-1}. None: m as it is. Under a
-            ``torch.amp.GradScaler`` m is of the scaled loss: give ``c * scaler.get_scale()``, before each forward pass, as
-            the scale changes; or train in bfloat16, without a scaler; or clip the whole gradient, after
+            ``torch.amp.GradScaler`` m is of the scaled loss: give ``c * scaler.get_scale()``, before each forward pass,
+            as the scale changes; or train in bfloat16, without a scaler; or clip the whole gradient, after
             ``scaler.unscale_(optimizer)``.
         grad_clip_mode: "value": each element into [-c, c]; "norm": each sample's m times min(1, c / ||m||).
         bptt_steps: truncated back-propagation through time: from a step t > 0 that is a multiple of it, counted from

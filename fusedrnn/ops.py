@@ -70,7 +70,8 @@ def _(
     keep_c: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     noise = {"mask_h": mask_h, "keep_h": keep_h, "keep_c": keep_c}
-    _check_devices(x, batch_sizes, h0=h0, c0=c0, **noise, **{f"weights[{i}]": weight for i, weight in enumerate(weights)})
+    named = {f"weights[{i}]": weight for i, weight in enumerate(weights)}
+    _check_devices(x, batch_sizes, h0=h0, c0=c0, **noise, **named)
     info, directions = _info(cell), 2 if bidirectional else 1
     hidden = weights[1].size(0) // len(info.gates)
     out = weights[1].size(1)  # R: H, or P with a projection

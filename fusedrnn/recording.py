@@ -1,8 +1,8 @@
 """The gradient's flow through time made visible: :class:`record_gradients`.
 
 The backward kernel gives the norms of what it has in hand at each step: of what later steps send to h_t and c_t, of
-dL/dh_t and dL/dc_t, all paths summed, and of each gate's gradient. Nothing is computed twice, and nothing is kept but the
-norms.
+dL/dh_t and dL/dc_t, all paths summed, and of each gate's gradient. Nothing is computed twice, and nothing is kept but
+the norms.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Owner(NamedTuple):
 #: :attr:`LayerGradients.verdict` by :attr:`LayerGradients.change`, the first whose limit is not below it.
 VERDICTS = ((1e-3, "vanishing"), (0.1, "falling"), (10.0, "steady"), (1e3, "growing"), (math.inf, "exploding"))
 _LEGEND = (
-    "verdict, by the change: up to 0.001 vanishing, to 0.1 falling, to 10 steady, to 1000 growing, beyond it or not finite"
-    " exploding"
+    "verdict, by the change: up to 0.001 vanishing, to 0.1 falling, to 10 steady, to 1000 growing, beyond it or not"
+    " finite exploding"
 )
 
 
@@ -48,8 +48,8 @@ _LEGEND = (
 class LayerGradients:
     """The norms of one layer and direction in one call and backward pass, on the CPU. NaN where a sample has no step.
 
-    A step back in time is a linear map of the gradient of the state: what step t sends to the state before it, over what
-    has come to the state of t, is the factor of that step, whatever the loss adds at other steps.
+    A step back in time is a linear map of the gradient of the state: what step t sends to the state before it, over
+    what has come to the state of t, is the factor of that step, whatever the loss adds at other steps.
 
     Attributes:
         name: of the module in the model; "" for the model itself.
@@ -89,7 +89,8 @@ class LayerGradients:
         return " ".join(parts)
 
     def _back(self, norms: Tensor) -> Tensor:
-        """(T, B) in the direction's order: row k is k steps back from each sample's last step, NaN where it has none."""
+        """(T, B) in the direction's order: row k is k steps back from each sample's last step, NaN where there is none.
+        """
         norms = norms.double()
         steps, samples = norms.shape
         count = (~self.h.isnan()).sum(0)  # a sample's steps come first
@@ -102,8 +103,8 @@ class LayerGradients:
         there are steps.
 
         Back in the direction's order, from each sample's last step that a gradient comes to: before it there is nothing
-        to fall. After it a zero, as of a gradient that has vanished, counts as the smallest normal number. With a loss at
-        every step it is the sum of what all of them send.
+        to fall. After it a zero, as of a gradient that has vanished, counts as the smallest normal number. With a loss
+        at every step it is the sum of what all of them send.
         """
         come = self._back(self.h)
         norms, steps = come if norms is None else self._back(norms), len(come)
@@ -131,10 +132,10 @@ class LayerGradients:
 
     @property
     def decay(self) -> float:
-        """The factor by which a step back changes the gradient of the state: the geometric mean over samples and steps of
-        || what the step sends back || / || what has come to it ||, of h and c together for the LSTM. A step to which
-        nothing comes does not count, nor one that sends nothing at all, as before a reset, unless all are so: then 0. NaN
-        if there is none.
+        """The factor by which a step back changes the gradient of the state: the geometric mean over samples and steps
+        of || what the step sends back || / || what has come to it ||, of h and c together for the LSTM. A step to which
+        nothing comes does not count, nor one that sends nothing at all, as before a reset, unless all are so: then 0.
+        NaN if there is none.
         """
         come, sent = self._back(self.h), self._back(self.sent_h)
         if self.sent_c is not None:
@@ -157,7 +158,8 @@ class LayerGradients:
 
     @property
     def ends(self) -> tuple[float, float]:
-        """The geometric mean over samples of :attr:`h` at the last step that a gradient comes to, and at the farthest."""
+        """The geometric mean over samples of :attr:`h`, at the last step that a gradient comes to and at the farthest.
+        """
         norms = self.by_lag()
         return (float(norms[0]), float(norms[-1])) if len(norms) else (math.nan, math.nan)
 
@@ -179,16 +181,16 @@ class LayerGradients:
 
 
 _TOO_LARGE = (
-    "clip the whole gradient (torch.nn.utils.clip_grad_norm_), or what a step sends back (grad_clip=, bptt_steps= of the"
-    " layer); smaller recurrent weights, fusedrnn.init.orthogonal_, a gated cell"
+    "clip the whole gradient (torch.nn.utils.clip_grad_norm_), or what a step sends back (grad_clip=, bptt_steps= of"
+    " the layer); smaller recurrent weights, fusedrnn.init.orthogonal_, a gated cell"
 )
 _ADVICE = {
     "vanishing": "steps beyond the memory do not train: an LSTM or GRU with a bias on the gate that keeps"
     " (fusedrnn.init.chrono_, forget_bias_), fusedrnn.init.orthogonal_, or shorter sequences",
     "growing": _TOO_LARGE,
     "exploding": _TOO_LARGE,
-    "unknown": "no gradient passed from a step to the one before: a loss at the last step, y[-1].sum().backward(), shows"
-    " what would",
+    "unknown": "no gradient passed from a step to the one before: a loss at the last step, y[-1].sum().backward(),"
+    " shows what would",
 }
 _active: list[record_gradients] = []
 _lock = threading.Lock()
@@ -312,12 +314,13 @@ class record_gradients:
         return owner.module() in self._names
 
     def summary(self) -> str:
-        """A table: for each layer and direction where gradients enter, the norm of dL/dh at the last step that they come
-        to and at the farthest, the factor a step, what that makes over all steps, the memory in steps, a verdict; how
-        the verdict is made, and what to try.
+        """A table: for each layer and direction where gradients enter, the norm of dL/dh at the last step that they
+        come to and at the farthest, the factor a step, what that makes over all steps, the memory in steps, a verdict;
+        how the verdict is made, and what to try.
         """
         layers = self._recorded()
-        rows = [("layer", "gradients enter", "last", "farthest", "factor a step", "steps", "change", "memory", "verdict")]
+        names = "layer", "gradients enter", "last", "farthest", "factor a step", "steps", "change", "memory", "verdict"
+        rows = [names]
         for each in layers:
             last, farthest = (f"{norm:.3g}" for norm in each.ends)
             memory = "-" if math.isnan(each.memory) else f"{each.memory:.1f}"
@@ -336,8 +339,8 @@ class record_gradients:
         return "\n".join(lines + [f"{verdict}: {_ADVICE[verdict]}" for verdict in verdicts if verdict in _ADVICE])
 
     def plot(self, file: str | Path | None = None, *, layer: int = -1) -> Any:
-        """|| dL/dh_t || over the steps back in time, a line a layer, with what is sent through time dashed; the gates of
-        one layer; a heat map of it by step and sample.
+        """|| dL/dh_t || over the steps back in time, a line a layer, with what is sent through time dashed; the gates
+        of one layer; a heat map of it by step and sample.
 
         Args:
             file: where to write the picture, in the format of its suffix; None: nowhere.

@@ -2,8 +2,8 @@
 
 A step of a small layer takes less time than its checks, its autograd Function and the look-up of its weights would. All
 that is the same in every step is prepared at the first one (``Stepper`` of ``csrc/inference.h``), and what may have
-changed is compared in C++: shapes, weights, modes of torch that want to see every op. No weight and no address of one is
-kept from step to step.
+changed is compared in C++: shapes, weights, modes of torch that want to see every op. No weight and no address of one
+is kept from step to step.
 """
 
 from __future__ import annotations
@@ -96,7 +96,8 @@ def _first_step(
         y, last = module(input.unsqueeze(time), hx)
     steppers.pop(module, None)
     weights, given = unheard_weights(module), options.of(module)
-    if weights is None or type(module).forward not in forwards or _draws(module, given) or torch.compiler.is_compiling():
+    usual = type(module).forward in forwards and not _draws(module, given)
+    if weights is None or not usual or torch.compiler.is_compiling():
         return y.squeeze(time), last
     parameters, names, listed = weights
     own = [parameters.get(name) for name in names]

@@ -113,8 +113,8 @@ if hasattr(_eval_frame, "set_code_exec_strategy") and hasattr(_eval_frame, "_Fra
 
 
 def backward_pass() -> int:
-    """A number of the backward pass that this thread works for. Without the name: -1, and a second pass counts as another
-    call in the first.
+    """A number of the backward pass that this thread works for. Without the name: -1, and a second pass counts as
+    another call in the first.
     """
     return -1 if _graph_task is None else _graph_task()
 
@@ -180,8 +180,8 @@ def listed_weights(module: nn.RNNBase) -> list[Tensor]:
 
 
 def weights_as_kept(module: nn.RNNBase) -> tuple[dict[str, Any] | None, list[str] | None, list[Tensor] | None]:
-    """:func:`own_parameters`, :func:`weight_names` and :func:`listed_weights` at once, for calls that take no longer than
-    three functions do. Without a name: None for it.
+    """:func:`own_parameters`, :func:`weight_names` and :func:`listed_weights` at once, for calls that take no longer
+    than three functions do. Without a name: None for it.
     """
     own = vars(module)
     return own.get("_parameters"), own.get("_flat_weights_names"), own.get("_flat_weights")

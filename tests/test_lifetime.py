@@ -50,7 +50,7 @@ CALLS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
 
 
 def gone(make: Callable[[], nn.Module], call: Callable[[nn.Module, Tensor], Any], x: Tensor) -> bool:
-    """Whether a module that keeps its own output goes, and the graph with it; so with a hook that keeps it, on a parent."""
+    """Whether a module that keeps its own output goes, and the graph with it; and a parent on which a hook keeps it."""
     module = make()
     module.last = call(module, x)
     refs = [weakref.ref(module), *(weakref.ref(p) for p in module.parameters()), weakref.ref(tensors(module.last)[0])]

@@ -1,5 +1,5 @@
-"""What the kernels read and write is there: sizes that do not agree, memory that was freed beneath a tensor, missing tensors
-and objects are errors, by every way into the kernels.
+"""What the kernels read and write is there: sizes that do not agree, memory that was freed beneath a tensor, missing
+tensors and objects are errors, by every way into the kernels.
 """
 
 from __future__ import annotations
@@ -183,8 +183,9 @@ def test_sizes_that_no_layer_has() -> None:
         with pytest.raises(ValueError, match="must be from 1 to"):
             _C.projection_spans(sizes, 4)
     for wrong in ({"I": 0}, {"H": 2**40}, {"directions": 3}, {"gates": 0}, {"lanes": -1}, {"threads": 0}):
+        sizes = {"batch_sizes": [2], "I": I, "H": H, "directions": 1, "gates": 4, "lanes": 8, "threads": 2}
         with pytest.raises(ValueError, match="must be from 1 to"):
-            _C.plan(**{"batch_sizes": [2], "I": I, "H": H, "directions": 1, "gates": 4, "lanes": 8, "threads": 2, **wrong})
+            _C.plan(**(sizes | wrong))
     with pytest.raises(ValueError, match="must be from 1 to"):
         _C.pipeline_steps(2**50, 1, H, 4, 8, 2, 2)
     with pytest.raises(ValueError, match="seconds must be from 0 to 60"):

@@ -1,8 +1,8 @@
 """``make test-versions``: the tests under every torch and Python that are supported, each in an environment of its own.
 
 For each pair a copy of the tree in build/versions is set up, built and tested by ``make test``, and deleted afterwards
-(5 GB and five minutes each). All tests run for the oldest and the newest torch with the oldest and the newest Python, the
-most telling files (SMOKE) for the others. Interpreters are found on PATH, or below ~/.pyenv. The table goes to
+(5 GB and five minutes each). All tests run for the oldest torch with the oldest Python and for the newest with the
+newest, the most telling files (SMOKE) for the others. Interpreters are found on PATH, or below ~/.pyenv. The table goes to
 docs/versions.md.
 """
 
@@ -107,8 +107,9 @@ def write(readings: dict[str, dict[str, str]]) -> None:
     lines = [
         "# Versions of torch and Python",
         "",
-        "What `make test-versions` printed, on Linux x86-64: each pair in an environment of its own, built there. *all*: every",
-        "test; *some*: the files that depend on torch and Python more than on the kernels (`SMOKE` of `tests/versions.py`).",
+        "What `make test-versions` printed, on Linux x86-64: each pair in an environment of its own, built there.",
+        "*all*: every test; *some*: the files that depend on torch and Python more than on the kernels (`SMOKE` of",
+        "`tests/versions.py`).",
         "",
         "| torch | Python | tests | result | date |",
         "|---|---|---|---|---|",
@@ -125,9 +126,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="print the pairs and stop")
     parser.add_argument("--only", default="", metavar="REGEX", help="pairs such as 'torch 2.15.0, Python 3.13'")
-    parser.add_argument("--newest", action="store_true", help="the newest torch, with the Python that runs this, SMOKE alone")
+    parser.add_argument("--newest", action="store_true", help="the newest torch, the Python that runs this, SMOKE")
     parser.add_argument("--keep", action="store_true", help="leave the trees in build/versions")
-    parser.add_argument("tests", nargs="*", help="files of tests instead of those above; docs/versions.md stays as it is")
+    parser.add_argument("tests", nargs="*", help="files of tests instead; docs/versions.md stays as it is")
     args = parser.parse_args()
     pairs = [pair for pair in PAIRS if re.search(args.only, str(pair))]
     if args.list:
