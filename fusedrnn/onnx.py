@@ -69,7 +69,7 @@ def _layer(
         """[D, (last - first) * G * H, ...]: weights first..last of each direction, gates in ONNX's order."""
         parts = [weights[d * each + first : d * each + last] for d in range(directions)]
         if all(_is_constant(part) for own in parts for part in own):
-            return op.Constant(value=_stacked(parts, rows))
+            return _stacked(parts, order, rows)
         if len(gates) > 1:
             parts = [[op.Gather(part, op.Constant(value_ints=rows), axis=0) for part in own] for own in parts]
         return op.Concat(*(op.Unsqueeze(op.Concat(*own, axis=0), [0]) for own in parts), axis=0)
@@ -99,15 +99,22 @@ def _layer(
 
 
 def _is_constant(weight: Any) -> bool:
-    """Whether the value is a parameter, buffer or constant of the model, by the prefixes of torch.export."""
-    return weight.producer() is None and str(weight.name).startswith(("p_", "b_", "c_"))
+    """Whether the value is a parameter, buffer or constant of the model, by the prefixes of torch.export. The arguments
+    of a branch (torch.cond) have them too, but get their numbers from a caller; its graph has no name.
+    """
+    return (
+        weight.producer() is None
+        and weight.graph.name is not None
+        and str(weight.name).startswith(("p_", "b_", "c_"))
+    )
 
 
-def _stacked(parts: Sequence[Sequence[Any]], rows: Sequence[int]) -> Any:
+def _stacked(parts: Sequence[Sequence[Any]], order: str, rows: Sequence[int]) -> Any:
     """The constants ``parts[direction][i]``, their rows in the order of ``rows``, stacked: [D, rows of all i, ...].
 
-    An initializer of the layer's operator, which tools look for; the exporter folds small constants alone. Its numbers
-    are computed when the file is written: before that the constants have none.
+    An initializer of the graph, which tools look for; the exporter folds small constants alone. A layer that is called
+    several times, a cell in a loop, has it once. Its numbers are computed when the file is written: before that the
+    constants have none.
     """
     import onnx_ir as ir
 
@@ -117,11 +124,16 @@ def _stacked(parts: Sequence[Sequence[Any]], rows: Sequence[int]) -> Any:
         return value.const_value.numpy()[rows]
 
     first = parts[0][0]
-    shape = [len(parts), sum(part.shape[0] for part in parts[0]), *first.shape[1:]]
-    return ir.LazyTensor(
-        lambda: ir.tensor(np.stack([np.concatenate([numbers(part) for part in own]) for own in parts])),
-        dtype=first.dtype, shape=ir.Shape(shape), name=f"{first.name}.stacked",
-    )  # fmt: skip
+    name = ".".join([*(part.name for own in parts for part in own), order])
+    initializers = first.graph.initializers
+    if name not in initializers:
+        shape = ir.Shape([len(parts), sum(part.shape[0] for part in parts[0]), *first.shape[1:]])
+        tensor = ir.LazyTensor(
+            lambda: ir.tensor(np.stack([np.concatenate([numbers(part) for part in own]) for own in parts])),
+            dtype=first.dtype, shape=shape, name=name,
+        )  # fmt: skip
+        initializers[name] = ir.Value(name=name, shape=shape, type=first.type, const_value=tensor)
+    return initializers[name]
 
 
 def _check(cell: str, each: int, dtype: Any) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import onnx
@@ -219,8 +220,8 @@ def test_the_older_exporter_names_the_way(name: str, inside: bool, tmp_path: Pat
         export(getattr(nn, name))
 
 
-def graph_of(model: nn.Module, x: Tensor, path: Path) -> onnx.GraphProto:
-    torch.onnx.export(model, (x,), path, dynamo=True, custom_translation_table=fusedrnn.onnx.table())
+def graph_of(model: nn.Module, x: Tensor, path: Path, **options) -> onnx.GraphProto:
+    torch.onnx.export(model, (x,), path, dynamo=True, custom_translation_table=fusedrnn.onnx.table(), **options)
     return onnx.load(path).graph
 
 
@@ -240,6 +241,60 @@ def test_weights_are_initializers(name: str, hidden: int, options: dict, tmp_pat
     assert stored < sum(p.numel() * 4 for p in model.parameters()) + 40000
     found = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {graph.input[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(found[0]), model(x)[0].detach())
+
+
+class Often(nn.Module):
+    """A stack that is called twice, a cell in a loop, and a layer that shares weights with another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = fusedrnn.LSTM(64, 64, num_layers=2)
+        self.cell = fusedrnn.GRUCell(64, 96)
+        self.first, self.second = fusedrnn.RNN(64, 96, bidirectional=True), fusedrnn.RNN(64, 96, bidirectional=True)
+        for name, weight in self.first.named_parameters():
+            if name.startswith("weight"):
+                setattr(self.second, name, weight)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y, state = self.stack(x)
+        y, _ = self.stack(y, state)
+        h = None
+        for x_t in x.unbind(0):
+            h = self.cell(x_t, h)
+        return y, h, self.first(x)[0], self.second(x)[0]
+
+
+@pytest.mark.parametrize("optimize", [True, False])
+def test_weights_that_are_used_often_are_stored_once(optimize: bool, tmp_path: Path) -> None:
+    model, x = Often().eval(), torch.randn(7, 2, 64)
+    graph = graph_of(model, x, tmp_path / "model.onnx", optimize=optimize)
+    held = {tensor.name for tensor in graph.initializer}
+    layers = [node for node in graph.node if node.op_type in ("LSTM", "GRU", "RNN")]
+    assert len(layers) == 4 + 7 + 2 and all(set(node.input[1:4]) <= held for node in layers)
+    stored = sum(math.prod(tensor.dims) for tensor in graph.initializer)
+    assert stored < sum(p.numel() for p in model.parameters()) + 100  # axes and shapes
+    found = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {graph.input[0].name: x.numpy()})
+    for theirs, ours in zip(found, model(x), strict=True):
+        torch.testing.assert_close(torch.from_numpy(theirs), ours.detach())
+
+
+class Branches(nn.Module):
+    """A layer of ours with the one or the other weights; branches of torch.cond take no modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(torch.randn(15, size) for size in (4, 5, 4, 5)).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def layer(first: int) -> Callable[[Tensor], Tensor]:
+            return lambda x: fusedrnn.functional.gru(x, None, list(self.weights[first : first + 2]))[0].clone()
+
+        return torch.cond(x.sum() > 0, layer(0), layer(2), (x,))
+
+
+def test_branches() -> None:
+    model, x = Branches().eval(), torch.rand(3, 2, 4)
+    assert_same(model, exported(model, (x,)), (x,), (-x,))
 
 
 def test_weights_that_are_computed(tmp_path: Path) -> None:
