@@ -19,7 +19,7 @@ from . import differentiable, recording
 from .batching import is_batched_by_autograd, map_backward
 from .cells import CELLS
 from .dropout import NOISELESS, Noise
-from .ops import KERNEL_DTYPES, layer_backward, layer_forward
+from .ops import KERNEL_DTYPES, layer_backward, layer_forward, refuse_older_exporter
 from .second_order import Arguments, hessian_vector_product
 from .torch_internals import dual_level, exporting, functionalizing, transformed
 
@@ -86,6 +86,8 @@ def recurrent_layer(
     arguments = cell, bidirectional, options, None if compiling else owner, x, batch_sizes, h0, c0, *noise, *weights
     if exporting():  # a program has no backward
         return _forward(options, *forward, keep=False)[:4]
+    if torch.jit.is_tracing():
+        refuse_older_exporter(cell)
     if _wants_plain_operations(x, h0, c0, *weights):
         _refuse(options, "forward-mode AD and torch.func.functionalize")
         y, h_n, *cs = differentiable.layer(cell, bidirectional, x, batch_sizes, h0, c0, weights, noise)

@@ -19,6 +19,7 @@ from ._C import infer, packed_weights
 from .autograd import PLAIN, PLAIN_BATCH_FIRST, in_place, recurrent_layer
 from .cells import CELLS
 from .dropout import kept_parts
+from .ops import refuse_older_exporter
 from .options import HasOptions, text
 from .recording import Owner
 from .streaming import steppers
@@ -147,11 +148,8 @@ class FusedModule(HasOptions):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if symbolic_tracing() and (node := _node(self, args, kwargs)) is not None:
             return node  # with the hooks
-        if torch.jit.is_tracing() and torch.onnx.is_in_onnx_export():
-            raise NotImplementedError(
-                f"fusedrnn.{type(self).__name__} is exported to ONNX by torch.onnx.export(..., dynamo=True,"
-                " custom_translation_table=fusedrnn.onnx.table()), not by TorchScript (dynamo=False)"
-            )
+        if torch.jit.is_tracing():  # here too: the arguments that the older exporter hands on do not fit forward's
+            refuse_older_exporter(type(self).__name__)
         return torch.nn.Module.__call__(self, *args, **kwargs)
 
     def register_forward_hook(self, hook: Callable[..., Any], **kwargs: Any) -> RemovableHandle:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 from . import _C  # registers the ops; torch must be loaded first
 from .cells import CELLS, CellInfo
 
-__all__ = ["KERNEL_DTYPES", "layer_backward", "layer_forward"]
+__all__ = ["KERNEL_DTYPES", "layer_backward", "layer_forward", "refuse_older_exporter"]
 
 #: The devices that this build has kernels for, and the element types they take there.
 KERNEL_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
@@ -32,6 +32,15 @@ _SPLIT: dict[str, int] = {entry["name"]: entry["split"] for entry in _C.cells()}
 
 layer_forward = torch.ops.fusedrnn.layer_forward.default
 layer_backward = torch.ops.fusedrnn.layer_backward.default
+
+
+def refuse_older_exporter(name: str) -> None:
+    """Raise where ``torch.onnx.export(dynamo=False)`` traces a layer: it has no operator for the ops."""
+    if torch.onnx.is_in_onnx_export():
+        raise NotImplementedError(
+            f"fusedrnn: {name} is exported to ONNX by torch.onnx.export(..., dynamo=True,"
+            " custom_translation_table=fusedrnn.onnx.table()), not by TorchScript (dynamo=False)"
+        )
 
 
 def _spread_stride(n: int, itemsize: int) -> int:

@@ -220,6 +220,30 @@ def test_the_older_exporter_names_the_way(name: str, inside: bool, tmp_path: Pat
         export(getattr(nn, name))
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_the_older_exporter_names_the_way_for_functions_too(gradients: bool, tmp_path: Path) -> None:
+    class Function(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w_ih, self.w_hh = nn.Parameter(torch.randn(20, 4)), nn.Parameter(torch.randn(20, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return fusedrnn.functional.lstm(x, None, [self.w_ih, self.w_hh])[0]
+
+    class Method(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = fusedrnn.GRU(4, 5, num_layers=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer.forward(x)[0]
+
+    for model in (Function(), Method()):
+        with torch.set_grad_enabled(gradients), pytest.raises(NotImplementedError, match="lstm is|gru is") as raised:
+            torch.onnx.export(model.eval(), (torch.randn(3, 2, 4),), tmp_path / "model.onnx", dynamo=False)
+        assert "dynamo=True, custom_translation_table=fusedrnn.onnx.table()" in str(raised.value)
+
+
 def graph_of(model: nn.Module, x: Tensor, path: Path, **options) -> onnx.GraphProto:
     torch.onnx.export(model, (x,), path, dynamo=True, custom_translation_table=fusedrnn.onnx.table(), **options)
     return onnx.load(path).graph
