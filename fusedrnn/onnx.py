@@ -104,16 +104,16 @@ def _is_constant(weight: Any) -> bool:
     """
     return (
         weight.producer() is None
-        and weight.graph.name is not None
         and str(weight.name).startswith(("p_", "b_", "c_"))
+        and weight.graph.name is not None
     )
 
 
 def _stacked(parts: Sequence[Sequence[Any]], order: str, rows: Sequence[int]) -> Any:
     """The constants ``parts[direction][i]``, their rows in the order of ``rows``, stacked: [D, rows of all i, ...].
 
-    An initializer of the graph, which tools look for; the exporter folds small constants alone. A layer that is called
-    several times, a cell in a loop, has it once. Its numbers are computed when the file is written: before that the
+    An initializer of the graph, which tools look for; the exporter folds small constants alone. Several
+    calls of a layer, as of a cell in a loop, share it. Its numbers are computed when the file is written: before that the
     constants have none.
     """
     import onnx_ir as ir
