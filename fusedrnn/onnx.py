@@ -113,8 +113,8 @@ def _stacked(parts: Sequence[Sequence[Any]], order: str, rows: Sequence[int]) ->
     """The constants ``parts[direction][i]``, their rows in the order of ``rows``, stacked: [D, rows of all i, ...].
 
     An initializer of the graph, which tools look for; the exporter folds small constants alone. Several
-    calls of a layer, as of a cell in a loop, share it. Its numbers are computed when the file is written: before that the
-    constants have none.
+    calls of a layer, as of a cell in a loop, share it. Its numbers are computed when the file is written: before that
+    the constants have none.
     """
     import onnx_ir as ir
 
