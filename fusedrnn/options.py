@@ -74,7 +74,8 @@ class FusedOptions:
             LSTM also a pair, of h and of c.
         weight_dropout: 0.0; probability that an element of W_hh is dropped in training, one mask a call.
         grad_clip: None; the limit of what a step of the backward pass sends back to the states before it. Under a
-            GradScaler that is scaled, and so must the limit be: ``c * scaler.get_scale()``.
+            GradScaler that is scaled, and so must the limit be: ``c * scaler.get_scale()``, before each forward pass.
+            Or clip the whole gradient, after ``scaler.unscale_(optimizer)``; or train in bfloat16, without a scaler.
         grad_clip_mode: "value"; the limit is one of each element. "norm": of each sample's vector.
         bptt_steps: None; the steps through which a gradient passes back at most, from one multiple of it to the one
             before.

@@ -291,7 +291,7 @@ def test_the_limit_under_a_grad_scaler() -> None:
     """It is one of the scaled gradient: times the scale it is the limit without a scaler."""
     module, x, c = fusedrnn.LSTM(3, 4).double(), torch.randn(9, 2, 3).double(), 1e-2
 
-    def gradients(limit: float, scaler: torch.amp.GradScaler) -> list[Tensor]:
+    def gradients(limit: float | None, scaler: torch.amp.GradScaler) -> list[Tensor]:
         module.zero_grad()
         optimizer = torch.optim.SGD(module.parameters())
         module.fused_options = fusedrnn.FusedOptions(grad_clip=limit)
@@ -305,3 +305,10 @@ def test_the_limit_under_a_grad_scaler() -> None:
     for a, b in zip(gradients(c * on.get_scale(), on), expected, strict=True):
         torch.testing.assert_close(a, b)
     assert not torch.allclose(gradients(c, torch.amp.GradScaler("cpu"))[1], expected[1])
+    # Or of the whole gradient, when the scale is out of it.
+    bound = 0.1 * torch.cat([g.flatten() for g in gradients(None, off)]).norm()
+    for enabled in (False, True):
+        gradients(None, torch.amp.GradScaler("cpu", enabled=enabled))
+        torch.nn.utils.clip_grad_norm_(module.parameters(), bound.item())
+        norm = torch.cat([p.grad.flatten() for p in module.parameters()]).norm()
+        torch.testing.assert_close(norm, bound, rtol=1e-4, atol=0)
