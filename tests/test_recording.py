@@ -15,6 +15,7 @@ import fusedrnn
 from fusedrnn.cells import CELLS
 from parity import DEVICE, Case
 from test_through_time import B, T, given, gradients, kinds, loop
+from tolerances import assert_close
 
 
 def recorded(case: Case) -> list[fusedrnn.LayerGradients]:
@@ -98,30 +99,86 @@ def multiple_of_identity(factor: float, cls: type = fusedrnn.RNN, **options: Any
     return module
 
 
-WORDS = ((0.5, "vanishing"), (0.93, "falling"), (0.999, "steady"), (1.1, "growing"), (1.5, "exploding"))
+WORDS = ((0.5, "vanishing"), (0.9, "falling"), (0.999, "steady"), (1.1, "growing"), (1.5, "exploding"))
 
 
-@pytest.mark.parametrize("enters", ["at the last step", "at every step", "at 26% of the steps"])
+@pytest.mark.parametrize("enters", ["at the last step", "at 26% of the steps"])
 @pytest.mark.parametrize("factor, verdict", WORDS)
 def test_factor_memory_and_verdict(factor: float, verdict: str, enters: str) -> None:
-    """The same wherever the loss is."""
+    """Over the steps back from the earliest one that the loss reads."""
     module, T = multiple_of_identity(factor, nonlinearity="relu"), 39
     y, _ = module(torch.rand(T, 2, 3).double() + 0.1)
-    at = {"at the last step": y[-1], "at every step": y, "at 26% of the steps": y[::4]}[enters]
+    last = {"at the last step": 1, "at 26% of the steps": 10}[enters]
     with fusedrnn.record_gradients(module) as rec:
-        at.sum().backward()
+        y[-last:].sum().backward()
     (layer,) = rec.layers
-    assert layer.enters == enters and layer.steps == T - 1
+    assert layer.enters == enters and layer.steps == T - last
     assert layer.decay == pytest.approx(factor) and layer.verdict == verdict
-    assert layer.change == pytest.approx(factor ** (T - 1))
+    assert layer.change == pytest.approx(factor**layer.steps)
     assert layer.memory == pytest.approx(-1 / math.log(factor) if factor < 1 else math.nan, nan_ok=True)
-    if enters == "at the last step":
-        last, farthest = layer.ends
-        assert last == pytest.approx(math.sqrt(3)) and farthest == pytest.approx(last * layer.change)
+    at_last, farthest = layer.ends
+    assert at_last == pytest.approx(math.sqrt(3))
+    assert farthest == pytest.approx(at_last * sum(factor**k for k in range(T - last, T)))
     text = rec.summary()
-    assert "inf" not in text and all(word in text for word in (verdict, f"{factor:.4f}", enters, f"{layer.change:.3g}"))
+    assert "inf" not in text and all(
+        word in text for word in (verdict, f"{factor:.4f}", enters, f"{layer.change:.3g}", f"{farthest:.3g}")
+    )
     assert "beyond it or not finite exploding" in text  # how the verdict is made
     assert ("grad_clip=, bptt_steps=" in text) == (verdict in ("growing", "exploding"))
+
+
+def layer_with_a_slow_direction() -> nn.Module:
+    """99 units that keep a tenth a step and one that keeps all: of a step's gradient a tenth is left for ever."""
+    module = fusedrnn.RNN(100, 100, bias=False, nonlinearity="relu").double()
+    with torch.no_grad():
+        module.weight_hh_l0.copy_(torch.diag(torch.tensor([1.0] + [0.1] * 99)))
+        module.weight_ih_l0.copy_(torch.eye(100))
+    return module
+
+
+@pytest.mark.parametrize("cell", ["slow direction", "vanishing", "lstm"])
+def test_no_verdict_where_the_loss_enters_at_every_step(cell: str) -> None:
+    """What has just entered falls, or does not, otherwise than what comes from far: their sum does not tell."""
+    torch.manual_seed(3)
+    expected = {"slow direction": "falling", "vanishing": "vanishing", "lstm": "steady"}[cell]
+    made = {"slow direction": layer_with_a_slow_direction, "lstm": lambda: fusedrnn.LSTM(3, 16)}
+    module = made.get(cell, lambda: fusedrnn.RNN(3, 8).double())()
+    if cell == "vanishing":
+        module.weight_hh_l0.detach().mul_(0.7)
+    if cell == "lstm":
+        fusedrnn.init.forget_bias_(module, 5.0)
+    x = torch.rand(100, 4, module.input_size).to(module.weight_hh_l0)
+    losses = {
+        "at the last step": lambda y: y[-1].sum(),
+        "at every step": lambda y: (y * torch.randn_like(y)).sum(),
+        "at 10% of the steps": lambda y: y[9::10].sum(),
+    }
+    for enters, loss in losses.items():
+        with fusedrnn.record_gradients(module) as rec:
+            loss(module(x)[0]).backward()
+        (layer,) = rec.layers
+        assert layer.enters == enters
+        if enters == "at the last step":
+            assert layer.verdict == expected and layer.steps == 99
+            assert layer.change == pytest.approx(layer.ends[1] / layer.ends[0])
+        else:
+            assert layer.verdict == "unknown" and "it cannot be told" in rec.summary()
+            assert layer.steps == {"at every step": 0}.get(enters, 9)
+
+
+def test_a_layer_of_a_stack_alone() -> None:
+    """As the summary advises where a verdict is withheld: the final state of one layer and direction."""
+    module, x = fusedrnn.GRU(3, 4, num_layers=2, bidirectional=True), torch.randn(60, 2, 3)
+    with fusedrnn.record_gradients(module) as rec:
+        module(x)[0].sum().backward()
+    assert {layer.verdict for layer in rec.layers} == {"unknown"}
+    assert "h_n[k].sum().backward()" in rec.summary()
+    for k in range(4):
+        with fusedrnn.record_gradients(module) as rec:
+            module(x)[1][k].sum().backward()
+        wanted = k // 2, ("forward", "reverse")[k % 2]
+        (layer,) = [r for r in rec.layers if (r.layer, r.direction) == wanted]
+        assert (layer.enters, layer.steps, layer.verdict) == ("at the last step", 59, "vanishing")
 
 
 def test_what_is_sent_and_what_comes_from_outside() -> None:
@@ -149,17 +206,70 @@ def test_what_is_sent_and_what_comes_from_outside() -> None:
         assert layer.enters == "at every step"
 
 
-def test_a_layer_that_vanishes_does_so_with_a_loss_at_every_step() -> None:
-    torch.manual_seed(3)
-    module, x = fusedrnn.RNN(3, 8), torch.randn(100, 4, 3)
-    with torch.no_grad():
-        module.weight_hh_l0.mul_(0.7)
-    found = []
-    for loss in (lambda y: y[-1].sum(), lambda y: y.sum()):
+def layouts(x: Tensor) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """What to call a layer of 7 steps and 3 samples with."""
+    reset = torch.zeros(7, 3, dtype=torch.bool)
+    reset[3, 0] = reset[0, 1] = reset[5, 1] = True
+    packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([3, 7, 5]), enforce_sorted=False)
+    lengths = {"lengths": [3, 7, 0]}
+    return {"plain": (x, {}), "lengths": (x, lengths), "reset": (x, {"reset": reset}), "packed": (packed, {})}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", ["plain", "lengths", "reset", "packed"])
+def test_what_enters_is_the_gradient_of_the_output(layout: str, dtype: torch.dtype) -> None:
+    """Of a layer above too: two modules, so that autograd holds the gradient of what goes from one to the other."""
+    for options in ({}, {"bidirectional": True}, {"proj_size": 2, "bidirectional": True}):
+        lower = fusedrnn.LSTM(3, 4, dtype=dtype, **options)
+        H, D = lower.proj_size or 4, lower.bidirectional + 1
+        upper = fusedrnn.LSTM(D * H, 4, dtype=dtype, **options)
+        given, arguments = layouts(torch.randn(7, 3, 3, dtype=dtype))[layout]
+        y0 = lower(given, **arguments)[0]
+        y1 = upper(y0, **arguments)[0]
+        ys = [y.data if layout == "packed" else y for y in (y0, y1)]
+        for y in ys:
+            y.retain_grad()
+        with fusedrnn.record_gradients(nn.ModuleList([lower, upper])) as rec:
+            (ys[1] * torch.randn_like(ys[1])).sum().backward()
+        for d, name, y in [(d, str(n), ys[n]) for n in (1, 0) for d in range(D)]:
+            layer = next(r for r in rec.layers if r.name == name and r.direction == ("forward", "reverse")[d])
+            grad = y.grad
+            if layout == "packed":
+                grad, _ = nn.utils.rnn.pad_packed_sequence(y0._replace(data=grad))
+            expected = grad.unflatten(2, (D, H))[:, :, d].norm(dim=2).where(~layer.h.isnan(), torch.nan)
+            assert layer.h.isnan().sum() == {"plain": 0, "reset": 0, "lengths": 11, "packed": 6}[layout]
+            assert_close("from_y", layer.from_y, expected.to(layer.from_y), dtype)
+
+
+def test_what_enters_by_c() -> None:
+    module, x, weight = fusedrnn.LSTM(3, 4, bidirectional=True), torch.randn(6, 2, 3), torch.randn(6, 2, 8)
+    for batch_first in (False, True):
+        module.batch_first = batch_first
         with fusedrnn.record_gradients(module) as rec:
-            loss(module(x)[0]).backward()
-        found.append(rec.layers[0])
-    assert [layer.verdict for layer in found] == ["vanishing", "vanishing"]
+            _, _, states = module(x.transpose(0, 1) if batch_first else x, return_states=True)
+            (states[0][1] * (weight.transpose(0, 1) if batch_first else weight)).sum().backward()
+        for d, layer in enumerate(rec.layers):
+            assert layer.enters == "at every step" and not layer.from_y.any()
+            torch.testing.assert_close(layer.from_c, weight[..., 4 * d : 4 * d + 4].norm(dim=2))
+    with fusedrnn.record_gradients(module) as rec:
+        module(x.transpose(0, 1))[1][1].sum().backward()
+    for layer in rec.layers:
+        assert (layer.enters, layer.steps, len(layer.by_lag())) == ("at the last step", 5, 6)
+        assert layer.ends[0] == pytest.approx(2) and layer.change == pytest.approx(layer.ends[1] / layer.ends[0])
+
+
+def test_the_state_of_an_lstm_is_both() -> None:
+    """Without weights c alone goes on, by the forget gate."""
+    module, f = fusedrnn.LSTM(3, 4).double(), torch.tensor(0.9, dtype=torch.float64)
+    for p in module.parameters():
+        p.detach().zero_()
+    module.bias_ih_l0.detach()[4:8] = f.logit()
+    with fusedrnn.record_gradients(module) as rec:
+        module(torch.zeros(40, 2, 3).double())[0][-1].sum().backward()
+    (layer,) = rec.layers
+    dh, dc = 2.0, 1.0  # o (1 - tanh(c)^2) = 1/2
+    assert layer.ends == pytest.approx((math.hypot(dh, dc), dc * 0.9**39))
+    assert layer.change == pytest.approx(dc * 0.9**39 / math.hypot(dh, dc))
 
 
 def test_growth_is_named() -> None:
@@ -171,6 +281,8 @@ def test_growth_is_named() -> None:
         module(torch.zeros(60, 2, 3).double())[0][-1].sum().backward()
     (layer,) = rec.layers
     assert layer.change == pytest.approx(1.1**59) and layer.verdict == "growing"
+    assert layer.ends == pytest.approx((math.sqrt(3), math.sqrt(3) * 1.1**59))
+    assert layer.steps == 59 and f"{layer.change:.3g}" in rec.summary() and f"{layer.ends[1]:.3g}" in rec.summary()
     assert math.isnan(layer.memory) and "grad_clip=, bptt_steps=" in rec.summary()
 
 
@@ -182,7 +294,7 @@ def test_verdicts_at_the_edge() -> None:
     assert forward.verdict in ("steady", "falling") and forward.enters == "at the last step"
     # The reverse direction's last output is its first step: nothing goes further back.
     assert (reverse.verdict, reverse.enters) == ("unknown", "at 20% of the steps")
-    assert "shows what would" in rec.summary()
+    assert "it cannot be told" in rec.summary()
     with torch.no_grad():
         module.weight_hh_l0.fill_(math.nan)
     with fusedrnn.record_gradients(module) as rec:
@@ -199,11 +311,30 @@ def test_cuts_are_no_decay() -> None:
     """Steps that send nothing by design, before a reset or where back-propagation is truncated, do not count."""
     reset = torch.zeros(39, 2, dtype=torch.bool)
     reset[[5, 20], 0] = reset[30, 1] = True
-    for options, arguments in (({"bptt_steps": 7}, {}), ({}, {"reset": reset}), ({}, {"lengths": [39, 11]})):
+    for options, arguments, steps in (
+        ({"bptt_steps": 7}, {}, 3),
+        ({}, {"reset": reset}, 18),
+        ({}, {"lengths": [39, 11]}, 38),
+    ):
         module = multiple_of_identity(0.9, nonlinearity="relu", **options)
         with fusedrnn.record_gradients(module) as rec:
-            module(torch.rand(39, 2, 3).double() + 0.1, **arguments)[0].sum().backward()
-        assert rec.layers[0].decay == pytest.approx(0.9)
+            module(torch.rand(39, 2, 3).double() + 0.1, **arguments)[1].sum().backward()
+        (layer,) = rec.layers
+        assert layer.decay == pytest.approx(0.9) and layer.steps == steps and layer.verdict != "unknown"
+    alone = multiple_of_identity(0.9, nonlinearity="relu", bptt_steps=1)
+    with fusedrnn.record_gradients(alone) as rec:
+        alone(torch.rand(39, 2, 3).double() + 0.1)[0][-1].sum().backward()
+    assert rec.layers[0].verdict == "unknown"
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5])
+def test_zero_without_a_cut_has_vanished(factor: float) -> None:
+    """Far beyond the least float32, where the norms are zero."""
+    module = multiple_of_identity(factor, nonlinearity="relu").float()
+    with fusedrnn.record_gradients(module) as rec:
+        module(torch.rand(1000, 2, 3) + 0.1)[0][-1].sum().backward()
+    (layer,) = rec.layers
+    assert layer.verdict == "vanishing" and layer.decay == pytest.approx(factor, abs=0.02)
 
 
 def test_passes_and_calls_are_told_apart() -> None:
@@ -225,11 +356,13 @@ def test_another_default_device() -> None:
     module, x = fusedrnn.LSTM(3, 4), torch.randn(5, 2, 3)
     with fusedrnn.record_gradients(module) as rec:
         module(x, lengths=[5, 2])[0].sum().backward()
-    try_device = torch.device("meta")
-    with try_device:
+    elsewhere = torch.device("meta")
+    with elsewhere:
         with fusedrnn.record_gradients(module) as other:
             module(x, lengths=[5, 2])[0].sum().backward()
         assert other.summary() == rec.summary()
+        pytest.importorskip("matplotlib")
+        other.plot()
 
 
 def test_pictures(tmp_path) -> None:
@@ -240,7 +373,7 @@ def test_pictures(tmp_path) -> None:
     figure = rec.plot(tmp_path / "flow.png")
     assert (tmp_path / "flow.png").read_bytes().startswith(b"\x89PNG")
     lines, gates, heat = figure.axes[:3]
-    assert [line.get_label().split(":")[0] for line in lines.lines[::2]] == ["model.l1", "model.l0"]
+    assert [line.get_label().split(":")[0] for line in lines.lines[::3]] == ["model.l1", "model.l0"]
     assert [line.get_label() for line in gates.lines] == ["r", "z", "n"]
     assert heat.get_images()[0].get_array().shape == (3, 9)
 
