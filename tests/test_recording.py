@@ -307,6 +307,16 @@ def test_verdicts_at_the_edge() -> None:
     assert [(r.verdict, r.enters) for r in rec.layers] == [("unknown", "at the last step"), ("unknown", "nowhere")]
 
 
+@pytest.mark.parametrize("samples, lengths", [(0, None), (2, [0, 0])])
+def test_nothing_to_record(samples: int, lengths: list[int] | None) -> None:
+    module = fusedrnn.LSTM(3, 4)
+    with fusedrnn.record_gradients(module) as rec:
+        module(torch.randn(5, samples, 3), lengths=lengths)[0].sum().backward()
+    (layer,) = rec.layers
+    assert (layer.enters, layer.steps, layer.verdict) == ("nowhere", 0, "unknown")
+    assert "unknown" in rec.summary()
+
+
 def test_cuts_are_no_decay() -> None:
     """Steps that send nothing by design, before a reset or where back-propagation is truncated, do not count."""
     reset = torch.zeros(39, 2, dtype=torch.bool)
