@@ -309,13 +309,12 @@ bool Stepper::fits(size_t i, const Tensor& weight) const { return fits(weight, s
 std::optional<Inferred> Stepper::step(const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                                       at::TensorList weights) const {
   const LayerSizes& first = layers_[0].size;
-  const bool two_states = layers_[0].constants().states == 2;
   const int64_t B = first.B, H = first.H, R = first.R, layers = layers_.size();
   const bool fit = !watched() && fits(x, {B, first.I}) && (!h0 || fits(*h0, {layers, B, R})) &&
-                   (!c0 || (two_states && fits(*c0, {layers, B, H})));
+                   (!c0 || fits(*c0, {layers, B, H})) && c0.has_value() == (two_states() && h0.has_value());
   if (!fit) return std::nullopt;
   Tensor y = at::empty({B, R}, options_), h_n = at::empty({layers, B, R}, options_);
-  Tensor c_n = at::empty({two_states ? layers : 0, B, H}, options_);
+  Tensor c_n = at::empty({two_states() ? layers : 0, B, H}, options_);
   const size_t each = weights.size() / layers;
   const auto state = [&](const OptionalTensor& t, int64_t l, int64_t width) {
     return t ? static_cast<const char*>(input(*t)) + l * B * width * t->element_size() : nullptr;

@@ -51,10 +51,11 @@ class Stepper {
   static std::unique_ptr<Stepper> make(const at::Tensor& x, const std::vector<at::Tensor>& weights,
                                        const std::string& cell, int64_t layers, const Zoneout& zoneout);
   size_t weights() const { return shapes_.size(); }
+  bool two_states() const { return layers_[0].constants().states == 2; }
   // Whether a step can read weight i as it is now.
   bool fits(size_t i, const at::Tensor& weight) const;
-  // y [B, R], h_n [layers, B, R], c_n [layers, B, H], from x [B, I], states of these shapes, or none, and weights that
-  // fit. None if x or the states are others than the prepared ones, or someone listens to torch.
+  // y [B, R], h_n [layers, B, R], c_n [layers, B, H], from x [B, I], all states, of these shapes, or none, and weights
+  // that fit. None if x or the states are others than the prepared ones, or someone listens to torch.
   std::optional<Inferred> step(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                                at::TensorList weights) const;
 

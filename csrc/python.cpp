@@ -19,6 +19,7 @@
 #include "cpu/plan.h"
 #include "cuda/slots.h"
 #include "inference.h"
+#include "parameters.h"
 
 namespace py = pybind11;
 using namespace fusedrnn;
@@ -230,38 +231,40 @@ py::object prepare_step(const py::object& x, const py::object& weights, const py
   return stepper ? py::object(held(std::move(stepper))) : py::none();
 }
 
-bool is_tensor_or_none(const py::object& object) { return object.is_none() || THPVariable_Check(object.ptr()); }
-
-OptionalTensor tensor_or_none(const py::object& object) {
-  return object.is_none() ? OptionalTensor() : OptionalTensor(THPVariable_Unpack(object.ptr()));
+// The states of a step as a caller of a module gives them: nothing, a tensor, or a tuple of two where the cell has two.
+bool read_states(const py::object& hx, bool two, OptionalTensor& h0, OptionalTensor& c0) {
+  if (hx.is_none()) return true;
+  const auto read = [](PyObject* state, OptionalTensor& into) {
+    if (!THPVariable_Check(state)) return false;
+    into = THPVariable_Unpack(state);
+    return true;
+  };
+  if (!two) return read(hx.ptr(), h0);
+  return PyTuple_CheckExact(hx.ptr()) && PyTuple_GET_SIZE(hx.ptr()) == 2 && read(PyTuple_GET_ITEM(hx.ptr(), 0), h0) &&
+         read(PyTuple_GET_ITEM(hx.ptr(), 1), c0);
 }
 
-// With the weights of a module as torch.nn keeps them: its parameters by name, the names, and the list by which its
-// forward reads them, which must hold these very parameters. No other thread of Python runs meanwhile: a step is
-// shorter than handing over would take.
-py::object step(const py::object& prepared, const py::object& x, const py::object& h0, const py::object& c0,
-                const py::object& parameters, const py::object& names, const py::object& listed) {
+// No other thread of Python runs meanwhile: a step is shorter than handing over would take.
+py::object step(const py::object& prepared, const py::object& x, const py::object& hx,
+                const py::object& given_weights) {
   const Stepper& stepper = *object_in<Stepper>(prepared);
-  const bool tensors = THPVariable_Check(x.ptr()) && is_tensor_or_none(h0) && is_tensor_or_none(c0);
-  if (!tensors || !PyDict_Check(parameters.ptr())) return py::none();
-  if (!PyList_Check(names.ptr()) || !PyList_Check(listed.ptr())) return py::none();
+  OptionalTensor h0, c0;
+  const bool fit = THPVariable_Check(x.ptr()) && read_states(hx, stepper.two_states(), h0, c0) &&
+                   PyList_Check(given_weights.ptr()) &&
+                   PyList_GET_SIZE(given_weights.ptr()) == static_cast<Py_ssize_t>(stepper.weights());
+  if (!fit) return py::none();
   c10::SmallVector<at::Tensor, 8> weights;
   for (size_t i = 0; i < stepper.weights(); ++i) {
-    // Looked at anew each time, and held: to find a name may run code of its class, which may change the lists.
-    const auto item = [i](const py::object& list) {
-      const bool there = static_cast<size_t>(PyList_GET_SIZE(list.ptr())) > i;
-      return py::reinterpret_borrow<py::object>(there ? PyList_GET_ITEM(list.ptr(), i) : nullptr);
-    };
-    const py::object name = item(names), weight = item(listed);
-    if (!name || !weight || !THPVariable_Check(weight.ptr())) return py::none();
-    if (PyDict_GetItem(parameters.ptr(), name.ptr()) != weight.ptr()) return py::none();
-    weights.push_back(THPVariable_Unpack(weight.ptr()));
+    PyObject* weight = PyList_GET_ITEM(given_weights.ptr(), i);
+    if (!THPVariable_Check(weight)) return py::none();
+    weights.push_back(THPVariable_Unpack(weight));
     if (!stepper.fits(i, weights.back())) return py::none();
   }
-  const auto whole = static_cast<Py_ssize_t>(stepper.weights());
-  if (PyList_GET_SIZE(names.ptr()) != whole || PyList_GET_SIZE(listed.ptr()) != whole) return py::none();
-  const auto results = stepper.step(THPVariable_Unpack(x.ptr()), tensor_or_none(h0), tensor_or_none(c0), weights);
-  return results ? py::cast(*results) : py::none();
+  const auto results = stepper.step(THPVariable_Unpack(x.ptr()), h0, c0, weights);
+  if (!results) return py::none();
+  const auto& [y, h_n, c_n] = *results;
+  if (stepper.two_states()) return py::make_tuple(y, py::make_tuple(h_n, c_n));
+  return py::make_tuple(y, h_n);
 }
 
 // Seconds of all threads in each phase since the last call, in a build with FUSEDRNN_PHASES; None in any other.
@@ -378,9 +381,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("prepare_step", prepare_step, py::arg("x"), py::arg("weights"), py::arg("cell"), py::arg("layers"),
         py::arg("zoneout") = Zoneout(0, 0),
         "A capsule with stacked layers of one direction, prepared for one batch size; None where there can be none.");
-  m.def("step", step, py::arg("prepared"), py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("parameters"),
-        py::arg("names"), py::arg("listed"),
-        "One step: y, h_n, c_n; None where it is not prepared for what it gets.");
+  m.def("step", step, py::arg("prepared"), py::arg("x"), py::arg("hx"), py::arg("weights"),
+        "One step: y and the states as a module returns them; None where it is not prepared for what it gets.");
+  m.def("kept_parameters", kept_parameters, py::arg("module"), py::arg("names"), py::arg("as_torch"),
+        py::arg("listed") = py::none(),
+        "A module's parameters of these names, if that is what torch.nn would read by them; else None.");
   m.def("plan", plan, py::arg("batch_sizes"), py::arg("I"), py::arg("H"), py::arg("directions"), py::arg("gates"),
         py::arg("lanes"), py::arg("threads"), "How a layer would be shared among threads.");
   m.def("pipeline_steps", steps_of_pipeline, py::arg("T"), py::arg("B"), py::arg("H"), py::arg("gates"),

@@ -104,9 +104,9 @@ def _check_cell_and_weights(cell: str, weights: Sequence[Tensor]) -> None:
     """What everything after relies on."""
     if cell not in CELLS:
         raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
-    for weight in weights:
+    for index, weight in enumerate(weights):
         if not isinstance(weight, Tensor):
-            raise TypeError(f"weights must be tensors, got {type(weight).__name__}")
+            raise TypeError(f"weights[{index}] must be a tensor, got {type(weight).__name__}")
     for name, weight in zip(("w_ih", "w_hh"), weights):
         if weight.dim() != 2:
             raise RuntimeError(f"{name} must have 2 dimensions, got {weight.dim()}")
@@ -348,11 +348,18 @@ def recurrent_cell(
 ) -> tuple[Tensor, ...]:
     """One step of any registered cell: input (B, I), each state (B, H) or None for zeros -> the next states (B, H).
 
+    Of two biases one may be None, for zeros; both: the cell has none.
+
     Raises:
-        RuntimeError: sizes or dtypes that do not fit, with the messages of torch.nn's cells.
+        RuntimeError, TypeError: sizes or dtypes that do not fit, with the messages of torch.nn's cells; a weight that
+            is no tensor.
     """
+    for name, weight in (("w_ih", w_ih), ("w_hh", w_hh)):
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(weight).__name__}")
     if (b_ih is None) != (b_hh is None):
-        raise ValueError("b_ih and b_hh must be given together")
+        b_ih = torch.zeros_like(b_hh) if b_ih is None else b_ih
+        b_hh = torch.zeros_like(b_ih) if b_hh is None else b_hh
     weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
     _check_cell_and_weights(cell, weights)
     if len(hx) != len(CELLS[cell].states):

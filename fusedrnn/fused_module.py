@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,14 +23,15 @@ from .dropout import kept_parts
 from .ops import refuse_older_exporter
 from .options import HasOptions, text
 from .recording import Owner
-from .streaming import steppers
 from .torch_internals import dual_level, symbolic_tracing
 
-__all__ = ["FusedModule", "as_states", "dense", "infers", "is_plain", "kept_aside"]
+__all__ = ["FusedModule", "as_states", "dense", "infers", "is_plain", "kept_aside", "steppers"]
 
 #: The packed weights of modules that have been used for inference, until they train. Not in the modules: using one
 #: changes neither its pickle nor its state.
 kept_aside: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
+#: What :mod:`fusedrnn.streaming` has prepared for the next step of modules; likewise.
+steppers: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
 def infers() -> bool:
@@ -139,6 +141,8 @@ def _kept(module: torch.nn.Module) -> Any:
 
 
 def _module_of(function: Callable[..., Any]) -> str:
+    while isinstance(function, partial):
+        function = function.func
     return getattr(function, "__module__", None) or ""
 
 
@@ -154,15 +158,25 @@ class FusedModule(HasOptions):
 
     def register_forward_hook(self, hook: Callable[..., Any], **kwargs: Any) -> RemovableHandle:
         """As in torch.nn, but for the hooks that Opacus puts on modules of classes it does not know: they miss the
-        gradients of states and fail in the backward pass. A subclass may have a forward without states.
+        gradients of states and fail in the backward pass. A subclass may have a forward without states; a call of it
+        with more than one tensor, or a result that is more, raises.
         """
-        if _module_of(hook).startswith("opacus.") and _module_of(type(self).forward).startswith("fusedrnn."):
-            raise NotImplementedError(
-                "Opacus computes the gradients of each sample from the one input and the one output of a module, but"
-                f" fusedrnn.{type(self).__name__} takes and returns states too: use a subclass whose forward(x) returns"
-                " the output alone, the layers of opacus.layers, or torch.vmap(torch.func.grad(loss))"
-            )
-        return super().register_forward_hook(hook, **kwargs)
+        if not _module_of(hook).startswith("opacus."):
+            return super().register_forward_hook(hook, **kwargs)
+        text = (
+            "Opacus computes the gradients of each sample from the one input and the one output of a module, but"
+            f" fusedrnn.{type(self).__name__} takes and returns states too: use a subclass whose forward(x) returns the"
+            " output alone, the layers of opacus.layers, or torch.vmap(torch.func.grad(loss))"
+        )
+        if _module_of(type(self).forward).startswith("fusedrnn."):
+            raise NotImplementedError(text)
+
+        def checked(module: torch.nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+            if len(args) != 1 or named or not isinstance(output, Tensor):
+                raise NotImplementedError(text)
+            return hook(module, args, output)
+
+        return super().register_forward_hook(checked, **kwargs, with_kwargs=True)
 
     def _apply(self, *args: Any, **kwargs: Any) -> torch.nn.Module:  # by .to(), .double(), .share_memory() ...
         kept_aside.pop(self, None)

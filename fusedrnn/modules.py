@@ -12,19 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
 from . import options
 from .cells import CELLS
 from .functional import recurrent
-from .fused_module import FusedModule, as_states, dense, infers, is_plain
+from .fused_module import FusedModule, as_states, dense, infers, is_plain, steppers
 from .single_step import GRUCell, LSTMCell, RNNCell  # old pickles look for them here
-from .streaming import step, steppers
+from .streaming import step
 from .torch_internals import (
     flat_weights,
     forget_weight,
+    kept_weights,
     refer_strongly,
-    weights_as_kept,
+    weight_names,
     whole,
 )
 
@@ -50,12 +52,18 @@ def _forward(
         short = _short_road(module, cell, input, states, own.get("zoneout", 0.0))
         if short is not None:
             return short
+    weights, names = flat_weights(module), weight_names(module)
+    for weight_name, weight in zip(names, weights):
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{weight_name} must be a tensor, got {type(weight).__name__}")
+    if len(weights) != len(names):
+        raise RuntimeError(f"the module must have {len(names)} weights, {', '.join(names)}, got {len(weights)}")
     two_states = len(CELLS[cell].states) == 2
     states = as_states(states, cell)
     if isinstance(input, PackedSequence):
         # The caller's hx is checked before it is permuted: a larger batch would be cut down silently. While Dynamo or
         # an exporter traces, the number of samples is not known; the op checks it.
-        checked = None if torch.compiler.is_compiling() else states
+        checked = None if is_compiling() else states
         _check_args(module, input.data, input.batch_sizes, checked, two_states)
     else:
         if input.dim() not in (2, 3):
@@ -68,8 +76,7 @@ def _forward(
             raise RuntimeError(f"For {kind} input, {what} should also be {dim}-D but got {got}")
         batched = input if dim == 3 else input.unsqueeze(0 if module.batch_first else 1)
         _check_args(module, batched, None, states and [s if dim == 3 else s.unsqueeze(1) for s in states], two_states)
-    weights = flat_weights(module)
-    expected = len(CELLS[cell].gates) * module.hidden_size, module.proj_size or module.hidden_size
+    expected = _shape_of_w_hh(module, cell)
     if weights[1].shape != expected:
         raise RuntimeError(f"weight_hh_l0 must have shape {list(expected)}, got {list(weights[1].shape)}")
     return recurrent(
@@ -102,6 +109,10 @@ def _of_one_state(
     return output, h_n, *states
 
 
+def _shape_of_w_hh(module: torch.nn.RNNBase, cell: str) -> tuple[int, int]:
+    return len(CELLS[cell].gates) * module.hidden_size, module.proj_size or module.hidden_size
+
+
 def _mixes_only(module: torch.nn.RNNBase, own: dict[str, Any]) -> bool:
     """Whether the one option is zoneout in inference, which has numbers for masks."""
     return infers() and not module.training and list(own) == ["zoneout"]
@@ -118,18 +129,15 @@ def _short_road(
     all there is to do, and torch.nn's checks would take several times as long. None where anything is different: the
     long road knows, and words errors.
     """
-    parameters, names, weights = weights_as_kept(module)
-    if not (parameters and names and weights):
-        return None
+    weights = None if is_compiling() else kept_weights(module)
+    if weights is None:
+        return None  # computed or replaced
     if not is_plain(input, 3, states, weights, cell):
         return None
-    if weights[1].size(-1) != (module.proj_size or module.hidden_size):
+    if input.size(2) != module.input_size or weights[1].shape != _shape_of_w_hh(module, cell):
         return None
     if module.num_layers > 1 and (not infers() or (module.dropout and module.training)):
         return None
-    for name, weight in zip(names, weights):
-        if parameters.get(name) is not weight:
-            return None  # parametrized or replaced
     x = input.transpose(0, 1) if module.batch_first else input
     h0, c0 = (*(states or ()), None, None)[:2]
     result = dense(module, cell, module.bidirectional, module.num_layers, x, h0, c0, weights, zoneout)

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import options
 from .cells import CELLS
 from .functional import recurrent_cell
 from .fused_module import FusedModule, as_states, dense, is_plain
-from .torch_internals import own_parameters
+from .torch_internals import kept_weights_of_cell
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell", "forward_cell"]
 
@@ -33,7 +34,10 @@ def forward_cell(
             what = f"hx[{index}]" if count == 2 else "hidden"
             raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {state.dim()}D instead")
     batched = input.dim() == 2
-    w_hh = module.weight_hh  # once: a parametrized weight is computed at each look-up
+    w_ih, w_hh = module.weight_ih, module.weight_hh  # once: a parametrized weight is computed at each look-up
+    for weight_name, weight in (("weight_ih", w_ih), ("weight_hh", w_hh)):
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{weight_name} must be a tensor, got {type(weight).__name__}")
     if states is None and w_hh.size(-1) != module.hidden_size:
         got, expected = module.hidden_size, w_hh.size(-1)
         raise RuntimeError(f"hidden0 has inconsistent hidden_size: got {got}, expected {expected}")
@@ -43,7 +47,7 @@ def forward_cell(
         cell,
         input if batched else input.unsqueeze(0),
         states or (None,) * count,
-        module.weight_ih,
+        w_ih,
         w_hh,
         module.bias_ih,
         module.bias_hh,
@@ -56,11 +60,10 @@ def _short_road_of_cell(
 ) -> tuple[Tensor, ...] | None:
     """A batch through a cell, checked by the kernel alone; None where anything is different."""
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if module.bias else ("weight_ih", "weight_hh")
-    parameters = own_parameters(module)
-    weights = [parameters.get(name) for name in names]
-    if not is_plain(input, 2, states, weights, cell):
-        return None
-    if any(weight is None for weight in weights) or weights[1].size(-1) != module.hidden_size:
+    weights = None if is_compiling() else kept_weights_of_cell(module, names)
+    if weights is None:
+        return None  # computed or replaced
+    if not is_plain(input, 2, states, weights, cell) or weights[1].size(-1) != module.hidden_size:
         return None
     h0, c0 = (*(states or ()), None, None)[:2]
     result = dense(module, cell, False, 1, input, h0, c0, weights)

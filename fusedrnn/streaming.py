@@ -8,18 +8,18 @@ is kept from step to step.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import _C, options
 from .dropout import kept_parts
-from .torch_internals import unheard_weights
+from .fused_module import FusedModule, steppers
+from .torch_internals import CALLS, heard, kept_weights
 
-__all__ = ["cell_of", "step", "steppers"]
+__all__ = ["cell_of", "step"]
 
 _RNN, _LSTM, _GRU = torch.nn.RNN, torch.nn.LSTM, torch.nn.GRU  # people give these names to our classes
 
@@ -28,17 +28,17 @@ class _Prepared(NamedTuple):
     """A step that C++ has checked, and what of the module it depends on."""
 
     step: Any  # a capsule of _C.prepare_step
-    kind: tuple[type[torch.nn.RNNBase], Callable[..., Any], str]
+    kind: tuple[Any, ...]
     options: options.FusedOptions
+    calls: tuple[tuple[str, Any], ...]  # what a call of forward would run
 
 
-def _kind(module: torch.nn.RNNBase) -> tuple[type[torch.nn.RNNBase], Callable[..., Any], str]:
-    cls = type(module)
-    return cls, cls.forward, module.mode
-
-
-#: What is prepared, by module, not in it: copies and pickles hold nothing of it.
-steppers: weakref.WeakKeyDictionary[torch.nn.Module, _Prepared] = weakref.WeakKeyDictionary()
+def _kind(module: torch.nn.RNNBase) -> tuple[Any, ...]:
+    """What ``forward`` reads of a module beside its weights and options."""
+    return (
+        type(module), module.mode, module.input_size, module.hidden_size, module.proj_size, module.num_layers,
+        module.bidirectional,
+    )  # fmt: skip
 
 
 def cell_of(module: torch.nn.RNNBase) -> str:
@@ -60,24 +60,18 @@ def _draws(module: torch.nn.RNNBase, given: options.FusedOptions) -> bool:
 def step(module: torch.nn.RNNBase, input: Tensor, hx: Any, forwards: frozenset[Any]) -> tuple[Tensor, Any]:
     """input (B, I) and states -> output (B, R) and states. ``forwards``: those whose work a prepared step does."""
     prepared = steppers.get(module)
-    if prepared is not None:
-        call, kind, given = prepared
-        weights = unheard_weights(module)
-        if (
-            weights is not None
-            and given is module.fused_options
-            and kind == _kind(module)
-            and not (module.training and _draws(module, given))
-            and not torch.is_autocast_enabled("cpu")
-        ):
-            h0, c0 = hx if type(hx) is tuple and len(hx) == 2 else (hx, None)
-            found = _C.step(call, input, h0, c0, *weights)
-            if found is not None:
-                y, h_n, c_n = found
-                if c_n.numel() == 0:  # the cell has h alone
-                    return y, h_n
-                if hx is None or c0 is not None:
-                    return y, (h_n, c_n)
+    if (
+        prepared is not None
+        and prepared.options is module.fused_options
+        and prepared.kind == _kind(module)
+        and not (module.training and _draws(module, prepared.options))
+        and not torch.is_autocast_enabled("cpu")
+        and not heard(module)
+    ):
+        weights = kept_weights(module, prepared.calls)
+        found = None if weights is None else _C.step(prepared.step, input, hx, weights)
+        if found is not None:
+            return found
     return _first_step(module, input, hx, forwards)
 
 
@@ -95,16 +89,13 @@ def _first_step(
     with torch.no_grad():
         y, last = module(input.unsqueeze(time), hx)
     steppers.pop(module, None)
-    weights, given = unheard_weights(module), options.of(module)
-    usual = type(module).forward in forwards and not _draws(module, given)
-    if weights is None or not usual or torch.compiler.is_compiling():
-        return y.squeeze(time), last
-    parameters, names, listed = weights
-    own = [parameters.get(name) for name in names]
-    if all(weight is other for weight, other in zip(own, listed, strict=True)):
+    given, forward = options.of(module), type(module).forward
+    calls = (*CALLS, ("__call__", FusedModule.__call__), ("forward", forward))
+    weights = kept_weights(module, calls)
+    if forward in forwards and not (weights is None or heard(module) or _draws(module, given) or is_compiling()):
         cell = cell_of(module)
         zoneout = kept_parts(given.zoneout, 2 if cell == "lstm" else 1)
-        prepared = _C.prepare_step(input, own, cell, module.num_layers, zoneout)
+        prepared = _C.prepare_step(input, weights, cell, module.num_layers, zoneout)
         if prepared is not None:
-            steppers[module] = _Prepared(prepared, _kind(module), given)
+            steppers[module] = _Prepared(prepared, _kind(module), given, calls)
     return y.squeeze(time), last

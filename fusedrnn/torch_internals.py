@@ -17,7 +17,10 @@ from torch.compiler import is_compiling
 from torch.fx import _symbolic_trace
 from torch.nn.modules import module as _module
 
+from ._C import kept_parameters
+
 __all__ = [
+    "CALLS",
     "PACKING_OPS",
     "VF",
     "add_batch_dim",
@@ -29,15 +32,16 @@ __all__ = [
     "flat_weights",
     "forget_weight",
     "functionalizing",
+    "heard",
+    "kept_weights",
+    "kept_weights_of_cell",
     "listed_weights",
     "own_parameters",
     "refer_strongly",
     "remove_batch_dim",
     "symbolic_tracing",
     "transformed",
-    "unheard_weights",
     "weight_names",
-    "weights_as_kept",
     "whole",
 ]
 
@@ -141,18 +145,56 @@ def add_batch_dim(t: Tensor, level: int) -> Tensor:
     return torch._add_batch_dim(t, 0, level)
 
 
-def unheard_weights(module: nn.RNNBase) -> tuple[dict[str, Any], list[str], list[Tensor]] | None:
-    """:func:`weights_as_kept` of a module whose ``forward`` nobody listens to, by hooks of its or everybody's, or has
-    replaced. None: somebody has, or, without one of the names, somebody may have.
+#: What reading a weight runs in torch.nn, by its name in the module's class. None: the class may have none.
+_READS = (
+    ("__getattribute__", object.__getattribute__),
+    ("__getattr__", nn.Module.__getattr__),
+    ("_parameters", None),
+)
+_READS_LISTED = (
+    *_READS,
+    ("_update_flat_weights", getattr(nn.RNNBase, "_update_flat_weights", None)),
+    ("_weights_have_changed", getattr(nn.RNNBase, "_weights_have_changed", None)),
+    ("_flat_weights", None),
+    ("_flat_weights_names", None),
+)
+_call = nn.Module.__call__
+
+#: What a call of a module runs before ``forward``, and what it reads weights by.
+CALLS = (
+    *_READS_LISTED,
+    ("_call_impl", getattr(nn.Module, "_call_impl", None)),
+    ("_wrapped_call_impl", getattr(nn.Module, "_wrapped_call_impl", None)),
+)
+
+
+def kept_weights(module: nn.RNNBase, as_torch: tuple[tuple[str, Any], ...] = _READS_LISTED) -> list[Tensor] | None:
+    """The weights of a sequence module, in the order in which kernels take them, if :func:`flat_weights` would give the
+    parameters themselves: none is computed, replaced in the module or its class, or read in another way than torch.nn's
+    (``as_torch``). None: it may not, or torch lacks a name.
     """
     own = vars(module)
-    listened = (
-        own.get("_forward_hooks", True) or own.get("_forward_pre_hooks", True) or _global_hooks or _global_pre_hooks
+    names, listed = own.get("_flat_weights_names"), own.get("_flat_weights")
+    return None if listed is None else kept_parameters(module, names, as_torch, listed)
+
+
+def kept_weights_of_cell(module: nn.RNNCellBase, names: tuple[str, ...]) -> list[Tensor] | None:
+    """The same of a cell, whose weights torch.nn reads as attributes."""
+    return kept_parameters(module, names, _READS)
+
+
+def heard(module: nn.Module) -> bool:
+    """Whether somebody listens to calls of the module, by hooks of its or everybody's, or has replaced torch.nn's.
+    Without one of the names: somebody may.
+    """
+    own = vars(module)
+    return bool(
+        own.get("_forward_hooks", True)
+        or own.get("_forward_pre_hooks", True)
+        or _global_hooks
+        or _global_pre_hooks
+        or nn.Module.__call__ is not _call
     )
-    parameters, names, listed = weights_as_kept(module)
-    if listened or "forward" in own or not (parameters and names and listed):
-        return None
-    return parameters, names, listed
 
 
 def weight_names(module: nn.RNNBase) -> list[str]:
@@ -177,14 +219,6 @@ def listed_weights(module: nn.RNNBase) -> list[Tensor]:
     """The list that torch.nn's ``forward`` reads the weights from, as it is. Without the name: the attributes."""
     found = getattr(module, "_flat_weights", None)
     return [getattr(module, name) for name in weight_names(module)] if found is None else found
-
-
-def weights_as_kept(module: nn.RNNBase) -> tuple[dict[str, Any] | None, list[str] | None, list[Tensor] | None]:
-    """:func:`own_parameters`, :func:`weight_names` and :func:`listed_weights` at once, for calls that take no longer
-    than three functions do. Without a name: None for it.
-    """
-    own = vars(module)
-    return own.get("_parameters"), own.get("_flat_weights_names"), own.get("_flat_weights")
 
 
 def flat_weights(module: nn.RNNBase) -> list[Tensor]:

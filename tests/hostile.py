@@ -25,8 +25,8 @@ from fusedrnn import _C
 from fusedrnn.cells import CELLS
 
 PRELUDE = (
-    "import copy, datetime, math, pickle, numpy, torch; from fusedrnn import _C; ops = torch.ops.fusedrnn; "
-    "r = torch.randn"
+    "import collections, copy, datetime, math, pickle, numpy, torch; from fusedrnn import _C; "
+    "ops = torch.ops.fusedrnn; r = torch.randn"
 )
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 HUGE = ("2**33", "2**40", "2**62")
@@ -277,9 +277,6 @@ def infer(draw: random.Random) -> Call:
     return Call("infer", begin, call, tensors, scalars)
 
 
-LISTED = "listed = list(map(torch.empty_like, p.values()))"
-
-
 def step(draw: random.Random) -> Call:
     z = layers(draw, stacked=True, directions=False)
     z.B, two = max(z.B, 1), z.cell == "lstm"
@@ -288,25 +285,49 @@ def step(draw: random.Random) -> Call:
     begin = beginning(draw, z, {"x": z.random(z.B, z.I), **states})
     begin += [f"layers = {z.layers}", f"zoneout = {draw.choice(ZONEOUTS[:2])}"]
     prepare = "prepared = _C.prepare_step(x, weights, cell, layers, zoneout)"
-    names = "names = ['w%d' % i for i in range(len(weights))]"
-    own = "p = dict(zip(names, weights))"
-    call = "prepared and _C.step(prepared, x, h0, c0, p, names, listed)"
-    listed = "listed = [p.get(n) for n in names]"
+    call = "prepared and _C.step(prepared, x, hx, weights)"
+    usual = "hx = (h0, c0) if cell == 'lstm' and not h0 is c0 is None else h0"
+    hx = draw.choice((usual,) * 9 + ("hx = (h0, c0)", "hx = [h0, c0]", "hx = (h0,)", "hx = (h0, c0, x)"))
     tensors = ["x", *(name for name, value in states.items() if value)]
     tensors += [f"weights[{i}]" for i in range(len(z.weights()))]
     if draw.random() < 0.5:  # changed when it is prepared, or before
-        begin += [prepare, names, own]
-        listed = "listed = [p.get(n) for n in names] if p and names and isinstance(names[0], str) else []"
-        tensors = [f"p['w{t[8:-1]}']" if t.startswith("weights") else t for t in tensors]
-        scalars = {
-            "p": ("{}", "None", "p | {'w0': 1}", "{**p, 'w1': p['w0']}"),
-            "names": ("[]", "names[:-1]", "names[::-1]", "names + names", "[[]] * len(names)", "tuple(names)", "None"),
-            "prepared": CAPSULES,
-        }
-        return Call("step", begin, call, tensors, scalars, late=[draw.choice((listed, listed, LISTED))])
+        return Call("step", [*begin, prepare], call, tensors, {"prepared": CAPSULES}, late=[hx])
     counts = ("0", "-1", "1", "2", "7", "2**62", "-2**63", "None")
     scalars = {"cell": CELL_NAMES, "layers": counts, "zoneout": ZONEOUTS}
-    return Call("step", begin, call, tensors, scalars, late=[prepare, names, own, listed])
+    return Call("step", begin, call, tensors, scalars, late=[prepare, hx])
+
+
+# What is given to kept_parameters: the name of an argument or of what lies in it, and values.
+KEPT = {
+    "m": ("None", "1", "object()", "torch.nn.Linear", "type('N', (dict,), {})()", "torch.nn.RNN(2, 3)", "m.weight"),
+    "m.__dict__": ("{}", "{'_parameters': 1}", "{**m.__dict__, 'weight': 1}", "{**m.__dict__, 'read': 1}"),
+    "m.__class__": ("type('N', (torch.nn.Linear,), {'bias': 1})", "torch.nn.Linear", "torch.nn.RNN"),
+    "m._parameters": (
+        "{}", "None", "[]", "collections.OrderedDict(m._parameters)", "{'weight': 1, 'bias': 2}",
+        "m._parameters | {1: 2}",
+        "type('P', (dict,), {'__getitem__': lambda *_: r(2)})(m._parameters)", "dict.fromkeys(['weight', 'bias'])",
+    ),
+    "names": (
+        "[]", "()", "None", "['weight']", "['bias', 'weight']", "['other']", "[1, []]", "['weight', 'bias', 'weight']",
+        "'weight'", "{'weight': 1}", "[type('S', (str,), {})('weight'), 'bias']", "('weight', 'bias')",
+    ),
+    "as_torch": (
+        "()", "None", "[]", "(1, 2)", "(('read', None, 1),)", "((1, None),)", "(('read', 1),)", "((None, None),)",
+        "(('weight', None), ('bias', None))", "(('forward', torch.nn.Linear.forward),)", "(('forward', None),)",
+    ),
+    "listed": ("None", "[]", "[m.weight]", "[m.bias, m.weight]", "[m.weight, m.bias, 1]", "(m.weight, m.bias)", "1",
+               "[None, None]"),
+}  # fmt: skip
+
+
+def kept_parameters(draw: random.Random) -> Call:
+    begin = [
+        "m = torch.nn.Linear(2, 2)", "names = ['weight', 'bias']", "listed = [m.weight, m.bias]",
+        "as_torch = (('forward', torch.nn.Linear.forward), ('read', None))",
+    ]  # fmt: skip
+    chosen = [draw.choice(sorted(KEPT)) for _ in range(draw.choice((0, 1, 1, 2, 3)))]
+    begin += [f"{name} = {draw.choice(KEPT[name])}" for name in sorted(chosen, reverse=True)]  # the module at the end
+    return Call("tools", begin, "_C.kept_parameters(m, names, as_torch, listed)", [], {})
 
 
 NUMBERS = ("0", "1", "-1", "2", "3", "5", "64", "257", "2**31 - 1", "2**31", "2**40", "2**62", "-2**63", "None", "1.5")
@@ -317,7 +338,9 @@ SECONDS = ("0.0", "-1.0", "math.nan", "1e-6", "None", "-math.inf")
 
 
 def tools(draw: random.Random) -> Call:
-    """The functions of the module that take no tensors."""
+    """The functions of the module that compute with no tensors."""
+    if draw.random() < 0.2:
+        return kept_parameters(draw)
     number = lambda: draw.choice(PLAIN_NUMBERS if draw.random() < 0.8 else NUMBERS)  # noqa: E731
     lengths = lambda: draw.choice(LENGTHS)  # noqa: E731
     threads = lambda: draw.choice(("1", "2", "0", "-1", "257", "2**31", "None"))  # noqa: E731

@@ -25,10 +25,14 @@ BACKWARD = (
     "B = lambda dy, clip=0.0: ops.layer_backward(dy, None, None, None, x, None, None, None, two, f[0], f[3], "
     "'rnn_tanh', False, True, True, False, False, 0, clip)[0]; "
 )
-HASHED = (
-    "step = _C.prepare_step(r(1, 1), one, 'rnn_tanh', 1); late = []; listed = list(one); "
-    "N = type('N', (), {{'__hash__': lambda self: ({}.clear() if late else None) or 0}}); names = [N(), N()]; "
-    "p = dict(zip(names, one)); late.append(1); right = _C.step(step, r(1, 1), None, None, p, names, listed) is None"
+# A key of the module's own dictionary that is found equal to a weight's name runs code, which may change all lists.
+COMPARED = (
+    "listed = [r(1, 1) for _ in range(99)]; names = [f'w{{i}}' for i in range(99)]; late = []; "
+    "equal = lambda s, o: ([l.clear() for l in late], False)[1]; "
+    "E = type('E', (str,), {{'__hash__': str.__hash__, '__eq__': equal}}); "
+    "m = type('M', (), {{}})(); p = m._parameters = {{}}; {place}[E('w7')] = 1; p.update(zip(names, listed)); "
+    "late.append({what}); "
+    "right = _C.kept_parameters(m, names, (), listed) is None"
 )
 # Each ended its process or gave a wrong number when it was found. It must raise, or ``right`` be true at its end.
 LINES = {
@@ -38,8 +42,10 @@ LINES = {
     "steps of 2**33": "F(r(1, 1, 1).expand(2**33, 1, 1), one)",
     "samples whose rows overflow": "F(r(1, 1, 0).expand(4, 2**62, 0), [r(1, 0), r(1, 1)])",
     "memory that a thread of a team does not get": "_C.read_bandwidth(8, 2**22, 0.0)",
-    "a name that empties the names": HASHED.format("names"),
-    "a name that empties the weights": HASHED.format("listed"),
+    **{
+        f"a key in {place} that empties {what}": COMPARED.format(place=place, what=what)
+        for place in ("m.__dict__", "p") for what in ("names", "listed", "p")
+    },
     "a freed tensor in the message of a TypeError": "x = r(2); x.untyped_storage().resize_(0); "
     "_C.infer(x, None, None, [], 'gru', False, None, None)",
     "a limit below the least float32": BACKWARD + "right = torch.equal(B(f[0], 1e-46), B(f[0], 1e-45))",

@@ -234,10 +234,11 @@ def right(kind: str, a: Names) -> dict[str, Any]:
         return backward(a)
     if kind == "infer":
         return stack(a, a["weights"], stepper=False)
-    expect(isinstance(a["names"], (list, tuple)) and isinstance(a["p"], dict), "names")
-    expect(len(a["names"]) == len(a["weights"]) == len(a["listed"]), "names")
-    expect(all(a["p"].get(n) is t for n, t in zip(a["names"], a["listed"], strict=True)), "others are listed")
-    return stack(a, [a["p"][n] for n in a["names"]], stepper=True)
+    two = a["cell"] == "lstm"
+    expect(isinstance(a["hx"], tuple) == (two and a["hx"] is not None), "hx")
+    expect(not two or (a["h0"] is None) == (a["c0"] is None), "half a state")
+    expected = stack(a, a["weights"], stepper=True)
+    return expected if two else {name: expected[name] for name in ("y", "h_n")}
 
 
 @contextmanager
@@ -358,6 +359,8 @@ def faults(call: Call) -> list[str]:
     out = names["out"]
     if out is None and call.kind in ("infer", "step"):
         return []
+    if call.kind == "step":
+        out = (out[0], *(out[1] if isinstance(out[1], tuple) else out[1:]))
     results = list(out) if isinstance(out, (list, tuple)) else []
     if expected is None:
         on_meta = all(t.is_meta for t in results if isinstance(t, Tensor))  # shapes alone: fusedrnn/ops.py
@@ -423,6 +426,9 @@ def tool_faults(call: Call) -> list[str]:
     out, function = names["out"], call.call[3:].partition("(")[0]
     if function in ("packed_bytes", "packed_uses"):
         return [] if out == 0 and call.call.count("packed_weights()") == 1 and "type" not in call.call else [f"{out}"]
+    if function == "kept_parameters":
+        fit = out is None or [id(getattr(names["m"], name)) for name in names["names"]] == list(map(id, out))
+        return [] if fit else [f"others than torch.nn reads: {str(out)[:200]}"]
     if function not in ("plan", "pipeline_steps", "projection_spans", "activation", "peak_flops", "meeting_seconds"):
         return []
     arguments = eval(call.call[call.call.index("(") : -1] + ",)", names)

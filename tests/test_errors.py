@@ -352,7 +352,7 @@ def test_functional_arguments() -> None:
     w_ih, w_hh = weights[0], weights[1]
     with pytest.raises(RuntimeError, match="w_hh must have 2 dimensions, got 1"):
         functional.lstm(x, (torch.zeros(1, 2, 5),) * 2, [w_ih, w_hh[0]])
-    with pytest.raises(TypeError, match="weights must be tensors, got NoneType"):
+    with pytest.raises(TypeError, match=r"weights\[2\] must be a tensor, got NoneType"):
         functional.lstm(x, None, [w_ih, w_hh, None, None])
     with pytest.raises(ValueError, match="cell must be one of"):
         functional.recurrent_cell("peephole", x[0], (None,), w_ih, w_hh)
@@ -417,3 +417,40 @@ def test_cell_states_of_another_rank_or_size(x: tuple[int, ...], h: tuple[int, .
         assert str(ours.value) == str(theirs.value)
     else:
         assert str(ours.value).startswith("Expected 2D hidden0 (batch x hidden_size), but got")
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("kind", LAYERS + SINGLES)
+def test_a_weight_that_is_none_is_named(kind: str, gradients: bool) -> None:
+    single = kind in SINGLES
+    for name in ("weight_ih", "weight_hh") if single else ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"):
+        module, x = getattr(fusedrnn, kind)(3, 5), torch.randn(*(() if single else (4,)), 2, 3)
+        for called in (False, True):
+            if called:
+                setattr(module, name, getattr(fusedrnn, kind)(3, 5).get_parameter(name))
+                module(x)
+            setattr(module, name, None)
+            with torch.set_grad_enabled(gradients), pytest.raises(TypeError, match=f"{name} must be a tensor, got N"):
+                module(x)
+    if not single:
+        module._flat_weights = module._flat_weights[:1]
+        with pytest.raises(RuntimeError, match="must have 4 weights, weight_ih_l0, weight_hh_l0, bias.*, got 1"):
+            module(x)
+
+
+@pytest.mark.parametrize("gone", ["bias_ih", "bias_hh"])
+@pytest.mark.parametrize("kind", SINGLES)
+def test_a_cell_with_one_bias_alone(kind: str, gone: str) -> None:
+    """As torch.nn's: the other is zero."""
+    theirs, ours = getattr(nn, kind)(3, 5).double(), getattr(fusedrnn, kind)(3, 5).double()
+    ours.load_state_dict(theirs.state_dict())
+    found = []
+    for module in (theirs, ours):
+        setattr(module, gone, None)
+        x = torch.linspace(-1, 1, 6).double().view(2, 3).requires_grad_()
+        h = torch.linspace(1, -1, 10).double().view(2, 5)
+        result = module(x, (h, h) if kind == "LSTMCell" else h)
+        total = sum(r.square().sum() for r in (result if isinstance(result, tuple) else (result,)))
+        found.append([total, *torch.autograd.grad(total, [x, *module.parameters()])])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)

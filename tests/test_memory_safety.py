@@ -169,7 +169,7 @@ def test_nothing_of_the_extension_can_be_made_by_hand() -> None:
     weights = arguments()["weights"]
     prepared, packed = _C.prepare_step(torch.randn(B, I), weights, "lstm", 1), _C.packed_weights()
     with pytest.raises(TypeError, match="expected a capsule fusedrnn.Stepper"):
-        _C.step(packed, torch.randn(B, I), None, None, {}, [], [])
+        _C.step(packed, torch.randn(B, I), None, weights)
     with pytest.raises(TypeError, match="expected a capsule fusedrnn.PackedWeights"):
         _C.packed_bytes(prepared)
     with pytest.raises(TypeError):

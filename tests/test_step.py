@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 import fusedrnn
 from fusedrnn import FusedOptions
 from fusedrnn.cells import CELLS
-from fusedrnn.streaming import steppers
+from fusedrnn.fused_module import steppers
 from loops import TWINS
 from parity import DEVICE
 from tolerances import assert_all_close
@@ -248,6 +248,63 @@ def test_whoever_listens_to_forward_hears_a_step() -> None:
     plain.forward = lambda input, hx=None: Doubled.forward(doubled, input, hx)
     for _ in range(2):
         torch.testing.assert_close(plain.step(x, h)[0], expected)
+
+
+class Called(fusedrnn.GRU):
+    """A user's class, with a ``__call__`` of its own."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        y, h_n = fusedrnn.GRU.__call__(self, *args, **kwargs)
+        return 2 * y, h_n
+
+
+@pytest.mark.parametrize("stepped", [0, 3])
+@pytest.mark.parametrize("what", ["a subclass", "of the class later", "_call_impl", "of torch.nn.Module"])
+def test_a_call_that_was_replaced_is_a_steps_too(what: str, stepped: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x, h = type("Own", (fusedrnn.GRU,), {})(3, 5), torch.randn(2, 3), torch.randn(1, 2, 5)
+    expected = 2 * module(x[None], h)[0][0]
+    for _ in range(stepped):
+        torch.testing.assert_close(2 * module.step(x, h)[0], expected)
+    if what == "a subclass":
+        module.__class__ = Called
+    elif what == "of the class later":
+        type(module).__call__ = Called.__call__
+    elif what == "_call_impl":
+        module._call_impl = lambda *args: (2 * fusedrnn.GRU.forward(module, *args)[0], h)
+    else:
+        call = nn.Module.__call__
+        monkeypatch.setattr(nn.Module, "__call__", lambda *args: (2 * call(*args)[0], h))
+    for _ in range(2):
+        torch.testing.assert_close(module.step(x, h)[0], expected)
+
+
+@pytest.mark.parametrize("kind", ["GRU", "LSTM"])
+def test_half_a_state_is_forwards_to_refuse(kind: str) -> None:
+    module, x, h = getattr(fusedrnn, kind)(3, 5), torch.randn(2, 3), torch.randn(1, 2, 5)
+    for hx in [(h, None), (None, h), (None, None), (h,), ()]:
+        with pytest.raises((TypeError, RuntimeError, AttributeError)) as error:
+            module(x[None], hx)
+        for _ in range(2):
+            with pytest.raises(error.type) as found:
+                module.step(x, hx)
+            assert str(found.value) == str(error.value)
+            module.step(x)
+
+
+SIZES = ({"num_layers": 1}, {"hidden_size": 6}, {"input_size": 4}, {"proj_size": 2})
+
+
+@pytest.mark.parametrize("change", SIZES, ids=str)
+def test_sizes_that_were_changed_are_forwards_to_refuse(change: dict[str, int]) -> None:
+    module, x, h = fusedrnn.LSTM(3, 5, num_layers=2), torch.randn(2, 3), torch.randn(2, 2, 5)
+    module.step(x, (h, h)), module.step(x, (h, h))
+    vars(module).update(change)
+    with pytest.raises((RuntimeError, ValueError)) as error:
+        module(x[None], (h, h))
+    for _ in range(2):
+        with pytest.raises(error.type) as found:
+            module.step(x, (h, h))
+        assert str(found.value) == str(error.value)
 
 
 @pytest.mark.parametrize("layers", [1, 2])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from functools import partial
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -217,8 +219,9 @@ hook_of_opacus.__module__ = "opacus.grad_sample.grad_sample_module"
 def test_opacus_is_refused_at_once(name: str) -> None:
     """It knows nothing of a layer's states, and would fail in the backward pass. (tests/clients has Opacus itself.)"""
     module, x = getattr(fusedrnn, name)(3, 4), torch.randn(2, 3)
-    with pytest.raises(NotImplementedError, match=r"torch.vmap\(torch.func.grad\(loss\)\)"):
-        module.register_forward_hook(hook_of_opacus)
+    for hook in (hook_of_opacus, partial(partial(hook_of_opacus), output=None)):
+        with pytest.raises(NotImplementedError, match=r"torch.vmap\(torch.func.grad\(loss\)\)"):
+            module.register_forward_hook(hook)
     module(x)
 
 
@@ -230,3 +233,26 @@ def test_opacus_may_have_a_forward_without_states() -> None:
     module = Outputs(3, 4)
     module.register_forward_hook(hook_of_opacus)
     assert module(torch.randn(2, 3)).shape == (2, 4)
+
+
+def test_opacus_is_refused_where_a_forward_has_states() -> None:
+    """Taken by a subclass's forward, by position or name, or returned by it: when it happens, before any backward."""
+
+    class Some(fusedrnn.GRU):
+        def forward(self, x: Tensor, hx: Tensor | None = None, both: bool = False) -> Any:
+            found = super().forward(x, hx)
+            return found if both else found[0]
+
+    module, x, h = Some(3, 4), torch.randn(2, 3), torch.zeros(1, 4)
+    heard: list[object] = []
+    hook = lambda module, inputs, output: heard.append((module, inputs, output))  # noqa: E731
+    hook.__module__ = hook_of_opacus.__module__
+    handle = module.register_forward_hook(hook)
+    y = module(x)
+    assert heard == [(module, (x,), y)]
+    for call in (lambda: module(x, h), lambda: module(x, hx=h), lambda: module(x, both=True)):
+        with pytest.raises(NotImplementedError, match="use a subclass whose forward"):
+            call()
+    handle.remove()
+    module(x, h)
+    assert len(heard) == 1
