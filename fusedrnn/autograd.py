@@ -327,7 +327,7 @@ def _backward(
         need_gates, bool(recorders), options.bptt_steps, options.clip, options.clip_by_norm, *noise.to(x.dtype),
     )  # fmt: skip
     for recorder in recorders:
-        recorder.add(owner, cell, norms, dy, dc, x, batch_sizes, options.bptt_steps > 0)
+        recorder.add(owner, cell, norms, dy, dc, x, batch_sizes, (options.bptt_steps, options.clip))
     return dx, dh0, dc0, dweights, dgates
 
 

@@ -15,22 +15,28 @@ from torch import Tensor
 
 __all__ = ["ADVICE", "LEGEND", "NEGLIGIBLE", "VERDICTS", "LayerGradients"]
 
-#: :attr:`LayerGradients.verdict` by :attr:`LayerGradients.change`, the first whose limit is not below it.
+#: :attr:`LayerGradients.verdict` by the change over the stretch, the first whose limit is not below it.
 VERDICTS = ((1e-3, "vanishing"), (0.1, "falling"), (10.0, "steady"), (1e3, "growing"), (math.inf, "exploding"))
 #: What enters a step from outside does not count up to this part of the gradient there.
 NEGLIGIBLE = 1e-3
+#: A stretch of fewer steps than these is judged by what they would make of its factor.
+FEW = 10
+#: What a step sends may be a little below the limit that cut it: it is rounded to 16 bits.
+ROUNDED = 1 - 2**-7
 LEGEND = (
     "last, farthest: the norm of the gradient of the state at the last step that one comes to and at the farthest;"
     " outside, sent: at the farthest, of what enters there and of what later steps send\n"
-    "steps, change, factor a step: over the longest stretch of steps where nothing enters\n"
-    "verdict, by the change: up to 0.001 vanishing, to 0.1 falling, to 10 steady, to 1000 growing, beyond it or not"
-    " finite exploding; unknown if it does not grow and is less than half of the way back"
+    "steps, change, factor a step: over the longest stretch of steps where nothing enters and grad_clip cuts nothing\n"
+    f"verdict, by the change, over {FEW} steps at least: up to 0.001 vanishing, to 0.1 falling, to 10 steady, to 1000"
+    " growing, beyond it exploding; unknown if it does not grow and is less than half of the way back, clipped if"
+    " grad_clip is why; not finite if some norm is not, and nothing exploded"
 )
 
 
 @dataclass(frozen=True)
 class LayerGradients:
-    """The norms of one layer and direction in one call and backward pass, on the CPU. NaN where a sample has no step.
+    """The norms of one layer and direction in one call and backward pass, on the CPU. NaN where a sample has no step,
+    infinite where a norm is not finite.
 
     A step back in time is a linear map of the gradient of the state. What it does to a gradient shows only where
     nothing is added on the way: :attr:`decay`, :attr:`change` and the rest are of such stretches. With a loss at every
@@ -51,7 +57,7 @@ class LayerGradients:
         call: which call of the module in that pass, from 0, the last one first.
         several: whether the block has several passes, and whether the module several calls in them.
         cut: whether steps may send nothing by ``reset`` or ``bptt_steps``. Where they may not, a zero has vanished.
-        not_finite: whether some norm is not.
+        clip: ``grad_clip``, 0 for none.
     """
 
     name: str
@@ -68,7 +74,7 @@ class LayerGradients:
     call: int = 0
     several: tuple[bool, bool] = (False, False)
     cut: bool = False
-    not_finite: bool = False
+    clip: float = 0.0
 
     @property
     def state(self) -> Tensor:
@@ -122,7 +128,8 @@ class LayerGradients:
 
     def _entering(self, part: float = 0.0) -> Tensor:
         """(T, B), by lag: whether more than this part of the gradient enters there by y_t, c_t or the final state."""
-        here = self._back(self.outside) > part * self._back(self.state)
+        outside = self._back(self.outside)
+        here = (outside > (part * self._back(self.state) if part else 0)) | outside.isinf()
         here[:1] |= self._back(self.sent)[:1] > 0
         return here
 
@@ -138,6 +145,15 @@ class LayerGradients:
             return "at the last step"
         return "at every step" if int(here.sum()) == steps else f"at {100 * int(here.sum()) / steps:.0f}% of the steps"
 
+    def _cut_by_clip(self) -> Tensor:
+        """(T, B), by lag: whether ``grad_clip`` may have cut what the step before sends there. By value it may have
+        where the norm is at least the limit of an element.
+        """
+        sent_h, sent_c = self._back(self.sent_h), self._back(self.sent_h if self.sent_c is None else self.sent_c)
+        here = torch.maximum(sent_h, sent_c) >= (ROUNDED * self.clip or math.inf)
+        here[:1] = False  # the final state's
+        return here
+
     @cached_property
     def _stretch(self) -> tuple[float, int, int]:
         """:attr:`decay`, :attr:`steps`, and the steps back of the longest way that a gradient makes."""
@@ -149,7 +165,7 @@ class LayerGradients:
             # Where it has vanished, if not because the square of its norm is no number of the type.
             there[1:] |= (come[1:] == 0) & (come[:-1] > math.sqrt(tiny))
         lag = torch.arange(len(come), device=come.device).unsqueeze(1)
-        free = there & ~self._entering(NEGLIGIBLE)
+        free = there & ~self._entering(NEGLIGIBLE) & ~self._cut_by_clip()
         free[0] = False
         length, end = (lag - lag.where(~free, 0).cummax(0).values).max(0)
         norms = come.clamp(min=tiny).log()
@@ -175,18 +191,20 @@ class LayerGradients:
         """What is left, of 1, at its end: :attr:`decay` to the power of :attr:`steps`. If all samples' stretches are of
         that length it is the norm measured at the far end over the one measured at the near end.
         """
-        return math.nan if self.steps == 0 else _power(self.decay, self.steps)
+        return _power(self.decay, self.steps)
 
     @property
     def ends(self) -> tuple[float, float]:
         """:attr:`state` at the last step that a gradient comes to and at the farthest: geometric means over samples."""
-        norms = self.by_lag(self.state)
-        return (float(norms[0]), float(norms[-1])) if len(norms) else (math.nan, math.nan)
+        return self._seen(self.state, 0), self.farthest(self.state)
 
     def farthest(self, norms: Tensor) -> float:
         """Their geometric mean over samples at the farthest step."""
+        return self._seen(norms, -1)
+
+    def _seen(self, norms: Tensor, lag: int) -> float:
         norms = self.by_lag(norms)
-        seen = float(norms[-1]) if len(norms) else math.nan
+        seen = float(norms[lag]) if len(norms) else math.nan
         return 0.0 if seen <= 2 * torch.finfo(self.h.dtype).tiny else seen
 
     @property
@@ -196,15 +214,21 @@ class LayerGradients:
 
     @property
     def verdict(self) -> str:
-        """By :attr:`change`: "vanishing" (to 0.001), "falling" (to 0.1), "steady" (to 10), "growing" (to 1000),
-        "exploding" (beyond, or a norm that is not finite). "unknown" if nothing grows and the stretch is less than half
-        of the way that gradients make back in time: with a loss at every step nothing tells how far one reaches.
+        """By :attr:`change`, or what 10 steps make of :attr:`decay` if there are fewer: "vanishing" (to 0.001),
+        "falling" (to 0.1), "steady" (to 10), "growing" (to 1000), "exploding" (beyond). "not finite" if some norm is
+        not and nothing exploded: the loss was not, or a weight.
+
+        "unknown" if nothing grows and the stretch is less than half of the way that gradients make back in time: with a
+        loss at every step nothing tells how far one reaches. "clipped" if ``grad_clip`` is why.
         """
-        if self.not_finite:
-            return "exploding"
-        _, steps, way = self._stretch
-        verdict = next((word for limit, word in VERDICTS if self.change <= limit), "unknown")
-        return "unknown" if 2 * steps < way and verdict not in ("growing", "exploding") else verdict
+        decay, steps, way = self._stretch
+        change = _power(decay, max(steps, FEW))
+        verdict = next((word for limit, word in VERDICTS if change <= limit), "unknown")
+        if verdict != "exploding" and self.state.isinf().any():
+            return "not finite"
+        if verdict in ("growing", "exploding") or 2 * steps >= way:
+            return verdict
+        return "clipped" if (self._cut_by_clip() & ~self._entering(NEGLIGIBLE)).any() else "unknown"
 
 
 def _together(h: Tensor, c: Tensor | None) -> Tensor:
@@ -212,6 +236,8 @@ def _together(h: Tensor, c: Tensor | None) -> Tensor:
 
 
 def _power(base: float, exponent: int) -> float:
+    if math.isnan(base):
+        return math.nan
     log = math.log(base) * exponent if base > 0 else -math.inf
     return math.exp(log) if log < 700 else math.inf
 
@@ -228,4 +254,8 @@ ADVICE = {
     "unknown": "it cannot be told how far a gradient reaches, as gradients enter at most steps or pass none: record"
     " h_n[k].sum().backward(), of one layer and direction alone (k = layer * directions + direction), where h_n is the"
     " final state",
+    "clipped": "grad_clip decides what reaches the steps before: a larger limit, or none, shows how far a gradient"
+    " reaches and whether it grows",
+    "not finite": "look for what is not in the loss, the weights and the input (torch.autograd.set_detect_anomaly), or"
+    " use a type of a wider range",
 }

@@ -54,6 +54,7 @@ class _Call(NamedTuple):
     backward: int
     call: int
     cut: bool
+    clip: float
 
 
 class record_gradients:
@@ -110,11 +111,11 @@ class record_gradients:
         dc: Tensor | None,
         x: Tensor,
         batch_sizes: Tensor | None,
-        truncated: bool,
+        limits: tuple[int, float],
     ) -> None:
         """A layer's norms (D, N, 2 * states + gates), as the kernel gives them; dL/dy (T, B, D*R) or (N, D*R); dL/dc.
 
-        ``truncated``: whether ``bptt_steps`` may cut.
+        ``limits``: ``bptt_steps`` and ``grad_clip``, 0 for none.
         """
         if transformed():
             raise RuntimeError("record_gradients cannot look into torch.func.vmap, grad and the like")
@@ -124,9 +125,11 @@ class record_gradients:
             call = self._calls.get((number, module, layer), 0)
             self._calls[number, module, layer] = call + 1
             outside = [_norms_of(d, norms) for d in (dy, dc)[: len(CELLS[cell].states)]]
-            cut = truncated or isinstance(layout, Segments) and not layout.uncut
+            bptt_steps, clip = limits
+            cut = bptt_steps > 0 or isinstance(layout, Segments) and not layout.uncut
+            norms = norms.detach()
             self._raw.append(
-                _Call(module, layer, layout, cell, norms.detach(), outside, x.shape, batch_sizes, number, call, cut)
+                _Call(module, layer, layout, cell, norms, outside, x.shape, batch_sizes, number, call, cut, clip)
             )
             self._layers = []
 
@@ -143,6 +146,7 @@ class record_gradients:
         info, found, states = CELLS[raw.cell], [], len(CELLS[raw.cell].states)
         for d, rows in enumerate(raw.norms.cpu()):
             rows = torch.cat([rows, *(norms[d].cpu().unsqueeze(1) for norms in raw.outside)], dim=1)
+            rows = rows.nan_to_num(torch.inf, torch.inf)  # NaN says that there is no step
             values = _by_sample(rows, raw.layout, raw.shape, raw.batch_sizes).unbind(2)
             found.append(
                 LayerGradients(
@@ -160,7 +164,7 @@ class record_gradients:
                     call=raw.call,
                     several=several,
                     cut=raw.cut,
-                    not_finite=not bool(rows.isfinite().all()),
+                    clip=raw.clip,
                 )
             )
         return found

@@ -123,7 +123,7 @@ def test_factor_memory_and_verdict(factor: float, verdict: str, enters: str) -> 
     assert "inf" not in text and all(
         word in text for word in (verdict, f"{factor:.4f}", enters, f"{layer.change:.3g}", f"{farthest:.3g}")
     )
-    assert "beyond it or not finite exploding" in text  # how the verdict is made
+    assert "beyond it exploding" in text  # how the verdict is made
     assert ("grad_clip=, bptt_steps=" in text) == (verdict in ("growing", "exploding"))
 
 
@@ -291,7 +291,7 @@ def test_verdicts_at_the_edge() -> None:
     with fusedrnn.record_gradients(module) as rec:
         module(torch.randn(5, 2, 3))[0][-1].sum().backward()
     forward, reverse = rec.layers
-    assert forward.verdict in ("steady", "falling") and forward.enters == "at the last step"
+    assert forward.verdict in ("vanishing", "falling") and forward.enters == "at the last step"
     # The reverse direction's last output is its first step: nothing goes further back.
     assert (reverse.verdict, reverse.enters) == ("unknown", "at 20% of the steps")
     assert "it cannot be told" in rec.summary()
@@ -299,7 +299,7 @@ def test_verdicts_at_the_edge() -> None:
         module.weight_hh_l0.fill_(math.nan)
     with fusedrnn.record_gradients(module) as rec:
         module(torch.randn(5, 2, 3))[0].sum().backward()
-    assert rec.layers[0].verdict == "exploding"
+    assert rec.layers[0].verdict == "not finite"
     one = fusedrnn.GRU(3, 4)
     with fusedrnn.record_gradients(one) as rec:
         one(torch.randn(1, 2, 3))[0].sum().backward()
@@ -345,6 +345,71 @@ def test_zero_without_a_cut_has_vanished(factor: float) -> None:
         module(torch.rand(1000, 2, 3) + 0.1)[0][-1].sum().backward()
     (layer,) = rec.layers
     assert layer.verdict == "vanishing" and layer.decay == pytest.approx(factor, abs=0.02)
+    assert layer.ends == pytest.approx((math.sqrt(3), 0.0)) and "e-38" not in rec.summary()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", ["norm", "value"])
+def test_what_grad_clip_cuts_is_no_decay(mode: str, dtype: torch.dtype) -> None:
+    """Where the limit holds what steps send, nothing is said of how far a gradient reaches; elsewhere all is."""
+
+    def read(factor: float, clip: float) -> tuple[fusedrnn.LayerGradients, str]:
+        module = multiple_of_identity(factor, nonlinearity="relu", grad_clip=clip, grad_clip_mode=mode).to(dtype)
+        with fusedrnn.record_gradients(module) as rec:
+            module(torch.rand(39, 2, 3).to(dtype) + 0.1)[1].sum().backward()
+        return rec.layers[0], rec.summary()
+
+    for factor in (1.5, 1.0):
+        layer, text = read(factor, 0.3)
+        assert (layer.verdict, layer.steps) == ("clipped", 0) and "a larger limit, or none, shows" in text
+    layer, text = read(0.5, 0.3)  # only the first steps are cut
+    assert layer.verdict == "vanishing" and layer.steps >= 36
+    assert layer.decay == pytest.approx(0.5, rel=1e-2) and "clipped:" not in text
+    for factor, verdict in ((0.5, "vanishing"), (1.0, "steady"), (1.125, "growing")):
+        layer, _ = read(factor, 1e6)  # nothing is
+        assert (layer.verdict, layer.steps) == (verdict, 38)
+
+
+def test_grad_clip_of_an_lstm_is_of_both_states() -> None:
+    """c's alone is cut: h has no part in it."""
+    module = fusedrnn.LSTM(2, 3, grad_clip=0.1, grad_clip_mode="norm").double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+        module.bias_hh_l0[3:6] = 30.0  # the forget gate
+    _, (_, c) = module(torch.rand(39, 2, 2).double())
+    with fusedrnn.record_gradients(module) as rec:
+        c.sum().backward()
+    assert rec.layers[0].verdict == "clipped" and float(rec.layers[0].sent_h[:-1].max()) == 0
+
+
+FEW = ((0.296, "vanishing"), (0.7, "falling"), (0.99, "steady"), (1.3, "growing"))
+
+
+@pytest.mark.parametrize("factor, verdict", FEW)
+def test_few_steps_are_judged_by_their_factor(factor: float, verdict: str) -> None:
+    for T in (2, 3):
+        module = multiple_of_identity(factor, nonlinearity="relu")
+        with fusedrnn.record_gradients(module) as rec:
+            module(torch.rand(T, 2, 3).double() + 0.1)[1].sum().backward()
+        (layer,) = rec.layers
+        assert layer.verdict == verdict and layer.change == pytest.approx(factor ** (T - 1))
+
+
+def test_what_is_not_finite_is_told_from_what_explodes() -> None:
+    module, x = multiple_of_identity(0.9, nonlinearity="relu").float(), torch.rand(39, 2, 3) + 0.1
+    everywhere, at_last = (slice(None), math.nan, "at every step"), (slice(-1, None), math.inf, "at the last step")
+    for part, bad, enters in (everywhere, at_last):
+        with fusedrnn.record_gradients(module) as rec:
+            (module(x)[0][part] * bad).sum().backward()
+        (layer,) = rec.layers
+        assert (layer.verdict, layer.enters) == ("not finite", enters)
+        assert "set_detect_anomaly" in rec.summary() and "grad_clip=" not in rec.summary()
+        assert layer.h.isinf().any() and not layer.h.isnan().any()
+    wild = multiple_of_identity(1e5, nonlinearity="relu").float()
+    with fusedrnn.record_gradients(wild) as rec:
+        wild(x)[0][-1].sum().backward()
+    assert rec.layers[0].verdict == "exploding" and rec.layers[0].h.isinf().any() and "grad_clip=" in rec.summary()
 
 
 def test_passes_and_calls_are_told_apart() -> None:
