@@ -64,6 +64,50 @@ def _check_devices(x: Tensor, batch_sizes: Tensor | None, **tensors: Tensor | No
             raise RuntimeError(f"{name} must be on the device of the input, {x.device}, got {tensor.device}")
 
 
+def _samples(x: Tensor, batch_sizes: Tensor | None, h0: Tensor | None) -> int | torch.SymInt:
+    """The number of samples, which a packed batch has as a value."""
+    if batch_sizes is None:
+        return x.size(1)
+    if type(batch_sizes) is Tensor:  # the input is on the meta device
+        return int(batch_sizes[0])
+    return torch.library.get_ctx().new_dynamic_size() if h0 is None else h0.size(1)
+
+
+def _check_sizes(
+    x: Tensor, batch_sizes: Tensor | None, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], cell: str,
+    directions: int,
+) -> None:  # fmt: skip
+    """What the kernels check (``csrc/layer.cpp``), in its words, as far as it is known without values."""
+    info, each = _info(cell), len(weights) // directions
+    if each * directions != len(weights) or not 2 <= each <= 5:
+        raise RuntimeError(
+            f"weights must hold w_ih, w_hh[, b_ih, b_hh][, w_hr] for each of {directions} direction(s), got"
+            f" {len(weights)} tensors"
+        )
+    if x.dim() != (dim := 3 if batch_sizes is None else 2):
+        packed = "" if batch_sizes is None else " with batch_sizes"
+        raise RuntimeError(f"input{packed} must have {dim} dimensions, got {x.dim()}")
+    if each % 2 and not info.projectable:
+        raise RuntimeError(f"cell {cell} cannot be projected: w_hr given")
+    w_hh = weights[1].shape
+    if len(w_hh) != 2 or w_hh[0] % len(info.gates) or w_hh[0] == 0:
+        raise RuntimeError(f"w_hh must have shape [{len(info.gates)}*H, H], got {list(w_hh)}")
+    all_gates, H = w_hh[0], w_hh[0] // len(info.gates)
+    R = w_hh[1] if each % 2 else H
+    shapes = {"w_ih": (all_gates, x.size(-1)), "w_hh": (all_gates, R)}
+    shapes |= {"b_ih": (all_gates,), "b_hh": (all_gates,)} if each >= 4 else {}
+    shapes |= {"w_hr": (R, H)} if each % 2 else {}
+    named = [(name, weight, shape) for (name, shape), weight in zip([*shapes.items()] * directions, weights)]
+    if batch_sizes is None or type(batch_sizes) is Tensor:
+        states, samples = (("h0", h0, R), ("c0", c0, H)), _samples(x, batch_sizes, None)
+        named += [(name, state, (directions, samples, n)) for name, state, n in states if state is not None]
+    for name, tensor, shape in named:
+        if tensor.dtype != x.dtype:
+            raise ValueError(f"{name} must have the dtype of the input, {x.dtype}, got {tensor.dtype}")
+        if tensor.shape != shape:
+            raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+
+
 @torch.library.register_fake("fusedrnn::layer_forward")
 def _(
     x: Tensor,
@@ -80,16 +124,12 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     noise = {"mask_h": mask_h, "keep_h": keep_h, "keep_c": keep_c}
     named = {f"weights[{i}]": weight for i, weight in enumerate(weights)}
-    _check_devices(x, batch_sizes, h0=h0, c0=c0, **noise, **named)
     info, directions = _info(cell), 2 if bidirectional else 1
+    _check_devices(x, batch_sizes, h0=h0, c0=c0, **noise, **named)
+    _check_sizes(x, batch_sizes, h0, c0, weights, cell, directions)
     hidden = weights[1].size(0) // len(info.gates)
     out = weights[1].size(1)  # R: H, or P with a projection
-    if h0 is not None:
-        batch = h0.size(1)
-    elif batch_sizes is None:
-        batch = x.size(1)
-    else:
-        batch = torch.library.get_ctx().new_dynamic_size()
+    batch = _samples(x, batch_sizes, h0)
     rows = x.size(0) if batch_sizes is not None else x.size(0) * x.size(1)
     two_states = len(info.states) == 2
     y = x.new_empty((*x.shape[:-1], directions * out))
@@ -133,12 +173,7 @@ def _(
     _check_devices(x, batch_sizes, **named, **noise, **{f"weights[{i}]": weight for i, weight in enumerate(weights)})
     info, directions = _info(cell), 2 if bidirectional else 1
     hidden = weights[1].size(0) // len(info.gates)
-    if h0 is not None:
-        batch = h0.size(1)
-    elif batch_sizes is None:
-        batch = x.size(1)
-    else:
-        batch = torch.library.get_ctx().new_dynamic_size()
+    batch = _samples(x, batch_sizes, h0)
     dx = x.new_empty(x.shape if need_x else (0,))
     dh0 = x.new_empty((directions, batch, weights[1].size(1)))
     dc0 = x.new_empty((directions if len(info.states) == 2 else 0, batch, hidden))

@@ -186,7 +186,7 @@ def _checked_lengths(lengths: Tensor | Sequence[int], steps: int, samples: int) 
         raise TypeError(f"lengths must be integers, got {lengths.dtype}")
     if lengths.shape != (samples,):
         raise ValueError(f"lengths must have shape {[samples]}, a length for each sample, got {list(lengths.shape)}")
-    lengths = lengths.detach().to("cpu", torch.long)
+    lengths = _on_the_host("lengths", lengths).long()
     if samples and not 0 <= int(lengths.min()) <= int(lengths.max()) <= steps:
         raise ValueError(f"lengths must be from 0 to T = {steps}, got {int(lengths.min())} to {int(lengths.max())}")
     return lengths
@@ -198,4 +198,10 @@ def _checked_reset(reset: Tensor, steps: int, samples: int) -> Tensor:
         raise TypeError(f"reset must be a boolean tensor, got {found}")
     if reset.shape != (steps, samples):
         raise ValueError(f"reset must have shape {[steps, samples]}, a mark for each step, got {list(reset.shape)}")
-    return reset.detach().cpu()
+    return _on_the_host("reset", reset)
+
+
+def _on_the_host(name: str, tensor: Tensor) -> Tensor:
+    if tensor.is_meta:
+        raise ValueError(f"{name} must have values, which say what is computed: got a tensor on the meta device")
+    return tensor.detach().cpu()

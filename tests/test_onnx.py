@@ -329,7 +329,8 @@ def test_weights_that_are_computed(tmp_path: Path) -> None:
 def test_quantizers_find_the_weights(tmp_path: Path) -> None:
     model, x = nn.Sequential(fusedrnn.LSTM(64, 128, bidirectional=True)).eval(), torch.randn(5, 2, 64)
     graph = graph_of(model, x, tmp_path / "model.onnx")
-    quantize_dynamic(tmp_path / "model.onnx", tmp_path / "small.onnx")
+    # Seven bits of a weight: two products of eight overflow the 16 bits that AVX2 adds them in.
+    quantize_dynamic(tmp_path / "model.onnx", tmp_path / "small.onnx", reduce_range=True)
     assert "DynamicQuantizeLSTM" in [node.op_type for node in onnx.load(tmp_path / "small.onnx").graph.node]
     found = onnxruntime.InferenceSession(tmp_path / "small.onnx").run(None, {graph.input[0].name: x.numpy()})
-    assert (torch.from_numpy(found[0]) - model(x)[0].detach()).abs().max() < 0.01
+    assert (torch.from_numpy(found[0]) - model(x)[0].detach()).abs().max() < 0.02
