@@ -2,8 +2,8 @@
 
 For each pair a copy of the tree in build/versions is set up, built and tested by ``make test``, and deleted afterwards
 (5 GB and five minutes each). All tests run for the oldest torch with the oldest Python and for the newest with the
-newest, the most telling files (SMOKE) for the others. Interpreters are found on PATH, or below ~/.pyenv. The table goes to
-docs/versions.md.
+newest, the most telling files (SMOKE) for the others. Interpreters are found on PATH, or below ~/.pyenv. The table goes
+to docs/versions.md.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ ENDS = (TORCH[0], TORCH[-1]), (PYTHON[0], PYTHON[-1])
 SMOKE = [
     f"tests/test_{name}.py"
     for name in (
-        "autocast", "autograd", "compile", "convert", "errors", "export", "infer", "memory_safety", "modules", "patch",
-        "protocol", "second_order", "step", "torch_internals", "torch_samples", "torch_tools", "transforms",
+        "autocast", "autograd", "compile", "convert", "errors", "export", "infer", "memory_safety", "meta", "modules",
+        "patch", "protocol", "second_order", "step", "torch_internals", "torch_samples", "torch_tools", "transforms",
+        "weights_read",
     )
 ]  # fmt: skip
 
