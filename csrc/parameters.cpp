@@ -59,7 +59,8 @@ py::object kept_parameters(const py::object& module, const py::object& names, co
     const py::object name = at(names, i);
     if (!PyUnicode_CheckExact(name.ptr()) || in_class(module, name) || item(own, name)) return py::none();
     const py::object parameter = item(parameters, name);
-    if (!parameter || !THPVariable_Check(parameter.ptr())) return py::none();
+    const bool none = parameter && parameter.is_none() && listed.is_none();
+    if (!none && !(parameter && THPVariable_CheckExact(parameter.ptr()))) return py::none();
     if (!listed.is_none() && (i >= size(listed) || !at(listed, i).is(parameter))) return py::none();
     found.append(parameter);
   }

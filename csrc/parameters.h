@@ -10,7 +10,7 @@ namespace fusedrnn {
 //
 // as_torch: a tuple of pairs (name, value): what the module's class must have by that name; None: nothing. What has a
 // value may not be replaced in the module itself.
-// listed: None, or the list that must hold these parameters and no more.
+// listed: the list that must hold these parameters and no more; None: there is none, and a parameter may be None.
 pybind11::object kept_parameters(const pybind11::object& module, const pybind11::object& names,
                                  const pybind11::object& as_torch, const pybind11::object& listed);
 

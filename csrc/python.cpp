@@ -1,4 +1,5 @@
 // The module fusedrnn._C: loading it registers the ops (ops.cpp); it tells what was built and what is in use.
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -235,7 +236,7 @@ py::object prepare_step(const py::object& x, const py::object& weights, const py
 bool read_states(const py::object& hx, bool two, OptionalTensor& h0, OptionalTensor& c0) {
   if (hx.is_none()) return true;
   const auto read = [](PyObject* state, OptionalTensor& into) {
-    if (!THPVariable_Check(state)) return false;
+    if (!THPVariable_CheckExact(state)) return false;
     into = THPVariable_Unpack(state);
     return true;
   };
@@ -244,19 +245,20 @@ bool read_states(const py::object& hx, bool two, OptionalTensor& h0, OptionalTen
          read(PyTuple_GET_ITEM(hx.ptr(), 1), c0);
 }
 
-// No other thread of Python runs meanwhile: a step is shorter than handing over would take.
+// Of tensors and parameters alone: a subclass, or a mode, may change what torch's functions do. No other thread of
+// Python runs meanwhile: a step is shorter than handing over would take.
 py::object step(const py::object& prepared, const py::object& x, const py::object& hx,
                 const py::object& given_weights) {
   const Stepper& stepper = *object_in<Stepper>(prepared);
   OptionalTensor h0, c0;
-  const bool fit = THPVariable_Check(x.ptr()) && read_states(hx, stepper.two_states(), h0, c0) &&
-                   PyList_Check(given_weights.ptr()) &&
+  const bool fit = THPVariable_CheckExact(x.ptr()) && !at::impl::torch_function_mode_enabled() &&
+                   read_states(hx, stepper.two_states(), h0, c0) && PyList_Check(given_weights.ptr()) &&
                    PyList_GET_SIZE(given_weights.ptr()) == static_cast<Py_ssize_t>(stepper.weights());
   if (!fit) return py::none();
   c10::SmallVector<at::Tensor, 8> weights;
   for (size_t i = 0; i < stepper.weights(); ++i) {
     PyObject* weight = PyList_GET_ITEM(given_weights.ptr(), i);
-    if (!THPVariable_Check(weight)) return py::none();
+    if (!THPVariable_CheckExact(weight)) return py::none();
     weights.push_back(THPVariable_Unpack(weight));
     if (!stepper.fits(i, weights.back())) return py::none();
   }

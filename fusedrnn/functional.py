@@ -40,7 +40,11 @@ __all__ = [
 
 
 def _check_devices(x: Tensor, *tensors: Tensor | None) -> None:
-    """All on the one device of x, and on one that there are kernels for."""
+    """All on the one device of x, and on one that there are kernels for, and dense."""
+    for tensor in (x, *tensors):
+        if tensor is not None and (tensor.layout != torch.strided or tensor.is_nested):
+            kind = "nested" if tensor.is_nested else tensor.layout
+            raise NotImplementedError(f"input, hidden state and weights must be dense tensors, got a {kind} one")
     devices = {x.device, *(tensor.device for tensor in tensors if tensor is not None)}
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))

@@ -52,8 +52,8 @@ def dense(
     """A dense batch through one layer or, in inference, through several: y, h_n, c_n. None: by the long road.
 
     x is (T, B, I), y as the module has it, batch_first or not. Of a cell, x is (B, I), without the time, and so are the
-    states and results. ``zoneout``: in inference alone. What
-    the kernel refuses goes by the long road too, which words the error.
+    states and results. ``zoneout``: in inference alone. What the kernel refuses goes by the long road too, which words
+    the error.
     """
     try:
         return _dense(module, cell, bidirectional, num_layers, x, h0, c0, weights, zoneout)
@@ -163,18 +163,19 @@ class FusedModule(HasOptions):
         """
         if not _module_of(hook).startswith("opacus."):
             return super().register_forward_hook(hook, **kwargs)
-        text = (
+        refusal = (
             "Opacus computes the gradients of each sample from the one input and the one output of a module, but"
             f" fusedrnn.{type(self).__name__} takes and returns states too: use a subclass whose forward(x) returns the"
             " output alone, the layers of opacus.layers, or torch.vmap(torch.func.grad(loss))"
         )
         if _module_of(type(self).forward).startswith("fusedrnn."):
-            raise NotImplementedError(text)
+            raise NotImplementedError(refusal)
+        named_too = kwargs.pop("with_kwargs", False)
 
         def checked(module: torch.nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
             if len(args) != 1 or named or not isinstance(output, Tensor):
-                raise NotImplementedError(text)
-            return hook(module, args, output)
+                raise NotImplementedError(refusal)
+            return hook(module, args, named, output) if named_too else hook(module, args, output)
 
         return super().register_forward_hook(checked, **kwargs, with_kwargs=True)
 

@@ -9,27 +9,30 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 __all__ = ["ADVICE", "LEGEND", "NEGLIGIBLE", "VERDICTS", "LayerGradients"]
 
-#: :attr:`LayerGradients.verdict` by the change over the stretch, the first whose limit is not below it.
+#: :attr:`LayerGradients.verdict` by :attr:`LayerGradients.change`, the first whose limit is not below it.
 VERDICTS = ((1e-3, "vanishing"), (0.1, "falling"), (10.0, "steady"), (1e3, "growing"), (math.inf, "exploding"))
-#: What enters a step from outside does not count up to this part of the gradient there.
+#: What enters from outside does not count up to this part of the gradient there, over all steps together.
 NEGLIGIBLE = 1e-3
-#: A stretch of fewer steps than these is judged by what they would make of its factor.
+#: Over fewer steps nothing is called steady: the first step back may be unlike all others, as an LSTM's from h to c.
 FEW = 10
 #: What a step sends may be a little below the limit that cut it: it is rounded to 16 bits.
 ROUNDED = 1 - 2**-7
 LEGEND = (
+    "a row is of one sample: of the one whose gradient grows most, if one grows tenfold, else of the median one, among"
+    " the longest stretches\n"
     "last, farthest: the norm of the gradient of the state at the last step that one comes to and at the farthest;"
     " outside, sent: at the farthest, of what enters there and of what later steps send\n"
     "steps, change, factor a step: over the longest stretch of steps where nothing enters and grad_clip cuts nothing\n"
-    f"verdict, by the change, over {FEW} steps at least: up to 0.001 vanishing, to 0.1 falling, to 10 steady, to 1000"
-    " growing, beyond it exploding; unknown if it does not grow and is less than half of the way back, clipped if"
-    " grad_clip is why; not finite if some norm is not, and nothing exploded"
+    "verdict, by the change: up to 0.001 vanishing, to 0.1 falling, to 10 steady, to 1000 growing, beyond it exploding;"
+    f" unknown if it does not grow and is less than half of the way back, or is steady for less than {FEW} steps;"
+    " clipped if grad_clip is why; not finite if some norm is not, and nothing exploded; none if no gradient came"
 )
 
 
@@ -136,14 +139,14 @@ class LayerGradients:
     @property
     def enters(self) -> str:
         """Where gradients enter from outside, by y_t, c_t or the final state: "at the last step", "at every step",
-        "at N% of the steps", "nowhere".
+        "at K of N steps" of all samples, "nowhere".
         """
         here, steps = self._entering(), int((~self.h.isnan()).sum())
         if not here.any():
             return "nowhere"
         if not here[1:].any():
             return "at the last step"
-        return "at every step" if int(here.sum()) == steps else f"at {100 * int(here.sum()) / steps:.0f}% of the steps"
+        return "at every step" if int(here.sum()) == steps else f"at {int(here.sum())} of {steps} steps"
 
     def _cut_by_clip(self) -> Tensor:
         """(T, B), by lag: whether ``grad_clip`` may have cut what the step before sends there. By value it may have
@@ -155,57 +158,63 @@ class LayerGradients:
         return here
 
     @cached_property
-    def _stretch(self) -> tuple[float, int, int]:
-        """:attr:`decay`, :attr:`steps`, and the steps back of the longest way that a gradient makes."""
-        if self.h.numel() == 0:
-            return math.nan, 0, 0
+    def _stretch(self) -> _Stretch:
+        """Of the sample that a summary is about."""
         come, tiny = self._back(self.state), torch.finfo(self.h.dtype).tiny
         there = come.isfinite() & (come > 0)
+        if not there.any():
+            return _Stretch()
         if not self.cut:
             # Where it has vanished, if not because the square of its norm is no number of the type.
             there[1:] |= (come[1:] == 0) & (come[:-1] > math.sqrt(tiny))
         lag = torch.arange(len(come), device=come.device).unsqueeze(1)
-        free = there & ~self._entering(NEGLIGIBLE) & ~self._cut_by_clip()
+        free = there & ~self._entering(NEGLIGIBLE / len(come)) & ~self._cut_by_clip()
         free[0] = False
         length, end = (lag - lag.where(~free, 0).cummax(0).values).max(0)
         norms = come.clamp(min=tiny).log()
-        change = norms.gather(0, end.unsqueeze(0)) - norms.gather(0, (end - length).unsqueeze(0))
-        steps = int(length.sum())
-        decay = math.exp(float(change[0, length > 0].sum()) / steps) if steps else math.nan
-        return decay, int(length.max()), max(0, int(there.sum(0).max()) - 1)
+        change = (norms.gather(0, end.unsqueeze(0)) - norms.gather(0, (end - length).unsqueeze(0)))[0]
+        way = (there * lag).amax(0) - there.to(torch.uint8).argmax(0)
+        # Those with a long stretch, or a long way if none has a stretch, in the order of their changes.
+        measure = length if length.any() else way
+        long = (2 * measure >= measure.max()).nonzero()[:, 0]
+        long = long[change[long].argsort()]
+        sample = int(long[-1] if change[long[-1]] > math.log(10) else long[(len(long) - 1) // 2])
+        return _Stretch(sample, int(length[sample]), float(change[sample]), int(way[sample]))
 
     @property
     def decay(self) -> float:
-        """The factor by which a step back changes :attr:`state`: the geometric mean over the steps of each sample's
-        longest stretch where nothing enters. NaN if there is none.
+        """The factor by which a step back changes :attr:`state`: the geometric mean over the longest stretch of steps
+        of one sample where nothing enters. NaN if there is none. The sample: of those whose stretch is at least half as
+        long as the longest, the one that grows most if one grows tenfold, else the median one by its change.
         """
-        return self._stretch[0]
+        return math.exp(self._stretch.log_change / self.steps) if self.steps else math.nan
 
     @property
     def steps(self) -> int:
-        """Of the longest of these stretches."""
-        return self._stretch[1]
+        """Of this stretch."""
+        return self._stretch.steps
 
     @property
     def change(self) -> float:
-        """What is left, of 1, at its end: :attr:`decay` to the power of :attr:`steps`. If all samples' stretches are of
-        that length it is the norm measured at the far end over the one measured at the near end.
-        """
-        return _power(self.decay, self.steps)
+        """The norm measured at the far end of this stretch over the one at the near end."""
+        log = self._stretch.log_change
+        return math.nan if self.steps == 0 else math.exp(log) if log < 700 else math.inf
 
     @property
     def ends(self) -> tuple[float, float]:
-        """:attr:`state` at the last step that a gradient comes to and at the farthest: geometric means over samples."""
-        return self._seen(self.state, 0), self.farthest(self.state)
+        """:attr:`state` at this sample's last step that a gradient comes to and at its farthest."""
+        return self._at_end(self.state, 0), self.farthest(self.state)
 
     def farthest(self, norms: Tensor) -> float:
-        """Their geometric mean over samples at the farthest step."""
-        return self._seen(norms, -1)
+        """``norms`` at this sample's farthest step."""
+        return self._at_end(norms, -1)
 
-    def _seen(self, norms: Tensor, lag: int) -> float:
-        norms = self.by_lag(norms)
-        seen = float(norms[lag]) if len(norms) else math.nan
-        return 0.0 if seen <= 2 * torch.finfo(self.h.dtype).tiny else seen
+    def _at_end(self, norms: Tensor, end: int) -> float:
+        if self._stretch.sample is None:
+            return math.nan
+        come = self._back(self.state)[:, self._stretch.sample]
+        begin = int((come > 0).to(torch.uint8).argmax())
+        return float(self._back(norms)[:, self._stretch.sample][begin : len(come) - int(come.isnan().sum())][end])
 
     @property
     def memory(self) -> float:
@@ -214,32 +223,38 @@ class LayerGradients:
 
     @property
     def verdict(self) -> str:
-        """By :attr:`change`, or what 10 steps make of :attr:`decay` if there are fewer: "vanishing" (to 0.001),
-        "falling" (to 0.1), "steady" (to 10), "growing" (to 1000), "exploding" (beyond). "not finite" if some norm is
-        not and nothing exploded: the loss was not, or a weight.
+        """By :attr:`change`: "vanishing" (to 0.001), "falling" (to 0.1), "steady" (to 10), "growing" (to 1000),
+        "exploding" (beyond). "not finite" if some norm is not and nothing exploded: the loss was not, or a weight.
+        "none" if no gradient came.
 
-        "unknown" if nothing grows and the stretch is less than half of the way that gradients make back in time: with a
-        loss at every step nothing tells how far one reaches. "clipped" if ``grad_clip`` is why.
+        "unknown" if nothing grows and the stretch is less than half of the way that the gradient makes back in time, or
+        it is steady over less than 10 steps: with a loss at every step nothing tells how far one reaches. "clipped" if
+        ``grad_clip`` is why.
         """
-        decay, steps, way = self._stretch
-        change = _power(decay, max(steps, FEW))
-        verdict = next((word for limit, word in VERDICTS if change <= limit), "unknown")
+        verdict = next((word for limit, word in VERDICTS if self.change <= limit), "unknown")
         if verdict != "exploding" and self.state.isinf().any():
             return "not finite"
-        if verdict in ("growing", "exploding") or 2 * steps >= way:
+        if self._stretch.sample is None:
+            return "none"
+        long = 2 * self.steps >= self._stretch.way and (verdict != "steady" or self.steps >= FEW)
+        if verdict in ("growing", "exploding") or long:
             return verdict
         return "clipped" if (self._cut_by_clip() & ~self._entering(NEGLIGIBLE)).any() else "unknown"
 
 
+class _Stretch(NamedTuple):
+    """Of a sample, None if no gradient came to any: steps where nothing enters, the logarithm of the change over them,
+    and the steps back of the longest way that its gradient makes.
+    """
+
+    sample: int | None = None
+    steps: int = 0
+    log_change: float = math.nan
+    way: int = 0
+
+
 def _together(h: Tensor, c: Tensor | None) -> Tensor:
     return h if c is None else torch.hypot(h, c)
-
-
-def _power(base: float, exponent: int) -> float:
-    if math.isnan(base):
-        return math.nan
-    log = math.log(base) * exponent if base > 0 else -math.inf
-    return math.exp(log) if log < 700 else math.inf
 
 
 _TOO_LARGE = (
@@ -251,11 +266,12 @@ ADVICE = {
     " (fusedrnn.init.chrono_, forget_bias_), fusedrnn.init.orthogonal_, or shorter sequences",
     "growing": _TOO_LARGE,
     "exploding": _TOO_LARGE,
-    "unknown": "it cannot be told how far a gradient reaches, as gradients enter at most steps or pass none: record"
+    "unknown": "it cannot be told how far a gradient reaches, as gradients enter at most steps or pass few: record"
     " h_n[k].sum().backward(), of one layer and direction alone (k = layer * directions + direction), where h_n is the"
     " final state",
+    "none": "no gradient came to the layer: is it a part of the loss",
     "clipped": "grad_clip decides what reaches the steps before: a larger limit, or none, shows how far a gradient"
     " reaches and whether it grows",
-    "not finite": "look for what is not in the loss, the weights and the input (torch.autograd.set_detect_anomaly), or"
-    " use a type of a wider range",
+    "not finite": "look for it in the loss, the weights and the input (torch.autograd.set_detect_anomaly), or use a"
+    " type of a wider range",
 }

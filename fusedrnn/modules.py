@@ -24,14 +24,15 @@ from .streaming import step
 from .torch_internals import (
     flat_weights,
     forget_weight,
-    kept_weights,
     refer_strongly,
+    usual_weights,
     weight_names,
     whole,
 )
 
 __all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell", "ResidualRNN"]
 
+_LSTM = torch.nn.LSTM  # people give the name to our class
 Lengths = Tensor | Sequence[int] | None
 
 
@@ -101,6 +102,8 @@ def _of_one_state(
     module: torch.nn.RNNBase, name: str, input: Tensor | PackedSequence, hx: Tensor | None, *further: Any
 ) -> tuple[Any, ...]:
     """:func:`_forward` for cells whose only state is h, which is no tuple then."""
+    if name == "RNN" and module.mode not in ("RNN_TANH", "RNN_RELU"):
+        raise AssertionError(f"mode must be RNN_TANH or RNN_RELU, got {module.mode}")  # as torch.nn
     if name == "GRU":
         cell = options.gru_cell(module)
     else:
@@ -129,9 +132,9 @@ def _short_road(
     all there is to do, and torch.nn's checks would take several times as long. None where anything is different: the
     long road knows, and words errors.
     """
-    weights = None if is_compiling() else kept_weights(module)
+    weights = None if is_compiling() else usual_weights(module)
     if weights is None:
-        return None  # computed or replaced
+        return None  # computed or replaced, or checked by a subclass's own methods
     if not is_plain(input, 3, states, weights, cell):
         return None
     if input.size(2) != module.input_size or weights[1].shape != _shape_of_w_hh(module, cell):
@@ -154,16 +157,20 @@ def _check_args(
     states: Sequence[Tensor] | None,
     two_states: bool,
 ) -> None:
-    module.check_input(input, batch_sizes)
-    if states is None:
+    """By torch.nn's methods, or a subclass's. Without states torch.nn checks the zeros that it has made; here nobody
+    looks at them but a subclass.
+    """
+    cls, base = type(module), _LSTM if two_states else torch.nn.RNNBase
+    if cls.permute_hidden is not base.permute_hidden:
+        raise NotImplementedError(f"{cls.__name__}: permute_hidden would not be called, as fusedrnn has no use for it")
+    if states is None and cls.check_forward_args is base.check_forward_args:
+        module.check_input(input, batch_sizes)
         return
-    if two_states:
-        h_size = module.get_expected_hidden_size(input, batch_sizes)
-        module.check_hidden_size(states[0], h_size, "Expected hidden[0] size {}, got {}")
-        c_size = module.get_expected_cell_size(input, batch_sizes)
-        module.check_hidden_size(states[1], c_size, "Expected hidden[1] size {}, got {}")
-    else:
-        module.check_hidden_size(states[0], module.get_expected_hidden_size(input, batch_sizes))
+    if states is None:
+        sizes = [module.get_expected_hidden_size(input, batch_sizes)]
+        sizes += [module.get_expected_cell_size(input, batch_sizes)] if two_states else []
+        states = [input.new_zeros(size) for size in sizes]
+    module.check_forward_args(input, tuple(states) if two_states else states[0], batch_sizes)
 
 
 class _SequenceModule(FusedModule):

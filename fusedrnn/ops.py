@@ -73,20 +73,41 @@ def _samples(x: Tensor, batch_sizes: Tensor | None, h0: Tensor | None) -> int | 
     return torch.library.get_ctx().new_dynamic_size() if h0 is None else h0.size(1)
 
 
+def _check_steps(x: Tensor, batch_sizes: Tensor | None) -> None:
+    packed = "" if batch_sizes is None else " with batch_sizes"
+    if x.dim() != (dim := 2 if packed else 3):
+        raise RuntimeError(f"input{packed} must have {dim} dimensions, got {x.dim()}")
+    steps = x.size(0)
+    if type(batch_sizes) is Tensor:
+        if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1:
+            found = f"{batch_sizes.dim()}-D {batch_sizes.dtype}"
+            raise RuntimeError(f"batch_sizes must be a 1-D int64 tensor on the CPU, got {found}")
+        sizes = batch_sizes.tolist()
+        steps, rows = len(sizes), 0
+        for t, n in enumerate(sizes):
+            if n <= 0 or n > sizes[max(t - 1, 0)]:
+                raise RuntimeError(f"batch_sizes must be positive and not increase, got {n} at step {t}")
+            rows += n
+            if rows > x.size(0) or (t + 1 == steps and rows < x.size(0)):
+                raise RuntimeError(f"batch_sizes must add up to the rows of the input, {x.size(0)}, got {rows}")
+    if isinstance(steps, int) and steps == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+
+
 def _check_sizes(
     x: Tensor, batch_sizes: Tensor | None, h0: Tensor | None, c0: Tensor | None, weights: Sequence[Tensor], cell: str,
     directions: int,
 ) -> None:  # fmt: skip
-    """What the kernels check (``csrc/layer.cpp``), in its words, as far as it is known without values."""
+    """What the kernels check (``csrc/layer.cpp``), in its words, as far as it is known without values. Sizes that a
+    compiler has not fixed are the kernel's to check.
+    """
     info, each = _info(cell), len(weights) // directions
     if each * directions != len(weights) or not 2 <= each <= 5:
         raise RuntimeError(
             f"weights must hold w_ih, w_hh[, b_ih, b_hh][, w_hr] for each of {directions} direction(s), got"
             f" {len(weights)} tensors"
         )
-    if x.dim() != (dim := 3 if batch_sizes is None else 2):
-        packed = "" if batch_sizes is None else " with batch_sizes"
-        raise RuntimeError(f"input{packed} must have {dim} dimensions, got {x.dim()}")
+    _check_steps(x, batch_sizes)
     if each % 2 and not info.projectable:
         raise RuntimeError(f"cell {cell} cannot be projected: w_hr given")
     w_hh = weights[1].shape
@@ -104,8 +125,12 @@ def _check_sizes(
     for name, tensor, shape in named:
         if tensor.dtype != x.dtype:
             raise ValueError(f"{name} must have the dtype of the input, {x.dtype}, got {tensor.dtype}")
-        if tensor.shape != shape:
+        if len(tensor.shape) != len(shape) or any(map(_differ, tensor.shape, shape)):
             raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+
+
+def _differ(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
+    return isinstance(a, int) and isinstance(b, int) and a != b
 
 
 @torch.library.register_fake("fusedrnn::layer_forward")
@@ -172,6 +197,7 @@ def _(
     named = {"dy": dy, "dh_n": dh_n, "dc_n": dc_n, "dc": dc, "h0": h0, "c0": c0, "y": y, "saved": saved}
     _check_devices(x, batch_sizes, **named, **noise, **{f"weights[{i}]": weight for i, weight in enumerate(weights)})
     info, directions = _info(cell), 2 if bidirectional else 1
+    _check_sizes(x, batch_sizes, h0, c0, weights, cell, directions)
     hidden = weights[1].size(0) // len(info.gates)
     batch = _samples(x, batch_sizes, h0)
     dx = x.new_empty(x.shape if need_x else (0,))

@@ -23,7 +23,7 @@ from .fused_module import FusedModule, kept_aside
 from .ops import KERNEL_DTYPES
 from .single_step import forward_cell
 from .torch_internals import VF as _VF  # noqa: F401  TorchScript looks up names of torch's source, by __wrapped__, here
-from .torch_internals import exporting, transformed, whole
+from .torch_internals import CHECKS, exporting, transformed, whole
 
 __all__ = ["patch_torch", "unpatch_torch"]
 
@@ -89,16 +89,6 @@ _calls: set[patch_torch] = set()  # those not taken back; the classes are patche
 _installed: dict[type[nn.Module], Callable[..., Any]] = {}
 _warned: set[tuple[type[nn.Module], str]] = set()
 
-# Methods that torch.nn's forward calls and ours may not.
-_CHECKS = (
-    "check_forward_args",
-    "check_hidden_size",
-    "check_input",
-    "get_expected_cell_size",
-    "get_expected_hidden_size",
-    "permute_hidden",
-)
-
 
 def _take_back(calls: set[patch_torch]) -> None:
     with _lock:
@@ -150,7 +140,7 @@ def _obstacle(module: nn.Module, theirs: type[nn.Module], input: Tensor | Packed
     if is_compiling() and transformed():
         return "a transform of torch.func inside torch.compile"
     cls = type(module)
-    if cls is not theirs and any(getattr(cls, name, None) is not getattr(theirs, name, None) for name in _CHECKS):
+    if cls is not theirs and any(getattr(cls, name, None) is not getattr(theirs, name, None) for name in CHECKS):
         return f"{cls.__qualname__} has argument checks of its own"
     return None
 

@@ -72,14 +72,16 @@ class record_gradients:
     ``h_n[k].sum().backward()`` for each layer and direction k of the final state.
 
     It records fusedrnn's sequence modules in ``model``, under any patch of the weights, on any thread; not single-step
-    cells, compiled modules, or torch.nn's modules patched to our kernels.
+    cells, compiled modules, or torch.nn's modules patched to our kernels. A checkpoint with ``use_reentrant=True`` runs
+    backward passes of its own, which are counted as such.
 
     Args:
         model: a module that is or holds fusedrnn's RNN, LSTM, GRU or ResidualRNN.
 
     Raises:
         ValueError: there is no such module in it.
-        RuntimeError: a backward pass inside torch.func's transforms, whose numbers belong to no single call.
+        RuntimeError: a backward pass inside torch.func's transforms, whose numbers belong to no single call, or on the
+            meta device, where there are none.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -119,6 +121,8 @@ class record_gradients:
         """
         if transformed():
             raise RuntimeError("record_gradients cannot look into torch.func.vmap, grad and the like")
+        if norms.is_meta:
+            raise RuntimeError("record_gradients: gradients on the meta device have no norms")
         with _lock:
             module, layer, layout = owner.module(), owner.layer, owner.layout
             number = self._passes.setdefault(backward_pass(), len(self._passes))
@@ -188,7 +192,8 @@ class record_gradients:
                 "-" if math.isnan(value) else format(value, form)
                 for value, form in ((each.change, ".3g"), (each.decay, ".4f"), (each.memory, ".1f"))
             )
-            numbers = (*(f"{norm:.3g}" for norm in norms), f"{each.steps}", change, factor, memory)
+            ends = ("-" if math.isnan(norm) else f"{norm:.3g}" for norm in norms)
+            numbers = (*ends, f"{each.steps}", change, factor, memory)
             rows.append((each.label, each.enters, *numbers, each.verdict))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         words = (0, 1, len(widths) - 1)
@@ -228,7 +233,7 @@ class record_gradients:
 
         def draw(axes: Any, values: Tensor, begin: int = 0, **style: Any) -> Any:
             seen = values.where(values > 2 * tiny, torch.nan)[begin:]  # a zero has no place on the axis
-            return axes.semilogy(range(begin, begin + len(seen)), seen, **style)[0]
+            return axes.semilogy(range(begin, begin + len(seen)), seen.numpy(), **style)[0]
 
         for each in layers:
             factor = f" {each.decay:.3f} a step," if each.steps else ""
@@ -244,7 +249,8 @@ class record_gradients:
             axes.set(xlabel="steps back from the end of the sequence")
             axes.legend(fontsize="small")
             axes.grid(alpha=0.3)
-        image = heat.imshow(shown.h.clamp(min=tiny).log10().T, aspect="auto", interpolation="nearest", origin="lower")
+        norms = shown.h.clamp(min=tiny).log10().T.numpy()
+        image = heat.imshow(norms, aspect="auto", interpolation="nearest", origin="lower")
         heat.set(xlabel="step t", ylabel="sample", title=f"log10 || dL/dh_t ||, {shown.label}")
         figure.colorbar(image, ax=heat)
         if file is not None:

@@ -180,7 +180,7 @@ def _checked_lengths(lengths: Tensor | Sequence[int], steps: int, samples: int) 
     if not isinstance(lengths, Tensor):
         try:
             lengths = torch.as_tensor(lengths, dtype=None if len(lengths) else torch.long, device="cpu")
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"lengths must be integers, one for each sample, got {lengths!r}") from error
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise TypeError(f"lengths must be integers, got {lengths.dtype}")

@@ -13,7 +13,7 @@ from . import options
 from .cells import CELLS
 from .functional import recurrent_cell
 from .fused_module import FusedModule, as_states, dense, is_plain
-from .torch_internals import kept_weights_of_cell
+from .torch_internals import usual_weights_of_cell
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell", "forward_cell"]
 
@@ -59,8 +59,7 @@ def _short_road_of_cell(
     module: torch.nn.RNNCellBase, cell: str, input: Tensor, states: Sequence[Tensor] | None
 ) -> tuple[Tensor, ...] | None:
     """A batch through a cell, checked by the kernel alone; None where anything is different."""
-    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if module.bias else ("weight_ih", "weight_hh")
-    weights = None if is_compiling() else kept_weights_of_cell(module, names)
+    weights = None if is_compiling() else usual_weights_of_cell(module)
     if weights is None:
         return None  # computed or replaced
     if not is_plain(input, 2, states, weights, cell) or weights[1].size(-1) != module.hidden_size:

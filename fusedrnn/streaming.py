@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 from . import _C, options
 from .dropout import kept_parts
 from .fused_module import FusedModule, steppers
-from .torch_internals import CALLS, heard, kept_weights
+from .torch_internals import heard, kept_weights, runs_of_call
 
 __all__ = ["cell_of", "step"]
 
@@ -59,6 +59,8 @@ def _draws(module: torch.nn.RNNBase, given: options.FusedOptions) -> bool:
 
 def step(module: torch.nn.RNNBase, input: Tensor, hx: Any, forwards: frozenset[Any]) -> tuple[Tensor, Any]:
     """input (B, I) and states -> output (B, R) and states. ``forwards``: those whose work a prepared step does."""
+    if is_compiling():
+        return _by_forward(module, input, hx)
     prepared = steppers.get(module)
     if (
         prepared is not None
@@ -72,13 +74,14 @@ def step(module: torch.nn.RNNBase, input: Tensor, hx: Any, forwards: frozenset[A
         found = None if weights is None else _C.step(prepared.step, input, hx, weights)
         if found is not None:
             return found
-    return _first_step(module, input, hx, forwards)
+    steppers.pop(module, None)
+    result = _by_forward(module, input, hx)
+    _prepare(module, input, forwards)
+    return result
 
 
-def _first_step(
-    module: torch.nn.RNNBase, input: Tensor, hx: Any, forwards: frozenset[Any]
-) -> tuple[Tensor, Any]:
-    """By ``forward``, with its checks; what it has found right is prepared for the next."""
+def _by_forward(module: torch.nn.RNNBase, input: Tensor, hx: Any) -> tuple[Tensor, Any]:
+    """With its checks."""
     if module.bidirectional:
         raise ValueError("step: a bidirectional module needs the whole sequence")
     if not isinstance(input, Tensor):
@@ -88,14 +91,18 @@ def _first_step(
     time = 1 if module.batch_first else 0
     with torch.no_grad():
         y, last = module(input.unsqueeze(time), hx)
-    steppers.pop(module, None)
-    given, forward = options.of(module), type(module).forward
-    calls = (*CALLS, ("__call__", FusedModule.__call__), ("forward", forward))
-    weights = kept_weights(module, calls)
-    if forward in forwards and not (weights is None or heard(module) or _draws(module, given) or is_compiling()):
-        cell = cell_of(module)
-        zoneout = kept_parts(given.zoneout, 2 if cell == "lstm" else 1)
-        prepared = _C.prepare_step(input, weights, cell, module.num_layers, zoneout)
-        if prepared is not None:
-            steppers[module] = _Prepared(prepared, _kind(module), given, calls)
     return y.squeeze(time), last
+
+
+def _prepare(module: torch.nn.RNNBase, input: Tensor, forwards: frozenset[Any]) -> None:
+    """The next step of as many samples, where it would do no more than ``forward``, which has found all right."""
+    given, forward = options.of(module), type(module).forward
+    calls = (*runs_of_call(module), ("__call__", FusedModule.__call__), ("forward", forward))
+    weights = kept_weights(module, calls)
+    if forward not in forwards or weights is None or heard(module) or _draws(module, given):
+        return
+    cell = cell_of(module)
+    zoneout = kept_parts(given.zoneout, 2 if cell == "lstm" else 1)
+    prepared = _C.prepare_step(input, weights, cell, module.num_layers, zoneout)
+    if prepared is not None:
+        steppers[module] = _Prepared(prepared, _kind(module), given, calls)

@@ -20,7 +20,7 @@ from torch.nn.modules import module as _module
 from ._C import kept_parameters
 
 __all__ = [
-    "CALLS",
+    "CHECKS",
     "PACKING_OPS",
     "VF",
     "add_batch_dim",
@@ -34,13 +34,15 @@ __all__ = [
     "functionalizing",
     "heard",
     "kept_weights",
-    "kept_weights_of_cell",
     "listed_weights",
     "own_parameters",
     "refer_strongly",
     "remove_batch_dim",
+    "runs_of_call",
     "symbolic_tracing",
     "transformed",
+    "usual_weights",
+    "usual_weights_of_cell",
     "weight_names",
     "whole",
 ]
@@ -160,15 +162,37 @@ _READS_LISTED = (
 )
 _call = nn.Module.__call__
 
-#: What a call of a module runs before ``forward``, and what it reads weights by.
-CALLS = (
-    *_READS_LISTED,
+
+#: Methods by which torch.nn's ``forward`` checks what it is given; a subclass may have its own.
+CHECKS = (
+    "check_forward_args", "check_hidden_size", "check_input", "get_expected_cell_size", "get_expected_hidden_size",
+    "permute_hidden",
+)  # fmt: skip
+
+
+_LSTM = nn.LSTM  # people give the name to our class
+_RUNS = {
+    cls: (*_READS_LISTED, *((name, getattr(cls, name, None)) for name in CHECKS)) for cls in (_LSTM, nn.RNNBase)
+}
+_CALLS = (
     ("_call_impl", getattr(nn.Module, "_call_impl", None)),
     ("_wrapped_call_impl", getattr(nn.Module, "_wrapped_call_impl", None)),
 )
 
 
-def kept_weights(module: nn.RNNBase, as_torch: tuple[tuple[str, Any], ...] = _READS_LISTED) -> list[Tensor] | None:
+def runs(module: nn.RNNBase) -> tuple[tuple[str, Any], ...]:
+    """What torch.nn's ``forward`` of the module runs beside the computation, by name: what reads weights, what checks.
+    None: the class may have nothing of this name.
+    """
+    return _RUNS[_LSTM if isinstance(module, _LSTM) else nn.RNNBase]
+
+
+def runs_of_call(module: nn.RNNBase) -> tuple[tuple[str, Any], ...]:
+    """Of a call of the module."""
+    return (*runs(module), *_CALLS)
+
+
+def kept_weights(module: nn.RNNBase, as_torch: tuple[tuple[str, Any], ...]) -> list[Tensor] | None:
     """The weights of a sequence module, in the order in which kernels take them, if :func:`flat_weights` would give the
     parameters themselves: none is computed, replaced in the module or its class, or read in another way than torch.nn's
     (``as_torch``). None: it may not, or torch lacks a name.
@@ -178,9 +202,17 @@ def kept_weights(module: nn.RNNBase, as_torch: tuple[tuple[str, Any], ...] = _RE
     return None if listed is None else kept_parameters(module, names, as_torch, listed)
 
 
-def kept_weights_of_cell(module: nn.RNNCellBase, names: tuple[str, ...]) -> list[Tensor] | None:
-    """The same of a cell, whose weights torch.nn reads as attributes."""
-    return kept_parameters(module, names, _READS)
+def usual_weights(module: nn.RNNBase) -> list[Tensor] | None:
+    """:func:`kept_weights` of a module whose ``forward`` runs what torch.nn's does."""
+    return kept_weights(module, runs(module))
+
+
+def usual_weights_of_cell(module: nn.RNNCellBase) -> list[Tensor] | None:
+    """The same of a cell, whose weights torch.nn reads as attributes, whether or not it was made with biases."""
+    found = kept_parameters(module, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"), _READS)
+    if found is None or found[0] is None or found[1] is None or (found[2] is None) != (found[3] is None):
+        return None
+    return found[:2] if found[2] is None else found
 
 
 def heard(module: nn.Module) -> bool:

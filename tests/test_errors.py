@@ -454,3 +454,31 @@ def test_a_cell_with_one_bias_alone(kind: str, gone: str) -> None:
         found.append([total, *torch.autograd.grad(total, [x, *module.parameters()])])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_inputs_that_are_not_dense() -> None:
+    x = torch.randn(4, 2, 3)
+    sparse, nested = x.to_sparse(), torch.nested.nested_tensor([x[0], x[1]])
+    for call in (
+        lambda: fusedrnn.GRU(3, 5)(sparse), lambda: fusedrnn.LSTM(3, 5)(nested),
+        lambda: fusedrnn.GRUCell(3, 5)(x[0].to_sparse()),
+        lambda: fusedrnn.GRU(3, 5)(x, torch.zeros(1, 2, 5).to_sparse()),
+    ):  # fmt: skip
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients), pytest.raises(NotImplementedError, match="must be dense tensors"):
+                call()
+
+
+def test_a_mode_that_is_none() -> None:
+    def run(namespace: Any) -> None:
+        module = namespace.RNN(3, 5)
+        module.mode = "FOO"
+        module(torch.randn(4, 2, 3))
+
+    assert_same_error(lambda: run(fusedrnn), lambda: run(nn))
+
+
+@pytest.mark.parametrize("lengths", [{1, 2}, [None, 1], "ab", [1.5, 2.0]], ids=repr)
+def test_lengths_that_are_none(lengths: Any) -> None:
+    with pytest.raises(TypeError, match="lengths must be integers"):
+        fusedrnn.GRU(3, 5)(torch.randn(4, 2, 3), lengths=lengths)

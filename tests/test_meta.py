@@ -87,7 +87,12 @@ CHANGES: dict[str, Callable[[Arguments], None]] = {
     "x without a dimension": tensor("x", lambda x: x[0]),
     "x with one more": tensor("x", lambda x: x[None]),
     "a wider x": tensor("x", lambda x: torch.cat([x, x], -1)),
+    "no steps": lambda a: a.update({name: a[name] if a[name] is None else a[name][:0] for name in ("x", "batch_sizes")}),
 }
+SIZES = {
+    "too few": [2, 2, 2], "too many": [2, 2, 2, 2, 2], "rising": [1, 2, 2, 3], "zero": [4, 4, 0], "negative": [9, -1],
+    "none": [],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -126,3 +131,41 @@ def test_lengths_and_resets_need_values(device: str) -> None:
         ((name, value),) = given.items()
         with pytest.raises(ValueError, match=f"{name} must have values.*: got a tensor on the meta device"):
             module(x, **{name: value.to("meta")})
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_packed_batches_on_the_meta_device(sizes: str) -> None:
+    a = arguments("gru", packed=True)
+    a["batch_sizes"] = torch.tensor(SIZES[sizes], dtype=torch.int64)
+    (kind, expected), (found_kind, found) = called(a, meta=False), called(a, meta=True)
+    assert found_kind == kind and found.partition(",")[0] == expected.partition(",")[0]
+    for other in (torch.full((T,), B, dtype=torch.int32), torch.full((1, T), B)):
+        a["batch_sizes"] = other
+        for meta in (False, True):
+            assert "batch_sizes must be a 1-D int64 tensor on the CPU" in called(a, meta)[1]
+
+
+@torch._dynamo.config.patch(allow_rnn=True, capture_scalar_outputs=True)
+def test_sizes_that_a_compiler_does_not_know() -> None:
+    """Equal when it runs, though they come from data: the kernel's to check."""
+    module, cell, x, h = fusedrnn.GRU(I, H), fusedrnn.GRUCell(I, H), torch.randn(7, 4, I), torch.randn(1, 4, H)
+
+    def some_samples(x: Tensor, n: Tensor) -> Any:
+        x = x[:, : int(n)]
+        return module(x, x.new_zeros(1, x.size(1), H))
+
+    def some_rows(x: Tensor, n: Tensor) -> Any:
+        x = x[0, : int(n)]
+        return cell(x, x.new_zeros(x.size(0), H))
+
+    for function in (some_samples, some_rows):
+        for n in (3, 2):
+            torch._dynamo.reset()
+            compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+            torch.testing.assert_close(compiled(x, torch.tensor(n)), function(x, torch.tensor(n)))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, h: module(x, h), backend="aot_eager", fullgraph=True, dynamic=True)
+    torch.testing.assert_close(compiled(x, h), module(x, h))
+    torch.testing.assert_close(compiled(x[:, :3], h[:, :3]), module(x[:, :3], h[:, :3]))
+    with pytest.raises(Exception, match="h0 must have shape|Expected hidden size"):
+        compiled(x, h[:, :3])

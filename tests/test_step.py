@@ -320,3 +320,53 @@ def test_states_that_do_not_fit_are_forwards_to_word(layers: int) -> None:
             module.step([1.0], (h, h))
         module.step(x, (h, h))
         assert torch.equal(module.step(x, [h, h])[0], module.step(x, (h, h))[0])
+
+
+class Scaled(Tensor):
+    """Counts double in the functions of a layer."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def plain(value: Any) -> Any:
+            if isinstance(value, Scaled):
+                with torch._C.DisableTorchFunctionSubclass():
+                    return value.as_subclass(Tensor) * 2
+            return type(value)(map(plain, value)) if isinstance(value, (list, tuple)) else value
+
+        if "layer_forward" in getattr(function, "__name__", ""):
+            return function(*plain(args))
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_torch_function_of_weights_and_inputs_is_asked() -> None:
+    """As by forward: of a weight of a user's class, of the input, of a mode."""
+    module, x = fusedrnn.GRU(3, 5), torch.randn(2, 3)
+    module.step(x), module.step(x)
+    module.weight_ih_l0 = nn.Parameter(module.weight_ih_l0.detach().as_subclass(Scaled))
+    expected = module(x[None])[0][0]
+    for _ in range(3):
+        torch.testing.assert_close(module.step(x)[0].as_subclass(Tensor), expected.as_subclass(Tensor))
+    module = fusedrnn.GRU(3, 5)
+    for _ in range(3):
+        assert type(module.step(x.as_subclass(type("Named", (Tensor,), {})))[0]).__name__ == "Named"
+
+    class Heard(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            heard.append(getattr(function, "__name__", ""))
+            return function(*args, **(kwargs or {}))
+
+    module.step(x), module.step(x)
+    for _ in range(2):
+        heard: list[str] = []
+        with Heard():
+            module.step(x)
+        assert any("layer_forward" in name for name in heard)
+
+
+def test_a_compiled_step() -> None:
+    module, x, h = fusedrnn.GRU(3, 5), torch.randn(2, 3), torch.randn(1, 2, 5)
+    expected = module.step(x, h)
+    compiled = torch.compile(lambda x, h: module.step(x, h), fullgraph=True, backend="eager")
+    with torch._dynamo.config.patch(allow_rnn=True):
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x, h), expected)

@@ -256,3 +256,8 @@ def test_opacus_is_refused_where_a_forward_has_states() -> None:
     handle.remove()
     module(x, h)
     assert len(heard) == 1
+    named = lambda module, inputs, named, output: heard.append(named)  # noqa: E731
+    named.__module__ = hook_of_opacus.__module__
+    module.register_forward_hook(named, with_kwargs=True)
+    module(x)
+    assert heard[1:] == [{}]

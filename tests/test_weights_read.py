@@ -151,3 +151,75 @@ def test_what_torch_would_read(road: str, change: str, patched: bool, called: bo
     for found in (before, after):
         for each in found:
             assert_all_close(each, found[0])
+
+
+LATE: dict[str, Callable[[nn.RNNCellBase], object]] = {
+    "both": lambda m: (setattr(m, "bias_ih", given(m)), setattr(m, "bias_hh", given(m))),
+    "one": lambda m: setattr(m, "bias_hh", given(m)),
+    "no parameters": lambda m: vars(m).update(bias_ih=given(m).detach(), bias_hh=given(m).detach()),
+}
+
+
+def given(module: nn.Module) -> nn.Parameter:
+    return nn.Parameter(torch.linspace(-1, 1, len(module.weight_ih)))
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("patched", [False, True], ids=["ours", "patched"])
+@pytest.mark.parametrize("late", LATE)
+@pytest.mark.parametrize("kind", ["RNNCell", "LSTMCell", "GRUCell"])
+def test_a_cell_has_the_biases_that_it_has(kind: str, late: str, patched: bool, gradients: bool) -> None:
+    """Whatever it was made with: torch.nn's cells do not read their attribute ``bias``."""
+    theirs, module = getattr(nn, kind)(I, H, bias=False), getattr(nn if patched else fusedrnn, kind)(I, H, bias=False)
+    module.load_state_dict(theirs.state_dict())
+    x, expected, found = torch.randn(2, I), [results(theirs, torch.ones(2, I), False)], []
+    LATE[late](theirs)
+    expected += [results(theirs, x, False)] * 2
+    theirs.bias = True
+    with fusedrnn.patch_torch() if patched else nullcontext(), torch.set_grad_enabled(gradients):
+        found.append(results(module, torch.ones(2, I), False))
+        LATE[late](module)
+        found.append(results(module, x, False))
+        module.bias = True
+        found.append(results(module, x, False))
+        if gradients and late == "both":
+            (module(x)[0] if kind == "LSTMCell" else module(x)).sum().backward()
+            assert module.bias_ih.grad is not None
+    for a, b in zip(found, expected, strict=True):
+        assert_all_close(a, b)
+
+
+def refuse(*_: Any) -> None:
+    raise ValueError("refused by the subclass")
+
+
+CHECKS = ("check_input", "check_forward_args", "get_expected_hidden_size", "check_hidden_size")
+
+
+@pytest.mark.parametrize("called", [0, 3])
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("road", [road for road in ROADS if "cell" not in road])
+def test_the_checks_of_a_subclass_are_asked(road: str, check: str, called: int) -> None:
+    kind, options, stepping, gradients = ROADS[road]
+    module, x = getattr(fusedrnn, kind)(I, H, **options), torch.randn(1, 2, I)
+    with torch.set_grad_enabled(gradients):
+        for _ in range(called):
+            results(module, x, stepping)
+        of_class(**{check: refuse})(module)
+        h = torch.zeros(options.get("num_layers", 1), 2, H)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="refused by the subclass"):
+                hx = (h, h) if kind == "LSTM" else h
+                module.step(x[0], hx) if stepping else module(x, hx)
+            if check in ("check_input", "check_forward_args"):
+                with pytest.raises(ValueError, match="refused by the subclass"):
+                    results(module, x, stepping)
+
+
+@pytest.mark.parametrize("road", [road for road in ROADS if "cell" not in road])
+def test_another_permutation_of_states_is_refused(road: str) -> None:
+    kind, options, stepping, gradients = ROADS[road]
+    module = getattr(fusedrnn, kind)(I, H, **options)
+    of_class(permute_hidden=lambda self, hx, permutation: hx)(module)
+    with torch.set_grad_enabled(gradients), pytest.raises(NotImplementedError, match="permute_hidden would not"):
+        results(module, torch.randn(1, 2, I), stepping)
