@@ -87,7 +87,7 @@ CHANGES: dict[str, Callable[[Arguments], None]] = {
     "x without a dimension": tensor("x", lambda x: x[0]),
     "x with one more": tensor("x", lambda x: x[None]),
     "a wider x": tensor("x", lambda x: torch.cat([x, x], -1)),
-    "no steps": lambda a: a.update({name: a[name] if a[name] is None else a[name][:0] for name in ("x", "batch_sizes")}),
+    "no steps": lambda a: a.update({n: a[n] if a[n] is None else a[n][:0] for n in ("x", "batch_sizes")}),
 }
 SIZES = {
     "too few": [2, 2, 2], "too many": [2, 2, 2, 2, 2], "rising": [1, 2, 2, 3], "zero": [4, 4, 0], "negative": [9, -1],
