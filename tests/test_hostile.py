@@ -50,7 +50,11 @@ def test_a_call_raises_or_is_right(kind: str) -> None:
 @pytest.fixture(scope="module")
 def ends() -> dict[str, str]:
     """How each line of ``hostile_lines.py`` ends in a process of its own."""
-    done = subprocess.run([sys.executable, hostile_lines.__file__], stdout=subprocess.PIPE, text=True, check=True)
+    paths = [os.path.dirname(hostile_lines.__file__), os.environ.get("PYTHONPATH", "")]  # PYTHONSAFEPATH may be set
+    done = subprocess.run(
+        [sys.executable, hostile_lines.__file__], stdout=subprocess.PIPE, text=True, check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+    )  # fmt: skip
     return dict(line.split("\t") for line in done.stdout.splitlines())
 
 
