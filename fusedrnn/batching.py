@@ -20,6 +20,17 @@ from torch import Tensor
 from . import _C
 from .cells import CELLS
 from .differentiable import previous
+from .layer_call import (
+    BackwardArguments,
+    ForwardArguments,
+    Gradients,
+    LayerCall,
+    Needs,
+    Noise,
+    OutputGradients,
+    layer_backward,
+    layer_forward,
+)
 from .torch_internals import add_batch_dim, batched_by_autograd, batching_level, remove_batch_dim
 
 __all__ = ["is_batched_by_autograd", "map_backward"]
@@ -38,14 +49,6 @@ def _fold(t: Tensor | None, dim: Dim, axis: int, count: int) -> Tensor | None:
     else:
         t = t.movedim(dim, axis + 1)
     return t.flatten(axis, axis + 1)
-
-
-_NOISE = 5  # place of the first mask among the optional arguments of layer_backward
-
-
-def _fold_noise(noise: Sequence[Tensor | None], dims: Sequence[Dim], rows: int, count: int) -> list[Tensor | None]:
-    """mask_h, keep_h, keep_c, or none of them."""
-    return [_fold(t, dim, axis, count) for t, dim, axis in zip(noise, dims, (1, rows, rows))]
 
 
 def _unfold(t: Tensor, axis: int, count: int) -> Tensor:
@@ -89,99 +92,60 @@ def _one_by_one(op: Callable[..., Any], count: int, in_dims: Sequence[Any], args
     return tuple(stacked), tuple([0] * len(s) if isinstance(s, list) else 0 for s in stacked)
 
 
-def _map_forward(
-    info: Any,
-    in_dims: Sequence[Any],
-    x: Tensor,
-    batch_sizes: Tensor | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    cell: str,
-    bidirectional: bool,
-    save: bool,
-    *noise: Tensor | None,
-) -> tuple[Any, Any]:
-    op, count = torch.ops.fusedrnn.layer_forward.default, info.batch_size
-    args = x, batch_sizes, h0, c0, weights, cell, bidirectional, save, *noise
+def _folded(call: LayerCall, dims: LayerCall, count: int) -> LayerCall:
+    """A call of the layer for all mapped indices, the weights shared."""
+    rows = call.x_rows
+    axes = 1, rows, rows  # of mask_h, keep_h, keep_c
+    return call._replace(
+        x=_fold(call.x, dims.x, rows, count),
+        batch_sizes=None if call.batch_sizes is None else call.batch_sizes * count,
+        noise=Noise(*(_fold(t, dim, axis, count) for t, dim, axis in zip(call.noise, dims.noise, axes, strict=True))),
+        states=[_fold(s, dim, 1, count) for s, dim in zip(call.states, dims.states, strict=True)],
+    )
+
+
+def _own_weights(dims: LayerCall) -> bool:
+    """Whether the members of the map differ in more than what makes a larger batch."""
+    return dims.batch_sizes is not None or any(dim is not None for dim in dims.weights)
+
+
+def _map_forward(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+    call, save = ForwardArguments.of(*args)
+    dims, count = ForwardArguments.of(*in_dims, cell=call.cell).call, info.batch_size
     if count == 0:
         return _nothing(_map_forward, info, in_dims, args)
-    x_dim, sizes_dim, h0_dim, c0_dim, weight_dims, _, _, _, *noise_dims = in_dims
-    if sizes_dim is not None or any(d is not None for d in weight_dims):
-        return _one_by_one(op, count, in_dims, args)
-    rows = 1 if batch_sizes is None else 0
-    y, h_n, c_n, saved = op(
-        _fold(x, x_dim, rows, count),
-        None if batch_sizes is None else batch_sizes * count,
-        _fold(h0, h0_dim, 1, count),
-        _fold(c0, c0_dim, 1, count),
-        weights,
-        cell,
-        bidirectional,
-        save,
-        *_fold_noise(noise, noise_dims, rows, count),
-    )
-    results = tuple(_unfold(t, axis, count) for t, axis in ((y, rows), (h_n, 1), (c_n, 1), (saved, 1)))
-    return results, (rows + 1, 2, 2, 2)
+    if _own_weights(dims):
+        return _one_by_one(layer_forward, count, in_dims, args)
+    (y, finals, _), saved = _folded(call, dims, count).forward(save)
+    rows = call.x_rows
+    h_n, c_n = (_unfold(s, 1, count) for s in _two(finals))
+    return (_unfold(y, rows, count), h_n, c_n, _unfold(saved, 1, count)), (rows + 1, 2, 2, 2)
 
 
-def _map_backward(
-    info: Any,
-    in_dims: Sequence[Any],
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    dc: Tensor | None,
-    x: Tensor,
-    batch_sizes: Tensor | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    y: Tensor,
-    saved: Tensor,
-    cell: str,
-    bidirectional: bool,
-    need_x: bool,
-    need_weights: bool,
-    *rest: Any,  # need_gates to clip_by_norm and noise, as far as the caller gave them
-) -> tuple[Any, Any]:
-    op, count = torch.ops.fusedrnn.layer_backward.default, info.batch_size
-    dy_dim, dh_dim, dc_n_dim, dc_dim, x_dim, sizes_dim, h0_dim, c0_dim, weight_dims, y_dim, saved_dim, *_ = in_dims
-    flags = cell, bidirectional, need_x, need_weights, *rest
-    args = dy, dh_n, dc_n, dc, x, batch_sizes, h0, c0, weights, y, saved, *flags
-    need_gates = bool(rest) and rest[0]
-    limits, noise, noise_dims = rest[1:_NOISE], rest[_NOISE:], in_dims[len(args) - len(rest[_NOISE:]) :]
+def _two(states: Sequence[Tensor]) -> Sequence[Tensor]:
+    """As the ops give them: of a cell without c, an empty one."""
+    return (*states, states[0][:0])[:2]
+
+
+def _map_backward(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+    call, gradients, y, saved, needs = BackwardArguments.of(*args)
+    dims, count, rows = BackwardArguments.of(*in_dims, cell=call.cell), info.batch_size, call.x_rows
     if count == 0:
         return _nothing(_map_backward, info, in_dims, args)
-    if sizes_dim is not None or any(d is not None for d in weight_dims):
-        return _one_by_one(op, count, in_dims, args)
-    if need_weights and any(t is not None for t in noise):
-        return _one_by_one(op, count, in_dims, args)
-    rows = 1 if batch_sizes is None else 0
-    dy, dc, x, y = (_fold(t, d, rows, count) for t, d in ((dy, dy_dim), (dc, dc_dim), (x, x_dim), (y, y_dim)))
-    dh_n, dc_n, h0, c0, saved = (
-        _fold(t, d, 1, count)
-        for t, d in ((dh_n, dh_dim), (dc_n, dc_n_dim), (h0, h0_dim), (c0, c0_dim), (saved, saved_dim))
+    if _own_weights(dims.call) or (needs.weights and call.noise.any):
+        return _one_by_one(layer_backward, count, in_dims, args)
+    axes = [rows, rows] + [1] * len(call.states)  # of dy, dc and the final states' gradients
+    gradients = OutputGradients.of(
+        *(_fold(t, d, axis, count) for t, d, axis in zip(gradients.flat, dims.gradients.flat, axes, strict=True))
     )
-    sizes = None if batch_sizes is None else batch_sizes * count
-    dx, dh0, dc0, _, dgates, dh, norms = op(
-        dy, dh_n, dc_n, dc, x, sizes, h0, c0, weights, y, saved, cell, bidirectional, need_x, False,
-        need_weights or need_gates, *limits, *_fold_noise(noise, noise_dims, rows, count),
-    )  # fmt: skip
-    dweights: list[Tensor] = []
-    if need_weights:
-        steps = [x.size(1)] * x.size(0) if sizes is None else sizes.tolist()
-        dweights = _weight_gradients(cell, count, steps, x.flatten(0, rows), h0, weights, y.flatten(0, rows), saved,
-                                     dgates, dh)  # fmt: skip
-    if not need_gates:
-        dgates, dh = dgates[:, :0], dh[:, :0]
-    results = (
-        _unfold(dx, rows, count) if need_x else dx,
-        *(_unfold(t, 1, count) for t in (dh0, dc0)),
-        dweights,
-        *(_unfold(t, 1, count) for t in (dgates, dh, norms)),
-    )
-    return results, (rows + 1 if need_x else None, 2, 2, [0] * len(dweights), 2, 2, 2)
+    call, y, saved = _folded(call, dims.call, count), _fold(y, dims.y, rows, count), _fold(saved, dims.saved, 1, count)
+    found = call.backward(gradients, y, saved, Needs(needs.x, False, needs.weights or needs.gates, needs.norms))
+    dweights = _weight_gradients(call, count, y, saved, found) if needs.weights else []
+    dgates, dh = (t if needs.gates else t[:, :0] for t in (found.gates, found.h))
+    states = (_unfold(s, 1, count) for s in _two(found.states))
+    dx = _unfold(found.x, rows, count) if needs.x else found.x
+    rest = (_unfold(t, 1, count) for t in (dgates, dh, found.norms))
+    return (dx, *states, dweights, *rest), (rows + 1 if needs.x else None, 2, 2, [0] * len(dweights), 2, 2, 2)
 
 
 torch.library.register_vmap("fusedrnn::layer_forward", _map_forward)
@@ -189,26 +153,18 @@ torch.library.register_vmap("fusedrnn::layer_backward", _map_backward)
 
 
 def _weight_gradients(
-    cell: str,
-    count: int,
-    steps: Sequence[int],
-    x: Tensor,
-    h0: Tensor | None,
-    weights: Sequence[Tensor],
-    y: Tensor,
-    saved: Tensor,
-    dgates: Tensor,
-    dh: Tensor,
+    call: LayerCall, count: int, y: Tensor, saved: Tensor, gradients: Gradients
 ) -> list[Tensor]:
     """Each weight's gradients (V, *) from the rows of all samples: x (N*V, I), y (N*V, D*R), the others (D, N*V, *)."""
-    directions = dgates.size(0)
-    each, constants = len(weights) // directions, _CONSTANTS[cell]
+    cell, rows, weights, steps = call.cell, call.x_rows, call.weights, call.rows
+    x, y, h0, dgates, dh = call.x.flatten(0, rows), y.flatten(0, rows), call.states[0], gradients.gates, gradients.h
+    each, constants = len(weights) // call.directions, _CONSTANTS[cell]
     gates, first, split = constants["gates"], constants["first"], constants["split"]
     found = []
-    for d in range(directions):
+    for d in range(call.directions):
         hidden, out = weights[1].size(0) // gates, weights[1].size(1)
         mine = _unfold(dgates[d], 0, count)  # (N, V, (gates + split) * H)
-        kept = _unfold(saved[d], 0, count)
+        values = _unfold(saved[d], 0, count)
         inputs = _unfold(x, 0, count)
         start = None if h0 is None else h0[d]
         before = _unfold(previous(y[:, d * out : (d + 1) * out], start, steps, reverse=d == 1), 0, count)
@@ -221,7 +177,7 @@ def _weight_gradients(
         dw_hh = [_outer(of(0, first), before)]
         if first < gates:
             reset = CELLS[cell].gates.index("r")
-            dw_hh.append(_outer(of(first, gates), kept[..., reset * hidden : (reset + 1) * hidden] * before))
+            dw_hh.append(_outer(of(first, gates), values[..., reset * hidden : (reset + 1) * hidden] * before))
         found += [torch.cat(dw_ih, dim=1) if split else dw_ih[0], torch.cat(dw_hh, dim=1)]
         if each >= 4:
             sums = mine.sum(0)
@@ -229,7 +185,7 @@ def _weight_gradients(
             found += [input_sums, sums[:, : gates * hidden]]
         if each % 2:
             o, c = CELLS[cell].gates.index("o"), CELLS[cell].saved
-            unprojected = kept[..., o * hidden : (o + 1) * hidden] * kept[..., c * hidden : (c + 1) * hidden].tanh()
+            unprojected = values[..., o * hidden : (o + 1) * hidden] * values[..., c * hidden : (c + 1) * hidden].tanh()
             found.append(_outer(_unfold(dh[d], 0, count), unprojected))
     return [g.to(x.dtype) for g in found]
 

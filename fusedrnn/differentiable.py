@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .dropout import NOISELESS, Noise
+from .layer_call import LayerCall, Leaves, OutputGradients, Outputs
 
-__all__ = ["STEPS", "gradients", "layer", "outputs", "previous"]
+__all__ = ["STEPS", "Numbered", "gradients", "layer", "numbered", "previous"]
 
 States = tuple[Tensor, ...]
 Recurrent = Callable[[Tensor, int, int], Tensor]  # (h, first, last) -> W_hh h + b_hh of these gates
@@ -66,55 +66,47 @@ STEPS: dict[str, tuple[int, Callable[..., States]]] = {
 }
 
 
-def layer(
-    cell: str,
-    bidirectional: bool,
-    x: Tensor,
-    batch_sizes: Tensor | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    noise: Noise = NOISELESS,
-) -> tuple[Tensor, ...]:
-    """What :data:`fusedrnn.ops.layer_forward` computes, without ``saved``: y, h_n[, c_n], of the same shapes, and, with
-    c_n, c_t of every step, (T, B, D*H) or (N, D*H).
+def layer(call: LayerCall) -> Outputs:
+    """What :meth:`LayerCall.forward` computes, without what it saves, and for cells with c all c_t, (T, B, D*H) or
+    (N, D*H).
     """
-    directions = 2 if bidirectional else 1
-    each = len(weights) // directions
-    rows = batch_sizes.tolist() if batch_sizes is not None else [x.size(1)] * x.size(0)
-    noise, steps, finals = noise.to(x.dtype), [], []
-    for d in range(directions):
-        own = weights[d * each : (d + 1) * each]
-        start = [None if s is None else s[d] for s in (h0, c0)]
-        kept = [None if k is None else k.flatten(0, -2).chunk(directions, 1)[d].split(list(rows)) for k in noise[1:]]
+    rows, x, each = call.rows, call.x, len(call.weights) // call.directions
+    noise, steps, finals = call.noise.for_op(x), [], []
+    for d in range(call.directions):
+        weights = call.weights[d * each : (d + 1) * each]
+        start = [None if s is None else s[d] for s in call.states]
+        keeps = [
+            None if k is None else k.flatten(0, -2).chunk(call.directions, 1)[d].split(rows)
+            for k in (noise.keep_h, noise.keep_c)
+        ]
         mask = None if noise.mask_h is None else noise.mask_h[d]
-        states, final = _direction(cell, bool(d), x, rows, start, own, mask, kept)
+        states, final = _direction(call.cell, bool(d), x, rows, start, weights, mask, keeps)
         steps.append(states)
         finals.append(final)
     y, *c = (torch.cat(state, dim=-1) for state in zip(*steps, strict=True))
     y, *c = (state.reshape(*x.shape[:-1], state.size(-1)) for state in (y, *c))
-    return (y, *map(torch.stack, zip(*finals, strict=True)), *c)
+    return Outputs(y, tuple(map(torch.stack, zip(*finals, strict=True))), *c)
 
 
-def outputs(
-    cell: str, bidirectional: bool, batch_sizes: Tensor | None, noise: Noise, leaves: dict
-) -> dict[str, Tensor]:
-    """:func:`layer` by name: of x[, h0][, c0] and the list ``weights``, y, h_n[, c_n, c]."""
-    states = leaves.get("h0"), leaves.get("c0")
-    found = layer(cell, bidirectional, leaves["x"], batch_sizes, *states, leaves["weights"], noise)
-    return dict(zip(("y", "h_n", "c_n", "c"), found))
+Numbered = dict[int, Tensor]  # tensors by their places in a flat list, without those that are None
 
 
-def gradients(
-    cell: str, bidirectional: bool, batch_sizes: Tensor | None, noise: Noise, cotangents: dict, leaves: dict
-) -> dict:
-    """The gradients of ``leaves``, named as in :func:`outputs`, from those of the outputs named in ``cotangents``."""
+def numbered(flat: Sequence[Tensor | None]) -> Numbered:
+    return {i: t for i, t in enumerate(flat) if t is not None}
 
-    def asked(leaves: dict) -> dict[str, Tensor]:
-        found = outputs(cell, bidirectional, batch_sizes, noise, leaves)
-        return {name: found[name] for name in cotangents}
 
-    return torch.func.vjp(asked, leaves)[1](cotangents)[0]
+def gradients(call: LayerCall, cotangents: Numbered, leaves: Numbered) -> Numbered:
+    """The gradients of ``leaves`` (of :class:`Leaves`) from those of the outputs, ``cotangents`` (of
+    :class:`OutputGradients`). The tensors of ``call`` among the leaves are not read.
+    """
+
+    def outputs(leaves: Numbered) -> Numbered:
+        of_all = Leaves.of(call.cell, [leaves.get(i) for i in range(len(call.leaves.flat))])
+        found = layer(call._replace(**of_all._asdict()))
+        flat = OutputGradients(found.y, found.c, found.finals).flat
+        return {i: flat[i] for i in cotangents}
+
+    return torch.func.vjp(outputs, leaves)[1](cotangents)[0]
 
 
 def _direction(
@@ -125,10 +117,10 @@ def _direction(
     start: Sequence[Tensor | None],
     weights: Sequence[Tensor],
     mask: Tensor | None,
-    kept: Sequence[Sequence[Tensor] | None],
+    keeps: Sequence[Sequence[Tensor] | None],
 ) -> tuple[States, States]:
     """One direction: each state at all steps, rows in the order of time, and at the end. ``mask`` (B, R): of h in the
-    products; ``kept``: for each state the part of the one before, by steps.
+    products; ``keeps``: for each state the part of the one before, by steps.
     """
     w_ih, w_hh = weights[:2]
     b_ih, b_hh = weights[2:4] if len(weights) >= 4 else (None, None)
@@ -145,7 +137,7 @@ def _direction(
             parts[first] = (w_hh, b_hh) if whole else (w_hh[part], None if b_hh is None else b_hh[part])
         return linear(h if mask is None else h * mask[: h.size(0)], *parts[first])  # (Z1)
 
-    sizes = (w_hh.size(1), hidden)[: 2 if cell == "lstm" else 1]
+    sizes = (w_hh.size(1), hidden)
     start = [x.new_zeros(rows[0], size) if s is None else s for s, size in zip(start, sizes)]
     # Samples beyond those of a step have ended (forward) or not begun (reverse).
     count = rows[-1] if reverse else rows[0]
@@ -162,7 +154,7 @@ def _direction(
         if w_hr is not None:
             states = (linear(states[0], w_hr), *states[1:])
         states = tuple(
-            s if keep is None else keep[t] * last + (1 - keep[t]) * s for s, last, keep in zip(states, before, kept)
+            s if keep is None else keep[t] * last + (1 - keep[t]) * s for s, last, keep in zip(states, before, keeps)
         )  # (Z2)
         steps[t] = states
     finals = tuple(torch.cat(parts) for parts in zip(states, *reversed(ended), strict=True))

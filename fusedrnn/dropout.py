@@ -22,37 +22,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .layer_call import NOISELESS, LayerCall, Noise
 from .segments import Segments
 
-__all__ = ["NOISELESS", "Noise", "Rates", "draw", "drop_input", "drop_weights", "kept_parts", "rates"]
-
-
-class Noise(NamedTuple):
-    """What a layer does to its states. None: nothing.
-
-    Attributes:
-        mask_h: (D, B, R), the factor of h_{t-1} in all products, in the type of x.
-        keep_h: (T, B, D*R) or (N, D*R), the part of h_{t-1} in h_t, in the type of x or boolean.
-        keep_c: (T, B, D*H) or (N, D*H), the part of c_{t-1} in c_t, likewise.
-    """
-
-    mask_h: Tensor | None = None
-    keep_h: Tensor | None = None
-    keep_c: Tensor | None = None
-
-    @property
-    def any(self) -> bool:
-        return self.mask_h is not None or self.keep_h is not None or self.keep_c is not None
-
-
-    def to(self, dtype: torch.dtype) -> Noise:
-        """As the kernels take it; what is kept for the backward pass is not."""
-        if self.keep_h is self.keep_c is None:
-            return self
-        return Noise(*(None if t is None else t.to(dtype) for t in self))
-
-
-NOISELESS = Noise()
+__all__ = ["Rates", "draw", "drop_input", "drop_weights", "kept_parts", "rates"]
 
 
 class Rates(NamedTuple):
@@ -115,20 +88,12 @@ def drop_weights(weights: Sequence[Tensor], rate: float, directions: int) -> Seq
     return [w * _mask(w, rate, w.shape) if i % each == 1 else w for i, w in enumerate(weights)]
 
 
-def draw(
-    rates: Rates,
-    training: bool,
-    x: Tensor,
-    batch_sizes: Tensor | None,
-    layout: object,
-    directions: int,
-    gates: int,
-    w_hh: Tensor,
-) -> Noise:
-    """Masks for the states of a layer with these ``gates``, on input x (T, B, I) or (N, I)."""
+def draw(rates: Rates, training: bool, call: LayerCall, layout: object) -> Noise:
+    """Masks for the states of a layer."""
     if rates.recurrent == rates.zoneout_h == rates.zoneout_c == 0:
         return NOISELESS
-    hidden, out, mask_h = w_hh.size(0) // gates, w_hh.size(1), None
+    x, batch_sizes, directions, w_hh = call.x, call.batch_sizes, call.directions, call.weights[1]
+    hidden, out, mask_h = w_hh.size(0) // len(call.info.gates), w_hh.size(1), None
     if rates.recurrent > 0:
         segments = layout if isinstance(layout, Segments) else None
         samples = segments.samples if segments else x.size(1) if batch_sizes is None else int(batch_sizes[0])

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn.functional import dropout as _dropout
 from torch.nn.utils.rnn import PackedSequence
 
-from .autograd import Options, RecurrentLayer, in_place, recurrent_layer
+from .autograd import RecurrentLayer, in_place, recurrent_layer
 from .cells import CELLS
 from .dropout import Rates, draw, drop_input, drop_weights, rates
+from .layer_call import LayerCall, Owner
 from .ops import KERNEL_DTYPES
 from .options import check_policy
-from .recording import Owner
 from .segments import Segments, cut
 
 __all__ = [
@@ -55,41 +55,34 @@ def _check_devices(x: Tensor, *tensors: Tensor | None) -> None:
 
 
 def _stack(
-    cell: str,
-    x: Tensor,
-    batch_sizes: Tensor | None,
-    states: Sequence[Tensor | None],
-    weights: Sequence[Tensor],
+    stack: LayerCall,
     num_layers: int,
-    bidirectional: bool,
     dropout: float,
     drop: Rates,
     training: bool,
-    options: Options,
     owner: torch.nn.Module | None,
     layout: Segments | Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...], list[tuple[Tensor, ...]]]:
-    """Stacked layers on time-major or packed rows: the output, the final states, (L*D, B, *) each, and each layer's
-    states at every step, if ``options`` ask for them.
+    """Stacked layers, as a call with the states and weights of all, on time-major or packed rows: the output, the final
+    states, (L*D, B, *) each, and each layer's states at every step, if the options ask for them.
     """
-    _check_devices(x, *states, *weights)
-    directions, per_layer = 2 if bidirectional else 1, len(weights) // num_layers
+    _check_devices(stack.x, *stack.states, *stack.weights)
+    directions, each = stack.directions, len(stack.weights) // num_layers
+    x, options = stack.x, stack.options
     finals: list[tuple[Tensor, ...]] = []
     steps: list[tuple[Tensor, ...]] = []
-    count, gates = len(CELLS[cell].states), len(CELLS[cell].gates)
     for layer in range(num_layers):
-        own = slice(layer * directions, (layer + 1) * directions)
-        h0, c0 = (None if s is None else s if num_layers == 1 else s[own] for s in (*states, None)[:2])
-        x = drop_input(x, drop.input, batch_sizes, layout)
-        mine = drop_weights(weights[layer * per_layer : (layer + 1) * per_layer], drop.weight, directions)
-        last = layer + 1 == num_layers
-        x, h_n, c_n, c = recurrent_layer(
-            cell, bidirectional, x, batch_sizes, h0, c0, mine, options if last else options._replace(batch_first=False),
-            None if owner is None or torch.compiler.is_compiling() else Owner(weakref.ref(owner), layer, layout),
-            draw(drop, training, x, batch_sizes, layout, directions, gates, mine[1]),
-        )  # fmt: skip
-        finals.append((h_n, c_n)[:count])
-        steps.append((x, c)[:count])
+        last, own = layer + 1 == num_layers, slice(layer * directions, (layer + 1) * directions)
+        call = stack._replace(
+            x=drop_input(x, drop.input, stack.batch_sizes, layout),
+            states=[None if s is None else s if num_layers == 1 else s[own] for s in stack.states],
+            weights=drop_weights(stack.weights[layer * each : (layer + 1) * each], drop.weight, directions),
+            options=options if last else options._replace(batch_first=False),
+            owner=None if owner is None or torch.compiler.is_compiling() else Owner(weakref.ref(owner), layer, layout),
+        )
+        x, final, c = recurrent_layer(call._replace(noise=draw(drop, training, call, layout)))
+        finals.append(tuple(final))
+        steps.append((x, c)[: len(final)])
         if dropout and training and not last:
             x = _dropout(x, dropout, training=True)
     return x, finals[0] if num_layers == 1 else tuple(map(torch.cat, zip(*finals, strict=True))), steps
@@ -257,7 +250,8 @@ def recurrent(
     x, *rest = _autocast(x, *states, *weights)
     states, weights = rest[: len(names)], rest[len(names) :]
     drop = rates(input_dropout, recurrent_dropout, zoneout, weight_dropout, len(names)).at(training)
-    stack = weights, num_layers, bidirectional, dropout, drop, training, options, owner
+    stack = LayerCall(cell, x, states, weights, bidirectional, options=options)
+    how = num_layers, dropout, drop, training
 
     def results(y: Tensor, finals: tuple[Tensor, ...], steps: list[tuple[Tensor, ...]], laid_out: Callable) -> tuple:
         given = laid_out(y), finals
@@ -269,15 +263,15 @@ def recurrent(
         if not segments.whole:
             sizes = segments.batch_sizes if torch.compiler.is_compiling() or len(segments.batch_sizes) else None
             own = [segments.initial(s, directions) for s in states]
-            y, finals, steps = _stack(cell, segments.gather(x), sizes, own, *stack, segments)
+            stack = stack._replace(x=segments.gather(x), states=own, batch_sizes=sizes)
+            y, finals, steps = _stack(stack, *how, owner, segments)
             finals = tuple(segments.final(s, before, directions) for s, before in zip(finals, states, strict=True))
             turn = partial(torch.transpose, dim0=0, dim1=1) if batch_first else lambda t: t
             return results(y, finals, steps, lambda t: turn(segments.scatter(t)))
     sizes, layout = (None, None) if packed is None else (packed.batch_sizes, packed[2:])
     turned = batch_first and packed is None and not (unbatched or return_states)
-    if turned:
-        stack = (*stack[:-2], options._replace(batch_first=True), owner)
-    y, finals, steps = _stack(cell, x, sizes, states, *stack, layout)
+    stack = stack._replace(batch_sizes=sizes, options=options._replace(batch_first=turned))
+    y, finals, steps = _stack(stack, *how, owner, layout)
     if packed is not None:
         if packed.unsorted_indices is not None:
             finals = tuple(s.index_select(1, packed.unsorted_indices) for s in finals)
@@ -390,10 +384,10 @@ def recurrent_cell(
     for tensor in (*hx, *weights):
         if tensor is not None and tensor.dtype != x.dtype:
             raise RuntimeError(f"input, hidden state and weights must have one dtype, got {x.dtype} and {tensor.dtype}")
-    h0, c0 = (None if s is None else s.unsqueeze(0) for s in (*hx, None)[:2])
     _check_devices(x, *hx, *weights)
-    _, h, c, _ = recurrent_layer(cell, False, x.unsqueeze(0), None, h0, c0, weights)
-    return tuple(in_place(Tensor.squeeze_, Tensor.squeeze, s, 0) for s in (h, c)[: len(CELLS[cell].states)])
+    states = [None if s is None else s.unsqueeze(0) for s in hx]
+    found = recurrent_layer(LayerCall(cell, x.unsqueeze(0), states, weights))
+    return tuple(in_place(Tensor.squeeze_, Tensor.squeeze, s, 0) for s in found.finals)
 
 
 def lstm_cell(

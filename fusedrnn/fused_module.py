@@ -17,12 +17,12 @@ from torch.overrides import has_torch_function
 from torch.utils.hooks import RemovableHandle
 
 from ._C import infer, packed_weights
-from .autograd import PLAIN, PLAIN_BATCH_FIRST, in_place, recurrent_layer
+from .autograd import in_place, recurrent_layer
 from .cells import CELLS
 from .dropout import kept_parts
+from .layer_call import PLAIN, LayerCall, Options, Owner
 from .ops import refuse_older_exporter
 from .options import HasOptions, text
-from .recording import Owner
 from .torch_internals import dual_level, symbolic_tracing
 
 __all__ = ["FusedModule", "as_states", "dense", "infers", "is_plain", "kept_aside", "steppers"]
@@ -32,6 +32,9 @@ __all__ = ["FusedModule", "as_states", "dense", "infers", "is_plain", "kept_asid
 kept_aside: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
 #: What :mod:`fusedrnn.streaming` has prepared for the next step of modules; likewise.
 steppers: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
+
+
+_BATCH_FIRST = Options(batch_first=True)
 
 
 def infers() -> bool:
@@ -48,8 +51,9 @@ def dense(
     c0: Tensor | None,
     weights: Sequence[Tensor],
     zoneout: float | Sequence[float] = 0.0,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """A dense batch through one layer or, in inference, through several: y, h_n, c_n. None: by the long road.
+) -> tuple[Tensor, ...] | None:
+    """A dense batch through one layer or, in inference, through several: y and the final states. None: by the long
+    road.
 
     x is (T, B, I), y as the module has it, batch_first or not. Of a cell, x is (B, I), without the time, and so are the
     states and results. ``zoneout``: in inference alone. What the kernel refuses goes by the long road too, which words
@@ -73,26 +77,29 @@ def _dense(
     c0: Tensor | None,
     weights: Sequence[Tensor],
     zoneout: float | Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor] | None:
+) -> tuple[Tensor, ...] | None:
     if infers():
         parts = kept_parts(zoneout, len(CELLS[cell].states))
         result = infer(x, h0, c0, weights, cell, bidirectional, num_layers, _kept(module), parts)
         if result is not None and x.dim() == 3 and module.batch_first:
             result[0].transpose_(0, 1)
-        if result is not None or any(parts):
-            return result
-    elif not torch.compiler.is_compiling() and kept_aside and not isinstance(module, FusedModule):
+        if result is not None:
+            return result[: 1 + len(CELLS[cell].states)]
+        if any(parts):
+            return None
+    elif kept_aside and not isinstance(module, FusedModule):
         kept_aside.pop(module, None)
     if num_layers > 1:
         return None
+    states = (h0, c0)[: len(CELLS[cell].states)]
     if x.dim() == 3:
-        owner = None if torch.compiler.is_compiling() else Owner(weakref.ref(module))
-        options = PLAIN_BATCH_FIRST if module.batch_first else PLAIN
-        return recurrent_layer(cell, bidirectional, x, None, h0, c0, weights, options, owner)[:3]
-    x, h0, c0 = (None if t is None else t.unsqueeze(0) for t in (x, h0, c0))
-    _, h_n, c_n, _ = recurrent_layer(cell, bidirectional, x, None, h0, c0, weights)
-    h, c = (in_place(Tensor.squeeze_, Tensor.squeeze, s, 0) if s.size(0) else s for s in (h_n, c_n))
-    return h, h, c
+        options, owner = _BATCH_FIRST if module.batch_first else PLAIN, Owner(weakref.ref(module))
+        found = recurrent_layer(LayerCall(cell, x, states, weights, bidirectional, options=options, owner=owner))
+        return found.y, *found.finals
+    states = [None if s is None else s.unsqueeze(0) for s in states]
+    finals = recurrent_layer(LayerCall(cell, x.unsqueeze(0), states, weights, bidirectional)).finals
+    finals = [in_place(Tensor.squeeze_, Tensor.squeeze, s, 0) for s in finals]
+    return finals[0], *finals
 
 
 def is_plain(

@@ -147,7 +147,7 @@ def _short_road(
     if result is None:
         return None
     y, *finals = result
-    return y, tuple(finals[: len(CELLS[cell].states)])
+    return y, tuple(finals)
 
 
 def _check_args(

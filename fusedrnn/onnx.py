@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .cells import CELLS
-from .ops import layer_forward
+from .layer_call import ForwardArguments, LayerCall, layer_forward
 from .torch_internals import PACKING_OPS
 
 __all__ = ["table"]
@@ -42,10 +42,11 @@ def table() -> dict[Callable, Callable]:
     except ImportError as error:
         raise ImportError("export to ONNX needs the package onnxscript: pip install onnxscript") from error
 
-    def fusedrnn_layer(x, batch_sizes, h0, c0, weights, cell, bidirectional, save, *noise):  # noqa: ANN001, ANN202
-        if any(mask is not None for mask in noise):
+    def fusedrnn_layer(*args, **noise):  # noqa: ANN002, ANN003, ANN202
+        call, _ = ForwardArguments.of(*args, **noise)
+        if call.noise.any:
             raise NotImplementedError("ONNX's recurrent operators have neither zoneout nor a mask on h")
-        return _layer(op, x, batch_sizes, h0, c0, weights, cell, bidirectional)
+        return _layer(op, call)
 
     def pack_padded_sequence(x, lengths, batch_first):  # noqa: ANN001, ANN202
         return _pack(op, x, lengths, batch_first)
@@ -53,11 +54,9 @@ def table() -> dict[Callable, Callable]:
     return {layer_forward: fusedrnn_layer} | {op: pack_padded_sequence for op in PACKING_OPS}
 
 
-def _layer(
-    op: Any, x: Any, batch_sizes: Any, h0: Any, c0: Any, weights: Sequence[Any], cell: str, bidirectional: bool
-) -> tuple[Any, Any, Any, Any]:
+def _layer(op: Any, call: LayerCall) -> tuple[Any, Any, Any, Any]:
     """``layer_forward`` in ONNX's operators; ``saved`` and the c_n of cells without c are empty and go nowhere."""
-    directions = 2 if bidirectional else 1
+    cell, x, weights, directions = call.cell, call.x, call.weights, call.directions
     each = len(weights) // directions
     _check(cell, each, x.dtype)
     name, order, attributes = _OPERATORS[cell]
@@ -78,24 +77,24 @@ def _layer(
     if "activations" in attributes:
         attributes = {"activations": attributes["activations"] * directions}
     lengths = active = None
-    if batch_sizes is not None:
-        x, lengths, active = _padded(op, x, batch_sizes)
+    if call.batch_sizes is not None:
+        x, lengths, active = _padded(op, x, call.batch_sizes)
     y, *states = getattr(op, name)(
         x,
         w_ih,
         w_hh,
         bias,
         lengths,
-        *((h0, c0) if cell == "lstm" else (h0,)),
+        *call.states,
         hidden_size=hidden,
-        direction="bidirectional" if bidirectional else "forward",
+        direction="bidirectional" if call.bidirectional else "forward",
         **attributes,
     )
     y = op.Reshape(op.Transpose(y, perm=[0, 2, 1, 3]), [0, 0, -1])  # [T, D, B, H] -> [T, B, D * H]
     if active is not None:
         y = op.Compress(op.Reshape(y, [-1, directions * hidden]), active, axis=0)
     nothing = op.Slice(states[0], [0], [0], [1])
-    return y, states[0], states[1] if cell == "lstm" else nothing, nothing
+    return y, *(*states, nothing)[:2], nothing
 
 
 def _is_constant(weight: Any) -> bool:

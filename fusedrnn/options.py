@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .autograd import Options
 from .dropout import rates
+from .layer_call import Options
 
 __all__ = [
     "DEFAULT",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import threading
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,22 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from .cells import CELLS
+from .layer_call import LayerCall, OutputGradients, Owner
 from .layer_gradients import ADVICE, LEGEND, LayerGradients
 from .segments import Segments
 from .torch_internals import backward_pass, transformed
 
-__all__ = ["LayerGradients", "Owner", "interested", "record_gradients"]
-
-
-class Owner(NamedTuple):
-    """Whom a call of a layer belongs to. ``layout``: how its rows lie, if not as (T, B).
-
-    The graph of a call holds this, so the module, which may hold an output of the call, is held weakly.
-    """
-
-    module: weakref.ref[nn.Module]
-    layer: int = 0
-    layout: Segments | Sequence[Tensor | None] | None = None
+__all__ = ["LayerGradients", "interested", "record_gradients"]
 
 
 _active: list[record_gradients] = []
@@ -104,37 +93,23 @@ class record_gradients:
         with _lock:
             _active.remove(self)
 
-    def add(
-        self,
-        owner: Owner,
-        cell: str,
-        norms: Tensor,
-        dy: Tensor | None,
-        dc: Tensor | None,
-        x: Tensor,
-        batch_sizes: Tensor | None,
-        limits: tuple[int, float],
-    ) -> None:
-        """A layer's norms (D, N, 2 * states + gates), as the kernel gives them; dL/dy (T, B, D*R) or (N, D*R); dL/dc.
-
-        ``limits``: ``bptt_steps`` and ``grad_clip``, 0 for none.
-        """
+    def add(self, call: LayerCall, gradients: OutputGradients, norms: Tensor) -> None:
+        """A layer's norms (D, N, 2 * states + gates), as the kernel gives them, for these gradients of its outputs."""
         if transformed():
             raise RuntimeError("record_gradients cannot look into torch.func.vmap, grad and the like")
         if norms.is_meta:
             raise RuntimeError("record_gradients: gradients on the meta device have no norms")
         with _lock:
-            module, layer, layout = owner.module(), owner.layer, owner.layout
+            module, layer, layout = call.owner.module(), call.owner.layer, call.owner.layout
             number = self._passes.setdefault(backward_pass(), len(self._passes))
-            call = self._calls.get((number, module, layer), 0)
-            self._calls[number, module, layer] = call + 1
-            outside = [_norms_of(d, norms) for d in (dy, dc)[: len(CELLS[cell].states)]]
-            bptt_steps, clip = limits
-            cut = bptt_steps > 0 or isinstance(layout, Segments) and not layout.uncut
-            norms = norms.detach()
+            index = self._calls.get((number, module, layer), 0)
+            self._calls[number, module, layer] = index + 1
+            outside = [_norms_of(d, norms) for d in (gradients.y, gradients.c)[: len(call.states)]]
+            cut = call.options.bptt_steps > 0 or (isinstance(layout, Segments) and not layout.uncut)
             self._raw.append(
-                _Call(module, layer, layout, cell, norms, outside, x.shape, batch_sizes, number, call, cut, clip)
-            )
+                _Call(module, layer, layout, call.cell, norms.detach(), outside, call.x.shape, call.batch_sizes, number,
+                      index, cut, call.options.clip)
+            )  # fmt: skip
             self._layers = []
 
     @property

@@ -12,7 +12,6 @@ N of them. A cell has O outputs: its states and, where some gates multiply q ins
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -21,91 +20,61 @@ from torch.nn.functional import linear
 
 from .cells import CELLS
 from .differentiable import STEPS, previous
+from .layer_call import LayerCall, Leaves, Needs, OutputGradients
 
-__all__ = ["Arguments", "hessian_vector_product"]
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """What a layer takes, or as much for each: tangents, gradients. ``None``: zero, or not there."""
-
-    x: Tensor | None
-    h0: Tensor | None
-    c0: Tensor | None
-    weights: Sequence[Tensor | None]
+__all__ = ["hessian_vector_product"]
 
 
 def hessian_vector_product(
-    cell: str,
-    bidirectional: bool,
-    batch_sizes: Tensor | None,
-    arguments: Arguments,
-    y: Tensor,
-    saved: Tensor,
-    dgates: Tensor,
-    cotangents: Sequence[Tensor | None],
-    v: Arguments,
-    need_x: bool,
-    need_weights: bool,
-) -> tuple[list[Tensor | None], Arguments]:
-    """J v, by those of y, h_n, c_n and c whose cotangents are given, and H v, by each of ``arguments`` that is needed.
+    call: LayerCall, y: Tensor, saved: Tensor, dgates: Tensor, cotangents: OutputGradients, v: Leaves, needs: Needs
+) -> tuple[OutputGradients, Leaves]:
+    """J v, for those outputs whose cotangents are given, and H v, by x and the weights if needed.
 
     Args:
-        cell: its registry name.
-        bidirectional: whether ``weights`` are those of two directions.
-        batch_sizes: samples of each step, for ragged ``x`` (N, I).
-        arguments: what :data:`fusedrnn.ops.layer_forward` took.
+        call: the layer.
         y: what it gave, (T, B, D*R) or (N, D*R).
-        saved: what it kept, (D, N, *). Its dtype is that of the computation: float32 for 16-bit tensors.
-        dgates: the gates' gradients as :data:`fusedrnn.ops.layer_backward` gave them for the cotangents.
-        cotangents: dy, dh_n, dc_n and dc, that of every c_t, ``None`` for zero.
+        saved: what it saved, (D, N, *). Its dtype is that of the computation: float32 for 16-bit tensors.
+        dgates: the gates' gradients as :meth:`LayerCall.backward` gave them for the cotangents.
+        cotangents: None for zero.
         v: the vector.
-        need_x: whether H v by x is wanted.
-        need_weights: whether that by the weights is.
+        needs: whether H v by x and by the weights is wanted.
 
     Nothing is recorded for a further derivative.
     """
-    x, h0, c0, weights = arguments.x, arguments.h0, arguments.c0, arguments.weights
-    rows = batch_sizes.tolist() if batch_sizes is not None else [x.size(1)] * x.size(0)
-    dtype, directions = saved.dtype, 2 if bidirectional else 1
-    each = len(weights) // directions
+    x, states, rows, dtype = call.x, call.states, call.rows, saved.dtype
+    directions, each = call.directions, len(call.weights) // call.directions
 
     def flat(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.reshape(-1, t.size(-1)).to(dtype)
 
-    def states(given: Sequence[Tensor | None], d: int) -> list[Tensor | None]:
+    def of_direction(given: Sequence[Tensor | None], d: int) -> list[Tensor | None]:
         return [None if s is None else s[d].to(dtype) for s in given]
 
-    def of(given: Arguments, d: int) -> Arguments:
-        own = [None if w is None else w.to(dtype) for w in given.weights[d * each : (d + 1) * each]]
-        return Arguments(flat(given.x), *states((given.h0, given.c0), d), own)
+    def of(given: Leaves, d: int) -> Leaves:
+        weights = [None if w is None else w.to(dtype) for w in given.weights[d * each : (d + 1) * each]]
+        return Leaves(flat(given.x), of_direction(given.states, d), weights)
 
     dots, found = [], []
     for d in range(directions):
         y_rows, dy, dc = (
-            None if t is None else flat(t).chunk(directions, dim=1)[d] for t in (y, cotangents[0], cotangents[3])
+            None if t is None else flat(t).chunk(directions, dim=1)[d] for t in (y, cotangents.y, cotangents.c)
         )
-        direction = _Direction(cell, d == 1, rows, of(arguments, d), y_rows, saved[d])
-        dot, gradients = direction.product(
-            (dy, *states(cotangents[1:3], d), dc), dgates[d], of(v, d), need_x=need_x, need_weights=need_weights
-        )
+        direction = _Direction(call.cell, d == 1, rows, of(call.leaves, d), y_rows, saved[d])
+        given = OutputGradients(dy, dc, of_direction(cotangents.finals, d))
+        dot, gradients = direction.product(given, dgates[d], of(v, d), needs)
         dots.append(dot)
         found.append(gradients)
-    dx = None if not need_x else found[0].x if directions == 1 else found[0].x + found[1].x
-    y_dot, h_dot, c_n_dot, c_dot = zip(*dots, strict=True)
-    c_rows = _joined(c_dot, dim=1)
-    outputs = (
-        _joined(y_dot, dim=1).reshape(y.shape),
-        torch.stack(h_dot),
-        torch.stack(c_n_dot),
-        c_rows.reshape(*x.shape[:-1], c_rows.size(1)),
-    )
-    j_v = [None if given is None else dot.to(x.dtype) for given, dot in zip(cotangents, outputs, strict=True)]
-    return j_v, Arguments(
+    y_dot, c_dot, finals_dot = zip(*dots, strict=True)
+    rows_dot = (_joined(dot, dim=1) for dot in (y_dot, c_dot))
+    outputs = [*(t.reshape(*x.shape[:-1], t.size(1)) for t in rows_dot)]
+    outputs += map(torch.stack, zip(*finals_dot, strict=True))
+    j_v = [None if given is None else dot.to(x.dtype) for given, dot in zip(cotangents.flat, outputs, strict=True)]
+    dx = None if not needs.x else found[0].x if directions == 1 else found[0].x + found[1].x
+    by_state = zip(states, *(g.states for g in found), strict=True)
+    return OutputGradients.of(*j_v), Leaves(
         None if dx is None else dx.view_as(x).to(x.dtype),
-        None if h0 is None else torch.stack([g.h0 for g in found]).to(x.dtype),
-        None if c0 is None else torch.stack([g.c0 for g in found]).to(x.dtype),
-        [w.to(x.dtype) for g in found for w in g.weights] if need_weights else [None] * len(weights),
+        [None if s is None else torch.stack(parts).to(x.dtype) for s, *parts in by_state],
+        [w.to(x.dtype) for g in found for w in g.weights] if needs.weights else [None] * len(call.weights),
     )
 
 
@@ -113,7 +82,7 @@ class _Direction:
     """One direction, about the point where the layer was called."""
 
     def __init__(
-        self, cell: str, reverse: bool, rows: Sequence[int], arguments: Arguments, y: Tensor, saved: Tensor
+        self, cell: str, reverse: bool, rows: Sequence[int], arguments: Leaves, y: Tensor, saved: Tensor
     ) -> None:
         self.reverse, self.rows, self.x = reverse, list(rows), arguments.x
         self.order = range(len(rows))[:: -1 if reverse else 1]
@@ -123,10 +92,10 @@ class _Direction:
         b_ih, b_hh = arguments.weights[2:4] if self.bias else (None, None)
         gates, step = STEPS[cell]
         self.hidden, self.two_states = self.w_hh.size(0) // gates, len(CELLS[cell].states) == 2
-        before = [previous(y, arguments.h0, rows, reverse)]
+        before = [previous(y, arguments.states[0], rows, reverse)]
         if self.two_states:
             begin = CELLS[cell].saved * self.hidden
-            before += [previous(saved[:, begin : begin + self.hidden], arguments.c0, rows, reverse)]
+            before += [previous(saved[:, begin : begin + self.hidden], arguments.states[1], rows, reverse)]
         # The gates in parts: those that multiply h_{t-1}, then those that multiply q.
         self.parts: list[slice] = []
         operands, products = [], []
@@ -153,8 +122,8 @@ class _Direction:
         self.by_input, *self.by_product, self.by_state = zip(*found, strict=True)
 
     def product(
-        self, cotangents: Sequence[Tensor | None], dgates: Tensor, v: Arguments, *, need_x: bool, need_weights: bool
-    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Arguments]:
+        self, cotangents: OutputGradients, dgates: Tensor, v: Leaves, needs: Needs
+    ) -> tuple[tuple[Tensor, Tensor, list[Tensor]], Leaves]:
         """J v and H v."""
         w_ih, w_hr, v_hr = self.w_ih, self.w_hr, v.weights[-1] if self.w_hr is not None else None
         v_ih, v_hh = v.weights[:2]
@@ -168,27 +137,27 @@ class _Direction:
             for o, w, part in zip(self.operands, v_parts, self.parts, strict=True)
         ]
         y_dot, final, outputs = self._tangents(inputs, products, v)
-        operands = [previous(y_dot, v.h0, self.rows, self.reverse), outputs[-1]][: len(self.parts)]
-        last = previous(outputs[1], v.c0, self.rows, self.reverse) if self.two_states else operands[0]
+        operands = [previous(y_dot, v.states[0], self.rows, self.reverse), outputs[-1]][: len(self.parts)]
+        last = previous(outputs[1], v.states[1], self.rows, self.reverse) if self.two_states else operands[0]
 
         # The adjoints, and how they change.
         d_products = [dgates[:, part] for part in self.parts]
-        d_y, deltas = self._adjoints(*cotangents, d_products)
+        d_y, deltas = self._adjoints(cotangents, d_products)
         d_inputs, (d_inputs_dot, *d_products_dot, d_last_dot) = self._curvature(deltas, [inputs, *products, last])
         d_operands_dot = [
             self._sum((d, w), size=o.size(1)) for d, w, o in zip(d_products, v_parts, self.operands, strict=True)
         ]
         d_m_dot = None if w_hr is None else self._sum((d_y, v_hr), size=self.hidden)
         d_y_dot, deltas_dot, start = self._adjoints_dot(d_products_dot, d_last_dot, d_operands_dot, d_m_dot)
-        if need_x or need_weights:
+        if needs.x or needs.weights:
             for by_input, delta in zip(self.by_input, deltas_dot, strict=True):
                 if by_input is not None:
                     self._by_gate(d_inputs_dot).addcmul_(self._by_gate(by_input), delta.unsqueeze(1))  # (T8)
 
         # The products after the scans. (T9)
-        dx = self._sum((d_inputs_dot, w_ih), (d_inputs, v_ih), size=self.x.size(1)) if need_x else None
+        dx = self._sum((d_inputs_dot, w_ih), (d_inputs, v_ih), size=self.x.size(1)) if needs.x else None
         dw = []
-        if need_weights:
+        if needs.weights:
             outer = [
                 _outer(d_dot, o, d, o_dot)
                 for d_dot, o, d, o_dot in zip(d_products_dot, self.operands, d_products, operands, strict=True)
@@ -198,14 +167,14 @@ class _Direction:
                 dw += [d_inputs_dot.sum(0), _joined([d.sum(0) for d in d_products_dot])]
             if w_hr is not None:
                 dw += [_outer(d_y_dot, self.outputs[0].detach(), d_y, outputs[0])]
-        return (y_dot, *final, outputs[1] if self.two_states else y_dot), Arguments(dx, *start, dw)
+        return (y_dot, outputs[1] if self.two_states else y_dot, final), Leaves(dx, start, dw)
 
     def _tangents(
-        self, inputs: Tensor, products: list[Tensor], v: Arguments
-    ) -> tuple[Tensor, tuple[Tensor, Tensor], list[Tensor]]:
+        self, inputs: Tensor, products: list[Tensor], v: Leaves
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Of y, of the final states, of all outputs; ``products``: what does not come from h_{t-1} or q, then all."""
-        h = self._start(v.h0, self.w_hh.size(1))
-        last = self._start(v.c0, self.hidden) if self.two_states else h
+        h = self._start(v.states[0], self.w_hh.size(1))
+        last = self._start(v.states[1], self.hidden) if self.two_states else h
         outputs = [
             torch.zeros_like(o) if by is None else self._by_gate(by * inputs).sum(1)
             for o, by in zip(self.outputs, self.by_input, strict=True)
@@ -232,24 +201,19 @@ class _Direction:
                 y_steps[t].addmm_(out[0], self.w_hr.T)
             h = _with_rest(y_steps[t], h)
             last = _with_rest(out[1], last) if self.two_states else h
-        return y, (h, last), outputs
+        return y, [h, last] if self.two_states else [h], outputs
 
     def _adjoints(
-        self,
-        dy: Tensor | None,
-        dh_n: Tensor | None,
-        dc_n: Tensor | None,
-        dc: Tensor | None,
-        d_products: Sequence[Tensor],
+        self, cotangents: OutputGradients, d_products: Sequence[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """Of h_t as it leaves the step (N, R), and of each output: all paths, from the gradients of the products."""
         d_operands = [d @ self.w_hh[part] for d, part in zip(d_products, self.parts, strict=True)]
-        d_y = previous(d_operands[0], dh_n, self.rows, not self.reverse)  # (T5)
-        if dy is not None:
-            d_y += dy
+        d_y = previous(d_operands[0], cotangents.finals[0], self.rows, not self.reverse)  # (T5)
+        if cotangents.y is not None:
+            d_y += cotangents.y
         deltas = [d_y if self.w_hr is None else d_y @ self.w_hr]
         if self.two_states:
-            deltas += [self.x.new_zeros(deltas[0].shape) if dc is None else dc.clone()]
+            deltas += [self.x.new_zeros(deltas[0].shape) if cotangents.c is None else cotangents.c.clone()]
         deltas += d_operands[1:]
         # Around the products: the last state alone, which takes from every output of the next step.
         own = int(self.two_states)
@@ -258,7 +222,7 @@ class _Direction:
             for o, (by, delta) in enumerate(zip(self.by_state, deltas, strict=True))
             if o != own and by is not None
         ]
-        start = dc_n if self.two_states else None
+        start = cotangents.finals[1] if self.two_states else None
         if others or start is not None:
             others = others or [torch.zeros_like(deltas[own])]
             deltas[own] += previous(sum(others), start, self.rows, not self.reverse)
@@ -282,7 +246,7 @@ class _Direction:
 
     def _adjoints_dot(
         self, d_products: Sequence[Tensor], d_last: Tensor, d_operands: Sequence[Tensor], d_m: Tensor | None
-    ) -> tuple[Tensor, list[Tensor], tuple[Tensor, Tensor]]:
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Tangents of :meth:`_adjoints` and of the initial states' gradients.
 
         Each argument has what a step adds by itself, beside what comes from the next; then all of it.
@@ -323,7 +287,7 @@ class _Direction:
             for own, d in zip(deltas, delta, strict=True):
                 own[t] = d
         joined = [torch.cat(own) for own in deltas]
-        return joined[0] if m_steps is None else torch.cat(d_y), joined, (dh, dc)
+        return joined[0] if m_steps is None else torch.cat(d_y), joined, [dh, dc] if self.two_states else [dh]
 
     def _by_gate(self, t: Tensor) -> Tensor:
         """(N, gates * H) -> (N, gates, H)."""

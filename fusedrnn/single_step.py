@@ -68,8 +68,7 @@ def _short_road_of_cell(
     result = dense(module, cell, False, 1, input, h0, c0, weights)
     if result is None:
         return None
-    _, h, c = result
-    return (h, c) if len(CELLS[cell].states) == 2 else (h,)
+    return result[1:]
 
 
 class RNNCell(FusedModule, torch.nn.RNNCell):

@@ -16,9 +16,9 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
 from fusedrnn import dropout
-from fusedrnn.autograd import Options, recurrent_layer
+from fusedrnn.autograd import recurrent_layer
 from fusedrnn.cells import CELLS
-from fusedrnn.dropout import Noise
+from fusedrnn.layer_call import LayerCall, Noise, Options
 from loops import TWINS
 from parity import DEVICE
 from test_through_time import Limited
@@ -120,12 +120,13 @@ def ours(
     if not ragged:  # [T, B, *]
         x = x.unflatten(0, (len(sizes), -1))
         noise = Noise(noise.mask_h, *(None if k is None else k.unflatten(0, (len(sizes), -1)) for k in noise[1:]))
-    y, h_n, c_n, c = recurrent_layer(
-        cell, directions == 2, x, torch.tensor(sizes) if ragged else None, layer["h0"], layer["c0"], layer["weights"],
-        Options(True, False, bptt, clip, mode == "norm"), None, noise,
-    )  # fmt: skip
-    rows = [y.reshape(-1, y.size(-1)), h_n]
-    return outcome(rows + ([c_n, c.reshape(-1, c.size(-1))] if c is not None else []), layer)
+    states = [layer[f"{name}0"] for name in CELLS[cell].states]
+    y, finals, c = recurrent_layer(LayerCall(
+        cell, x, states, layer["weights"], directions == 2, torch.tensor(sizes) if ragged else None, noise,
+        Options(True, False, bptt, clip, mode == "norm"),
+    ))  # fmt: skip
+    rows = [y.reshape(-1, y.size(-1)), *finals]
+    return outcome(rows + ([c.reshape(-1, c.size(-1))] if c is not None else []), layer)
 
 
 def expected(
@@ -223,7 +224,7 @@ def test_the_modules(cell: str, training: bool, monkeypatch: pytest.MonkeyPatch)
     out, finals = x, []
     for mask, noise, own in zip(inputs, noises, weights, strict=True):
         flat = Noise(*(None if k is None else k.cpu().flatten(0, -2) if i else k.cpu() for i, k in enumerate(noise)))
-        flat = flat.to(x.dtype)
+        flat = flat.for_op(x)
         rows = (out * mask.cpu()).flatten(0, 1)
         zeros = [torch.zeros(2, B, H, dtype=torch.float64)] * len(CELLS[cell].states)
         found = one_layer(cell, rows, [B] * T, zeros, [w.cpu() for w in own], flat, 2)

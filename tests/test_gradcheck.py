@@ -17,7 +17,8 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence
 
 from fusedrnn import differentiable
-from fusedrnn.autograd import Options, recurrent_layer
+from fusedrnn.autograd import recurrent_layer
+from fusedrnn.layer_call import LayerCall, Options
 from fusedrnn.cells import CELLS
 from loops import SINGLES, TWINS
 from parity import DEVICE, Case, packer, ragged, twin
@@ -181,17 +182,20 @@ def test_autocast_around_a_second_derivative_does_not_change_it() -> None:
 def test_the_differentiable_layer_is_the_kernel_s(cell: str) -> None:
     for case in (replace(case, T=5, B=4) for case in kinds(cell) if case.num_layers == 1):
         x, *states = case.tensors().values()
-        h0, c0 = (*states, None, None)[:2]
+        states = states or [None] * len(CELLS[cell].states)
         weights, sizes = list(case.module().parameters()), None
         if case.lengths:
             sizes = torch.tensor([4, 3, 3, 1, 1])
             x = x.reshape(20, -1)[: sizes.sum()]
-        arguments = cell, case.bidirectional, x, sizes, h0, c0, weights
+        call = LayerCall(cell, x, states, weights, case.bidirectional, sizes, options=Options(states=True))
         with torch.no_grad():
-            expected = recurrent_layer(*arguments, Options(states=True))
-        found = differentiable.layer(*arguments)
-        for a, b in zip(found, expected):
+            expected = recurrent_layer(call)
+        found = differentiable.layer(call)
+        for a, b in zip((found.y, *found.finals), (expected.y, *expected.finals), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+        assert (found.c is None) == (expected.c is None) == (len(states) == 1)
+        if found.c is not None:
+            torch.testing.assert_close(found.c, expected.c, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -21,6 +21,7 @@ import fusedrnn
 from fusedrnn import differentiable
 from fusedrnn.autograd import recurrent_layer
 from fusedrnn.cells import CELLS
+from fusedrnn.layer_call import LayerCall
 
 
 def flops(call: Callable[[], object]) -> int:
@@ -29,15 +30,16 @@ def flops(call: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
-def layer_arguments(cell: str, *, packed: bool, bidirectional: bool, bias: bool, proj: int) -> list:
-    """cell, bidirectional, x, batch_sizes, h0, c0, weights of a layer of random numbers."""
+def layer_call(cell: str, *, packed: bool, bidirectional: bool, bias: bool, proj: int) -> LayerCall:
+    """Of a layer of random numbers."""
     gates, directions, out = len(CELLS[cell].gates), 2 if bidirectional else 1, proj or 5
     shapes = [(gates * 5, 4), (gates * 5, out), *[(gates * 5,)] * (2 * bias), *[(proj, 5)] * bool(proj)] * directions
     x = torch.randn((7, 4) if packed else (3, 4, 4))
     h0 = torch.randn(directions, 4, out, requires_grad=True)
     c0 = torch.randn(directions, 4, 5, requires_grad=True) if len(CELLS[cell].states) == 2 else None
     batch_sizes = torch.tensor([4, 2, 1]) if packed else None
-    return [cell, bidirectional, x, batch_sizes, h0, c0, [torch.randn(shape) for shape in shapes]]
+    weights = [torch.randn(shape) for shape in shapes]
+    return LayerCall(cell, x, [h0, c0][: len(CELLS[cell].states)], weights, bidirectional, batch_sizes)
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -45,16 +47,16 @@ def test_flops_are_those_of_a_loop_of_products(cell: str) -> None:
     """Forward and backward, dense and packed; of a backward pass only what was asked for."""
     for packed, bidirectional in product((False, True), repeat=2):
         for proj in (0, 2)[: 1 + CELLS[cell].projectable]:
-            arguments = layer_arguments(cell, packed=packed, bidirectional=bidirectional, bias=not packed, proj=proj)
+            call = layer_call(cell, packed=packed, bidirectional=bidirectional, bias=not packed, proj=proj)
             for need_x, need_weights in product((False, True), repeat=2):
-                arguments[2].requires_grad_(need_x)
-                for weight in arguments[6]:
+                call.x.requires_grad_(need_x)
+                for weight in call.weights:
                     weight.requires_grad_(need_weights)
                 counts = []
                 for layer in (differentiable.layer, recurrent_layer):
-                    y, *finals = layer(*arguments)
-                    total = y.sum() + sum(final.sum() for final in finals if final is not None)
-                    counts.append((flops(lambda: layer(*arguments)), flops(total.backward)))
+                    y, finals, c = layer(call)
+                    total = sum(t.sum() for t in (y, *finals, *([] if c is None else [c])))
+                    counts.append((flops(lambda: layer(call)), flops(total.backward)))
                 assert counts[0] == counts[1] and min(counts[0]) > 0
 
 

@@ -1,0 +1,298 @@
+"""One call of a layer as one value, and the only place that spells the ops' arguments.
+
+``torch.ops.fusedrnn.layer_forward`` and ``layer_backward`` take and give their tensors one after another
+(``csrc/ops.cpp``), as torch's tools want them: lists of optional tensors are not traced by torch.jit, and a negative
+view in one is not resolved. Here they have names: a new mask is a field of :class:`Noise`, a new result of the backward
+pass one of :class:`Gradients`. T steps, B samples, N rows of all steps, I input, H hidden, R = H or the projection, D
+directions.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import _C  # noqa: F401  registers the ops
+from .cells import CELLS, CellInfo
+
+__all__ = [
+    "NOISELESS",
+    "PLAIN",
+    "BackwardArguments",
+    "ForwardArguments",
+    "Gradients",
+    "LayerCall",
+    "Leaves",
+    "Needs",
+    "Noise",
+    "Options",
+    "OutputGradients",
+    "Outputs",
+    "Owner",
+    "layer_backward",
+    "layer_forward",
+]
+
+layer_forward = torch.ops.fusedrnn.layer_forward.default
+layer_backward = torch.ops.fusedrnn.layer_backward.default
+
+
+class Noise(NamedTuple):
+    """What a layer does to its states. None: nothing.
+
+    Attributes:
+        mask_h: (D, B, R), the factor of h_{t-1} in all products, in the type of x.
+        keep_h: (T, B, D*R) or (N, D*R), the part of h_{t-1} in h_t, in the type of x or boolean.
+        keep_c: (T, B, D*H) or (N, D*H), the part of c_{t-1} in c_t, likewise.
+    """
+
+    mask_h: Tensor | None = None
+    keep_h: Tensor | None = None
+    keep_c: Tensor | None = None
+
+    @property
+    def any(self) -> bool:
+        return any(t is not None for t in self)
+
+    def for_op(self, x: Tensor) -> Noise:
+        """In the type of x, as the kernels take it; what is saved for the backward pass is not."""
+        if self[1] is self[2] is None:
+            return self
+        return Noise(*(None if t is None else t.to(x.dtype) for t in self))
+
+
+class Options(NamedTuple):
+    """What a layer gives and saves, and how its backward pass departs from the gradient.
+
+    Attributes:
+        states: whether c_t of every step is wanted.
+        recompute: whether the backward pass computes the gates again instead of saving them.
+        bptt_steps: no gradient passes from a time t that is a multiple of it to t - 1; 0: all pass.
+        clip: the limit of what a step sends back to the states before it; 0: none.
+        clip_by_norm: whether it is one of each sample's vector, not of each element.
+        batch_first: whether y is (B, T, D*R), laid out in memory as (T, B, D*R). Turned in the layer, where y is not
+            saved yet for the backward pass: a view would refuse methods in place that torch.nn's output allows.
+    """
+
+    states: bool = False
+    recompute: bool = False
+    bptt_steps: int = 0
+    clip: float = 0.0
+    clip_by_norm: bool = False
+    batch_first: bool = False
+
+    @property
+    def limited(self) -> bool:
+        """Whether the backward pass gives something else than the gradient."""
+        return self.bptt_steps > 0 or self.clip > 0
+
+
+class Owner(NamedTuple):
+    """Whom a call of a layer belongs to. ``layout``: how its rows lie, if not as (T, B): :class:`segments.Segments`, or
+    a PackedSequence's sorted and unsorted indices.
+
+    The graph of a call holds this, so the module, which may hold an output of the call, is held weakly.
+    """
+
+    module: weakref.ref[nn.Module]
+    layer: int = 0
+    layout: Any = None
+
+
+NOISELESS, PLAIN = Noise(), Options()
+
+
+class Leaves(NamedTuple):
+    """What a layer may be differentiated by, or as much for each: gradients, tangents. None: zero, or not there.
+
+    Attributes:
+        x: (T, B, I) or (N, I).
+        states: h_0 (D, B, R) and, for cells with c, c_0 (D, B, H).
+        weights: of each direction w_ih (G*H, I), w_hh (G*H, R)[, b_ih (G*H), b_hh (G*H)][, w_hr (R, H)].
+    """
+
+    x: Tensor | None
+    states: Sequence[Tensor | None]
+    weights: Sequence[Tensor | None]
+
+    @property
+    def flat(self) -> list[Tensor | None]:
+        return [self.x, *self.states, *self.weights]
+
+    @classmethod
+    def of(cls, cell: str, flat: Sequence[Any]) -> Leaves:
+        count = 1 + len(CELLS[cell].states)
+        return cls(flat[0], flat[1:count], flat[count:])
+
+
+class Outputs(NamedTuple):
+    """y (T, B, D*R) or (N, D*R); the final states, shaped as the initial ones; c_t of every step, if asked for."""
+
+    y: Tensor
+    finals: Sequence[Tensor]
+    c: Tensor | None = None
+
+
+class OutputGradients(NamedTuple):
+    """dL/dy, dL/dc_t of every step, dL/d(final states). None: zero. Flattened in this order."""
+
+    y: Tensor | None
+    c: Tensor | None
+    finals: Sequence[Tensor | None]
+
+    @property
+    def flat(self) -> list[Tensor | None]:
+        return [self.y, self.c, *self.finals]
+
+    @classmethod
+    def of(cls, y: Any, c: Any, *finals: Any) -> OutputGradients:
+        return cls(y, c, finals)
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted beside those of the initial states; the last two are of each row."""
+
+    x: bool
+    weights: bool
+    gates: bool = False
+    norms: bool = False
+
+
+class Gradients(NamedTuple):
+    """What the backward pass gives; empty tensors and lists for what was not wanted.
+
+    Attributes:
+        x, states, weights: those of the arguments.
+        gates: (D, N, (G + split)*H), dL/d(W_hh h + b_hh) of all gates, then dL/d(W_ih x + b_ih) of the last ``split``.
+        h: (D, N, R), dL/dh_t of a projected layer.
+        norms: (D, N, 2*states + G), for :class:`fusedrnn.record_gradients`.
+    """
+
+    x: Tensor
+    states: Sequence[Tensor]
+    weights: Sequence[Tensor]
+    gates: Tensor
+    h: Tensor
+    norms: Tensor
+
+
+class LayerCall(NamedTuple):
+    """What one layer, all directions, computes with. ``flat`` lists it, and ``of`` makes it of the list."""
+
+    cell: str
+    x: Tensor
+    states: Sequence[Tensor | None]
+    weights: Sequence[Tensor]
+    bidirectional: bool = False
+    batch_sizes: Tensor | None = None
+    noise: Noise = NOISELESS
+    options: Options = PLAIN
+    owner: Owner | None = None
+
+    @property
+    def info(self) -> CellInfo:
+        return CELLS[self.cell]
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def leaves(self) -> Leaves:
+        return Leaves(self.x, self.states, self.weights)
+
+    @property
+    def x_rows(self) -> int:
+        """The dimension of the samples in x and y: 1, or 0 for packed rows."""
+        return 1 if self.batch_sizes is None else 0
+
+    @property
+    def rows(self) -> list[int]:
+        """Samples of each step."""
+        return [self.x.size(1)] * self.x.size(0) if self.batch_sizes is None else self.batch_sizes.tolist()
+
+    @property
+    def flat(self) -> tuple[Any, ...]:
+        """Four values that are no tensors, then the tensors."""
+        cell, x, states, weights, bidirectional, batch_sizes, noise, options, owner = self
+        return (cell, bidirectional, options, owner, x, batch_sizes, *noise, *states, *weights)
+
+    @classmethod
+    def of(cls, cell: str, bidirectional: Any, options: Any, owner: Any, *tensors: Any) -> LayerCall:
+        states = 5 + len(CELLS[cell].states)
+        noise, (x, batch_sizes) = Noise(*tensors[2:5]), tensors[:2]
+        return cls(cell, x, tensors[5:states], tensors[states:], bidirectional, batch_sizes, noise, options, owner)
+
+    @staticmethod
+    def leaves_of(flat: Sequence[Any]) -> tuple[Any, ...]:
+        """Of as much as ``flat`` has, what belongs to the leaves: ``leaves.flat``."""
+        return (flat[4], *flat[9:])
+
+    @staticmethod
+    def with_leaves(leaves: Sequence[Any]) -> tuple[Any, ...]:
+        """The inverse: as much as ``flat`` has, None for what is no leaf."""
+        return (None, None, None, None, leaves[0], None, None, None, None, *leaves[1:])
+
+    def forward(self, save: bool) -> tuple[Outputs, Tensor]:
+        """By the kernel: the outputs, without c, and what the backward pass needs, empty if it is not to be saved."""
+        cell, x, states, weights, bidirectional, batch_sizes, noise, _, _ = self
+        h0, c0 = states if len(states) == 2 else (*states, None)
+        y, h_n, c_n, saved = layer_forward(
+            x, batch_sizes, h0, c0, weights, cell, bidirectional, save, *noise.for_op(x)
+        )
+        return Outputs(y, (h_n, c_n) if len(states) == 2 else (h_n,)), saved
+
+    def backward(self, gradients: OutputGradients, y: Tensor, saved: Tensor, needs: Needs) -> Gradients:
+        """By the kernel; ``y`` and ``saved`` as :meth:`forward` gave them."""
+        cell, x, states, weights, bidirectional, batch_sizes, noise, options, _ = self
+        two, (dy, dc, finals) = len(states) == 2, gradients
+        (h0, c0), (dh_n, dc_n) = (states, finals) if two else ((*states, None), (*finals, None))
+        dx, dh0, dc0, dweights, dgates, dh, norms = layer_backward(
+            dy, dh_n, dc_n, dc, x, batch_sizes, h0, c0, weights, y, saved, cell, bidirectional, *needs,
+            options.bptt_steps, options.clip, options.clip_by_norm, *noise.for_op(x),
+        )  # fmt: skip
+        return Gradients(dx, (dh0, dc0) if two else (dh0,), dweights, dgates, dh, norms)
+
+
+def _call_of_op(cell: str, bidirectional: bool, tensors: Sequence[Any], noise: Noise) -> LayerCall:
+    if cell not in CELLS:
+        raise ValueError(f"unknown cell '{cell}'")
+    x, batch_sizes, h0, c0, weights = tensors
+    if c0 is not None and len(CELLS[cell].states) == 1:
+        raise RuntimeError(f"cell {cell} has no c0")
+    return LayerCall(cell, x, (h0, c0)[: len(CELLS[cell].states)], weights, bidirectional, batch_sizes, noise)
+
+
+class ForwardArguments(NamedTuple):
+    """What layer_forward got, or as much for each tensor: the dimensions that are mapped, say."""
+
+    call: LayerCall
+    save: Any
+
+    @classmethod
+    def of(cls, *args: Any, cell: str | None = None, **noise: Any) -> ForwardArguments:
+        """``cell``: whose arguments they are like, if they do not say."""
+        *tensors, name, bidirectional, save = args[:8]
+        return cls(_call_of_op(cell or name, bidirectional, tensors, Noise(*args[8:], **noise)), save)
+
+
+class BackwardArguments(NamedTuple):
+    """What layer_backward got, likewise; of ``call.options`` the limits alone."""
+
+    call: LayerCall
+    gradients: OutputGradients
+    y: Any
+    saved: Any
+    needs: Needs
+
+    @classmethod
+    def of(cls, *args: Any, cell: str | None = None, **named: Any) -> BackwardArguments:
+        dy, dh_n, dc_n, dc, *tensors, y, saved, name, bidirectional = args[:13]
+        noise = Noise(*args[20:], **{n: named.pop(n) for n in Noise._fields if n in named})
+        call = _call_of_op(cell or name, bidirectional, tensors, noise)
+        call = call._replace(options=Options(False, False, *args[17:20]))
+        return cls(call, OutputGradients(dy, dc, (dh_n, dc_n)[: len(call.states)]), y, saved, Needs(*args[13:17]))
