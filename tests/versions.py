@@ -54,8 +54,10 @@ class Pair(NamedTuple):
         return f"torch {self.torch}, Python {self.python}"
 
 
+#: Pairs that torch has no wheel for.
+ABSENT = {Pair("2.15.0", "3.10")}
 #: Each torch with the oldest and the newest Python, each Python with the oldest and the newest torch.
-PAIRS = [Pair(t, p) for t in TORCH for p in PYTHON if t in ENDS[0] or p in ENDS[1]]
+PAIRS = [Pair(t, p) for t in TORCH for p in PYTHON if (t in ENDS[0] or p in ENDS[1]) and Pair(t, p) not in ABSENT]
 
 
 def interpreter(version: str) -> str | None:
