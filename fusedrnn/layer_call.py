@@ -268,16 +268,18 @@ def _call_of_op(cell: str, bidirectional: bool, tensors: Sequence[Any], noise: N
 
 
 class ForwardArguments(NamedTuple):
-    """What layer_forward got, or as much for each tensor: the dimensions that are mapped, say."""
+    """What layer_forward got, or as much for each tensor: the dimensions that are mapped, say. (torch hands all on by
+    position, and leaves out defaults at the end.)
+    """
 
     call: LayerCall
     save: Any
 
     @classmethod
-    def of(cls, *args: Any, cell: str | None = None, **noise: Any) -> ForwardArguments:
+    def of(cls, *args: Any, cell: str | None = None) -> ForwardArguments:
         """``cell``: whose arguments they are like, if they do not say."""
         *tensors, name, bidirectional, save = args[:8]
-        return cls(_call_of_op(cell or name, bidirectional, tensors, Noise(*args[8:], **noise)), save)
+        return cls(_call_of_op(cell or name, bidirectional, tensors, Noise(*args[8:])), save)
 
 
 class BackwardArguments(NamedTuple):
@@ -290,9 +292,8 @@ class BackwardArguments(NamedTuple):
     needs: Needs
 
     @classmethod
-    def of(cls, *args: Any, cell: str | None = None, **named: Any) -> BackwardArguments:
+    def of(cls, *args: Any, cell: str | None = None) -> BackwardArguments:
         dy, dh_n, dc_n, dc, *tensors, y, saved, name, bidirectional = args[:13]
-        noise = Noise(*args[20:], **{n: named.pop(n) for n in Noise._fields if n in named})
-        call = _call_of_op(cell or name, bidirectional, tensors, noise)
+        call = _call_of_op(cell or name, bidirectional, tensors, Noise(*args[20:]))
         call = call._replace(options=Options(False, False, *args[17:20]))
         return cls(call, OutputGradients(dy, dc, (dh_n, dc_n)[: len(call.states)]), y, saved, Needs(*args[13:17]))

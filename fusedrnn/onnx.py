@@ -42,8 +42,8 @@ def table() -> dict[Callable, Callable]:
     except ImportError as error:
         raise ImportError("export to ONNX needs the package onnxscript: pip install onnxscript") from error
 
-    def fusedrnn_layer(*args, **noise):  # noqa: ANN002, ANN003, ANN202
-        call, _ = ForwardArguments.of(*args, **noise)
+    def fusedrnn_layer(*args):  # noqa: ANN002, ANN202
+        call, _ = ForwardArguments.of(*args)
         if call.noise.any:
             raise NotImplementedError("ONNX's recurrent operators have neither zoneout nor a mask on h")
         return _layer(op, call)

@@ -136,8 +136,8 @@ def _finals(call: LayerCall) -> list[Tensor]:
 
 
 @torch.library.register_fake("fusedrnn::layer_forward")
-def _(*args: Any, **noise: Any) -> tuple[Tensor, ...]:
-    call, save = ForwardArguments.of(*args, **noise)
+def _(*args: Any) -> tuple[Tensor, ...]:
+    call, save = ForwardArguments.of(*args)
     _check(call)
     x, info, hidden = call.x, call.info, _hidden(call)
     y = x.new_empty((*x.shape[:-1], call.directions * call.weights[1].size(1)))
@@ -149,8 +149,8 @@ def _(*args: Any, **noise: Any) -> tuple[Tensor, ...]:
 
 
 @torch.library.register_fake("fusedrnn::layer_backward")
-def _(*args: Any, **named: Any) -> tuple[Any, ...]:
-    call, gradients, y, saved, needs = BackwardArguments.of(*args, **named)
+def _(*args: Any) -> tuple[Any, ...]:
+    call, gradients, y, saved, needs = BackwardArguments.of(*args)
     _check(call, dy=gradients.y, dc=gradients.c, y=y, saved=saved, **dict(zip(("dh_n", "dc_n"), gradients.finals)))
     x, info, weights, D, rows = call.x, call.info, call.weights, call.directions, math.prod(call.x.shape[:-1])
     projected = len(weights) // D % 2
@@ -167,14 +167,14 @@ def _products(x: Sequence[int], weights: Sequence[Sequence[int]]) -> int:
 
 
 @register_flop_formula(torch.ops.fusedrnn.layer_forward)
-def _(*args: Any, out_shape: Any = None, **noise: Any) -> int:
-    call, _ = ForwardArguments.of(*args, **noise)
+def _(*args: Any, out_shape: Any = None) -> int:
+    call, _ = ForwardArguments.of(*args)
     return _products(call.x, call.weights)
 
 
 @register_flop_formula(torch.ops.fusedrnn.layer_backward)
-def _(*args: Any, out_shape: Any = None, **named: Any) -> int:
-    call, _, _, _, needs = BackwardArguments.of(*args, **named)
+def _(*args: Any, out_shape: Any = None) -> int:
+    call, _, _, _, needs = BackwardArguments.of(*args)
     x, weights, each = call.x, call.weights, len(call.weights) // call.directions
     through_time = [w for i, w in enumerate(weights) if i % each > 0]  # to the states, those of the start included
     return (

@@ -169,3 +169,16 @@ def test_sizes_that_a_compiler_does_not_know() -> None:
     torch.testing.assert_close(compiled(x[:, :3], h[:, :3]), module(x[:, :3], h[:, :3]))
     with pytest.raises(Exception, match="h0 must have shape|Expected hidden size"):
         compiled(x, h[:, :3])
+
+
+def test_arguments_by_name_reach_the_fake_kernels() -> None:
+    """torch puts them in their places."""
+    a = {name: value if name == "batch_sizes" else on_meta(value) for name, value in arguments("lstm").items()}
+    op, back = torch.ops.fusedrnn.layer_forward.default, torch.ops.fusedrnn.layer_backward.default
+    keep = torch.empty(T, B, H, device="meta")
+    y, _, _, saved = op(**a, save=True, keep_h=keep)
+    given = {"dy": y, "dh_n": None, "dc_n": None, "dc": None, **a, "y": y, "saved": saved}
+    *_, dgates, _, norms = back(**given, need_x=False, need_weights=False, need_norms=True, keep_h=keep)
+    assert (dgates.shape[1], norms.shape) == (0, (1, T * B, 8))
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        assert op(**a, save=True, keep_c=keep)[0].shape == (T, B, H)
