@@ -448,6 +448,19 @@ def test_a_sample_that_explodes_is_not_averaged_away(vanishing: int) -> None:
     assert layer.ends == pytest.approx((1.0, 2.0**39))
 
 
+@pytest.mark.parametrize("factors, median", [((0.5, 0.9, 1.0), 0.9), ((1.0, 0.9, 0.5, 0.4), 0.5)])
+def test_without_growth_a_row_is_of_the_median_sample(factors: tuple[float, ...], median: float) -> None:
+    n = len(factors)
+    module = fusedrnn.RNN(n, n, bias=False, nonlinearity="relu").double()
+    with torch.no_grad():
+        module.weight_hh_l0.copy_(torch.diag(torch.tensor(factors, dtype=torch.float64)))
+        module.weight_ih_l0.copy_(torch.eye(n))
+    with fusedrnn.record_gradients(module) as rec:
+        module(torch.ones(40, n, n).double())[0][-1].diagonal().sum().backward()  # of sample i, unit i
+    (layer,) = rec.layers
+    assert layer.decay == pytest.approx(median, rel=1e-6) and layer.ends == pytest.approx((1.0, median**39), rel=1e-6)
+
+
 def test_a_loss_at_every_step_of_very_many() -> None:
     """In the balance of what enters and what is lost, no step seems to change anything."""
     module = fusedrnn.RNN(1, 1, bias=False, nonlinearity="relu").double()

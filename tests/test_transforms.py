@@ -17,6 +17,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stac
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import checkpoint
 
+import fusedrnn
 from fusedrnn.cells import CELLS
 from loops import SINGLES, TWINS
 from parity import DEVICE, Case, twin
@@ -352,6 +353,26 @@ def test_hessian(cell: str) -> None:
     step[0, 0] = 1e-5
     differences = (gradient(leaves[weight] + step) - gradient(leaves[weight] - step)) / 2e-5
     torch.testing.assert_close(found[0][1][..., 0, 0], differences, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_per_sample_gradients_of_all_cell_states(bidirectional: bool) -> None:
+    """Of a loss that reads c_t of every step, whose gradients are mapped as those of y are."""
+    module = fusedrnn.LSTM(3, 5, bidirectional=bidirectional).double()
+    x, weights = torch.randn(V, 4, 2, 3).double(), dict(module.named_parameters())
+
+    def loss(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+        y, _, ((_, c),) = functional_call(module, weights, (x,), {"return_states": True})
+        steps = torch.arange(1.0, 5.0).view(4, 1, 1)
+        return y.square().sum() + (steps * c.pow(3)).sum()
+
+    for argument in (0, 1):
+        found = vmap(grad(loss, argument), (None, 0))(weights, x)
+        each = [grad(loss, argument)(weights, x[v]) for v in range(V)]
+        found, expected = (found, torch.stack(each)) if argument else (
+            list(found.values()), [torch.stack(parts) for parts in zip(*(e.values() for e in each), strict=True)]
+        )  # fmt: skip
+        close(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
