@@ -180,6 +180,10 @@ class Gradients(NamedTuple):
     norms: Tensor
 
 
+_STATIC, _MASKS = 4, len(Noise._fields)
+_NO_STATIC, _NO_MASKS = (None,) * _STATIC, (None,) * (1 + _MASKS)  # batch_sizes among the masks
+
+
 class LayerCall(NamedTuple):
     """What one layer, all directions, computes with. ``flat`` lists it, and ``of`` makes it of the list."""
 
@@ -223,19 +227,19 @@ class LayerCall(NamedTuple):
 
     @classmethod
     def of(cls, cell: str, bidirectional: Any, options: Any, owner: Any, *tensors: Any) -> LayerCall:
-        states = 5 + len(CELLS[cell].states)
-        noise, (x, batch_sizes) = Noise(*tensors[2:5]), tensors[:2]
-        return cls(cell, x, tensors[5:states], tensors[states:], bidirectional, batch_sizes, noise, options, owner)
+        begin, end = 2 + _MASKS, 2 + _MASKS + len(CELLS[cell].states)
+        noise, (x, batch_sizes) = Noise(*tensors[2:begin]), tensors[:2]
+        return cls(cell, x, tensors[begin:end], tensors[end:], bidirectional, batch_sizes, noise, options, owner)
 
     @staticmethod
     def leaves_of(flat: Sequence[Any]) -> tuple[Any, ...]:
         """Of as much as ``flat`` has, what belongs to the leaves: ``leaves.flat``."""
-        return (flat[4], *flat[9:])
+        return (flat[_STATIC], *flat[_STATIC + 2 + _MASKS :])
 
     @staticmethod
     def with_leaves(leaves: Sequence[Any]) -> tuple[Any, ...]:
         """The inverse: as much as ``flat`` has, None for what is no leaf."""
-        return (None, None, None, None, leaves[0], None, None, None, None, *leaves[1:])
+        return (*_NO_STATIC, leaves[0], *_NO_MASKS, *leaves[1:])
 
     def forward(self, save: bool) -> tuple[Outputs, Tensor]:
         """By the kernel: the outputs, without c, and what the backward pass needs, empty if it is not to be saved."""

@@ -130,9 +130,11 @@ class LayerGradients:
         return mean[: int(mean.isfinite().logical_or(mean.isinf()).sum())]
 
     def _entering(self, part: float = 0.0) -> Tensor:
-        """(T, B), by lag: whether more than this part of the gradient enters there by y_t, c_t or the final state."""
+        """(T, B), by lag: whether there enters, by y_t, c_t or the final state, what over all steps may be more than
+        this part of the gradient.
+        """
         outside = self._back(self.outside)
-        here = (outside > (part * self._back(self.state) if part else 0)) | outside.isinf()
+        here = (outside > (part / len(outside) * self._back(self.state) if part else 0)) | outside.isinf()
         here[:1] |= self._back(self.sent)[:1] > 0
         return here
 
@@ -168,7 +170,7 @@ class LayerGradients:
             # Where it has vanished, if not because the square of its norm is no number of the type.
             there[1:] |= (come[1:] == 0) & (come[:-1] > math.sqrt(tiny))
         lag = torch.arange(len(come), device=come.device).unsqueeze(1)
-        free = there & ~self._entering(NEGLIGIBLE / len(come)) & ~self._cut_by_clip()
+        free = there & ~self._entering(NEGLIGIBLE) & ~self._cut_by_clip()
         free[0] = False
         length, end = (lag - lag.where(~free, 0).cummax(0).values).max(0)
         norms = come.clamp(min=tiny).log()
