@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -50,8 +51,10 @@ pathlib.Path({str(child)!r}).write_text(str(subprocess.Popen(["sleep", "60"]).pi
 time.sleep(60)
 """
     assert gpu.run("parent", gpu.Part((sys.executable, "-c", code), 3), tmp_path)["status"] is None
-    state = Path("/proc") / child.read_text() / "stat"
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+    state, limit = Path("/proc") / child.read_text() / "stat", time.monotonic() + 10
+    while alive := state.exists() and state.read_text().split()[2] != "Z":  # the signal is sent, not yet obeyed
+        assert time.monotonic() < limit, alive
+        time.sleep(0.05)
     wrong = gpu.run("wrong", gpu.Part((sys.executable, "-c", "raise SystemExit(3)"), 30), tmp_path)
     assert wrong["status"] == 3
     missing = gpu.run("missing", gpu.Part(("no-such-tool",), 30, needs="no-such-tool"), tmp_path)
