@@ -42,9 +42,16 @@ constexpr int kPassedOver = 3;  // calls in a row that cannot use panels before 
 
 // A tensor whose data is what it seems: no subclass, no wrapper of torch.func, no view that must be resolved first.
 bool plain(const Tensor& t) {
-  constexpr c10::DispatchKeySet kPlain({c10::DispatchKey::CPU, c10::DispatchKey::AutogradCPU,
-                                        c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::AutocastCPU});
-  return kPlain.has_all(t.key_set());
+  using c10::DispatchKey;
+  constexpr c10::DispatchKeySet kPlain({DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU,
+                                        DispatchKey::CUDA, DispatchKey::AutogradCUDA, DispatchKey::AutocastCUDA,
+                                        DispatchKey::ADInplaceOrView});
+  return t.defined() && kPlain.has_all(t.key_set());
+}
+
+bool fits(const Tensor& t, const Tensor& x, at::IntArrayRef shape) {
+  return plain(t) && t.sizes() == shape && t.scalar_type() == x.scalar_type() && t.device() == x.device() &&
+         is_there(t);
 }
 
 // A dispatch mode, a transform of torch.func, a tracer: whatever wants to see every op.
@@ -158,6 +165,9 @@ StateNoise noise_of(const Zoneout& zoneout, const Tensor& rows) {
   return noise;
 }
 
+// For inference, now: float16 not in every set.
+bool has_kernels(const Tensor& x) { return x.is_cpu() && x.scalar_type() != at::kHalf && !watched(); }
+
 bool run(const Layer& layer, const ForwardProblem& problem) {
   return kernels().forward[layer.cell][layer.kernel_dtype()](problem);
 }
@@ -196,23 +206,47 @@ bool run_pipeline(const std::vector<Work>& stack, int64_t steps, int threads) {
 
 }  // namespace
 
-std::optional<Inferred> infer(const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                              const std::vector<Tensor>& weights, const std::string& cell, bool bidirectional,
-                              int64_t layers, PackedWeights& kept, const Zoneout& zoneout) {
-  bool all_plain = plain(x) && (!h0 || plain(*h0)) && (!c0 || plain(*c0)) && !watched();
-  for (const Tensor& w : weights) all_plain = all_plain && w.defined() && plain(w);
-  if (!all_plain || x.scalar_type() == at::kHalf) return std::nullopt;  // float16: not every set has kernels
-  RECORD_FUNCTION("fusedrnn::infer", std::vector<c10::IValue>({x}));
-  const int64_t each = layers > 0 ? static_cast<int64_t>(weights.size()) / layers : 0, D = bidirectional ? 2 : 1;
-  bool fit = layers > 0 && each > 0 && each * layers == static_cast<int64_t>(weights.size());
-  for (const OptionalTensor* state : {&h0, &c0}) {
-    fit = fit && (!*state || ((*state)->dim() == 3 && (*state)->size(0) == layers * D));
+bool fits(const ModuleCall& call) {
+  const Tensor& x = call.x;
+  const CellConstants& cell = cell_constants(call.cell);
+  constexpr int64_t kMost = int64_t{1} << 31;  // no product of two sizes overflows
+  for (const int64_t size : {call.layers, call.I, call.H, call.R}) {
+    if (size < 0 || size > kMost) return false;
   }
-  if (!fit) return std::nullopt;
+  const int64_t n = call.weights.size(), each = call.parts() > 0 ? n / call.parts() : 0;
+  if (call.H == 0 || call.R == 0 || each < 2 || each > 5 || each * call.parts() != n) return false;
+  const bool projected = each % 2 == 1, bias = each >= 4;
+  if (projected ? cell.states != 2 : call.R != call.H) return false;
+  const int64_t batch = call.one_step ? 0 : 1;  // the dimension of the samples
+  if (!plain(x) || x.dim() != batch + 2 || x.size(-1) != call.I || !is_there(x)) return false;
+  if (kernel_dtype(x.scalar_type()) < 0 || !steps_fit(x)) return false;
+  const int64_t B = x.size(batch), width = call.R * call.directions;
+  for (const auto& [state, columns] : {std::pair(&call.h0, call.R), std::pair(&call.c0, call.H)}) {
+    if (!state->has_value()) continue;
+    const int64_t shape[] = {call.parts(), B, columns};
+    if (!fits(**state, x, at::IntArrayRef(shape).slice(1 - batch))) return false;
+  }
+  for (int64_t i = 0; i < n; i += each) {
+    const Tensor* const w = &call.weights[i];
+    const int64_t rows = cell.gates * call.H, columns = i / each < call.directions ? call.I : width;
+    if (!fits(w[0], x, {rows, columns}) || !fits(w[1], x, {rows, call.R})) return false;
+    if (bias && !(fits(w[2], x, {rows}) && fits(w[3], x, {rows}))) return false;
+    if (projected && !fits(w[each - 1], x, {call.R, call.H})) return false;
+  }
+  return true;
+}
 
+std::optional<Inferred> infer(const ModuleCall& call, PackedWeights& kept, const Zoneout& zoneout) {
+  if (!has_kernels(call.x)) return std::nullopt;
+  RECORD_FUNCTION("fusedrnn::infer", std::vector<c10::IValue>({call.x}));
+  const int64_t layers = call.layers, D = call.directions, each = call.weights.size() / layers;
+  const auto with_time = [&](const OptionalTensor& t) { return t && call.one_step ? t->unsqueeze(0) : t; };
+  const Tensor x = *with_time(call.x);
+  const OptionalTensor h0 = with_time(call.h0), c0 = with_time(call.c0);
+
+  const char* const name = cell_constants(call.cell).name;
   std::vector<Work> stack(layers);
   int64_t steps = 0;           // of a chunk, if the layers run side by side
-  int64_t hidden = 0;          // H, the same in every layer
   std::vector<Tensor> memory;  // of panels that are not kept
   Tensor input = x, h_n, c_n, keep;
   for (int64_t l = 0; l < layers; ++l) {
@@ -221,11 +255,9 @@ std::optional<Inferred> infer(const Tensor& x, const OptionalTensor& h0, const O
     };
     Work& work = stack[l];
     work.layer = read_layer(input, std::nullopt, of_layer(h0), of_layer(c0),
-                            at::TensorList(weights).slice(l * each, each), cell, bidirectional);
+                            at::TensorList(call.weights).slice(l * each, each), name, D == 2);
     const LayerSizes& z = work.layer.size;
-    if (l > 0 && !(z.H == hidden && z.R == h_n.size(2))) return std::nullopt;
     if (l == 0) {
-      hidden = z.H;
       // States are rounded to the type of x between chunks: the same numbers only where that is the compute type.
       if (work.layer.dtype == work.layer.compute_type()) {
         const int lanes = kernels().vector_bytes / static_cast<int>(at::elementSize(work.layer.dtype));
@@ -263,25 +295,28 @@ std::optional<Inferred> infer(const Tensor& x, const OptionalTensor& h0, const O
     check_memory(run_pipeline(stack, steps, threads()));
     for (int64_t l = 0; l < layers; ++l) keep_panels(stack[l], l, kept);
   }
+  if (call.one_step) {
+    for (Tensor* t : {&input, &h_n, &c_n}) {
+      if (t->size(0)) t->squeeze_(0);  // no view: people call methods in place
+    }
+  }
   return Inferred{input, h_n, c_n};
 }
 
-std::unique_ptr<Stepper> Stepper::make(const Tensor& x, const std::vector<Tensor>& weights, const std::string& cell,
-                                       int64_t layers, const Zoneout& zoneout) {
-  bool fit = plain(x) && x.dim() == 2 && x.size(0) > 0 && x.scalar_type() != at::kHalf && layers > 0 &&
-             !weights.empty() && weights.size() % layers == 0;
-  for (const Tensor& w : weights) fit = fit && w.defined() && plain(w) && w.is_contiguous();
-  if (!fit) return nullptr;
+std::unique_ptr<Stepper> Stepper::make(const ModuleCall& call, const Zoneout& zoneout) {
+  const Tensor& x = call.x;
+  bool dense = has_kernels(x) && call.one_step && call.directions == 1 && x.size(0) > 0;
+  for (const Tensor& w : call.weights) dense = dense && w.is_contiguous();
+  if (!dense) return nullptr;
   auto stepper = std::make_unique<Stepper>();
   stepper->options_ = x.options();
-  for (const Tensor& w : weights) stepper->shapes_.emplace_back(w.sizes());
-  const size_t each = weights.size() / layers;
+  for (const Tensor& w : call.weights) stepper->shapes_.emplace_back(w.sizes());
+  const size_t each = call.weights.size() / call.layers;
   Tensor input = x.detach().unsqueeze(0).contiguous();
-  for (int64_t l = 0; l < layers; ++l) {
+  for (int64_t l = 0; l < call.layers; ++l) {
     Layer layer = read_layer(input, std::nullopt, std::nullopt, std::nullopt,
-                             at::TensorList(weights).slice(l * each, each), cell, false);
-    const LayerSizes &z = layer.size, &first = l > 0 ? stepper->layers_[0].size : z;
-    if (z.H != first.H || z.R != first.R) return nullptr;
+                             at::TensorList(call.weights).slice(l * each, each), cell_constants(call.cell).name, false);
+    const LayerSizes& z = layer.size;
     if (l == 0) stepper->keep_ = rows_kept(zoneout, z, x.options());
     ForwardProblem problem;
     problem.size = z;
@@ -304,14 +339,13 @@ bool Stepper::fits(const Tensor& t, at::IntArrayRef shape) const {
          is_there(t) && is_aligned(t);
 }
 
-bool Stepper::fits(size_t i, const Tensor& weight) const { return fits(weight, shapes_[i]); }
-
 std::optional<Inferred> Stepper::step(const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                                       at::TensorList weights) const {
   const LayerSizes& first = layers_[0].size;
   const int64_t B = first.B, H = first.H, R = first.R, layers = layers_.size();
-  const bool fit = !watched() && fits(x, {B, first.I}) && (!h0 || fits(*h0, {layers, B, R})) &&
+  bool fit = !watched() && fits(x, {B, first.I}) && (!h0 || fits(*h0, {layers, B, R})) &&
                    (!c0 || fits(*c0, {layers, B, H})) && c0.has_value() == (two_states() && h0.has_value());
+  for (size_t i = 0; i < weights.size(); ++i) fit = fit && fits(weights[i], shapes_[i]);
   if (!fit) return std::nullopt;
   Tensor y = at::empty({B, R}, options_), h_n = at::empty({layers, B, R}, options_);
   Tensor c_n = at::empty({two_states() ? layers : 0, B, H}, options_);

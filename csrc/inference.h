@@ -33,29 +33,39 @@ class PackedWeights {
   std::vector<std::shared_ptr<const Layer>> layers_;
 };
 
-// y, h_n, c_n of `layers` layers: x [T, B, I]; h0, c0 [layers * D, B, *]; weights of each layer and direction in turn.
-// zoneout: the part of h and of c that a step keeps, 0 for none (StateNoise of problem.h, the same for all).
-// None if the tensors do not fit the layers, some of them is not a plain one on the CPU, or someone listens to what
-// torch does: the ops serve those, or word the error.
-using Inferred = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+// The part of h and of c that a step keeps, 0 for none (StateNoise of problem.h, the same for all).
 using Zoneout = std::pair<double, double>;
-std::optional<Inferred> infer(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                              const std::vector<at::Tensor>& weights, const std::string& cell, bool bidirectional,
-                              int64_t layers, PackedWeights& kept, const Zoneout& zoneout);
+
+// What a module of stacked layers says of itself and is given.
+struct ModuleCall {
+  int cell;
+  bool one_step;  // x [B, I] of a single step; else [T, B, I]
+  int64_t layers, directions, I, H, R;
+  at::Tensor x;
+  OptionalTensor h0, c0;  // [layers * directions, B, *]; of a single step [B, *]. All of the cell's states, or none
+  c10::SmallVector<at::Tensor, 16> weights;  // of each layer and direction in turn
+  int64_t parts() const { return layers * directions; }
+};
+
+// Whether the kernels take the call as it is: plain tensors on one device, of a type that kernels have, of the sizes
+// that the module says, and their memory there. It throws nothing, and what fits is not refused later.
+bool fits(const ModuleCall& call);
+
+// y, h_n, c_n, of a single step without the time, of a call that fits. None where only the ops will do: not on the CPU,
+// float16, someone listens to what torch does.
+using Inferred = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+std::optional<Inferred> infer(const ModuleCall& call, PackedWeights& kept, const Zoneout& zoneout);
 
 // One step at a time through stacked layers of one direction: the sizes are checked once, for one batch size and
 // weights of these shapes; every step is given its tensors, the weights too, and keeps none of their addresses.
 class Stepper {
  public:
-  // None if the tensors do not fit or are no plain ones on the CPU: x [B, I].
-  static std::unique_ptr<Stepper> make(const at::Tensor& x, const std::vector<at::Tensor>& weights,
-                                       const std::string& cell, int64_t layers, const Zoneout& zoneout);
+  // For calls like this one, of a single step and of one direction. None where only the ops will do.
+  static std::unique_ptr<Stepper> make(const ModuleCall& call, const Zoneout& zoneout);
   size_t weights() const { return shapes_.size(); }
   bool two_states() const { return layers_[0].constants().states == 2; }
-  // Whether a step can read weight i as it is now.
-  bool fits(size_t i, const at::Tensor& weight) const;
-  // y [B, R], h_n [layers, B, R], c_n [layers, B, H], from x [B, I], all states, of these shapes, or none, and weights
-  // that fit. None if x or the states are others than the prepared ones, or someone listens to torch.
+  // y [B, R], h_n [layers, B, R], c_n [layers, B, H], from x [B, I], all states, of these shapes, or none, and as many
+  // weights. None if a tensor is another than it is prepared for, or someone listens to torch.
   std::optional<Inferred> step(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                                at::TensorList weights) const;
 

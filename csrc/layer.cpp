@@ -17,6 +17,14 @@ size_t storage_needed(const Tensor& t) {
   return at::detail::computeStorageNbytes(t.sizes(), t.strides(), t.dtype().itemsize(), t.storage_offset());
 }
 
+constexpr int64_t kMost = int64_t{1} << 40;  // beyond all memory; no product of sizes overflows below it
+
+bool few_enough(const Tensor& x) {
+  double elements = 1;
+  for (const int64_t size : x.sizes()) elements *= static_cast<double>(std::max<int64_t>(size, 1));
+  return elements < kMost;
+}
+
 }  // namespace
 
 Tensor aligned(const Tensor& t) {
@@ -29,6 +37,8 @@ bool is_there(const Tensor& t) {
   const c10::Storage& storage = t.storage();
   return t.numel() == 0 || (storage.nbytes() >= storage_needed(t) && storage.data() != nullptr);
 }
+
+bool steps_fit(const Tensor& x) { return (x.dim() < 3 || x.size(0) > 0) && few_enough(x); }
 
 void check_there(const Tensor& t, const char* name) {
   TORCH_CHECK_TYPE(t.defined(), name, " must be a tensor, got None");
@@ -75,10 +85,7 @@ void read_steps(Layer& layer, const OptionalTensor& batch_sizes) {
     z.T = layer.x.size(0);
   }
   TORCH_CHECK(z.T > 0, "Expected sequence length to be larger than 0 in RNN");
-  constexpr int64_t kMost = int64_t{1} << 40;  // beyond all memory; no product of sizes overflows below it
-  double elements = 1;
-  for (const int64_t size : layer.x.sizes()) elements *= static_cast<double>(std::max<int64_t>(size, 1));
-  TORCH_CHECK(z.T < kMost && elements < kMost, "input of sizes ", layer.x.sizes(), " in ", z.T,
+  TORCH_CHECK(z.T < kMost && few_enough(layer.x), "input of sizes ", layer.x.sizes(), " in ", z.T,
               " steps is larger than any memory: can't allocate memory");
   layer.steps = c10::GetCPUAllocator()->allocate(2 * z.T * sizeof(int64_t));  // torch's error where there is no memory
   int64_t* const active = static_cast<int64_t*>(layer.steps.get());
@@ -185,7 +192,7 @@ Tensor check_rows(const OptionalTensor& t, const Layer& layer, const char* name,
   return aligned(t->stride(-1) != 1 && t->size(-1) != 1 ? t->contiguous() : *t);
 }
 
-int Layer::kernel_dtype() const {
+int kernel_dtype(at::ScalarType dtype) {
   switch (dtype) {
     case at::kFloat: return static_cast<int>(DType::kFloat32);
     case at::kDouble: return static_cast<int>(DType::kFloat64);

@@ -16,6 +16,8 @@ namespace fusedrnn {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+int kernel_dtype(at::ScalarType dtype);  // its place in the kernels' tables; -1: none
+
 struct DirectionWeights {
   at::Tensor w_ih, w_hh, b_ih, b_hh, w_hr;  // biases and projection may be undefined
 };
@@ -43,7 +45,7 @@ struct Layer {
     const int64_t width = (own == 0 && keep_h.defined() ? 1 : own) * size.H;
     return spread_stride(width, at::elementSize(compute_type()));
   }
-  int kernel_dtype() const;  // its place in the kernels' tables; -1: none
+  int kernel_dtype() const { return fusedrnn::kernel_dtype(dtype); }
   // float32 copies where the device has no kernel of the dtype: float16 on the CPU.
   void widen_without_kernel();
 };
@@ -53,6 +55,8 @@ Layer read_layer(const at::Tensor& x, const OptionalTensor& batch_sizes, const O
                  const OptionalTensor& c0, at::TensorList weights, c10::string_view cell, bool bidirectional,
                  const Noise& noise = {});
 
+// Whether there are steps in x [T, B, I], or [B, I] of one, and no product of its sizes overflows.
+bool steps_fit(const at::Tensor& x);
 // Whether the storage of t is as large as its sizes and strides say: someone may have resized or freed it.
 bool is_there(const at::Tensor& t);
 // t, or a copy of it whose elements lie at multiples of their size, as kernels read them.

@@ -1,5 +1,6 @@
 // The module fusedrnn._C: loading it registers the ops (ops.cpp); it tells what was built and what is in use.
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/autocast_mode.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -192,77 +193,119 @@ T argument(const py::object& object, const char* name) {
   return py::detail::cast_op<T>(std::move(caster));
 }
 
-using Tensors = std::vector<at::Tensor>;
+// An object that is a tensor or a parameter: a subclass may change what torch's functions do.
+bool read_tensor(PyObject* object, at::Tensor& into) {
+  if (!THPVariable_CheckExact(object)) return false;
+  into = THPVariable_Unpack(object);
+  return true;
+}
 
-// y, h_n, c_n, or None: see inference.h. Of one step x [B, I], with states [B, *], the same without the time.
-py::object infer_layers(const py::object& given_x, const py::object& given_h0, const py::object& given_c0,
-                        const py::object& given_weights, const py::object& given_cell, const py::object& both,
-                        const py::object& given_layers, const py::object& kept, const py::object& given_zoneout) {
-  const auto x = argument<at::Tensor>(given_x, "x");
-  const auto h0 = argument<OptionalTensor>(given_h0, "h0"), c0 = argument<OptionalTensor>(given_c0, "c0");
-  const auto weights = argument<Tensors>(given_weights, "weights");
-  const auto cell = argument<std::string>(given_cell, "cell");
-  const auto bidirectional = argument<bool>(both, "bidirectional");
-  const auto layers = argument<int64_t>(given_layers, "layers");
-  const auto zoneout = argument<Zoneout>(given_zoneout, "zoneout");
+bool read_tensor(PyObject* object, OptionalTensor& into) { return read_tensor(object, into.emplace()); }
+
+// A list or tuple of `count` tensors; of any number if it is negative.
+template <class Vector>
+bool read_tensors(PyObject* list, Py_ssize_t count, Vector& into) {
+  if (!PyList_CheckExact(list) && !PyTuple_CheckExact(list)) return false;
+  const Py_ssize_t size = PySequence_Fast_GET_SIZE(list);
+  if (count >= 0 && size != count) return false;
+  into.resize(size);
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    if (!read_tensor(PySequence_Fast_GET_ITEM(list, i), into[i])) return false;
+  }
+  return true;
+}
+
+bool read_size(PyObject* object, int64_t& into) {
+  if (!PyLong_Check(object)) return false;
+  int overflow = 0;
+  into = PyLong_AsLongLongAndOverflow(object, &overflow);
+  return overflow == 0;
+}
+
+// A call as a module makes it: states, a tuple of all that the cell has, or None; form: the dimensions of x, layers,
+// directions, I, H, R. False where the kernels do not take it (fits), or something other than torch's own tensors is at
+// work: a subclass, a mode, autocast.
+bool read_call(const py::object& x, const py::object& states, const py::object& weights, const py::object& cell,
+               const py::object& form, ModuleCall& call) {
+  call.cell = find_cell(argument<std::string>(cell, "cell"));
+  if (call.cell < 0) throw py::value_error("unknown cell '" + py::cast<std::string>(cell) + "'");
+  int64_t dimensions = 0;
+  if (!PyTuple_Check(form.ptr()) || PyTuple_GET_SIZE(form.ptr()) != 6) {
+    throw py::type_error("form must be a tuple of 6 numbers");
+  }
+  Py_ssize_t i = 0;
+  for (int64_t* size : {&dimensions, &call.layers, &call.directions, &call.I, &call.H, &call.R}) {
+    if (!read_size(PyTuple_GET_ITEM(form.ptr(), i++), *size)) return false;
+  }
+  call.one_step = dimensions == 2;
+  if (!call.one_step && dimensions != 3) return false;
+  if (call.directions != 1 && call.directions != 2) return false;
+  OptionalTensor* const into[] = {&call.h0, &call.c0};
+  if (!states.is_none()) {
+    const int count = cell_constants(call.cell).states;
+    if (!PyTuple_CheckExact(states.ptr()) || PyTuple_GET_SIZE(states.ptr()) != count) return false;
+    for (int s = 0; s < count; ++s) {
+      if (!read_tensor(PyTuple_GET_ITEM(states.ptr(), s), *into[s])) return false;
+    }
+  }
+  return read_tensor(x.ptr(), call.x) && read_tensors(weights.ptr(), -1, call.weights) &&
+         !at::impl::torch_function_mode_enabled() && fits(call) &&
+         !at::autocast::is_autocast_enabled(call.x.device().type());
+}
+
+bool fits_kernels(const py::object& x, const py::object& states, const py::object& weights, const py::object& cell,
+                  const py::object& form) {
+  ModuleCall call;
+  return read_call(x, states, weights, cell, form, call);
+}
+
+// y and the cell's final states, or None: see inference.h.
+py::object infer_layers(const py::object& x, const py::object& states, const py::object& weights,
+                        const py::object& cell, const py::object& form, const py::object& kept,
+                        const py::object& given_zoneout) {
   const auto packed = object_in<PackedWeights>(kept);
+  const auto zoneout = argument<Zoneout>(given_zoneout, "zoneout");
+  ModuleCall call;
+  if (!read_call(x, states, weights, cell, form, call)) return py::none();
   std::optional<Inferred> results;
   {
     const py::gil_scoped_release release;
-    const bool step = x.defined() && x.dim() == 2;
-    const auto with_time = [&](const std::optional<at::Tensor>& t) { return step && t ? t->unsqueeze(0) : t; };
-    results = infer(*with_time(x), with_time(h0), with_time(c0), weights, cell, bidirectional, layers, *packed,
-                    zoneout);
-    if (step && results) {
-      auto& [y, h_n, c_n] = *results;
-      for (at::Tensor* t : {&y, &h_n, &c_n}) {
-        if (t->size(0)) t->squeeze_(0);  // no view: people call methods in place
-      }
-    }
+    results = infer(call, *packed, zoneout);
   }
-  return results ? py::cast(*results) : py::none();
+  if (!results) return py::none();
+  const auto& [y, h_n, c_n] = *results;
+  if (cell_constants(call.cell).states == 2) return py::make_tuple(y, h_n, c_n);
+  return py::make_tuple(y, h_n);
 }
 
-py::object prepare_step(const py::object& x, const py::object& weights, const py::object& cell,
-                        const py::object& layers, const py::object& zoneout) {
-  std::shared_ptr<Stepper> stepper =
-      Stepper::make(argument<at::Tensor>(x, "x"), argument<Tensors>(weights, "weights"),
-                    argument<std::string>(cell, "cell"), argument<int64_t>(layers, "layers"),
-                    argument<Zoneout>(zoneout, "zoneout"));
+py::object prepare_step(const py::object& x, const py::object& weights, const py::object& cell, const py::object& form,
+                        const py::object& zoneout) {
+  ModuleCall call;
+  if (!read_call(x, py::none(), weights, cell, form, call)) return py::none();
+  std::shared_ptr<Stepper> stepper = Stepper::make(call, argument<Zoneout>(zoneout, "zoneout"));
   return stepper ? py::object(held(std::move(stepper))) : py::none();
 }
 
 // The states of a step as a caller of a module gives them: nothing, a tensor, or a tuple of two where the cell has two.
 bool read_states(const py::object& hx, bool two, OptionalTensor& h0, OptionalTensor& c0) {
   if (hx.is_none()) return true;
-  const auto read = [](PyObject* state, OptionalTensor& into) {
-    if (!THPVariable_CheckExact(state)) return false;
-    into = THPVariable_Unpack(state);
-    return true;
-  };
-  if (!two) return read(hx.ptr(), h0);
-  return PyTuple_CheckExact(hx.ptr()) && PyTuple_GET_SIZE(hx.ptr()) == 2 && read(PyTuple_GET_ITEM(hx.ptr(), 0), h0) &&
-         read(PyTuple_GET_ITEM(hx.ptr(), 1), c0);
+  if (!two) return read_tensor(hx.ptr(), h0);
+  return PyTuple_CheckExact(hx.ptr()) && PyTuple_GET_SIZE(hx.ptr()) == 2 &&
+         read_tensor(PyTuple_GET_ITEM(hx.ptr(), 0), h0) && read_tensor(PyTuple_GET_ITEM(hx.ptr(), 1), c0);
 }
 
-// Of tensors and parameters alone: a subclass, or a mode, may change what torch's functions do. No other thread of
-// Python runs meanwhile: a step is shorter than handing over would take.
-py::object step(const py::object& prepared, const py::object& x, const py::object& hx,
+// No other thread of Python runs meanwhile: a step is shorter than handing over would take.
+py::object step(const py::object& prepared, const py::object& given_x, const py::object& hx,
                 const py::object& given_weights) {
   const Stepper& stepper = *object_in<Stepper>(prepared);
+  at::Tensor x;
   OptionalTensor h0, c0;
-  const bool fit = THPVariable_CheckExact(x.ptr()) && !at::impl::torch_function_mode_enabled() &&
-                   read_states(hx, stepper.two_states(), h0, c0) && PyList_Check(given_weights.ptr()) &&
-                   PyList_GET_SIZE(given_weights.ptr()) == static_cast<Py_ssize_t>(stepper.weights());
+  c10::SmallVector<at::Tensor, 16> weights;
+  const bool fit = read_tensor(given_x.ptr(), x) && !at::impl::torch_function_mode_enabled() &&
+                   read_states(hx, stepper.two_states(), h0, c0) &&
+                   read_tensors(given_weights.ptr(), stepper.weights(), weights);
   if (!fit) return py::none();
-  c10::SmallVector<at::Tensor, 8> weights;
-  for (size_t i = 0; i < stepper.weights(); ++i) {
-    PyObject* weight = PyList_GET_ITEM(given_weights.ptr(), i);
-    if (!THPVariable_CheckExact(weight)) return py::none();
-    weights.push_back(THPVariable_Unpack(weight));
-    if (!stepper.fits(i, weights.back())) return py::none();
-  }
-  const auto results = stepper.step(THPVariable_Unpack(x.ptr()), h0, c0, weights);
+  const auto results = stepper.step(x, h0, c0, weights);
   if (!results) return py::none();
   const auto& [y, h_n, c_n] = *results;
   if (stepper.two_states()) return py::make_tuple(y, py::make_tuple(h_n, c_n));
@@ -377,10 +420,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("packed_bytes", [](const py::object& kept) { return object_in<PackedWeights>(kept)->bytes(); });
   m.def("packed_uses", [](const py::object& kept) { return object_in<PackedWeights>(kept)->uses.load(); },
         "How often panels were used that an earlier call had packed.");
-  m.def("infer", infer_layers, py::arg("x"), py::arg("h0"), py::arg("c0"), py::arg("weights"), py::arg("cell"),
-        py::arg("bidirectional"), py::arg("layers"), py::arg("kept"), py::arg("zoneout") = Zoneout(0, 0),
-        "Stacked layers on a dense batch, without gradients: y, h_n, c_n; None where only the ops will do.");
-  m.def("prepare_step", prepare_step, py::arg("x"), py::arg("weights"), py::arg("cell"), py::arg("layers"),
+  m.def("fits", fits_kernels, py::arg("x"), py::arg("states"), py::arg("weights"), py::arg("cell"), py::arg("form"),
+        "Whether the kernels take a module's call as it is. form: the dimensions of x, layers, directions, I, H, R.");
+  m.def("infer", infer_layers, py::arg("x"), py::arg("states"), py::arg("weights"), py::arg("cell"), py::arg("form"),
+        py::arg("kept"), py::arg("zoneout") = Zoneout(0, 0),
+        "Stacked layers on a dense batch, without gradients: y and the final states; None where only the ops will do.");
+  m.def("prepare_step", prepare_step, py::arg("x"), py::arg("weights"), py::arg("cell"), py::arg("form"),
         py::arg("zoneout") = Zoneout(0, 0),
         "A capsule with stacked layers of one direction, prepared for one batch size; None where there can be none.");
   m.def("step", step, py::arg("prepared"), py::arg("x"), py::arg("hx"), py::arg("weights"),

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from . import modules
-from .fused_module import kept_aside
+from . import cache, modules
 from .ops import KERNEL_DTYPES
 from .options import changed, of
 from .torch_internals import refer_strongly
@@ -115,7 +114,7 @@ def _exchange(
     report.replaced.append(ConversionEntry(name, _title(before), f"now {_title(after)}"))
     if type(module) is not before:  # the class in front holds the properties that compute the parametrized weights
         after = type(f"Parametrized{after.__name__}", (after,), dict(vars(type(module))))
-    kept_aside.pop(module, None)
+    cache.forget(module)
     module.__class__ = after
     if table is _TORCH:
         vars(module).pop("fused_options", None)

@@ -1,10 +1,7 @@
-"""What sequence modules and single steps share: the call of the kernels for a plain batch, the packed weights that
-inference keeps, and what our classes are beside torch.nn's.
-"""
+"""What our sequence modules and single steps share and torch.nn's do not have."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -12,113 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Proxy
-from torch.nn.utils.rnn import PackedSequence
-from torch.overrides import has_torch_function
 from torch.utils.hooks import RemovableHandle
 
-from ._C import infer, packed_weights
-from .autograd import in_place, recurrent_layer
+from . import cache
 from .cells import CELLS
-from .dropout import kept_parts
-from .layer_call import PLAIN, LayerCall, Options, Owner
 from .ops import refuse_older_exporter
 from .options import HasOptions, text
-from .torch_internals import dual_level, symbolic_tracing
+from .torch_internals import symbolic_tracing
 
-__all__ = ["FusedModule", "as_states", "dense", "infers", "is_plain", "kept_aside", "steppers"]
-
-#: The packed weights of modules that have been used for inference, until they train. Not in the modules: using one
-#: changes neither its pickle nor its state.
-kept_aside: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
-#: What :mod:`fusedrnn.streaming` has prepared for the next step of modules; likewise.
-steppers: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
-
-
-_BATCH_FIRST = Options(batch_first=True)
-
-
-def infers() -> bool:
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-
-
-def dense(
-    module: torch.nn.Module,
-    cell: str,
-    bidirectional: bool,
-    num_layers: int,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    zoneout: float | Sequence[float] = 0.0,
-) -> tuple[Tensor, ...] | None:
-    """A dense batch through one layer or, in inference, through several: y and the final states. None: by the long
-    road.
-
-    x is (T, B, I), y as the module has it, batch_first or not. Of a cell, x is (B, I), without the time, and so are the
-    states and results. ``zoneout``: in inference alone. What the kernel refuses goes by the long road too, which words
-    the error.
-    """
-    try:
-        return _dense(module, cell, bidirectional, num_layers, x, h0, c0, weights, zoneout)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, TypeError):
-        return None
-
-
-def _dense(
-    module: torch.nn.Module,
-    cell: str,
-    bidirectional: bool,
-    num_layers: int,
-    x: Tensor,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    weights: Sequence[Tensor],
-    zoneout: float | Sequence[float],
-) -> tuple[Tensor, ...] | None:
-    if infers():
-        parts = kept_parts(zoneout, len(CELLS[cell].states))
-        result = infer(x, h0, c0, weights, cell, bidirectional, num_layers, _kept(module), parts)
-        if result is not None and x.dim() == 3 and module.batch_first:
-            result[0].transpose_(0, 1)
-        if result is not None:
-            return result[: 1 + len(CELLS[cell].states)]
-        if any(parts):
-            return None
-    elif kept_aside and not isinstance(module, FusedModule):
-        kept_aside.pop(module, None)
-    if num_layers > 1:
-        return None
-    states = (h0, c0)[: len(CELLS[cell].states)]
-    if x.dim() == 3:
-        options, owner = _BATCH_FIRST if module.batch_first else PLAIN, Owner(weakref.ref(module))
-        found = recurrent_layer(LayerCall(cell, x, states, weights, bidirectional, options=options, owner=owner))
-        return found.y, *found.finals
-    states = [None if s is None else s.unsqueeze(0) for s in states]
-    finals = recurrent_layer(LayerCall(cell, x.unsqueeze(0), states, weights, bidirectional)).finals
-    finals = [in_place(Tensor.squeeze_, Tensor.squeeze, s, 0) for s in finals]
-    return finals[0], *finals
-
-
-def is_plain(
-    input: Tensor | PackedSequence, dim: int, states: Sequence[Tensor] | None, weights: Sequence[Tensor], cell: str
-) -> bool:
-    """Whether input is a tensor of this rank, and hx, if given, a tuple of as many tensors as the cell has states;
-    whether no cast and no forward-mode derivative is wanted, and no one overrides what torch's functions do.
-    """
-    return (
-        type(input) is Tensor
-        and input.dim() == dim
-        and not torch.is_autocast_enabled("cuda" if input.is_cuda else "cpu")
-        and (
-            states is None
-            or (type(states) is tuple and [type(state) for state in states] == [Tensor] * len(CELLS[cell].states))
-        )
-        and dual_level() < 0
-        and not has_torch_function(weights)
-    )
+__all__ = ["FusedModule", "as_states"]
 
 
 def _node(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Proxy | None:
@@ -140,11 +39,6 @@ def as_states(states: Sequence[Tensor] | None, cell: str) -> Sequence[Tensor] | 
     if len(states) != count:
         raise RuntimeError(f"{cell} expects {'two hidden states' if count == 2 else 'one hidden state'}")
     return states
-
-
-def _kept(module: torch.nn.Module) -> Any:
-    """The packed weights of a module, from call to call: a capsule of C++."""
-    return kept_aside.get(module) or kept_aside.setdefault(module, packed_weights())
 
 
 def _module_of(function: Callable[..., Any]) -> str:
@@ -187,14 +81,13 @@ class FusedModule(HasOptions):
         return super().register_forward_hook(checked, **kwargs, with_kwargs=True)
 
     def _apply(self, *args: Any, **kwargs: Any) -> torch.nn.Module:  # by .to(), .double(), .share_memory() ...
-        kept_aside.pop(self, None)
-        steppers.pop(self, None)
+        cache.forget(self)
         return super()._apply(*args, **kwargs)
 
     def train(self, mode: bool = True) -> torch.nn.Module:
         """As in torch.nn. Training frees what inference has kept."""
         if mode:
-            kept_aside.pop(self, None)
+            cache.forget(self)
         return super().train(mode)
 
     def extra_repr(self) -> str:

@@ -27,8 +27,8 @@ ROUNDED = 1 - 2**-7
 LEGEND = (
     "a row is of one sample: of the one whose gradient grows most, if one grows tenfold, else of the median one, among"
     " the longest stretches\n"
-    "last, farthest: the norm of the gradient of the state at the last step that one comes to and at the farthest;"
-    " outside, sent: at the farthest, of what enters there and of what later steps send\n"
+    "last, farthest: the norm of the gradient of the state at the last step that one comes to and at the farthest, 0 if"
+    " what counts ends before it; outside, sent: at the farthest, of what enters there and of what later steps send\n"
     "steps, change, factor a step: over the longest stretch of steps where nothing enters and grad_clip cuts nothing\n"
     "verdict, by the change: up to 0.001 vanishing, to 0.1 falling, to 10 steady, to 1000 growing, beyond it exploding;"
     f" unknown if it does not grow and is less than half of the way back, or is steady for less than {FEW} steps;"

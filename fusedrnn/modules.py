@@ -18,12 +18,14 @@ from torch.nn.utils.rnn import PackedSequence
 from . import options
 from .cells import CELLS
 from .functional import recurrent
-from .fused_module import FusedModule, as_states, dense, infers, is_plain, steppers
+from .fused_module import FusedModule, as_states
+from .plain_call import form_of, infers, plain_call
 from .single_step import GRUCell, LSTMCell, RNNCell  # old pickles look for them here
 from .streaming import step
 from .torch_internals import (
     flat_weights,
     forget_weight,
+    own_checks,
     refer_strongly,
     usual_weights,
     weight_names,
@@ -49,10 +51,10 @@ def _forward(
     """What the sequence modules share: torch.nn's checks, in its order and words, then the layers."""
     ours = isinstance(module, _SequenceModule)
     own = options.active(module)
-    if lengths is None and reset is None and not return_states and (not own or _mixes_only(module, own)):
-        short = _short_road(module, cell, input, states, own.get("zoneout", 0.0))
-        if short is not None:
-            return short
+    if lengths is None and reset is None and not return_states:
+        found = _plain(module, cell, input, states, own)
+        if found is not None:
+            return found
     weights, names = flat_weights(module), weight_names(module)
     for weight_name, weight in zip(names, weights):
         if not isinstance(weight, Tensor):
@@ -116,38 +118,25 @@ def _shape_of_w_hh(module: torch.nn.RNNBase, cell: str) -> tuple[int, int]:
     return len(CELLS[cell].gates) * module.hidden_size, module.proj_size or module.hidden_size
 
 
-def _mixes_only(module: torch.nn.RNNBase, own: dict[str, Any]) -> bool:
-    """Whether the one option is zoneout in inference, which has numbers for masks."""
-    return infers() and not module.training and list(own) == ["zoneout"]
-
-
-def _short_road(
+def _plain(
     module: torch.nn.RNNBase,
     cell: str,
     input: Tensor | PackedSequence,
     states: Sequence[Tensor] | None,
-    zoneout: float | Sequence[float],
+    own: dict[str, Any],
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-    """A dense batch through one layer, or in inference through several, checked by the kernel alone: a step is often
-    all there is to do, and torch.nn's checks would take several times as long. None where anything is different: the
-    long road knows, and words errors.
+    """A dense batch through one layer or, in inference, through several, checked by the kernels alone. None where
+    anything is different. ``own``: the options; zoneout has numbers for masks in inference, and there it may be one.
     """
-    weights = None if is_compiling() else usual_weights(module)
-    if weights is None:
-        return None  # computed or replaced, or checked by a subclass's own methods
-    if not is_plain(input, 3, states, weights, cell):
-        return None
-    if input.size(2) != module.input_size or weights[1].shape != _shape_of_w_hh(module, cell):
+    if is_compiling() or (own and not (infers() and not module.training and list(own) == ["zoneout"])):
         return None
     if module.num_layers > 1 and (not infers() or (module.dropout and module.training)):
         return None
-    x = input.transpose(0, 1) if module.batch_first else input
-    h0, c0 = (*(states or ()), None, None)[:2]
-    result = dense(module, cell, module.bidirectional, module.num_layers, x, h0, c0, weights, zoneout)
-    if result is None:
-        return None
-    y, *finals = result
-    return y, tuple(finals)
+    weights = usual_weights(module)
+    if weights is None:
+        return None  # computed or replaced, or checked by a subclass's own methods
+    found = plain_call(module, cell, form_of(module, 3), input, states, weights, own.get("zoneout", 0.0))
+    return None if found is None else (found[0], found[1:])
 
 
 def _check_args(
@@ -157,13 +146,14 @@ def _check_args(
     states: Sequence[Tensor] | None,
     two_states: bool,
 ) -> None:
-    """By torch.nn's methods, or a subclass's. Without states torch.nn checks the zeros that it has made; here nobody
-    looks at them but a subclass.
+    """By torch.nn's methods, or those of a subclass or of the module itself. Without states torch.nn checks the zeros
+    that it has made; here nobody looks at them but such a method.
     """
-    cls, base = type(module), _LSTM if two_states else torch.nn.RNNBase
-    if cls.permute_hidden is not base.permute_hidden:
-        raise NotImplementedError(f"{cls.__name__}: permute_hidden would not be called, as fusedrnn has no use for it")
-    if states is None and cls.check_forward_args is base.check_forward_args:
+    own = own_checks(module, _LSTM if two_states else torch.nn.RNNBase)
+    if "permute_hidden" in own:
+        name = type(module).__name__
+        raise NotImplementedError(f"{name}: permute_hidden would not be called, as fusedrnn has no use for it")
+    if states is None and not own:
         module.check_input(input, batch_sizes)
         return
     if states is None:
@@ -207,11 +197,6 @@ class _SequenceModule(FusedModule):
             ValueError, TypeError: the module is bidirectional, or input is no tensor of two dimensions.
         """
         return step(self, input, hx, _FORWARDS)
-
-    def train(self, mode: bool = True) -> torch.nn.Module:
-        """As in torch.nn."""
-        steppers.pop(self, None)  # dropout between the layers
-        return super().train(mode)
 
     def _init_flat_weights(self) -> None:
         super()._init_flat_weights()

@@ -155,9 +155,9 @@ def _(*args: Any) -> tuple[Any, ...]:
     x, info, weights, D, rows = call.x, call.info, call.weights, call.directions, math.prod(call.x.shape[:-1])
     projected = len(weights) // D % 2
     dx = x.new_empty(x.shape if needs.x else (0,))
-    dgates = saved.new_empty((D, rows * needs.gates, (len(info.gates) + _SPLIT[call.cell]) * _hidden(call)))
-    dh = saved.new_empty((D, rows * (needs.gates and projected), weights[1].size(1)))
-    norms = saved.new_empty((D, rows * needs.norms, 2 * len(info.states) + len(info.gates)))
+    dgates = saved.new_empty((D, rows if needs.gates else 0, (len(info.gates) + _SPLIT[call.cell]) * _hidden(call)))
+    dh = saved.new_empty((D, rows if needs.gates and projected else 0, weights[1].size(1)))
+    norms = saved.new_empty((D, rows if needs.norms else 0, 2 * len(info.states) + len(info.gates)))
     return dx, *_finals(call), [w.new_empty(w.shape) for w in weights] if needs.weights else [], dgates, dh, norms
 
 
@@ -179,8 +179,8 @@ def _(*args: Any, out_shape: Any = None) -> int:
     through_time = [w for i, w in enumerate(weights) if i % each > 0]  # to the states, those of the start included
     return (
         _products(x, through_time)
-        + needs.x * _products(x, weights[::each])
-        + needs.weights * _products(x, weights)
+        + (_products(x, weights[::each]) if needs.x else 0)
+        + (_products(x, weights) if needs.weights else 0)
     )
 
 

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
-from . import modules
-from .fused_module import FusedModule, kept_aside
+from . import cache, modules
+from .fused_module import FusedModule
 from .ops import KERNEL_DTYPES
 from .single_step import forward_cell
 from .torch_internals import VF as _VF  # noqa: F401  TorchScript looks up names of torch's source, by __wrapped__, here
-from .torch_internals import CHECKS, exporting, transformed, whole
+from .torch_internals import exporting, own_checks, transformed, whole
 
 __all__ = ["patch_torch", "unpatch_torch"]
 
@@ -100,8 +100,8 @@ def _take_back(calls: set[patch_torch]) -> None:
                 theirs.forward = ours.__wrapped__
         _installed.clear()
         _warned.clear()
-        for module in [module for module in kept_aside if not isinstance(module, FusedModule)]:
-            kept_aside.pop(module, None)
+        for module in [module for module in cache.cached if not isinstance(module, FusedModule)]:
+            cache.forget(module)
 
 
 def _forward(theirs: type[nn.Module], own: Callable[..., Any], compute: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,9 +139,8 @@ def _obstacle(module: nn.Module, theirs: type[nn.Module], input: Tensor | Packed
             return f"no kernels for {dtype} on {device}"
     if is_compiling() and transformed():
         return "a transform of torch.func inside torch.compile"
-    cls = type(module)
-    if cls is not theirs and any(getattr(cls, name, None) is not getattr(theirs, name, None) for name in CHECKS):
-        return f"{cls.__qualname__} has argument checks of its own"
+    if own_checks(module, theirs):
+        return f"{type(module).__qualname__} has argument checks of its own"
     return None
 
 

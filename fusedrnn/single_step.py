@@ -12,7 +12,8 @@ from torch.compiler import is_compiling
 from . import options
 from .cells import CELLS
 from .functional import recurrent_cell
-from .fused_module import FusedModule, as_states, dense, is_plain
+from .fused_module import FusedModule, as_states
+from .plain_call import plain_call
 from .torch_internals import usual_weights_of_cell
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell", "forward_cell"]
@@ -23,9 +24,9 @@ def forward_cell(
 ) -> tuple[Tensor, ...]:
     """What the single-step modules share."""
     options.of(module)  # raises
-    short = _short_road_of_cell(module, cell, input, states)
-    if short is not None:
-        return short
+    found = _plain(module, cell, input, states)
+    if found is not None:
+        return found[1:]
     if input.dim() not in (1, 2):
         raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
     count, states = len(CELLS[cell].states), as_states(states, cell)
@@ -55,20 +56,15 @@ def forward_cell(
     return result if batched else tuple(state.squeeze(0) for state in result)
 
 
-def _short_road_of_cell(
+def _plain(
     module: torch.nn.RNNCellBase, cell: str, input: Tensor, states: Sequence[Tensor] | None
 ) -> tuple[Tensor, ...] | None:
-    """A batch through a cell, checked by the kernel alone; None where anything is different."""
+    """A batch through a cell, checked by the kernels alone; None where anything is different."""
     weights = None if is_compiling() else usual_weights_of_cell(module)
     if weights is None:
         return None  # computed or replaced
-    if not is_plain(input, 2, states, weights, cell) or weights[1].size(-1) != module.hidden_size:
-        return None
-    h0, c0 = (*(states or ()), None, None)[:2]
-    result = dense(module, cell, False, 1, input, h0, c0, weights)
-    if result is None:
-        return None
-    return result[1:]
+    form = 2, 1, 1, module.input_size, module.hidden_size, module.hidden_size
+    return plain_call(module, cell, form, input, states, weights)
 
 
 class RNNCell(FusedModule, torch.nn.RNNCell):

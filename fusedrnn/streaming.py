@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import _C, options
+from . import _C, cache, options
+from .autograd import in_place
 from .dropout import kept_parts
-from .fused_module import FusedModule, steppers
+from .fused_module import FusedModule
+from .plain_call import form_of
 from .torch_internals import heard, kept_weights, runs_of_call
 
 __all__ = ["cell_of", "step"]
@@ -28,17 +30,14 @@ class _Prepared(NamedTuple):
     """A step that C++ has checked, and what of the module it depends on."""
 
     step: Any  # a capsule of _C.prepare_step
-    kind: tuple[Any, ...]
+    kind: tuple[Any, ...]  # what else forward reads of the module
     options: options.FusedOptions
     calls: tuple[tuple[str, Any], ...]  # what a call of forward would run
 
 
 def _kind(module: torch.nn.RNNBase) -> tuple[Any, ...]:
     """What ``forward`` reads of a module beside its weights and options."""
-    return (
-        type(module), module.mode, module.input_size, module.hidden_size, module.proj_size, module.num_layers,
-        module.bidirectional,
-    )  # fmt: skip
+    return type(module), module.mode, form_of(module, 2)
 
 
 def cell_of(module: torch.nn.RNNBase) -> str:
@@ -61,7 +60,8 @@ def step(module: torch.nn.RNNBase, input: Tensor, hx: Any, forwards: frozenset[A
     """input (B, I) and states -> output (B, R) and states. ``forwards``: those whose work a prepared step does."""
     if is_compiling():
         return _by_forward(module, input, hx)
-    prepared = steppers.get(module)
+    kept = cache.cached.get(module)
+    prepared = None if kept is None else kept.step
     if (
         prepared is not None
         and prepared.options is module.fused_options
@@ -74,7 +74,8 @@ def step(module: torch.nn.RNNBase, input: Tensor, hx: Any, forwards: frozenset[A
         found = None if weights is None else _C.step(prepared.step, input, hx, weights)
         if found is not None:
             return found
-    steppers.pop(module, None)
+    if kept is not None:
+        kept.step = None
     result = _by_forward(module, input, hx)
     _prepare(module, input, forwards)
     return result
@@ -91,7 +92,7 @@ def _by_forward(module: torch.nn.RNNBase, input: Tensor, hx: Any) -> tuple[Tenso
     time = 1 if module.batch_first else 0
     with torch.no_grad():
         y, last = module(input.unsqueeze(time), hx)
-    return y.squeeze(time), last
+        return in_place(Tensor.squeeze_, Tensor.squeeze, y, time), last  # no view: people call methods in place
 
 
 def _prepare(module: torch.nn.RNNBase, input: Tensor, forwards: frozenset[Any]) -> None:
@@ -103,6 +104,7 @@ def _prepare(module: torch.nn.RNNBase, input: Tensor, forwards: frozenset[Any]) 
         return
     cell = cell_of(module)
     zoneout = kept_parts(given.zoneout, 2 if cell == "lstm" else 1)
-    prepared = _C.prepare_step(input, weights, cell, module.num_layers, zoneout)
+    kind = _kind(module)
+    prepared = _C.prepare_step(input, weights, cell, kind[-1], zoneout)
     if prepared is not None:
-        steppers[module] = _Prepared(prepared, _kind(module), given, calls)
+        cache.find(module).step = _Prepared(prepared, kind, given, calls)

@@ -20,7 +20,6 @@ from torch.nn.modules import module as _module
 from ._C import kept_parameters
 
 __all__ = [
-    "CHECKS",
     "PACKING_OPS",
     "VF",
     "add_batch_dim",
@@ -35,6 +34,7 @@ __all__ = [
     "heard",
     "kept_weights",
     "listed_weights",
+    "own_checks",
     "own_parameters",
     "refer_strongly",
     "remove_batch_dim",
@@ -163,8 +163,8 @@ _READS_LISTED = (
 _call = nn.Module.__call__
 
 
-#: Methods by which torch.nn's ``forward`` checks what it is given; a subclass may have its own.
-CHECKS = (
+#: Methods by which torch.nn's ``forward`` checks what it is given.
+_CHECKS = (
     "check_forward_args", "check_hidden_size", "check_input", "get_expected_cell_size", "get_expected_hidden_size",
     "permute_hidden",
 )  # fmt: skip
@@ -172,12 +172,20 @@ CHECKS = (
 
 _LSTM = nn.LSTM  # people give the name to our class
 _RUNS = {
-    cls: (*_READS_LISTED, *((name, getattr(cls, name, None)) for name in CHECKS)) for cls in (_LSTM, nn.RNNBase)
+    cls: (*_READS_LISTED, *((name, getattr(cls, name, None)) for name in _CHECKS)) for cls in (_LSTM, nn.RNNBase)
 }
 _CALLS = (
     ("_call_impl", getattr(nn.Module, "_call_impl", None)),
     ("_wrapped_call_impl", getattr(nn.Module, "_wrapped_call_impl", None)),
 )
+
+
+def own_checks(module: nn.Module, base: type[nn.Module]) -> list[str]:
+    """Those that its class or the module itself has replaced of ``base``'s, a class of torch.nn."""
+    cls, own = type(module), vars(module)
+    if cls is base:
+        return [name for name in _CHECKS if name in own]
+    return [name for name in _CHECKS if name in own or getattr(cls, name, None) is not getattr(base, name, None)]
 
 
 def runs(module: nn.RNNBase) -> tuple[tuple[str, Any], ...]:

@@ -191,7 +191,7 @@ FLAGS = ("True", "False", "None", "2")
 CAPSULES = (
     "None", "datetime.datetime_CAPI", "_C.packed_weights()", "copy.copy(_C.packed_weights())",
     "type(_C.packed_weights())()",
-    "_C.prepare_step(torch.ones(1, 1), [torch.ones(1, 1)] * 2, 'rnn_tanh', 1)",
+    "_C.prepare_step(torch.ones(1, 1), [torch.ones(1, 1)] * 2, 'rnn_tanh', (2, 1, 1, 1, 1, 1))",
     "torch.utils.dlpack.to_dlpack(torch.ones(1))",
     "object.__new__(type(_C.packed_weights()))",
 )  # fmt: skip
@@ -262,19 +262,24 @@ def infer(draw: random.Random) -> Call:
     step = z.layers * z.D == 1 and draw.random() < 0.2
     two, rows = z.cell == "lstm", z.layers * z.D
     shape = (z.B,) if step else (z.T, z.B)
-    some = lambda *sizes: z.random(*(sizes[1:] if step else sizes)) if draw.random() < 0.5 else None  # noqa: E731
+    given = draw.random() < 0.5
+    some = lambda *sizes: z.random(*(sizes[1:] if step else sizes)) if given else None  # noqa: E731
     names = {"x": z.random(*shape, z.I), "h0": some(rows, z.B, z.R), "c0": some(rows, z.B, z.H) if two else None}
     begin = beginning(draw, z, names)
     begin += [f"layers = {z.layers}", f"zoneout = {draw.choice(ZONEOUTS[:2])}", "kept = _C.packed_weights()"]
     tensors = [name for name, value in names.items() if value] + [f"weights[{i}]" for i in range(len(z.weights()))]
-    call = "_C.infer(x, h0, c0, weights, cell, bidirectional, layers, kept, zoneout)"
+    begin += [f"I, H, R = {z.I}, {z.H}, {z.R}"]
+    states = "states = None if h0 is None and c0 is None else (h0, c0) if cell == 'lstm' else (h0,)"
+    form = f"form = {2 if step else 3}, layers, 2 if bidirectional else 1, I, H, R"
+    call = "_C.infer(x, states, weights, cell, form, kept, zoneout)"
     if draw.random() < 0.4:
-        begin.append(f"_ = [{call} for _ in range({draw.choice((1, 2, 3))})]")
+        begin.append(f"{states}; {form}; _ = [{call} for _ in range({draw.choice((1, 2, 3))})]")
         begin += [f"weights[{draw.randrange(len(z.weights()))}].mul_(-1)"] if draw.random() < 0.4 else []
     kept = CAPSULES
     counts = ("0", "-1", "1", "2", "7", "2**62", "-2**63", "2**63", "None")
-    scalars = {"cell": CELL_NAMES, "bidirectional": FLAGS, "layers": counts, "zoneout": ZONEOUTS, "kept": kept}
-    return Call("infer", begin, call, tensors, scalars)
+    scalars = {"cell": CELL_NAMES, "bidirectional": FLAGS, "zoneout": ZONEOUTS, "kept": kept}
+    scalars |= dict.fromkeys(("layers", "I", "H", "R"), counts)
+    return Call("infer", begin, call, tensors, scalars, late=[states, form])
 
 
 def step(draw: random.Random) -> Call:
@@ -284,7 +289,8 @@ def step(draw: random.Random) -> Call:
     states = {"h0": some(z.layers, z.B, z.R), "c0": some(z.layers, z.B, z.H) if two else None}
     begin = beginning(draw, z, {"x": z.random(z.B, z.I), **states})
     begin += [f"layers = {z.layers}", f"zoneout = {draw.choice(ZONEOUTS[:2])}"]
-    prepare = "prepared = _C.prepare_step(x, weights, cell, layers, zoneout)"
+    begin += [f"I, H, R = {z.I}, {z.H}, {z.R}"]
+    prepare = "prepared = _C.prepare_step(x, weights, cell, (2, layers, 1, I, H, R), zoneout)"
     call = "prepared and _C.step(prepared, x, hx, weights)"
     usual = "hx = (h0, c0) if cell == 'lstm' and not h0 is c0 is None else h0"
     hx = draw.choice((usual,) * 9 + ("hx = (h0, c0)", "hx = [h0, c0]", "hx = (h0,)", "hx = (h0, c0, x)"))
@@ -293,7 +299,7 @@ def step(draw: random.Random) -> Call:
     if draw.random() < 0.5:  # changed when it is prepared, or before
         return Call("step", [*begin, prepare], call, tensors, {"prepared": CAPSULES}, late=[hx])
     counts = ("0", "-1", "1", "2", "7", "2**62", "-2**63", "None")
-    scalars = {"cell": CELL_NAMES, "layers": counts, "zoneout": ZONEOUTS}
+    scalars = {"cell": CELL_NAMES, "zoneout": ZONEOUTS} | dict.fromkeys(("layers", "I", "H", "R"), counts)
     return Call("step", begin, call, tensors, scalars, late=[prepare, hx])
 
 

@@ -37,7 +37,7 @@ COMPARED = (
 # Each ended its process or gave a wrong number when it was found. It must raise, or ``right`` be true at its end.
 LINES = {
     "steps of 2**62: the bytes of two lists of them overflow": "F(r(1, 1, 1).expand(2**62, 1, 1), one)",
-    "steps of 2**60, infer": "_C.infer(r(1, 1, 1).expand(2**60, 1, 1), None, None, one, 'rnn_tanh', False, 1, kept)",
+    "steps of 2**60, infer": "right = _C.infer(r(1, 1, 1).expand(2**60, 1, 1), None, one, 'rnn_tanh', (3, *[1] * 5), kept) is None",
     "steps of 2**62 without samples": "F(r(1, 0, 1).expand(2**62, 0, 1), one)",
     "steps of 2**33": "F(r(1, 1, 1).expand(2**33, 1, 1), one)",
     "samples whose rows overflow": "F(r(1, 1, 0).expand(4, 2**62, 0), [r(1, 0), r(1, 1)])",
@@ -47,7 +47,7 @@ LINES = {
         for place in ("m.__dict__", "p") for what in ("names", "listed", "p")
     },
     "a freed tensor in the message of a TypeError": "x = r(2); x.untyped_storage().resize_(0); "
-    "_C.infer(x, None, None, [], 'gru', False, None, None)",
+    "_C.infer(x, None, [], 'gru', (3, None, 1, 1, 1, 1), None)",
     "a limit below the least float32": BACKWARD + "right = torch.equal(B(f[0], 1e-46), B(f[0], 1e-45))",
     "float16 rows that overlap": "two = [w.half() for w in two]; " + BACKWARD
     + "dy = r(30).half().as_strided((3, 2, 5), (1, 1, 1)); right = torch.equal(B(dy), B(dy.contiguous()))",
@@ -59,7 +59,7 @@ LINES = {
     "no states: a projection to nothing":
     "w = [r(8, 3), r(8, 0), r(0, 2)]; right = F(r(3, 2, 3), w, 'lstm').shape[2] == 0",
     "no weights for very many layers":
-    "right = _C.infer(r(2, 2, 1), None, None, [], 'gru', False, 2**62, kept) is None",
+    "right = _C.infer(r(2, 2, 1), None, [], 'gru', (3, 2**62, 1, 1, 1, 1), kept) is None",
 }  # fmt: skip
 
 HUGE = ("steps", "samples", "memory", "no weights")  # what an address sanitizer ends the process for

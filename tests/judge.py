@@ -224,7 +224,7 @@ def stack(a: Names, weights: Any, stepper: bool) -> dict[str, Any]:
     if one_step:
         x = x[0]
         h_n, c_n = (h_n, c_n) if stepper else (h_n.squeeze(0), c_n.squeeze(0) if len(c_n) else c_n)
-    return {"y": x, "h_n": h_n, "c_n": c_n}
+    return {"y": x, "h_n": h_n} | ({"c_n": c_n} if cell == "lstm" else {})
 
 
 def right(kind: str, a: Names) -> dict[str, Any]:
@@ -237,8 +237,7 @@ def right(kind: str, a: Names) -> dict[str, Any]:
     two = a["cell"] == "lstm"
     expect(isinstance(a["hx"], tuple) == (two and a["hx"] is not None), "hx")
     expect(not two or (a["h0"] is None) == (a["c0"] is None), "half a state")
-    expected = stack(a, a["weights"], stepper=True)
-    return expected if two else {name: expected[name] for name in ("y", "h_n")}
+    return stack(a, a["weights"], stepper=True)
 
 
 @contextmanager

@@ -144,6 +144,24 @@ def by_function(module: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([h, *fusedrnn.functional.recurrent(cell, x, None, weights)[0]])
 
 
+def steps_by_adam() -> None:
+    parameter = nn.Parameter(torch.ones(2, device="cpu"))
+    parameter.grad = torch.ones_like(parameter)
+    torch.optim.Adam([parameter]).step()
+
+
+def second_derivatives() -> None:
+    torch.func.hessian(lambda x: x.square().sum())(torch.ones(2, device="cpu", dtype=torch.float32))
+
+
+def skip_if_torch_cannot(do: Callable[[], None]) -> None:
+    """torch 2.11 has faults of its own under another default device."""
+    try:
+        do()
+    except RuntimeError as error:
+        pytest.skip(f"torch's own {do.__name__} fails: {error}")
+
+
 WAYS = [penalty, penalty_of_segments, per_sample, hessian, tangent, converted, initialised]
 WAYS += [autocast, compiled, exported, by_function]
 
@@ -154,6 +172,8 @@ def test_by_every_other_way(name: str, way: Callable[[nn.Module, Tensor], Tensor
     module, x = getattr(fusedrnn, name)(I, H), torch.randn(T, B, I)
     expected = way(module, x)
     other_default()
+    if way is hessian:
+        skip_if_torch_cannot(second_derivatives)
     found = way(module, x)
     assert (found.dtype, found.device) == (expected.dtype, expected.device)
     torch.testing.assert_close(found, expected)
@@ -185,4 +205,5 @@ def test_gradients_over_a_lag(task: str, other_default: Callable[[], None]) -> N
 
     expected = found()
     other_default()
+    skip_if_torch_cannot(steps_by_adam)
     torch.testing.assert_close(found(), expected)

@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,10 +37,12 @@ THERE = [name for name in OTHERS if name in (*fusedrnn._C.supported_isas(), *EMU
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[subprocess.Popen, Path]]]:
-    """A process for each set, side by side, and the file of what it prints."""
-    started, folder = {}, tmp_path_factory.mktemp("isa")
-    for name in THERE:
+def printed_by(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], tuple[int, str]]]:
+    """The exit status of the marked tests under a set, and what they print: a process for each set, side by side."""
+    started: dict[str, subprocess.Popen] = {}
+    folder = tmp_path_factory.mktemp("isa")
+
+    def start(name: str) -> None:
         with open(folder / name, "w") as printed:
             started[name] = subprocess.Popen(
                 [sys.executable, "-m", "pytest", "-q", "-m", "isa", "-p", "no:cacheprovider", "tests"],
@@ -48,19 +50,26 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[s
                 env={"OMP_WAIT_POLICY": "passive"} | os.environ | {"FUSEDRNN_CPU_ISA": name},
                 stdout=printed,
                 stderr=subprocess.STDOUT,
-            ), folder / name  # fmt: skip
-    yield started
-    for process, _ in started.values():
+            )
+
+    def finished(name: str) -> tuple[int, str]:
+        side_by_side = [name] if "PYTEST_XDIST_WORKER" in os.environ else THERE  # other workers have the others
+        for each in side_by_side:
+            if each not in started:
+                start(each)
+        return started[name].wait(), (folder / name).read_text()
+
+    yield finished
+    for process in started.values():
         process.kill()
 
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", OTHERS)
-def test_marked_tests_pass(name: str, runs: dict[str, tuple[subprocess.Popen, Path]]) -> None:
+def test_marked_tests_pass(name: str, printed_by: Callable[[str], tuple[int, str]]) -> None:
     """Under every set but the one in use, which runs them in this session."""
     if name not in THERE:
         pytest.skip(f"this processor lacks {name}")
-    process, printed = runs[name]
-    code = process.wait()
-    assert code == 0, printed.read_text()
-    assert int(re.search(r"(\d+) passed", printed.read_text()).group(1)) > 200, printed.read_text()
+    code, printed = printed_by(name)
+    assert code == 0, printed
+    assert int(re.search(r"(\d+) passed", printed).group(1)) > 200, printed

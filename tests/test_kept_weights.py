@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fusedrnn
-from fusedrnn import _C, fused_module
+from fusedrnn import _C
+from fusedrnn.cache import cached
 from inference import KEPT, by_the_ops, same, tensors
 from loops import TWINS
 
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("no_gradients")
 
 def kept(module: nn.Module) -> Any:
     """What the module keeps for inference; new and empty if nothing."""
-    return fused_module.kept_aside.get(module) or _C.packed_weights()
+    return cached[module].packed if module in cached else _C.packed_weights()
 
 
 @pytest.mark.isa
@@ -222,7 +223,7 @@ def test_what_is_kept_goes_when_it_will_not_be_used(how: str, cls: type[nn.Modul
     module.eval()
     assert _C.packed_bytes(kept(module)) > 0
     FREED[how](module)
-    assert module not in fused_module.kept_aside
+    assert module not in cached
 
 
 def test_shapes_and_threads_may_change_from_call_to_call(threads: Callable) -> None:

@@ -45,8 +45,10 @@ def test_layers_of_other_sizes(cell: str, hidden: int) -> None:
     with torch.no_grad(), pytest.raises(RuntimeError, match="w_hh must have one shape in all layers"):
         module(x)
     weights = list(module._flat_weights)
-    assert _C.infer(x, None, None, weights, cell, False, 2, _C.packed_weights()) is None
-    assert _C.prepare_step(x[0], weights, cell, 2) is None
+    for h in (H, hidden):
+        assert not _C.fits(x, None, weights, cell, (3, 2, 1, I, h, h))
+        assert _C.infer(x, None, weights, cell, (3, 2, 1, I, h, h), _C.packed_weights()) is None
+        assert _C.prepare_step(x[0], weights, cell, (2, 2, 1, I, h, h)) is None
 
 
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
@@ -167,7 +169,7 @@ def test_nothing_of_the_extension_can_be_made_by_hand() -> None:
     """What C++ holds is in capsules: no class, so no object that ``__init__`` has not seen."""
     assert not [name for name, value in vars(_C).items() if inspect.isclass(value)]
     weights = arguments()["weights"]
-    prepared, packed = _C.prepare_step(torch.randn(B, I), weights, "lstm", 1), _C.packed_weights()
+    prepared, packed = _C.prepare_step(torch.randn(B, I), weights, "lstm", (2, 1, 1, I, H, H)), _C.packed_weights()
     with pytest.raises(TypeError, match="expected a capsule fusedrnn.Stepper"):
         _C.step(packed, torch.randn(B, I), None, weights)
     with pytest.raises(TypeError, match="expected a capsule fusedrnn.PackedWeights"):

@@ -20,7 +20,8 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fusedrnn
-from fusedrnn.fused_module import FusedModule, kept_aside
+from fusedrnn.cache import cached
+from fusedrnn.fused_module import FusedModule
 from dispatched import ours
 from tolerances import assert_close
 
@@ -142,7 +143,7 @@ def test_modules_stay_what_they_are(name: str) -> None:
             expected = first(module(x))
         assert type(module) is cls and isinstance(module, cls) and not isinstance(module, FusedModule)
         assert isinstance(getattr(fusedrnn, name)(4, 5), cls)
-        assert set(vars(module)) == attributes and module in kept_aside
+        assert set(vars(module)) == attributes and module in cached
         file = io.BytesIO()
         torch.save(module, file)
         assert b"fusedrnn" not in pickle.dumps(module) and b"fusedrnn" not in file.getvalue()
@@ -165,16 +166,16 @@ def test_packed_weights_are_let_go() -> None:
     for _ in range(2):
         with torch.no_grad():
             module(x)
-        assert module in kept_aside
+        assert module in cached
         module(x)
-        assert module not in kept_aside
+        assert module not in cached
     with torch.no_grad():
-        count = len(kept_aside)
+        count = len(cached)
         nn.GRU(4, 5)(x)
-        assert len(kept_aside) == count
+        assert len(cached) == count
         module(x)
     fusedrnn.unpatch_torch()
-    assert module not in kept_aside
+    assert module not in cached
 
 
 def test_own_modules_and_convert_while_patched() -> None:
@@ -392,6 +393,6 @@ def test_compiled(allow: bool) -> None:
     with fusedrnn.patch_torch(), torch._dynamo.config.patch(allow_rnn=allow):
         with torch.no_grad():
             model(torch.randn(6, 4, 4, dtype=torch.float64))
-        assert len(kept_aside) > 0
+        assert len(cached) > 0
         torch.testing.assert_close(torch.compile(model, backend="aot_eager", fullgraph=allow)(X), expected)
     torch._dynamo.reset()

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils import parametrizations
 
 import fusedrnn
 from fusedrnn import FusedOptions
+from fusedrnn.cache import cached
 from fusedrnn.cells import CELLS
-from fusedrnn.fused_module import steppers
 from loops import TWINS
 from parity import DEVICE
 from tolerances import assert_all_close
@@ -25,7 +26,7 @@ T = 5
 
 
 def prepared(module: nn.Module) -> bool:
-    return module in steppers
+    return module in cached and cached[module].step is not None
 
 
 def stream(module: nn.Module, x: Tensor, state: Any = None) -> dict[str, Tensor]:
@@ -161,9 +162,9 @@ def test_copies_and_pickles_hold_nothing() -> None:
             other.weight_hh_l0.mul_(2)
         assert_all_close(stream(other, x), whole(other, x))
         assert not torch.equal(stream(other, x)["y"], stream(module, x)["y"])
-    count = len(steppers)
+    count = len(cached)
     del module
-    assert len(steppers) < count
+    assert len(cached) < count
 
 
 def test_where_it_is_forward() -> None:
@@ -370,3 +371,29 @@ def test_a_compiled_step() -> None:
     with torch._dynamo.config.patch(allow_rnn=True):
         for _ in range(2):
             torch.testing.assert_close(compiled(x, h), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"dtype": torch.float16}, {"num_layers": 2}], ids=str)
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_results_are_no_views(name: str, options: dict[str, Any]) -> None:
+    """Of the first step, which goes by forward, as of the next: what torch.nn's cells give can be detached in place."""
+    x = torch.randn(2, 3, dtype=options.get("dtype"))
+    for grad in (True, False):
+        module = getattr(fusedrnn, name)(3, 5, **options)
+        with torch.set_grad_enabled(grad):
+            for _ in range(3):
+                y, last = module.step(x)
+                for t in (y, *(last if name == "LSTM" else (last,))):
+                    t.detach_()
+                    assert not t._is_view()
+                assert y.shape == (2, 5)
+
+
+def test_under_a_mode_that_changes_tensors() -> None:
+    """Nothing is prepared there, and nothing refused."""
+    module, x = fusedrnn.LSTM(3, 5), torch.randn(2, 3)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for _ in range(3):
+            y, _ = module.step(x)
+            assert isinstance(y, FakeTensor) and y.shape == (2, 5)
+    assert not prepared(module)

@@ -243,9 +243,17 @@ class Computed(Dataset):
 
 
 @pytest.mark.parametrize("method, workers", [("fork", 2), ("spawn", 1)])
-def test_workers_of_a_data_loader_compute(method: str, workers: int, threads: Callable[[int], None]) -> None:
+def test_workers_of_a_data_loader_compute(method: str, workers: int) -> None:
+    """In a process whose autograd has no threads yet: torch refuses gradients in a fork of one that has."""
+    code = "import sys; sys.path.append('tests'); from test_threads import compute_in_workers as work"
+    code += f"; work({method!r}, {workers})"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=250)
+
+
+def compute_in_workers(method: str, workers: int) -> None:
     """After threads have worked in the parent. Spawned workers get the layers, and what they kept, by pickle."""
-    threads(2)
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
     items = Computed()
     torch.randn(1000, 1000).relu_()
     for _ in range(2):  # the second time with kept weights

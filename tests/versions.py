@@ -90,7 +90,8 @@ def run(pair: Pair, keep: bool, arguments: list[str]) -> dict[str, str] | None:
     settings = {"FUSEDRNN_CUDA": "0"} | os.environ
     if not pair.whole:
         settings["FUSEDRNN_CXX_FLAGS"] = "-O1"  # half the time to compile; nothing is timed
-    command = ["make", "test", f"TORCH={pair.torch}", f"PYTHON={python}", f"ARGS=-q -n auto --dist worksteal {' '.join(given)}"]
+    arguments_of_pytest = f"-q -n auto --dist worksteal {' '.join(given)}"
+    command = ["make", "test", f"TORCH={pair.torch}", f"PYTHON={python}", f"ARGS={arguments_of_pytest}"]
     with open(WORK / f"{tree.name}.log", "w+") as log:
         code = subprocess.run(command, cwd=tree, env=settings, stdout=log, stderr=subprocess.STDOUT).returncode
         log.seek(0)
