@@ -8,13 +8,14 @@ torch.Size([5, 3, 20])
 """
 
 from . import extension  # isort: skip  before all that loads the extension
-from . import autograd, functional, init, onnx, ops, reference
+from . import functional, init, onnx, reference
 from .cells import CELLS, CellInfo
 from .convert import ConversionReport, convert, revert
+from .insight.recording import LayerGradients, record_gradients
+from .layer import autograd, ops
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, ResidualRNN, RNNCell
 from .options import FusedOptions
 from .patch import patch_torch, unpatch_torch
-from .recording import LayerGradients, record_gradients
 
 __version__ = "0.1.0"
 

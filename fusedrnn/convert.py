@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from . import cache, modules
-from .ops import KERNEL_DTYPES
+from . import modules
+from .inference import cache
+from .layer.ops import KERNEL_DTYPES
 from .options import changed, of
 from .torch_internals import refer_strongly
 

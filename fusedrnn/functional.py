@@ -2,7 +2,7 @@
 
 :func:`lstm`, :func:`gru`, :func:`rnn` run stacked layers over sequences; :func:`recurrent` does so for any cell of
 :data:`fusedrnn.cells.CELLS`; :func:`lstm_cell`, :func:`gru_cell`, :func:`rnn_cell` make one step. Equations and their
-derivation: ``docs/derivations.md``. Below them :class:`fusedrnn.autograd.RecurrentLayer` is one call of the fused
+derivation: ``docs/derivations.md``. Below them :class:`fusedrnn.layer.autograd.RecurrentLayer` is one call of the fused
 kernel, forward and backward.
 """
 
@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.nn.functional import dropout as _dropout
 from torch.nn.utils.rnn import PackedSequence
 
-from .autograd import RecurrentLayer, in_place, recurrent_layer
 from .cells import CELLS
-from .dropout import Rates, draw, drop_input, drop_weights, rates
-from .layer_call import LayerCall, Owner
-from .ops import KERNEL_DTYPES
+from .layer.autograd import RecurrentLayer, in_place, recurrent_layer
+from .layer.call import LayerCall, Owner
+from .layer.dropout import Rates, draw, drop_input, drop_weights, rates
+from .layer.ops import KERNEL_DTYPES
+from .layer.segments import Segments, cut
 from .options import check_policy
-from .segments import Segments, cut
 
 __all__ = [
     "RecurrentLayer",
@@ -197,7 +197,7 @@ def recurrent(
         zoneout: probability that a unit keeps its state at a step; a pair for the LSTM, of h and of c, where one number
             stands for both. Outside training every state is mixed with the one before in this proportion.
         weight_dropout: probability, on the elements of every W_hh, if ``training``; one mask for the call. Equations of
-            the four: :mod:`fusedrnn.dropout`.
+            the four: :mod:`fusedrnn.layer.dropout`.
         owner: the module by which :class:`fusedrnn.record_gradients` knows the call.
 
     Returns:

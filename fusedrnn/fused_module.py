@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.utils.hooks import RemovableHandle
 
-from . import cache
 from .cells import CELLS
-from .ops import refuse_older_exporter
+from .inference import cache
+from .layer.ops import refuse_older_exporter
 from .options import HasOptions, text
 from .torch_internals import symbolic_tracing
 

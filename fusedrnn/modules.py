@@ -19,9 +19,9 @@ from . import options
 from .cells import CELLS
 from .functional import recurrent
 from .fused_module import FusedModule, as_states
-from .plain_call import form_of, infers, plain_call
+from .inference.plain_call import form_of, infers, plain_call
+from .inference.streaming import Usual, step
 from .single_step import GRUCell, LSTMCell, RNNCell  # old pickles look for them here
-from .streaming import step
 from .torch_internals import (
     flat_weights,
     forget_weight,
@@ -196,7 +196,7 @@ class _SequenceModule(FusedModule):
         Raises:
             ValueError, TypeError: the module is bidirectional, or input is no tensor of two dimensions.
         """
-        return step(self, input, hx, _FORWARDS)
+        return step(self, input, hx, _USUAL)
 
     def _init_flat_weights(self) -> None:
         super()._init_flat_weights()
@@ -324,4 +324,4 @@ class ResidualRNN(_SequenceModule, torch.nn.RNNBase):
 
 
 #: Whose work ``step`` does without calling them. (A subclass with a ``forward`` of its own is called.)
-_FORWARDS = frozenset(cls.forward for cls in (RNN, LSTM, GRU, ResidualRNN))
+_USUAL = Usual(FusedModule.__call__, frozenset(cls.forward for cls in (RNN, LSTM, GRU, ResidualRNN)))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .cells import CELLS
-from .layer_call import ForwardArguments, LayerCall, layer_forward
+from .layer.call import ForwardArguments, LayerCall, layer_forward
 from .torch_internals import PACKING_OPS
 
 __all__ = ["table"]

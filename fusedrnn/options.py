@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .dropout import rates
-from .layer_call import Options
+from .layer.call import Options
+from .layer.dropout import rates
 
 __all__ = [
     "DEFAULT",
@@ -64,7 +64,7 @@ class FusedOptions:
     ...     fused_options = fusedrnn.FusedOptions(grad_clip=1.0)     # or for all of a class
 
     What the constructor is not given, or is given as the default, is what the class says. No other attribute of a
-    module is read. :func:`fusedrnn.functional.recurrent` and :mod:`fusedrnn.dropout` say more of each option.
+    module is read. :func:`fusedrnn.functional.recurrent` and :mod:`fusedrnn.layer.dropout` say more of each option.
 
     Attributes:
         input_dropout: 0.0; probability that an element of every layer's input is dropped in training, one mask a

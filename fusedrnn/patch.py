@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
-from . import cache, modules
+from . import modules
 from .fused_module import FusedModule
-from .ops import KERNEL_DTYPES
+from .inference import cache
+from .layer.ops import KERNEL_DTYPES
 from .single_step import forward_cell
 from .torch_internals import VF as _VF  # noqa: F401  TorchScript looks up names of torch's source, by __wrapped__, here
 from .torch_internals import exporting, own_checks, transformed, whole

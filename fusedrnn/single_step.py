@@ -13,7 +13,7 @@ from . import options
 from .cells import CELLS
 from .functional import recurrent_cell
 from .fused_module import FusedModule, as_states
-from .plain_call import plain_call
+from .inference.plain_call import plain_call
 from .torch_internals import usual_weights_of_cell
 
 __all__ = ["GRUCell", "LSTMCell", "RNNCell", "forward_cell"]

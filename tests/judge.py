@@ -362,7 +362,7 @@ def faults(call: Call) -> list[str]:
         out = (out[0], *(out[1] if isinstance(out[1], tuple) else out[1:]))
     results = list(out) if isinstance(out, (list, tuple)) else []
     if expected is None:
-        on_meta = all(t.is_meta for t in results if isinstance(t, Tensor))  # shapes alone: fusedrnn/ops.py
+        on_meta = all(t.is_meta for t in results if isinstance(t, Tensor))  # shapes alone: fusedrnn/layer/ops.py
         on_meta = on_meta or ("lacks memory" in why and 0 in names["x"].shape[:-1])  # nothing is read
         return [] if results and on_meta else [f"a result, though: {why}"]
     if len(results) != len(expected):

@@ -89,9 +89,7 @@ def test_wrong_instruction_set_is_an_import_error(value, message):
 def test_an_extension_of_another_torch_is_named(built: str | None, tmp_path: Path) -> None:
     """Also where the loader would stop at an undefined symbol: the file that it would load is empty here."""
     package = tmp_path / "fusedrnn"
-    package.mkdir()
-    for source in Path(fusedrnn.__file__).parent.glob("*.py"):
-        shutil.copy(source, package)
+    shutil.copytree(Path(fusedrnn.__file__).parent, package, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
     if built:
         (package / "_C.so").touch()
         (package / "_C.torch").write_text(built)

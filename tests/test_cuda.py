@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 import fusedrnn
 from benchmarks.gpu_timing import tf32
 from fusedrnn.cells import CELLS
-from fusedrnn.ops import KERNEL_DTYPES
+from fusedrnn.layer.ops import KERNEL_DTYPES
 from loops import TWINS
 from parity import Case, packer
 

@@ -15,10 +15,10 @@ from torch.nn.functional import linear
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
-from fusedrnn import dropout
-from fusedrnn.autograd import recurrent_layer
+from fusedrnn.layer import dropout
+from fusedrnn.layer.autograd import recurrent_layer
 from fusedrnn.cells import CELLS
-from fusedrnn.layer_call import LayerCall, Noise, Options
+from fusedrnn.layer.call import LayerCall, Noise, Options
 from loops import TWINS
 from parity import DEVICE
 from test_through_time import Limited

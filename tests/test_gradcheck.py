@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence
 
-from fusedrnn import differentiable
-from fusedrnn.autograd import recurrent_layer
-from fusedrnn.layer_call import LayerCall, Options
+from fusedrnn.layer import differentiable
+from fusedrnn.layer.autograd import recurrent_layer
+from fusedrnn.layer.call import LayerCall, Options
 from fusedrnn.cells import CELLS
 from loops import SINGLES, TWINS
 from parity import DEVICE, Case, packer, ragged, twin

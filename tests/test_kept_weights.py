@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fusedrnn
 from fusedrnn import _C
-from fusedrnn.cache import cached
+from fusedrnn.inference.cache import cached
 from inference import KEPT, by_the_ops, same, tensors
 from loops import TWINS
 

@@ -1,6 +1,6 @@
 """Tensors without values, on the meta device or while a compiler traces: what does not fit raises as the kernel does.
 
-``csrc/layer.cpp`` has the checks, ``fusedrnn/ops.py`` those of them that need no values.
+``csrc/layer.cpp`` has the checks, ``fusedrnn/layer/ops.py`` those of them that need no values.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fusedrnn
-from fusedrnn.cache import cached
+from fusedrnn.inference.cache import cached
 from fusedrnn.fused_module import FusedModule
 from dispatched import ours
 from tolerances import assert_close

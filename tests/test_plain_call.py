@@ -1,4 +1,4 @@
-"""A plain batch leaves out the checks that odd input needs (``fusedrnn.plain_call``): the same results and gradients as
+"""A plain batch leaves out the checks that odd input needs (``fusedrnn.inference.plain_call``): the same results and gradients as
 by the long road, and the long road, with its errors, for everything that is not plain.
 """
 

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusedrnn
-from fusedrnn import differentiable
+from fusedrnn.layer import differentiable
 from fusedrnn.cells import CELLS
 from parity import DEVICE, Case, Results, packer, ragged, twin
 from tolerances import assert_all_close

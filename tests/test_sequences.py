@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fusedrnn
 from fusedrnn.cells import CELLS
-from fusedrnn.segments import cut
+from fusedrnn.layer.segments import cut
 from loops import TWINS, layer_loop
 from parity import DEVICE, Case, Results, results
 from tolerances import assert_all_close

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 
 import fusedrnn
 from fusedrnn import FusedOptions
-from fusedrnn.cache import cached
+from fusedrnn.inference.cache import cached
 from fusedrnn.cells import CELLS
 from loops import TWINS
 from parity import DEVICE

@@ -18,10 +18,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusedrnn
-from fusedrnn import differentiable
-from fusedrnn.autograd import recurrent_layer
+from fusedrnn.layer import differentiable
+from fusedrnn.layer.autograd import recurrent_layer
 from fusedrnn.cells import CELLS
-from fusedrnn.layer_call import LayerCall
+from fusedrnn.layer.call import LayerCall
 
 
 def flops(call: Callable[[], object]) -> int:

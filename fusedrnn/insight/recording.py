@@ -2,13 +2,12 @@
 
 The backward kernel gives the norms of what it has in hand at each step: of what later steps send to h_t and c_t, of
 dL/dh_t and dL/dc_t, all paths summed, and of each gate's gradient. Nothing is computed twice, and nothing is kept but
-the norms. What they say: :mod:`fusedrnn.layer_gradients`.
+the norms. What they say: :mod:`fusedrnn.insight.layer_gradients`.
 """
 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,17 +15,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .cells import CELLS
-from .layer_call import LayerCall, OutputGradients, Owner
+from ..cells import CELLS
+from ..layer.call import LayerCall, OutputGradients, Owner
+from ..layer.listeners import listening, lock
+from ..layer.segments import Segments
+from ..options import HasOptions
+from ..torch_internals import backward_pass, transformed
 from .layer_gradients import ADVICE, LEGEND, LayerGradients
-from .segments import Segments
-from .torch_internals import backward_pass, transformed
 
-__all__ = ["LayerGradients", "interested", "record_gradients"]
+__all__ = ["LayerGradients", "record_gradients"]
 
 
-_active: list[record_gradients] = []
-_lock = threading.Lock()
+_RNNBase = nn.RNNBase  # people give names of torch.nn to our classes
 
 
 class _Call(NamedTuple):
@@ -74,9 +74,8 @@ class record_gradients:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        from .modules import _SequenceModule
-
-        self._names = {module: name for name, module in model.named_modules() if isinstance(module, _SequenceModule)}
+        ours = [(name, module) for name, module in model.named_modules() if isinstance(module, HasOptions)]
+        self._names = {module: name for name, module in ours if isinstance(module, _RNNBase)}
         if not self._names:
             raise ValueError("record_gradients: the model has no fusedrnn.RNN, LSTM, GRU or ResidualRNN")
         self._raw: list[_Call] = []
@@ -85,13 +84,13 @@ class record_gradients:
         self._calls: dict[tuple[int, nn.Module, int], int] = {}
 
     def __enter__(self) -> record_gradients:
-        with _lock:
-            _active.append(self)
+        with lock:
+            listening.append(self)
         return self
 
     def __exit__(self, *args: Any) -> None:
-        with _lock:
-            _active.remove(self)
+        with lock:
+            listening.remove(self)
 
     def add(self, call: LayerCall, gradients: OutputGradients, norms: Tensor) -> None:
         """A layer's norms (D, N, 2 * states + gates), as the kernel gives them, for these gradients of its outputs."""
@@ -99,7 +98,7 @@ class record_gradients:
             raise RuntimeError("record_gradients cannot look into torch.func.vmap, grad and the like")
         if norms.is_meta:
             raise RuntimeError("record_gradients: gradients on the meta device have no norms")
-        with _lock:
+        with lock:
             module, layer, layout = call.owner.module(), call.owner.layer, call.owner.layout
             number = self._passes.setdefault(backward_pass(), len(self._passes))
             index = self._calls.get((number, module, layer), 0)
@@ -115,7 +114,7 @@ class record_gradients:
     @property
     def layers(self) -> list[LayerGradients]:
         """Of each backward pass, call, layer and direction, in the order in which they ran."""
-        with _lock:
+        with lock:
             if not self._layers:
                 several = len(self._passes) > 1, any(raw.call for raw in self._raw)
                 self._layers = [layer for raw in self._raw for layer in self._laid_out(raw, several)]
@@ -240,13 +239,6 @@ class record_gradients:
                 " compiled, which is not recorded)"
             )
         return layers
-
-
-def interested(owner: Owner | None) -> Sequence[record_gradients]:
-    """The recordings under way that the call is for. (What Dynamo has compiled is nobody's.)"""
-    if owner is None or not _active:
-        return ()
-    return [recorder for recorder in _active if recorder.wants(owner)]
 
 
 def _norms_of(d: Tensor | None, like: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import _C  # noqa: F401  registers the ops
-from .cells import CELLS, CellInfo
+from .. import _C  # noqa: F401  registers the ops
+from ..cells import CELLS, CellInfo
 
 __all__ = [
     "NOISELESS",

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .cells import CELLS
+from ..cells import CELLS
+from .call import LayerCall, Leaves, Needs, OutputGradients
 from .differentiable import STEPS, previous
-from .layer_call import LayerCall, Leaves, Needs, OutputGradients
 
 __all__ = ["hessian_vector_product"]
 

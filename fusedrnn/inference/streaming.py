@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import _C, cache, options
-from .autograd import in_place
-from .dropout import kept_parts
-from .fused_module import FusedModule
+from .. import _C, options
+from ..layer.autograd import in_place
+from ..layer.dropout import kept_parts
+from ..torch_internals import heard, kept_weights, runs_of_call
+from . import cache
 from .plain_call import form_of
-from .torch_internals import heard, kept_weights, runs_of_call
 
-__all__ = ["cell_of", "step"]
+__all__ = ["Usual", "cell_of", "step"]
 
 _RNN, _LSTM, _GRU = torch.nn.RNN, torch.nn.LSTM, torch.nn.GRU  # people give these names to our classes
 
@@ -56,8 +56,15 @@ def _draws(module: torch.nn.RNNBase, given: options.FusedOptions) -> bool:
     )
 
 
-def step(module: torch.nn.RNNBase, input: Tensor, hx: Any, forwards: frozenset[Any]) -> tuple[Tensor, Any]:
-    """input (B, I) and states -> output (B, R) and states. ``forwards``: those whose work a prepared step does."""
+class Usual(NamedTuple):
+    """Methods whose work a prepared step does."""
+
+    call: Any
+    forwards: frozenset[Any]
+
+
+def step(module: torch.nn.RNNBase, input: Tensor, hx: Any, usual: Usual) -> tuple[Tensor, Any]:
+    """input (B, I) and states -> output (B, R) and states."""
     if is_compiling():
         return _by_forward(module, input, hx)
     kept = cache.cached.get(module)
@@ -77,7 +84,7 @@ def step(module: torch.nn.RNNBase, input: Tensor, hx: Any, forwards: frozenset[A
     if kept is not None:
         kept.step = None
     result = _by_forward(module, input, hx)
-    _prepare(module, input, forwards)
+    _prepare(module, input, usual)
     return result
 
 
@@ -95,12 +102,12 @@ def _by_forward(module: torch.nn.RNNBase, input: Tensor, hx: Any) -> tuple[Tenso
         return in_place(Tensor.squeeze_, Tensor.squeeze, y, time), last  # no view: people call methods in place
 
 
-def _prepare(module: torch.nn.RNNBase, input: Tensor, forwards: frozenset[Any]) -> None:
+def _prepare(module: torch.nn.RNNBase, input: Tensor, usual: Usual) -> None:
     """The next step of as many samples, where it would do no more than ``forward``, which has found all right."""
     given, forward = options.of(module), type(module).forward
-    calls = (*runs_of_call(module), ("__call__", FusedModule.__call__), ("forward", forward))
+    calls = (*runs_of_call(module), ("__call__", usual.call), ("forward", forward))
     weights = kept_weights(module, calls)
-    if forward not in forwards or weights is None or heard(module) or _draws(module, given):
+    if forward not in usual.forwards or weights is None or heard(module) or _draws(module, given):
         return
     cell = cell_of(module)
     zoneout = kept_parts(given.zoneout, 2 if cell == "lstm" else 1)

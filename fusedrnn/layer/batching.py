@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C
-from .cells import CELLS
-from .differentiable import previous
-from .layer_call import (
+from .. import _C
+from ..cells import CELLS
+from ..torch_internals import add_batch_dim, batched_by_autograd, batching_level, remove_batch_dim
+from .call import (
     BackwardArguments,
     ForwardArguments,
     Gradients,
@@ -31,7 +31,7 @@ from .layer_call import (
     layer_backward,
     layer_forward,
 )
-from .torch_internals import add_batch_dim, batched_by_autograd, batching_level, remove_batch_dim
+from .differentiable import previous
 
 __all__ = ["is_batched_by_autograd", "map_backward"]
 

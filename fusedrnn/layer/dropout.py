@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layer_call import NOISELESS, LayerCall, Noise
+from .call import NOISELESS, LayerCall, Noise
 from .segments import Segments
 
 __all__ = ["Rates", "draw", "drop_input", "drop_weights", "kept_parts", "rates"]

@@ -1,4 +1,4 @@
-"""The ops' shapes: ``torch.ops.fusedrnn.layer_forward`` and ``layer_backward`` (:mod:`fusedrnn.layer_call`).
+"""The ops' shapes: ``torch.ops.fusedrnn.layer_forward`` and ``layer_backward`` (:mod:`fusedrnn.layer.call`).
 
 The compiled part holds every check (``csrc/layer.cpp``). Here are only the fake kernels, which give torch.compile,
 torch.export and the meta device the shapes of the results, and what torch.utils.flop_counter counts.
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from . import _C
-from .cells import CELLS
-from .layer_call import BackwardArguments, ForwardArguments, LayerCall, layer_backward, layer_forward
+from .. import _C
+from ..cells import CELLS
+from .call import BackwardArguments, ForwardArguments, LayerCall, layer_backward, layer_forward
 
 __all__ = ["KERNEL_DTYPES", "layer_backward", "layer_forward", "refuse_older_exporter"]
 

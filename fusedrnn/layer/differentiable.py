@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .layer_call import LayerCall, Leaves, OutputGradients, Outputs
+from .call import LayerCall, Leaves, OutputGradients, Outputs
 
 __all__ = ["STEPS", "Numbered", "gradients", "layer", "numbered", "previous"]
 

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._C import fits, infer
+from ..cells import CELLS
+from ..layer.autograd import in_place, recurrent_layer
+from ..layer.call import PLAIN, LayerCall, Options, Owner
+from ..layer.dropout import kept_parts
+from ..options import HasOptions
+from ..torch_internals import dual_level
 from . import cache
-from ._C import fits, infer
-from .autograd import in_place, recurrent_layer
-from .cells import CELLS
-from .dropout import kept_parts
-from .layer_call import PLAIN, LayerCall, Options, Owner
-from .options import HasOptions
-from .torch_internals import dual_level
 
 __all__ = ["Form", "form_of", "infers", "plain_call"]
 

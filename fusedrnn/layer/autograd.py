@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from . import differentiable, recording
+from ..cells import CELLS
+from ..torch_internals import dual_level, exporting, functionalizing, transformed
+from . import differentiable
 from .batching import is_batched_by_autograd, map_backward
-from .cells import CELLS
-from .layer_call import Gradients, LayerCall, Leaves, Needs, Options, OutputGradients, Outputs
+from .call import Gradients, LayerCall, Leaves, Needs, Options, OutputGradients, Outputs
+from .listeners import interested
 from .ops import KERNEL_DTYPES, refuse_older_exporter
 from .second_order import hessian_vector_product
-from .torch_internals import dual_level, exporting, functionalizing, transformed
 
 __all__ = ["RecurrentLayer", "RecurrentLayerBackward", "in_place", "recurrent_layer"]
 
@@ -88,7 +89,7 @@ def _refuse(options: Options, what: str) -> None:
 
 
 def _wants_plain_operations(call: LayerCall, gradients: OutputGradients | None = None) -> bool:
-    """Whether only :func:`fusedrnn.differentiable.layer` will do: forward-mode AD, whose levels torch lets no Function
+    """Whether only :func:`fusedrnn.layer.differentiable.layer` will do: forward-mode AD, whose levels torch lets no Function
     see but one, and torch.func.functionalize, which takes none.
     """
     if is_compiling():
@@ -182,7 +183,7 @@ def _is_one_step(call: LayerCall) -> bool:
     return (
         torch.is_grad_enabled()
         and not (is_compiling() or transformed() or call.options.limited)
-        and not recording.interested(call.owner)
+        and not interested(call.owner)
         and call.batch_sizes is None
         and call.x.size(0) == 1
     )
@@ -210,7 +211,7 @@ def _one_step(call: LayerCall, gradients: OutputGradients) -> list[Tensor | None
 
 def _backward(call: LayerCall, gradients: OutputGradients, y: Tensor, saved: Tensor, needs: Needs) -> Gradients:
     """The kernel's backward pass, with norms for who records."""
-    recorders = recording.interested(call.owner)
+    recorders = interested(call.owner)
     found = call.backward(gradients, y, saved, Needs(needs.x, needs.weights, needs.gates, bool(recorders)))
     for recorder in recorders:
         recorder.add(call, gradients, found.norms)
@@ -221,9 +222,9 @@ class RecurrentLayerBackward(torch.autograd.Function):
     """The hand-derived gradients of :class:`RecurrentLayer`, as a function that may be differentiated again:
     ``apply(need_x, need_weights, y, saved, *call.flat, *gradients.flat)`` -> those of the gates and of the leaves.
 
-    *Its derivative* is :func:`fusedrnn.second_order.hessian_vector_product`, by hand. Where that is to be
+    *Its derivative* is :func:`fusedrnn.layer.second_order.hessian_vector_product`, by hand. Where that is to be
     differentiated in its turn, or a transform of torch.func is at work, it is that of
-    :func:`fusedrnn.differentiable.layer`, differentiated twice by torch: correct to any order, and slower. ``y`` and
+    :func:`fusedrnn.layer.differentiable.layer`, differentiated twice by torch: correct to any order, and slower. ``y`` and
     ``saved`` are functions of the other arguments; what goes through them is part of those arguments' gradients.
     """
 

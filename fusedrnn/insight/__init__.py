@@ -1,0 +1,1 @@
+"""The gradient's flow made visible."""

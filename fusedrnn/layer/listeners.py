@@ -1,0 +1,34 @@
+"""Who listens to backward passes: the recordings under way (:class:`fusedrnn.record_gradients`)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from .call import LayerCall, OutputGradients, Owner
+
+__all__ = ["Listener", "interested", "listening", "lock"]
+
+
+class Listener(Protocol):
+    """What a recording does."""
+
+    def wants(self, owner: Owner) -> bool:
+        """Whether the call is one of its model's."""
+
+    def add(self, call: LayerCall, gradients: OutputGradients, norms: Tensor) -> None:
+        """A layer's norms (D, N, 2 * states + gates), as the kernel gives them, for these gradients of its outputs."""
+
+
+listening: list[Listener] = []
+lock = threading.Lock()  # of the list, and of what its members keep
+
+
+def interested(owner: Owner | None) -> Sequence[Listener]:
+    """Those that the call is for. (What Dynamo has compiled is nobody's.)"""
+    if owner is None or not listening:
+        return ()
+    return [listener for listener in listening if listener.wants(owner)]

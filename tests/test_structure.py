@@ -1,0 +1,89 @@
+"""How the package hangs together: who imports whom, and how much a function is given."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "fusedrnn"
+FILES = {
+    ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): file
+    for file in sorted(PACKAGE.rglob("*.py"))
+}
+
+#: From below to above: what stands in a row imports from its own folder and from rows before it. The modules that
+#: people run stand above the package itself, ``__init__``.
+ROWS = (
+    ("_C", "extension"), ("cells", "torch_internals"), ("layer",), ("options",), ("functional",), ("inference",),
+    ("insight",), ("fused_module",), ("single_step",), ("modules",), ("convert", "init", "onnx", "patch", "reference"),
+    ("__init__",), ("compare", "gradflow", "info"),
+)  # fmt: skip
+RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
+
+#: What people call: torch.nn's signatures, all that a layer can be told, all that an experiment can.
+PUBLIC = {"functional.recurrent", *(f"modules.{name}.__init__" for name in ("RNN", "LSTM", "GRU", "ResidualRNN"))}
+PUBLIC |= {"gradflow.train"}
+MOST_ARGUMENTS = 8
+
+
+def imports(name: str) -> set[str]:
+    """The modules of the package that a module imports, at its top or inside a function."""
+    file, found = FILES[name], set()
+    package = name.split(".") if file.name == "__init__.py" and name != "__init__" else name.split(".")[:-1]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {"__init__" for alias in node.names if alias.name.split(".")[0] == "fusedrnn"}
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        parts = (node.module or "").split(".") if node.module else []
+        if node.level:
+            parts = package[: len(package) - node.level + 1] + parts
+        elif parts[:1] == ["fusedrnn"]:
+            parts = parts[1:]
+        else:
+            continue
+        for alias in node.names:
+            inside = ".".join([*parts, alias.name])
+            found.add(inside if inside in FILES or inside == "_C" else ".".join(parts) or "__init__")
+    return found - {name}
+
+
+def row(name: str) -> int:
+    return RANK[name.split(".")[0]]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_import_runs_back_up(name: str) -> None:
+    for other in imports(name):
+        same = name.split(".")[0] == other.split(".")[0]
+        assert same or row(other) < row(name), f"{name} imports {other}"
+
+
+def test_no_imports_run_in_a_circle() -> None:
+    order = TopologicalSorter({name: imports(name) - {"_C"} for name in FILES}).static_order()
+    assert set(FILES) <= set(order)  # CycleError otherwise
+
+
+def functions(name: str) -> dict[str, ast.FunctionDef]:
+    """Those of a module and of its classes, by name."""
+    found = {}
+    for node in ast.parse(FILES[name].read_text(encoding="utf-8")).body:
+        inner = node.body if isinstance(node, ast.ClassDef) else [node]
+        prefix = f"{name}.{node.name}." if isinstance(node, ast.ClassDef) else f"{name}."
+        found |= {prefix + each.name: each for each in inner if isinstance(each, ast.FunctionDef)}
+    return found
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_function_is_given_more_than_eight_values(name: str) -> None:
+    for function, node in functions(name).items():
+        given = [a for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs) if a.arg != "self"]
+        assert function in PUBLIC or len(given) <= MOST_ARGUMENTS, f"{function}: {len(given)}"
+
+
+def test_what_may_be_given_more_is_there() -> None:
+    known = {function for name in FILES for function in functions(name)}
+    assert PUBLIC <= known
