@@ -1,7 +1,7 @@
 """What inference keeps of modules from call to call: packed weights, and the next step of a stream.
 
 Not in the modules: using one changes neither its pickle nor its state. What is kept is compared before it is used:
-packed weights by a digest of those they were made of (``csrc/inference.h``), a step by :mod:`fusedrnn.inference.streaming`.
+packed weights by a digest of those they were made of (``csrc/inference.h``), a step by ``streaming.py``.
 """
 
 from __future__ import annotations

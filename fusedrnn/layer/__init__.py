@@ -1,1 +1,1 @@
-"""One call of a layer, all directions: the value, the ops, what differentiates them, and what is laid in or drawn before."""
+"""One call of a layer, all directions: the value, the ops, what differentiates them, the masks and the segments."""

@@ -89,8 +89,8 @@ def _refuse(options: Options, what: str) -> None:
 
 
 def _wants_plain_operations(call: LayerCall, gradients: OutputGradients | None = None) -> bool:
-    """Whether only :func:`fusedrnn.layer.differentiable.layer` will do: forward-mode AD, whose levels torch lets no Function
-    see but one, and torch.func.functionalize, which takes none.
+    """Whether only :func:`fusedrnn.layer.differentiable.layer` will do: forward-mode AD, whose levels torch lets no
+    Function see but one, and torch.func.functionalize, which takes none.
     """
     if is_compiling():
         return dual_level() >= 0
@@ -224,8 +224,8 @@ class RecurrentLayerBackward(torch.autograd.Function):
 
     *Its derivative* is :func:`fusedrnn.layer.second_order.hessian_vector_product`, by hand. Where that is to be
     differentiated in its turn, or a transform of torch.func is at work, it is that of
-    :func:`fusedrnn.layer.differentiable.layer`, differentiated twice by torch: correct to any order, and slower. ``y`` and
-    ``saved`` are functions of the other arguments; what goes through them is part of those arguments' gradients.
+    :func:`fusedrnn.layer.differentiable.layer`, differentiated twice by torch: correct to any order, and slower. ``y``
+    and ``saved`` are functions of the other arguments; what goes through them is part of those arguments' gradients.
     """
 
     generate_vmap_rule = True
