@@ -7,6 +7,7 @@
 // weights: for each direction w_ih, w_hh[, b_ih, b_hh][, w_hr], as torch.nn lays them out. x is [T, B, I], or [N, I]
 // with batch_sizes (a PackedSequence's). Outputs never alias inputs or one another.
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <ATen/core/stack.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -52,12 +53,41 @@ void* output_rows(const Tensor& t, const Layer& layer, int64_t columns) {
 // In the type of the caller's tensors, from that of a layer that was widened.
 Tensor narrowed(const Tensor& t, const Tensor& like) { return t.to(like.scalar_type()); }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_forward(const Tensor& x, const OptionalTensor& batch_sizes,
-                                                         const OptionalTensor& h0, const OptionalTensor& c0,
-                                                         at::TensorList weights, c10::string_view cell,
-                                                         bool bidirectional, bool save, const OptionalTensor& mask_h,
-                                                         const OptionalTensor& keep_h, const OptionalTensor& keep_c) {
-  Layer layer = read_layer(x, batch_sizes, h0, c0, weights, cell, bidirectional, {mask_h, keep_h, keep_c});
+// The arguments of an op as they lie on torch's stack, taken in the order of the schema.
+class Arguments {
+ public:
+  Arguments(const c10::OperatorHandle& op, torch::jit::Stack& stack)
+      : count_(op.schema().arguments().size()), stack_(stack), next_(stack.size() - count_) {}
+  Tensor tensor() { return take().toTensor(); }
+  OptionalTensor optional() { return take().toOptional<Tensor>(); }
+  std::vector<Tensor> tensors() { return take().toTensorVector(); }
+  std::string text() { return take().toStringRef(); }
+  bool flag() { return take().toBool(); }
+  int64_t integer() { return take().toInt(); }
+  double number() { return take().toDouble(); }
+  // Their place is for the results.
+  template <class... Results>
+  void give(Results&&... results) {
+    torch::jit::drop(stack_, count_);
+    torch::jit::push(stack_, std::forward<Results>(results)...);
+  }
+
+ private:
+  const c10::IValue& take() { return stack_[next_++]; }
+  size_t count_;
+  torch::jit::Stack& stack_;
+  size_t next_;
+};
+
+void layer_forward(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  Arguments given(op, *stack);
+  const Tensor x = given.tensor();
+  const OptionalTensor batch_sizes = given.optional(), h0 = given.optional(), c0 = given.optional();
+  const std::vector<Tensor> weights = given.tensors();
+  const std::string cell = given.text();
+  const bool bidirectional = given.flag(), save = given.flag();
+  const Noise noise{given.optional(), given.optional(), given.optional()};
+  Layer layer = read_layer(x, batch_sizes, h0, c0, weights, cell, bidirectional, noise);
   layer.widen_without_kernel();
   const LayerSizes& z = layer.size;
   const int64_t width = z.D * z.R;
@@ -76,94 +106,149 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_forward(const Tensor& x, const 
     p.saved_stride = layer.saved_width();
     run(layer, p);
   }
-  return {narrowed(y, x), narrowed(h_n, x), narrowed(c_n, x), saved};
+  given.give(narrowed(y, x), narrowed(h_n, x), narrowed(c_n, x), saved);
 }
 
-// need_*: which gradients are wanted beside those of h0 and c0; the others come back empty. The rest as in problem.h.
-std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>, Tensor, Tensor, Tensor> layer_backward(
-    const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n, const OptionalTensor& dc_rows,
-    const Tensor& x, const OptionalTensor& batch_sizes, const OptionalTensor& h0, const OptionalTensor& c0,
-    at::TensorList weights, const Tensor& y, const Tensor& saved, c10::string_view cell, bool bidirectional,
-    bool need_x, bool need_weights, bool need_gates, bool need_norms, int64_t bptt_steps, double clip,
-    bool clip_by_norm, const OptionalTensor& mask_h, const OptionalTensor& keep_h, const OptionalTensor& keep_c) {
-  Layer layer = read_layer(x, batch_sizes, h0, c0, weights, cell, bidirectional, {mask_h, keep_h, keep_c});
+// What later computations send back; each may be undefined.
+struct Cotangents {
+  Tensor y, h_n, c_n, c;  // rows, states, states, rows
+};
+
+// Which gradients are wanted beside those of h0 and c0.
+struct Needs {
+  bool x, weights, gates, norms;
+};
+
+struct Limits {
+  int64_t bptt_steps;
+  double clip;
+  bool by_norm;
+};
+
+// As layer_backward returns them; what is not wanted is empty.
+struct Gradients {
+  Tensor x, h0, c0;
+  std::vector<Tensor> weights;
+  Tensor gates, h, norms;
+  Tensor x_part[2];  // the directions are worked on at the same time
+};
+
+Gradients empty_gradients(const Layer& layer, const std::vector<Tensor>& weights, const Needs& need) {
   const LayerSizes& z = layer.size;
-  const bool two_states = layer.constants().states == 2;
+  const CellConstants& cell = layer.constants();
+  const auto options = layer.x.options(), compute = options.dtype(layer.compute_type());
+  const bool wide = layer.compute_type() == layer.dtype, cuda = layer.x.is_cuda();
+  const int64_t rows_of_gates = need.gates ? z.N : 0;
+  Gradients g;
+  g.x = need.x ? empty_rows(layer, z.I) : at::empty({0}, options);
+  if (need.x) g.x_part[0] = wide && (cuda || z.D == 1) ? g.x : at::empty({z.N, z.I}, compute);
+  if (need.x && z.D == 2 && !cuda) g.x_part[1] = at::empty({z.N, z.I}, compute);
+  g.h0 = at::empty({z.D, z.B, z.R}, options);
+  g.c0 = at::empty({cell.states == 2 ? z.D : 0, z.B, z.H}, options);
+  g.gates = at::empty({z.D, rows_of_gates, (cell.gates + cell.split) * z.H}, compute);
+  g.h = at::empty({z.D, z.projected ? rows_of_gates : 0, z.R}, compute);
+  g.norms = at::empty({z.D, need.norms ? z.N : 0, 2 * cell.states + cell.gates}, compute);
+  for (const Tensor& w : weights) {
+    if (need.weights) g.weights.push_back(z.B > 0 ? at::empty(w.sizes(), options) : at::zeros(w.sizes(), options));
+  }
+  return g;
+}
+
+void fill_results(BackwardProblem& p, const Layer& layer, const Gradients& g, const Needs& need) {
+  const LayerSizes& z = layer.size;
+  const CellConstants& cell = layer.constants();
+  p.dx = need.x ? output_rows(g.x, layer, z.I) : nullptr;
+  for (int d = 0; d < 2; ++d) p.dx_part[d] = g.x_part[d].is_same(g.x) ? p.dx : output(g.x_part[d], {z.N, z.I});
+  p.dh0 = output(g.h0, {z.D, z.B, z.R});
+  p.dc0 = output(g.c0, {z.D, z.B, z.H});
+  p.dgates = output(g.gates, {z.D, z.N, (cell.gates + cell.split) * z.H});
+  p.dh = output(g.h, {z.D, z.N, z.R});
+  p.norms = output(g.norms, {z.D, z.N, 2 * cell.states + cell.gates});
+  p.weight_gradients = need.weights;
+  const size_t each = g.weights.size() / z.D;
+  for (int d = 0; need.weights && d < z.D; ++d) {
+    const Tensor* w = &g.weights[d * each];
+    const bool bias = each >= 4;
+    const int64_t units = cell.gates * z.H;
+    p.dw[d] = {output(w[0], {units, z.I}), output(w[1], {units, z.R}), bias ? output(w[2], {units}) : nullptr,
+               bias ? output(w[3], {units}) : nullptr, z.projected ? output(w[each - 1], {z.R, z.H}) : nullptr};
+  }
+}
+
+void fill_limits(BackwardProblem& p, const Layer& layer, const Limits& limits) {
+  p.bptt_steps = limits.bptt_steps;
+  // Not to become 0, which is no limit, in the compute type.
+  const double least = layer.dtype == at::kDouble ? 0 : std::numeric_limits<float>::denorm_min();
+  p.clip = limits.clip > 0 ? std::max(limits.clip, least) : 0;
+  p.clip_by_norm = limits.by_norm && limits.clip > 0;
+}
+
+// What layer_forward returned, and what comes back to it.
+void check_backward(const Layer& layer, const Tensor& y, const Tensor& saved, const Limits& limits) {
+  const LayerSizes& z = layer.size;
   check_there(y, "y");
   check_there(saved, "saved");
   check_rows(y, layer, "y", z.R);
-  TORCH_CHECK(saved.scalar_type() == layer.compute_type() && saved.device() == x.device(),
+  TORCH_CHECK(saved.scalar_type() == layer.compute_type() && saved.device() == layer.x.device(),
               "saved must be what layer_forward returned");
   TORCH_CHECK(saved.sizes() == at::IntArrayRef({z.D, z.N, layer.saved_width()}),
               "saved must be what layer_forward(save=True) returned, of shape ",
               at::IntArrayRef({z.D, z.N, layer.saved_width()}), ", got ", saved.sizes());
-  Tensor dy_rows = check_rows(dy, layer, "dy", z.R), dc_views = check_rows(dc_rows, layer, "dc", z.H);
-  TORCH_CHECK_VALUE(two_states || !dc_views.defined(), cell, " has no c to have a gradient dc");
-  TORCH_CHECK_VALUE(bptt_steps >= 0, "bptt_steps must not be negative, got ", bptt_steps);
-  TORCH_CHECK_VALUE(clip >= 0 && std::isfinite(clip), "clip must be finite and not negative, got ", clip);
-  Tensor dh = check_optional(dh_n, x, "dh_n", {z.D, z.B, z.R});
-  Tensor dc = check_optional(dc_n, x, "dc_n", {two_states ? z.D : 0, z.B, z.H});
+  TORCH_CHECK_VALUE(limits.bptt_steps >= 0, "bptt_steps must not be negative, got ", limits.bptt_steps);
+  TORCH_CHECK_VALUE(limits.clip >= 0 && std::isfinite(limits.clip), "clip must be finite and not negative, got ",
+                    limits.clip);
+}
+
+void layer_backward(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  Arguments given(op, *stack);
+  const OptionalTensor dy = given.optional(), dh_n = given.optional(), dc_n = given.optional(), dc = given.optional();
+  const Tensor x = given.tensor();
+  const OptionalTensor batch_sizes = given.optional(), h0 = given.optional(), c0 = given.optional();
+  const std::vector<Tensor> weights = given.tensors();
+  const Tensor y = given.tensor(), saved = given.tensor();
+  const std::string cell = given.text();
+  const bool bidirectional = given.flag();
+  const Needs need{given.flag(), given.flag(), given.flag(), given.flag()};
+  const Limits limits{given.integer(), given.number(), given.flag()};
+  const Noise noise{given.optional(), given.optional(), given.optional()};
+
+  Layer layer = read_layer(x, batch_sizes, h0, c0, weights, cell, bidirectional, noise);
+  const LayerSizes& z = layer.size;
+  const bool two_states = layer.constants().states == 2;
+  check_backward(layer, y, saved, limits);
+  Cotangents back{check_rows(dy, layer, "dy", z.R), check_optional(dh_n, x, "dh_n", {z.D, z.B, z.R}),
+                  check_optional(dc_n, x, "dc_n", {two_states ? z.D : 0, z.B, z.H}),
+                  check_rows(dc, layer, "dc", z.H)};
+  TORCH_CHECK_VALUE(two_states || !back.c.defined(), cell, " has no c to have a gradient dc");
   layer.widen_without_kernel();
-  const auto options = layer.x.options();
   const auto widened = [&](const Tensor& t) {
     return t.defined() && t.scalar_type() != layer.dtype ? widened_to_float(t) : t;
   };
-  dy_rows = widened(dy_rows), dc_views = widened(dc_views);
-  dh = widened(dh), dc = widened(dc);
+  for (Tensor* t : {&back.y, &back.h_n, &back.c_n, &back.c}) *t = widened(*t);
   const Tensor y_rows = aligned(widened(y).contiguous()), saved_rows = aligned(saved.contiguous());
-
-  const auto compute = options.dtype(layer.compute_type());
-  Tensor dx = need_x ? empty_rows(layer, z.I) : at::empty({0}, options);
-  Tensor dx_part[2];  // the directions are worked on at the same time
-  const bool wide = layer.compute_type() == layer.dtype, cuda = x.is_cuda();
-  if (need_x) dx_part[0] = wide && (cuda || z.D == 1) ? dx : at::empty({z.N, z.I}, compute);
-  if (need_x && z.D == 2 && !cuda) dx_part[1] = at::empty({z.N, z.I}, compute);
-  Tensor dh0 = at::empty({z.D, z.B, z.R}, options);
-  Tensor dc0 = at::empty({two_states ? z.D : 0, z.B, z.H}, options);
-  const CellConstants& cell_of = layer.constants();
-  const int64_t rows_of_gates = need_gates ? z.N : 0;
-  Tensor dgates = at::empty({z.D, rows_of_gates, (cell_of.gates + cell_of.split) * z.H}, compute);
-  Tensor dh_rows = at::empty({z.D, z.projected ? rows_of_gates : 0, z.R}, compute);
-  Tensor norms = at::empty({z.D, need_norms ? z.N : 0, 2 * cell_of.states + cell_of.gates}, compute);
-  std::vector<Tensor> dw;
-  for (const Tensor& w : weights) {
-    if (need_weights) dw.push_back(z.B > 0 ? at::empty(w.sizes(), options) : at::zeros(w.sizes(), options));
-  }
+  Gradients g = empty_gradients(layer, weights, need);
   if (z.B > 0) {
     BackwardProblem p;
     fill(p, layer);
-    p.dy = rows(dy_rows, layer.packed);
-    p.dc = rows(dc_views, layer.packed);
+    p.dy = rows(back.y, layer.packed);
+    p.dc = rows(back.c, layer.packed);
     p.y = input(y_rows);
     p.saved = input(saved_rows);
     p.saved_stride = layer.saved_width();
-    p.dh_n = input(dh);
-    p.dc_n = two_states ? input(dc) : nullptr;
-    p.dx = need_x ? output_rows(dx, layer, z.I) : nullptr;
-    for (int d = 0; d < 2; ++d) p.dx_part[d] = dx_part[d].is_same(dx) ? p.dx : output(dx_part[d], {z.N, z.I});
-    p.dh0 = output(dh0, {z.D, z.B, z.R});
-    p.dc0 = output(dc0, {z.D, z.B, z.H});
-    p.dgates = output(dgates, {z.D, z.N, (cell_of.gates + cell_of.split) * z.H});
-    p.dh = output(dh_rows, {z.D, z.N, z.R});
-    p.norms = output(norms, {z.D, z.N, 2 * cell_of.states + cell_of.gates});
-    p.bptt_steps = bptt_steps;
-    // Not to become 0, which is no limit, in the compute type.
-    const double least = layer.dtype == at::kDouble ? 0 : std::numeric_limits<float>::denorm_min();
-    p.clip = clip > 0 ? std::max(clip, least) : 0;
-    p.clip_by_norm = clip_by_norm && clip > 0;
-    p.weight_gradients = need_weights;
-    const size_t each = weights.size() / z.D;
-    for (int d = 0; need_weights && d < z.D; ++d) {
-      const Tensor* g = &dw[d * each];
-      const bool bias = each >= 4;
-      const int64_t units = cell_of.gates * z.H;
-      p.dw[d] = {output(g[0], {units, z.I}), output(g[1], {units, z.R}), bias ? output(g[2], {units}) : nullptr,
-                 bias ? output(g[3], {units}) : nullptr, z.projected ? output(g[each - 1], {z.R, z.H}) : nullptr};
-    }
+    p.dh_n = input(back.h_n);
+    p.dc_n = two_states ? input(back.c_n) : nullptr;
+    fill_results(p, layer, g, need);
+    fill_limits(p, layer, limits);
     run(layer, p);
   }
-  for (Tensor& g : dw) g = narrowed(g, x);
-  return {narrowed(dx, x), narrowed(dh0, x), narrowed(dc0, x), dw, dgates, dh_rows, norms};
+  for (Tensor& w : g.weights) w = narrowed(w, x);
+  given.give(narrowed(g.x, x), narrowed(g.h0, x), narrowed(g.c0, x), g.weights, g.gates, g.h, g.norms);
+}
+
+// The kernels take their arguments from the stack, where torch has them: the schema is the only list of them in C++.
+void implement(torch::Library& m) {
+  m.impl("layer_forward", torch::CppFunction::makeFromBoxedFunction<&layer_forward>());
+  m.impl("layer_backward", torch::CppFunction::makeFromBoxedFunction<&layer_backward>());
 }
 
 }  // namespace
@@ -181,22 +266,16 @@ TORCH_LIBRARY(fusedrnn, m) {
       "-> (Tensor, Tensor, Tensor, Tensor[], Tensor, Tensor, Tensor)");
 }
 
-// fusedrnn.layer.autograd differentiates layers. A call of an op by itself, from a trace say, has no gradient: an error.
+// fusedrnn.layer.autograd differentiates layers. A call of an op by itself, from a trace say, has no gradient: it raises.
 TORCH_LIBRARY_IMPL(fusedrnn, Autograd, m) {
   m.impl("layer_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("layer_backward", torch::autograd::autogradNotImplementedFallback());
 }
 
-TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) {
-  m.impl("layer_forward", layer_forward);
-  m.impl("layer_backward", layer_backward);
-}
+TORCH_LIBRARY_IMPL(fusedrnn, CPU, m) { implement(m); }
 
 #if defined(FUSEDRNN_CUDA)
-TORCH_LIBRARY_IMPL(fusedrnn, CUDA, m) {
-  m.impl("layer_forward", layer_forward);
-  m.impl("layer_backward", layer_backward);
-}
+TORCH_LIBRARY_IMPL(fusedrnn, CUDA, m) { implement(m); }
 #endif
 
 }  // namespace fusedrnn

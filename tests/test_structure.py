@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fusedrnn"
+CSRC = PACKAGE.parent / "csrc"
+SOURCES = sorted(file for file in CSRC.rglob("*") if file.suffix in (".h", ".cpp", ".inl", ".cu"))
 FILES = {
     ".".join(file.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): file
     for file in sorted(PACKAGE.rglob("*.py"))
@@ -87,3 +90,25 @@ def test_no_function_is_given_more_than_eight_values(name: str) -> None:
 def test_what_may_be_given_more_is_there() -> None:
     known = {function for name in FILES for function in functions(name)}
     assert PUBLIC <= known
+
+
+def arguments(text: str, begin: int) -> tuple[int, int]:
+    """How many stand in the parentheses that open before ``begin``, and where these close."""
+    depth, angles, count, end = 1, 0, 1, begin
+    while depth and end < len(text):
+        c = text[end]
+        depth += (c in "([{") - (c in ")]}")
+        angles += (c == "<") - (c == ">" and angles > 0 and text[end - 1] != "-")
+        count += c == "," and depth == 1 and angles == 0
+        end += 1
+    return count, end
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.name)
+def test_no_function_of_csrc_is_given_more_than_eight_values(file: Path) -> None:
+    """By its definition: parentheses and a body."""
+    text = re.sub(r"//.*", "", file.read_text(encoding="utf-8"))
+    for match in re.finditer(r"\b(?!if\b|for\b|while\b|switch\b)([A-Za-z_]\w*)\s*\(", text):
+        count, end = arguments(text, match.end())
+        if re.match(r"\s*(const\s*)?(noexcept\s*)?\{", text[end:]):
+            assert count <= MOST_ARGUMENTS, f"{match[1]}: {count}"
