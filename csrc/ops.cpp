@@ -266,7 +266,8 @@ TORCH_LIBRARY(fusedrnn, m) {
       "-> (Tensor, Tensor, Tensor, Tensor[], Tensor, Tensor, Tensor)");
 }
 
-// fusedrnn.layer.autograd differentiates layers. A call of an op by itself, from a trace say, has no gradient: it raises.
+// fusedrnn.layer.autograd differentiates layers. A call of an op by itself, from a trace say, has no gradient: an
+// error.
 TORCH_LIBRARY_IMPL(fusedrnn, Autograd, m) {
   m.impl("layer_forward", torch::autograd::autogradNotImplementedFallback());
   m.impl("layer_backward", torch::autograd::autogradNotImplementedFallback());
