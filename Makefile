@@ -15,12 +15,13 @@ BUILD   := build/stamp$(subst /,-,$(VENV))
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
 .PHONY: help demo test bench bench-peers phases test-avx512 sanitize sanitize-memory sanitize-threads build clean distclean
-.PHONY: check force gpu test-clients test-versions test-newest
+.PHONY: check force format gpu lint test-clients test-versions test-newest
 .NOTPARALLEL:
 
 help:
 	@echo 'make demo       train a character model with torch.nn.LSTM, then with fusedrnn.LSTM, and compare the two'
 	@echo 'make test       run every test'
+	@echo 'make lint       check the form of the Python (make format: give it)'
 	@echo 'make test-versions  run the tests under every torch and Python that are supported (make test-newest: the newest torch)'
 	@echo 'make test-clients  run other libraries unchanged on torch.nn patched: the same losses, both times'
 	@echo 'make bench      time fusedrnn against torch.nn, layer by layer (make bench-peers: ONNX Runtime and OpenVINO)'
@@ -40,6 +41,15 @@ demo: $(BUILD)
 
 test: $(BUILD)
 	@$(BIN) -m pytest $(ARGS)
+
+# Names, imports, line lengths, layout: the settings are in pyproject.toml.
+lint: $(SETUP)
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check --quiet . || { echo 'error: make format gives these files their form' >&2; exit 1; }
+
+format: $(SETUP)
+	@$(VENV)/bin/ruff check --fix --quiet .
+	@$(VENV)/bin/ruff format --quiet .
 
 # Every torch and Python that are supported, each in an environment of its own; the table is docs/versions.md.
 test-versions:

@@ -25,8 +25,8 @@ def yardsticks(threads: int) -> dict[str, Callable[[], float]]:
     found = {f"multiply-adds, {n} thread(s), GFLOP/s": lambda n=n: _C.peak_flops(n) / 1e9 for n in counts}
     for kilobytes in KILOBYTES:
         for n in counts:
-            found[f"reading {kilobytes} KiB a thread, {n} thread(s), GB/s"] = (
-                lambda n=n, kilobytes=kilobytes: _C.read_bandwidth(n, kilobytes) / 1e9
+            found[f"reading {kilobytes} KiB a thread, {n} thread(s), GB/s"] = lambda n=n, kilobytes=kilobytes: (
+                _C.read_bandwidth(n, kilobytes) / 1e9
             )
     if threads > 1:
         found[f"a meeting of {threads}, ns"] = lambda: _C.meeting_seconds(threads) * 1e9

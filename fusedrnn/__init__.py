@@ -7,7 +7,7 @@
 torch.Size([5, 3, 20])
 """
 
-from . import extension  # isort: skip  before all that loads the extension
+from . import extension  # noqa: F401  # isort: skip  before all that loads the extension
 from . import functional, init, onnx, reference
 from .cells import CELLS, CellInfo
 from .convert import ConversionReport, convert, revert

@@ -374,9 +374,7 @@ def recurrent_cell(
         if state.dim() != 2:
             raise RuntimeError(f"Expected 2D hidden{index} (batch x hidden_size), but got {state.dim()}D tensor")
         if state.size(0) != x.size(0):
-            raise RuntimeError(
-                f"Input batch size {x.size(0)} doesn't match hidden{index} batch size {state.size(0)}"
-            )
+            raise RuntimeError(f"Input batch size {x.size(0)} doesn't match hidden{index} batch size {state.size(0)}")
         if state.size(1) != w_hh.size(1):
             raise RuntimeError(
                 f"hidden{index} has inconsistent hidden_size: got {state.size(1)}, expected {w_hh.size(1)}"

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from .cells import CELLS
 from .layer.call import ForwardArguments, LayerCall, layer_forward
@@ -102,9 +101,7 @@ def _is_constant(weight: Any) -> bool:
     of a branch (torch.cond) have them too, but get their numbers from a caller; its graph has no name.
     """
     return (
-        weight.producer() is None
-        and str(weight.name).startswith(("p_", "b_", "c_"))
-        and weight.graph.name is not None
+        weight.producer() is None and str(weight.name).startswith(("p_", "b_", "c_")) and weight.graph.name is not None
     )
 
 

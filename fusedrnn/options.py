@@ -31,9 +31,7 @@ __all__ = [
 ]
 
 
-def check_policy(
-    grad_clip: float | None, grad_clip_mode: str, bptt_steps: int | None, recompute: str
-) -> Options:
+def check_policy(grad_clip: float | None, grad_clip_mode: str, bptt_steps: int | None, recompute: str) -> Options:
     """These arguments of :func:`fusedrnn.functional.recurrent` as a layer takes them.
 
     Raises:

@@ -171,9 +171,7 @@ _CHECKS = (
 
 
 _LSTM = nn.LSTM  # people give the name to our class
-_RUNS = {
-    cls: (*_READS_LISTED, *((name, getattr(cls, name, None)) for name in _CHECKS)) for cls in (_LSTM, nn.RNNBase)
-}
+_RUNS = {cls: (*_READS_LISTED, *((name, getattr(cls, name, None)) for name in _CHECKS)) for cls in (_LSTM, nn.RNNBase)}
 _CALLS = (
     ("_call_impl", getattr(nn.Module, "_call_impl", None)),
     ("_wrapped_call_impl", getattr(nn.Module, "_wrapped_call_impl", None)),

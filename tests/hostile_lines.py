@@ -37,7 +37,8 @@ COMPARED = (
 # Each ended its process or gave a wrong number when it was found. It must raise, or ``right`` be true at its end.
 LINES = {
     "steps of 2**62: the bytes of two lists of them overflow": "F(r(1, 1, 1).expand(2**62, 1, 1), one)",
-    "steps of 2**60, infer": "right = _C.infer(r(1, 1, 1).expand(2**60, 1, 1), None, one, 'rnn_tanh', (3, *[1] * 5), kept) is None",
+    "steps of 2**60, infer": "x = r(1, 1, 1).expand(2**60, 1, 1); "
+    "right = _C.infer(x, None, one, 'rnn_tanh', (3, *[1] * 5), kept) is None",
     "steps of 2**62 without samples": "F(r(1, 0, 1).expand(2**62, 0, 1), one)",
     "steps of 2**33": "F(r(1, 1, 1).expand(2**33, 1, 1), one)",
     "samples whose rows overflow": "F(r(1, 1, 0).expand(4, 2**62, 0), [r(1, 0), r(1, 1)])",

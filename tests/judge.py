@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-
-from fusedrnn.cells import CELLS
 from hostile import Call
 from loops import Steps, op_loop
 from tolerances import TOLERANCE
+from torch import Tensor
+
+from fusedrnn.cells import CELLS
 
 ERRORS = (RuntimeError, ValueError, TypeError, IndexError, MemoryError, OverflowError)
 SPLIT = {"gru": 1}  # gates whose gradients before and behind the reset differ

@@ -16,12 +16,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from loops import TWINS, cell_loop, layer_loop
+from tolerances import assert_all_close
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from fusedrnn.cells import CELLS
-from loops import TWINS, cell_loop, layer_loop
-from tolerances import assert_all_close
 
 Results = dict[str, Tensor]
 DEVICE = torch.device(os.environ.get("FUSEDRNN_TEST_DEVICE", "cpu"))

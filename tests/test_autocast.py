@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from loops import SINGLES, TWINS
+from parity import DEVICE, Case, run_ours, run_twin
+from tolerances import assert_all_close
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fusedrnn
 from fusedrnn.cells import CELLS
-from loops import SINGLES, TWINS
-from parity import DEVICE, Case, run_ours, run_twin
-from tolerances import assert_all_close
 
 pytestmark = pytest.mark.device
 LOW = (torch.bfloat16, torch.float16)

@@ -11,14 +11,14 @@ from functools import partial
 
 import pytest
 import torch
+from loops import SINGLES, TWINS
+from parity import Case, results, run_ours, twin
+from tolerances import assert_all_close, assert_close
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from fusedrnn.cells import CELLS
-from loops import SINGLES, TWINS
-from parity import Case, results, run_ours, twin
-from tolerances import assert_all_close, assert_close
 
 
 def first_state(last: Tensor | tuple[Tensor, ...]) -> Tensor:

@@ -13,13 +13,25 @@ import pytest
 import torch
 
 import fusedrnn
-from fusedrnn import LSTM
 from benchmarks import __main__ as command
 from benchmarks import (
-    cases, dropout, limits, measure, memory, per_sample, python_threads, report, scaling, second_order, sequences,
-    streaming, through_time, works_with,
+    cases,
+    dropout,
+    limits,
+    measure,
+    memory,
+    per_sample,
+    python_threads,
+    report,
+    scaling,
+    second_order,
+    sequences,
+    streaming,
+    through_time,
+    works_with,
 )  # fmt: skip
 from benchmarks.cases import CASES, CELL_NAMES, REGIMES, Case
+from fusedrnn import LSTM
 from fusedrnn.cells import CELLS
 
 TINY = (3, 2, 5, 7)

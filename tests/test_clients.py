@@ -6,15 +6,15 @@ import copy
 
 import pytest
 import torch
+from loops import TWINS
+from parity import Case, results, twin
+from tolerances import assert_all_close, assert_close
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
 from fusedrnn.cells import CELLS
-from loops import TWINS
-from parity import Case, results, twin
-from tolerances import assert_all_close, assert_close
 
 LAYERS, SINGLES = ("RNN", "LSTM", "GRU"), ("RNNCell", "LSTMCell", "GRUCell")
 

@@ -10,6 +10,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from loops import SINGLES, TWINS
+from parity import Case
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
@@ -18,8 +20,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fusedrnn
 from fusedrnn.cells import CELLS
-from loops import SINGLES, TWINS
-from parity import Case
 
 NEWER = pytest.mark.skipif(torch.__version__ < "2.13", reason="an older Dynamo refuses it in words of its own")
 

@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tolerances import assert_close
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 from torch.nn.utils.parametrize import is_parametrized, remove_parametrizations
 
 import fusedrnn
 from fusedrnn.convert import ConversionReport
-from tolerances import assert_close
 
 NAMES = ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
 

@@ -13,6 +13,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from loops import TWINS
+from parity import Case, packer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -20,8 +22,6 @@ import fusedrnn
 from benchmarks.gpu_timing import tf32
 from fusedrnn.cells import CELLS
 from fusedrnn.layer.ops import KERNEL_DTYPES
-from loops import TWINS
-from parity import Case, packer
 
 AVAILABLE = "cuda" in KERNEL_DTYPES and torch.cuda.is_available()
 REASON = "no GPU" if "cuda" in KERNEL_DTYPES else "this build has no CUDA kernels"

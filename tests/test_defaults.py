@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from loops import TWINS
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves
@@ -15,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 import fusedrnn
 from fusedrnn import compare, gradflow
 from fusedrnn.cells import CELLS
-from loops import TWINS
 
 T, B, I, H = 5, 3, 4, 6
 LENGTHS = [5, 2, 0]

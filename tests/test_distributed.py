@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from tolerances import assert_all_close, assert_close
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
-from tolerances import assert_all_close, assert_close
 
 RANKS = 2
 LENGTHS = (6, 5, 3, 1)  # of the whole batch

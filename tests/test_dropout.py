@@ -10,19 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from loops import TWINS
+from parity import DEVICE
+from test_through_time import Limited
+from tolerances import assert_all_close
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
+from fusedrnn.cells import CELLS
 from fusedrnn.layer import dropout
 from fusedrnn.layer.autograd import recurrent_layer
-from fusedrnn.cells import CELLS
 from fusedrnn.layer.call import LayerCall, Noise, Options
-from loops import TWINS
-from parity import DEVICE
-from test_through_time import Limited
-from tolerances import assert_all_close
 
 T, B, I, H = 6, 4, 3, 5
 SIZES = (4, 4, 3, 1, 1, 1)  # samples of each step, of a ragged batch
@@ -129,9 +129,7 @@ def ours(
     return outcome(rows + ([c.reshape(-1, c.size(-1))] if c is not None else []), layer)
 
 
-def expected(
-    cell: str, layer: Layer, sizes: Sequence[int], directions: int, **limits: Any
-) -> dict[str, Tensor]:
+def expected(cell: str, layer: Layer, sizes: Sequence[int], directions: int, **limits: Any) -> dict[str, Tensor]:
     def wide(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.detach().double().requires_grad_(t.requires_grad)
 
@@ -487,9 +485,7 @@ def test_opcheck() -> None:
         torch.library.opcheck(fusedrnn.ops.layer_forward, (*given, cell, directions == 2, True, *noise))
         y, _, _, saved = fusedrnn.ops.layer_forward(*given, cell, directions == 2, True, *noise)
         options = cell, directions == 2, True, True, True, True, 2, 0.5, False
-        torch.library.opcheck(
-            fusedrnn.ops.layer_backward, (y, None, None, None, *given, y, saved, *options, *noise)
-        )
+        torch.library.opcheck(fusedrnn.ops.layer_backward, (y, None, None, None, *given, y, saved, *options, *noise))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from loops import TWINS
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fusedrnn
 from fusedrnn import functional
 from fusedrnn.cells import CELLS
-from loops import TWINS
 
 LAYERS, SINGLES = ("RNN", "LSTM", "GRU"), ("RNNCell", "LSTMCell", "GRUCell")
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from loops import SINGLES, TWINS
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -17,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 
 import fusedrnn
 from fusedrnn.cells import CELLS
-from loops import SINGLES, TWINS
 
 T, B, N = Dim("T"), Dim("B"), Dim("N")
 STRICT = pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
@@ -108,6 +108,7 @@ class Packed(nn.Module):
 def test_packed(given: bool, strict: bool) -> None:
     if strict and torch.__version__.startswith("2.12."):
         pytest.skip("Dynamo of torch 2.12 fails at a PackedSequence made from its first two parts")
+
     def make(*batch_sizes: int) -> tuple:
         hx = (states("lstm", 2, batch_sizes[0], 5),) if given else ()
         return torch.randn(sum(batch_sizes), 4), torch.tensor(batch_sizes), *hx

@@ -12,16 +12,16 @@ from itertools import product
 
 import pytest
 import torch
+from loops import SINGLES, TWINS
+from parity import DEVICE, Case, packer, ragged, twin
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence
 
+from fusedrnn.cells import CELLS
 from fusedrnn.layer import differentiable
 from fusedrnn.layer.autograd import recurrent_layer
 from fusedrnn.layer.call import LayerCall, Options
-from fusedrnn.cells import CELLS
-from loops import SINGLES, TWINS
-from parity import DEVICE, Case, packer, ragged, twin
 
 PROJECTED = [name for name, cell in CELLS.items() if cell.projectable]
 

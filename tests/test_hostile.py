@@ -13,9 +13,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-import pytest
-
 import hostile_lines
+import pytest
 from hostile import KINDS, SANITIZED, hostile_call
 from judge import faults
 

@@ -11,6 +11,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from inference import FLOATS, by_the_ops, same, tensors
+from loops import TWINS
+from parity import Case, run_twin
+from tolerances import assert_all_close
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -18,10 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedrnn
 from fusedrnn import _C
-from inference import FLOATS, by_the_ops, same, tensors
-from loops import TWINS
-from parity import Case, run_twin
-from tolerances import assert_all_close
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

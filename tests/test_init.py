@@ -9,6 +9,8 @@ from functools import partial
 
 import pytest
 import torch
+from loops import TWINS
+from tolerances import assert_close
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrizations import weight_norm
@@ -16,8 +18,6 @@ from torch.nn.utils.parametrizations import weight_norm
 import fusedrnn
 from fusedrnn import init
 from fusedrnn.cells import CELLS
-from loops import TWINS
-from tolerances import assert_close
 
 H = 10
 MAKERS: dict[str, tuple[str, Callable[..., nn.Module]]] = {}  # name -> cell of the registry, maker

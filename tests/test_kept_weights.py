@@ -7,20 +7,20 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from typing import Any
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from inference import KEPT, by_the_ops, same, tensors
+from loops import TWINS
 from torch import Tensor, nn
 
 import fusedrnn
 from fusedrnn import _C
 from fusedrnn.inference.cache import cached
-from inference import KEPT, by_the_ops, same, tensors
-from loops import TWINS
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from loops import SINGLES, TWINS
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves
 
 import fusedrnn
-from loops import SINGLES, TWINS
 
 T, B, I, H = 5, 3, 4, 6
 

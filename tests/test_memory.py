@@ -17,11 +17,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from parity import Case, packer, ragged, results
 from torch import Tensor, nn
 
 import fusedrnn
 from fusedrnn.cells import CELLS
-from parity import Case, packer, ragged, results
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 HELD = []  # the mappings, which must outlive their tensors

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from loops import TWINS
 from torch import Tensor, nn
 
 import fusedrnn
 from fusedrnn import _C
 from fusedrnn.cells import CELLS
-from loops import TWINS
 
 T, B, I, H = 3, 2, 4, 5
 OPS = torch.ops.fusedrnn

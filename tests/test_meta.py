@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from loops import TWINS
 from torch import Tensor
 
 import fusedrnn
 from fusedrnn.cells import CELLS
-from loops import TWINS
 
 T, B, I, H = 4, 2, 3, 5
 Arguments = dict[str, Any]

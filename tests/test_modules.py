@@ -14,14 +14,14 @@ from itertools import product
 
 import pytest
 import torch
+from loops import SINGLES, TWINS, layer_loop
+from parity import Case, Results, assert_parity, packer, ragged, results, run_ours, run_twin, twin
+from tolerances import assert_all_close, assert_close
 from torch import Tensor, nn
 
 import fusedrnn
 from fusedrnn import functional
 from fusedrnn.cells import CELLS
-from loops import SINGLES, TWINS, layer_loop
-from parity import Case, Results, assert_parity, packer, ragged, results, run_ours, run_twin, twin
-from tolerances import assert_all_close, assert_close
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 VARIANTS = {

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from parity import DEVICE, Case, Results, module_results, ragged, reference_results, run_ours, run_twin, twin
+from tolerances import assert_all_close, assert_close
 from torch import Tensor, nn
 
 import fusedrnn
 from fusedrnn.cells import CELLS
-from parity import DEVICE, Case, Results, module_results, ragged, reference_results, run_ours, run_twin, twin
-from tolerances import assert_all_close, assert_close
 
 STEPWISE = DEVICE.type == "cuda" or fusedrnn._C.isa() == "stepwise"  # rounds what a product reads to 16 bits
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -198,7 +198,7 @@ def test_one_number_that_is_not_ordinary(cell: str, dtype: torch.dtype) -> None:
 @pytest.mark.isa
 @pytest.mark.parametrize("dtype", (*DTYPES, torch.float16), ids=str)
 def test_relu_and_rounding_of_any_bits(dtype: torch.dtype) -> None:
-    """With W_ih = 1 and h_0 = 0, y = relu(x_1 + x_2) to the bit, x_1 of random bits: NaN, infinities and subnormals too.
+    """With W_ih = 1 and h_0 = 0, y = relu(x_1 + x_2) to the bit, x_1 of random bits: NaN, infinities, subnormals too.
 
     16 bits are widened exactly and rounded once, to nearest, ties to even: x_2 is of random bits too, or about as large
     as what the rounding of x_1 drops, or x_1 again, which makes the largest numbers infinite.

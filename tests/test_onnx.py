@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
@@ -45,9 +45,7 @@ class Each(nn.Module):
         self.each = modules
 
     def forward(self, x: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> dict:
-        return {
-            name: module(x, hx if hx is None or name == "lstm" else hx[0]) for name, module in self.each.items()
-        }
+        return {name: module(x, hx if hx is None or name == "lstm" else hx[0]) for name, module in self.each.items()}
 
 
 class Packed(nn.Module):
@@ -75,9 +73,7 @@ def exported(model: nn.Module, args: tuple, dynamic_shapes: Sequence | None = No
 
 def assert_same(model: nn.Module, program: torch.onnx.ONNXProgram, *inputs: tuple) -> None:
     """What ONNX Runtime computes from the file is what the model computes."""
-    session = onnxruntime.InferenceSession(
-        program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
     names = [argument.name for argument in session.get_inputs()]
     for args in inputs:
         found = session.run(None, dict(zip(names, [t.numpy() for t in tree_leaves(args)], strict=True)))
@@ -128,7 +124,16 @@ def test_packed(name: str) -> None:
 
     program = exported(model, args(3, 2, 1), ({0: N}, {0: T}))
     assert operators(program) == {name.upper(): 1}
-    assert_same(model, program, args(3, 2, 1), args(4, 4, 2, 2, 1), args(1, 1), args(3,))
+    assert_same(
+        model,
+        program,
+        args(3, 2, 1),
+        args(4, 4, 2, 2, 1),
+        args(1, 1),
+        args(
+            3,
+        ),
+    )
 
 
 class FromPadded(nn.Module):

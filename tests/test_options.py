@@ -200,9 +200,7 @@ def test_functions_take_the_options() -> None:
 
 
 def test_modules_carry_their_rates() -> None:
-    module = fusedrnn.LSTM(
-        I, H, input_dropout=0.2, recurrent_dropout=0.3, zoneout=(0.1, 0.2), weight_dropout=0.25
-    )
+    module = fusedrnn.LSTM(I, H, input_dropout=0.2, recurrent_dropout=0.3, zoneout=(0.1, 0.2), weight_dropout=0.25)
     text = "input_dropout=0.2, recurrent_dropout=0.3, zoneout=(0.1, 0.2), weight_dropout=0.25"
     assert repr(module) == f"LSTM(3, 5, {text})"
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from parity import Case, assert_parity, packer, ragged, results, run_ours, run_twin, twin
+from tolerances import assert_all_close, assert_close
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedrnn.cells import CELLS
-from parity import Case, assert_parity, packer, ragged, results, run_ours, run_twin, twin
-from tolerances import assert_all_close, assert_close
 
 LENGTHS = {
     "sorted": ((5, 4, 4, 2, 1), True),

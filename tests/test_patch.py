@@ -12,6 +12,8 @@ from contextlib import suppress
 
 import pytest
 import torch
+from dispatched import ours
+from tolerances import assert_close
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev
@@ -20,10 +22,8 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fusedrnn
-from fusedrnn.inference.cache import cached
 from fusedrnn.fused_module import FusedModule
-from dispatched import ours
-from tolerances import assert_close
+from fusedrnn.inference.cache import cached
 
 LAYERS, SINGLES = ("RNN", "LSTM", "GRU"), ("RNNCell", "LSTMCell", "GRUCell")
 NAMES = LAYERS + SINGLES

@@ -1,5 +1,5 @@
-"""A plain batch leaves out the checks that odd input needs (``fusedrnn.inference.plain_call``): the same results and gradients as
-by the long road, and the long road, with its errors, for everything that is not plain.
+"""A plain batch leaves out the checks that odd input needs (``fusedrnn.inference.plain_call``): the same results and
+gradients as with them, and the checks, with their errors, for everything that is not plain.
 """
 
 from __future__ import annotations

@@ -14,11 +14,11 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from parity import DEVICE, Case, Results, packer, results, twin
+from tolerances import assert_all_close
 from torch import Tensor, nn
 
 from fusedrnn.cells import CELLS
-from parity import DEVICE, Case, Results, packer, results, twin
-from tolerances import assert_all_close
 
 SIZE = st.one_of(st.integers(1, 9), st.sampled_from((15, 16, 17, 31, 33, 63, 65)), st.integers(1, 130))
 # In float32 these differ from float64 without any error of ours: an argument of the ReLU rounds to the other side of

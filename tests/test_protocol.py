@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from loops import TWINS
+from parity import Case, run_ours
+from tolerances import assert_close
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
@@ -21,9 +24,6 @@ from torch.nn.utils.parametrize import remove_parametrizations
 
 import fusedrnn
 from fusedrnn.cells import CELLS
-from loops import TWINS
-from parity import Case, run_ours
-from tolerances import assert_close
 
 LAYERS, SINGLES = ("RNN", "LSTM", "GRU"), ("RNNCell", "LSTMCell", "GRUCell")
 BOTH = (*LAYERS, *SINGLES)

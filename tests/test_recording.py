@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from parity import DEVICE, Case
+from test_through_time import B, T, given, gradients, kinds, loop
+from tolerances import assert_close
 from torch import Tensor, nn
 
 import fusedrnn
 from fusedrnn.cells import CELLS
-from parity import DEVICE, Case
-from test_through_time import B, T, given, gradients, kinds, loop
-from tolerances import assert_close
 
 
 def recorded(case: Case) -> list[fusedrnn.LayerGradients]:
@@ -393,18 +393,18 @@ def falls(factor: float, steps: int) -> str:
 @pytest.mark.parametrize("factor", [0.01, 0.296, 0.99, 3.0])
 def test_few_steps_say_what_they_measured(factor: float) -> None:
     """And what has changed little over few steps may change much over more."""
-    for T in (2, 3, 4):
+    for steps in (2, 3, 4):
         module = multiple_of_identity(factor, nonlinearity="relu")
         with fusedrnn.record_gradients(module) as rec:
-            module(torch.rand(T, 2, 3).double() + 0.1)[1].sum().backward()
+            module(torch.rand(steps, 2, 3).double() + 0.1)[1].sum().backward()
         (layer,) = rec.layers
-        assert layer.change == pytest.approx(factor ** (T - 1))
-        assert layer.verdict == ("growing" if factor ** (T - 1) > 10 else falls(factor, T - 1))
+        assert layer.change == pytest.approx(factor ** (steps - 1))
+        assert layer.verdict == ("growing" if factor ** (steps - 1) > 10 else falls(factor, steps - 1))
     module = fusedrnn.LSTM(8, 32)
     fusedrnn.init.chrono_(module, 1000)
-    for T, verdict in ((2, "unknown"), (3, "unknown"), (100, "steady")):
+    for steps, verdict in ((2, "unknown"), (3, "unknown"), (100, "steady")):
         with fusedrnn.record_gradients(module) as rec:
-            module(torch.randn(T, 4, 8))[0][-1].sum().backward()
+            module(torch.randn(steps, 4, 8))[0][-1].sum().backward()
         assert rec.layers[0].verdict == verdict
 
 

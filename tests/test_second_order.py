@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from parity import DEVICE, Case, Results, packer, ragged, twin
+from tolerances import assert_all_close
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils.rnn import PackedSequence
@@ -23,10 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusedrnn
-from fusedrnn.layer import differentiable
 from fusedrnn.cells import CELLS
-from parity import DEVICE, Case, Results, packer, ragged, twin
-from tolerances import assert_all_close
+from fusedrnn.layer import differentiable
 
 OUTPUTS = ("y", "h_n", "c_n")
 

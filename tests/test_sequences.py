@@ -13,15 +13,15 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
+from loops import TWINS, layer_loop
+from parity import DEVICE, Case, Results, results
+from tolerances import assert_all_close
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import fusedrnn
 from fusedrnn.cells import CELLS
 from fusedrnn.layer.segments import cut
-from loops import TWINS, layer_loop
-from parity import DEVICE, Case, Results, results
-from tolerances import assert_all_close
 
 LENGTHS = (3, 6, 0, 6, 1, 4, 2)
 T, B = 6, len(LENGTHS)

@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from loops import TWINS
+from parity import DEVICE
+from tolerances import assert_all_close
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils import parametrizations
 
 import fusedrnn
 from fusedrnn import FusedOptions
-from fusedrnn.inference.cache import cached
 from fusedrnn.cells import CELLS
-from loops import TWINS
-from parity import DEVICE
-from tolerances import assert_all_close
+from fusedrnn.inference.cache import cached
 
 T = 5
 

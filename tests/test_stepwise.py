@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from parity import DEVICE, Case, assert_parity, ragged
 
 import fusedrnn
 from fusedrnn.cells import CELLS
-from parity import DEVICE, Case, assert_parity, ragged
 
 STEPWISE = DEVICE.type == "cuda" or fusedrnn._C.isa() == "stepwise"
 stepwise = pytest.mark.skipif(not STEPWISE, reason="the CPU's own kernels are in use here: test_isa.py runs this")

@@ -19,14 +19,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from loops import TWINS
+from parity import Case, Results, assert_parity, ragged, results, run_ours, run_twin
+from tolerances import assert_all_close, assert_close
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import fusedrnn
 from fusedrnn.cells import CELLS
-from loops import TWINS
-from parity import Case, Results, assert_parity, ragged, results, run_ours, run_twin
-from tolerances import assert_all_close, assert_close
 
 ROOT = Path(__file__).parent.parent
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)

@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from loops import TWINS
+from parity import DEVICE, Case, packer, ragged
+from tolerances import assert_all_close
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
@@ -20,9 +23,6 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 import fusedrnn
 from fusedrnn import FusedOptions
 from fusedrnn.cells import CELLS
-from loops import TWINS
-from parity import DEVICE, Case, packer, ragged
-from tolerances import assert_all_close
 
 T, B = 7, 4
 Gates = dict[str, Tensor]

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import assert_close
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fusedrnn
-from tolerances import assert_close
 
 pytest.importorskip("expecttest")  # torch.testing._internal needs it
 from torch.testing._internal.common_modules import ModuleErrorEnum, ModuleInfo, module_db  # noqa: E402

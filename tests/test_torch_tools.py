@@ -18,9 +18,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusedrnn
+from fusedrnn.cells import CELLS
 from fusedrnn.layer import differentiable
 from fusedrnn.layer.autograd import recurrent_layer
-from fusedrnn.cells import CELLS
 from fusedrnn.layer.call import LayerCall
 
 

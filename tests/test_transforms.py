@@ -11,6 +11,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from loops import SINGLES, TWINS
+from parity import DEVICE, Case, twin
+from test_gradcheck import SMOOTH, kinds, problem
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vmap
@@ -19,9 +22,6 @@ from torch.utils.checkpoint import checkpoint
 
 import fusedrnn
 from fusedrnn.cells import CELLS
-from loops import SINGLES, TWINS
-from parity import DEVICE, Case, twin
-from test_gradcheck import SMOOTH, kinds, problem
 
 V = 3
 

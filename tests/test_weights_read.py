@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import assert_all_close
 from torch import Tensor, nn
 
 import fusedrnn
-from tolerances import assert_all_close
 
 I, H = 3, 5
 LAYER, CELL = "weight_ih_l0", "weight_ih"

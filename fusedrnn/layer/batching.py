@@ -152,9 +152,7 @@ torch.library.register_vmap("fusedrnn::layer_forward", _map_forward)
 torch.library.register_vmap("fusedrnn::layer_backward", _map_backward)
 
 
-def _weight_gradients(
-    call: LayerCall, count: int, y: Tensor, saved: Tensor, gradients: Gradients
-) -> list[Tensor]:
+def _weight_gradients(call: LayerCall, count: int, y: Tensor, saved: Tensor, gradients: Gradients) -> list[Tensor]:
     """Each weight's gradients (V, *) from the rows of all samples: x (N*V, I), y (N*V, D*R), the others (D, N*V, *)."""
     cell, rows, weights, steps = call.cell, call.x_rows, call.weights, call.rows
     x, y, h0, dgates, dh = call.x.flatten(0, rows), y.flatten(0, rows), call.states[0], gradients.gates, gradients.h

@@ -245,9 +245,7 @@ class LayerCall(NamedTuple):
         """By the kernel: the outputs, without c, and what the backward pass needs, empty if it is not to be saved."""
         cell, x, states, weights, bidirectional, batch_sizes, noise, _, _ = self
         h0, c0 = states if len(states) == 2 else (*states, None)
-        y, h_n, c_n, saved = layer_forward(
-            x, batch_sizes, h0, c0, weights, cell, bidirectional, save, *noise.for_op(x)
-        )
+        y, h_n, c_n, saved = layer_forward(x, batch_sizes, h0, c0, weights, cell, bidirectional, save, *noise.for_op(x))
         return Outputs(y, (h_n, c_n) if len(states) == 2 else (h_n,)), saved
 
     def backward(self, gradients: OutputGradients, y: Tensor, saved: Tensor, needs: Needs) -> Gradients:

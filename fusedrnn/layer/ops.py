@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from .. import _C
-from ..cells import CELLS
 from .call import BackwardArguments, ForwardArguments, LayerCall, layer_backward, layer_forward
 
 __all__ = ["KERNEL_DTYPES", "layer_backward", "layer_forward", "refuse_older_exporter"]

@@ -169,9 +169,7 @@ class _Direction:
                 dw += [_outer(d_y_dot, self.outputs[0].detach(), d_y, outputs[0])]
         return (y_dot, outputs[1] if self.two_states else y_dot, final), Leaves(dx, start, dw)
 
-    def _tangents(
-        self, inputs: Tensor, products: list[Tensor], v: Leaves
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def _tangents(self, inputs: Tensor, products: list[Tensor], v: Leaves) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Of y, of the final states, of all outputs; ``products``: what does not come from h_{t-1} or q, then all."""
         h = self._start(v.states[0], self.w_hh.size(1))
         last = self._start(v.states[1], self.hidden) if self.two_states else h
@@ -203,9 +201,7 @@ class _Direction:
             last = _with_rest(out[1], last) if self.two_states else h
         return y, [h, last] if self.two_states else [h], outputs
 
-    def _adjoints(
-        self, cotangents: OutputGradients, d_products: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _adjoints(self, cotangents: OutputGradients, d_products: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Of h_t as it leaves the step (N, R), and of each output: all paths, from the gradients of the products."""
         d_operands = [d @ self.w_hh[part] for d, part in zip(d_products, self.parts, strict=True)]
         d_y = previous(d_operands[0], cotangents.finals[0], self.rows, not self.reverse)  # (T5)

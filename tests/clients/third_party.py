@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from dispatched import ours
 from flair.data import Dictionary
 from flair.models import LanguageModel
 from pytorch_forecasting import RecurrentNetwork, TimeSeriesDataSet
@@ -30,7 +31,6 @@ from stanza.models.tokenization.trainer import Trainer
 from torch import nn
 
 import fusedrnn
-from dispatched import ours
 
 Step = Callable[[], float]
 STEPS = 13
