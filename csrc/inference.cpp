@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "backend.h"
 #include "cpu/plan.h"
 
 namespace fusedrnn {
@@ -166,7 +167,7 @@ StateNoise noise_of(const Zoneout& zoneout, const Tensor& rows) {
 }
 
 // For inference, now: float16 not in every set.
-bool has_kernels(const Tensor& x) { return x.is_cpu() && x.scalar_type() != at::kHalf && !watched(); }
+bool has_kernels(const Tensor& x) { return backend_of(x).host && x.scalar_type() != at::kHalf && !watched(); }
 
 bool run(const Layer& layer, const ForwardProblem& problem) {
   return kernels().forward[layer.cell][layer.kernel_dtype()](problem);
@@ -218,7 +219,7 @@ bool fits(const ModuleCall& call) {
   const bool projected = each % 2 == 1, bias = each >= 4;
   if (projected ? cell.states != 2 : call.R != call.H) return false;
   const int64_t batch = call.one_step ? 0 : 1;  // the dimension of the samples
-  if (!plain(x) || x.dim() != batch + 2 || x.size(-1) != call.I || !is_there(x)) return false;
+  if (!plain(x) || !has_backend(x) || x.dim() != batch + 2 || x.size(-1) != call.I || !is_there(x)) return false;
   if (kernel_dtype(x.scalar_type()) < 0 || !steps_fit(x)) return false;
   const int64_t B = x.size(batch), width = call.R * call.directions;
   for (const auto& [state, columns] : {std::pair(&call.h0, call.R), std::pair(&call.c0, call.H)}) {

@@ -7,6 +7,8 @@
 
 #include <algorithm>
 
+#include "backend.h"
+
 namespace fusedrnn {
 
 using at::Tensor;
@@ -170,7 +172,7 @@ Layer read_layer(const Tensor& x, const OptionalTensor& batch_sizes, const Optio
   const int directions = bidirectional ? 2 : 1;
   read_weights(layer, weights, directions);
   const LayerSizes& z = layer.size;
-  if ((x.is_cuda() || kernels().even_rows) && !has_even_rows(rows(layer.x, layer.packed), z)) {
+  if (backend_of(x).even_rows && !has_even_rows(rows(layer.x, layer.packed), z)) {
     layer.x = layer.x.contiguous();
   }
   layer.h0 = check_optional(h0, x, "h0", {directions, z.B, z.R});
@@ -203,7 +205,7 @@ int kernel_dtype(at::ScalarType dtype) {
 }
 
 void Layer::widen_without_kernel() {
-  if (x.is_cuda() || kernels().forward[cell][kernel_dtype()]) return;
+  if (backend_of(x).has(cell, kernel_dtype())) return;
   dtype = at::kFloat;
   const auto widen = [](Tensor& t) {
     if (t.defined()) t = widened_to_float(t);

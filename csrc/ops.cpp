@@ -14,29 +14,12 @@
 #include <cmath>
 #include <limits>
 
-#include "layer.h"
-#if defined(FUSEDRNN_CUDA)
-#include "cuda/launch.h"
-#endif
+#include "backend.h"
 
 namespace fusedrnn {
 namespace {
 
 using at::Tensor;
-
-void run(const Layer& layer, const ForwardProblem& p) {
-#if defined(FUSEDRNN_CUDA)
-  if (layer.x.is_cuda()) return cuda_forward(layer, p);
-#endif
-  check_memory(kernels().forward[layer.cell][layer.kernel_dtype()](p));
-}
-
-void run(const Layer& layer, const BackwardProblem& p) {
-#if defined(FUSEDRNN_CUDA)
-  if (layer.x.is_cuda()) return cuda_backward(layer, p);
-#endif
-  check_memory(kernels().backward[layer.cell][layer.kernel_dtype()](p));
-}
 
 // A row for each step and sample: [T, B, columns] or [N, columns], as x lies.
 Tensor empty_rows(const Layer& layer, int64_t columns) {
@@ -104,7 +87,7 @@ void layer_forward(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     p.c_n = output(c_n, {z.D, z.B, z.H});
     p.saved = output(saved, {z.D, z.N, layer.saved_width()});
     p.saved_stride = layer.saved_width();
-    run(layer, p);
+    backend_of(layer.x).forward(layer, p);
   }
   given.give(narrowed(y, x), narrowed(h_n, x), narrowed(c_n, x), saved);
 }
@@ -137,12 +120,12 @@ Gradients empty_gradients(const Layer& layer, const std::vector<Tensor>& weights
   const LayerSizes& z = layer.size;
   const CellConstants& cell = layer.constants();
   const auto options = layer.x.options(), compute = options.dtype(layer.compute_type());
-  const bool wide = layer.compute_type() == layer.dtype, cuda = layer.x.is_cuda();
+  const bool wide = layer.compute_type() == layer.dtype, added = backend_of(layer.x).adds_directions;
   const int64_t rows_of_gates = need.gates ? z.N : 0;
   Gradients g;
   g.x = need.x ? empty_rows(layer, z.I) : at::empty({0}, options);
-  if (need.x) g.x_part[0] = wide && (cuda || z.D == 1) ? g.x : at::empty({z.N, z.I}, compute);
-  if (need.x && z.D == 2 && !cuda) g.x_part[1] = at::empty({z.N, z.I}, compute);
+  if (need.x) g.x_part[0] = wide && (added || z.D == 1) ? g.x : at::empty({z.N, z.I}, compute);
+  if (need.x && z.D == 2 && !added) g.x_part[1] = at::empty({z.N, z.I}, compute);
   g.h0 = at::empty({z.D, z.B, z.R}, options);
   g.c0 = at::empty({cell.states == 2 ? z.D : 0, z.B, z.H}, options);
   g.gates = at::empty({z.D, rows_of_gates, (cell.gates + cell.split) * z.H}, compute);
@@ -239,7 +222,7 @@ void layer_backward(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     p.dc_n = two_states ? input(back.c_n) : nullptr;
     fill_results(p, layer, g, need);
     fill_limits(p, layer, limits);
-    run(layer, p);
+    backend_of(layer.x).backward(layer, p);
   }
   for (Tensor& w : g.weights) w = narrowed(w, x);
   given.give(narrowed(g.x, x), narrowed(g.h0, x), narrowed(g.c0, x), g.weights, g.gates, g.h, g.norms);
