@@ -19,7 +19,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/plan.h"
-#include "cuda/slots.h"
+#include "stepwise/slots.h"
 #include "inference.h"
 #include "parameters.h"
 

@@ -40,7 +40,7 @@ extern const KernelTable kTableBase;
 extern const KernelTable kTableAvx2;
 extern const KernelTable kTableAvx512;
 #endif
-const KernelTable& table_stepwise();  // no instruction set: the GPU's time loop on the CPU (csrc/cuda/host.cpp)
+const KernelTable& table_stepwise();  // no instruction set: the GPU's time loop on the CPU (csrc/stepwise/host.cpp)
 
 bool isa_supported(const char* name);
 const KernelTable* find_isa(std::string_view name);  // null: no such instruction set in this build

@@ -5,8 +5,8 @@
 
 #include "../cells/registry.h"
 #include "device.h"
-#include "stepwise_backward.h"
-#include "stepwise_forward.h"
+#include "../stepwise/loop_backward.h"
+#include "../stepwise/loop_forward.h"
 
 namespace fusedrnn {
 

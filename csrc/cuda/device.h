@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../cpu/dispatch.h"
-#include "product.h"
+#include "../stepwise/product.h"
 
 namespace fusedrnn {
 

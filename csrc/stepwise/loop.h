@@ -1,5 +1,5 @@
 // The stepwise road: one recurrent layer as matrix products and one element-wise kernel a time step, forward in
-// stepwise_forward.h, backward in stepwise_backward.h; here is what both share. Written once, for any device that can
+// loop_forward.h, backward in loop_backward.h; here is what both share. Written once, for any device that can
 // run a body over elements and make a product:
 //
 //   device.each(slots, rows, columns, body)   body(s, row, column) for all of them (step.h)

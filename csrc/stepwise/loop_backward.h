@@ -1,4 +1,4 @@
-// The backward pass of the stepwise road (stepwise.h): back through the steps, which leaves dG of all of them; then the
+// The backward pass of the stepwise road (loop.h): back through the steps, which leaves dG of all of them; then the
 // gradients that are sums over rows. `run` takes device memory of `bytes`.
 #pragma once
 
@@ -7,7 +7,7 @@
 #include <type_traits>
 
 #include "step_backward.h"
-#include "stepwise.h"
+#include "loop.h"
 
 namespace fusedrnn {
 

@@ -1,4 +1,4 @@
-// The forward pass of the stepwise road (stepwise.h): the products W_ih x of a span of steps, then step by step W_hh h
+// The forward pass of the stepwise road (loop.h): the products W_ih x of a span of steps, then step by step W_hh h
 // and the cell. `run` takes device memory of `bytes`.
 #pragma once
 
@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include "step_forward.h"
-#include "stepwise.h"
+#include "loop.h"
 
 namespace fusedrnn {
 

@@ -5,8 +5,8 @@
 
 #include "../cells/registry.h"
 #include "../cpu/dispatch.h"
-#include "stepwise_backward.h"
-#include "stepwise_forward.h"
+#include "loop_backward.h"
+#include "loop_forward.h"
 
 namespace fusedrnn {
 

@@ -4,7 +4,7 @@
 // cells'.
 //
 // T is the type of x, weights and results, S the one they are computed in (element.h). Buffers of the driver
-// (stepwise.h) have a slot's rows together: h [slots][B][R].
+// (loop.h) have a slot's rows together: h [slots][B][R].
 #pragma once
 
 #include "element.h"
