@@ -167,7 +167,7 @@ def markdown(report: dict) -> str:
 
 
 def summary(report: dict) -> str:
-    """The README's table: over torch.nn, geometric mean and least ratio of points alike."""
+    """The table for docs/speed.md: over torch.nn, geometric mean and least ratio of points alike."""
     facts, alike = report["gpu"]["before"], {}
     for reading in report["timing"]:
         if "ratio" in reading:
@@ -187,7 +187,7 @@ def summary(report: dict) -> str:
 
 
 def publish(out: Path, results: Path, readme: Path) -> Path:
-    """Copy the report of ``out`` into ``results``, by its GPU and date, and renew the README's table from it.
+    """Copy the report of ``out`` into ``results``, by its GPU and date, and renew a page's table from it.
 
     Raises:
         RuntimeError: it is not of a GPU, a part of it failed, or the tests or the timing are missing.
@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     out = args.out.resolve()
     if args.publish:
-        print(f"wrote {publish(out, ROOT / 'benchmarks' / 'results', ROOT / 'README.md')} and README.md")
+        print(f"wrote {publish(out, ROOT / 'benchmarks' / 'results', ROOT / 'docs/speed.md')} and docs/speed.md")
         return 0
     available = parts(out, args.device, args.quick)
     kinds = list(dict.fromkeys(name.partition("-")[0] for name in available))

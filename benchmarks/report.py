@@ -1,6 +1,6 @@
-"""Writes results: the machine they hold for, lines on the terminal, a Markdown table, JSON, a README's table.
+"""Writes results: the machine they hold for, lines on the terminal, a Markdown table, JSON, a page's table.
 
-A README keeps the table between the lines BEGIN and END, which ``update_readme`` finds and fills in.
+A page keeps the table between the lines BEGIN and END, which ``update_readme`` finds and fills in.
 """
 
 from __future__ import annotations

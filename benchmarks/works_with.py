@@ -1,7 +1,7 @@
 """The command ``python -m benchmarks.works_with``: parts of PyTorch, each tried on torch.nn's layers and on ours.
 
 A row is a small program that raises where something does not work or gives a wrong number. The command prints what
-came; ``--readme`` puts it into the README. CPU only.
+came; ``--readme`` puts it into a page. CPU only.
 """
 
 from __future__ import annotations
@@ -511,7 +511,7 @@ def readings() -> dict[str, tuple[str, str]]:
 
 
 def markdown(found: dict[str, tuple[str, str]]) -> str:
-    """The table for the README."""
+    """The table for docs/works-with.md."""
 
     def cell(text: str) -> str:
         text = re.sub(r"\s+", " ", text).replace("|", "/")

@@ -379,8 +379,8 @@ def test_the_readme_says_what_works():
     """Everything of ours but TorchScript, and of torch.nn what the table says: a new torch may change that."""
     found = works_with.readings()
     assert [name for name, (_, ours) in found.items() if ours != "yes"] == [list(works_with.ROWS)[-1]]
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    table = readme.split(report.BEGIN.replace("benchmarks", "works with"))[1].split("-->")[0]
+    page = (Path(__file__).parent.parent / "docs/works-with.md").read_text()
+    table = page.split(report.BEGIN.replace("benchmarks", "works with"))[1].split("-->")[0]
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in table.splitlines() if line.startswith("| ")}
     for name, (theirs, _) in found.items():
         if not name.startswith("autocast"):  # oneDNN's types are the processor's

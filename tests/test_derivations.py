@@ -61,6 +61,29 @@ def test_formulas_are_those_that_github_renders(file: Path) -> None:
         assert line.count("$") % 2 == 0, line
 
 
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_a_file_and_a_heading(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        path, _, heading = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        if heading:
+            lines = file.read_text(encoding="utf-8").splitlines()
+            titles = [line.lstrip("#").strip().lower() for line in lines if line.startswith("#")]
+            assert heading in {re.sub(r"[^\w -]", "", title).replace(" ", "-") for title in titles}, target
+
+
+def test_the_readme_is_short_and_the_index_whole() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 160
+    index = (ROOT / "docs/README.md").read_text(encoding="utf-8")
+    assert all(f"({page.name})" in index for page in (ROOT / "docs").glob("*.md") if page.name != "README.md")
+
+
 def test_every_module_is_in_the_table() -> None:
     table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     files = {file.relative_to(ROOT) for file in (ROOT / "fusedrnn").rglob("*.py") if file.name != "__init__.py"}

@@ -223,7 +223,7 @@ def test_overflow_of_the_relu(dtype: torch.dtype) -> None:
     """h grows by a little less than half of the largest number a step, for three steps, and shrinks by it afterwards.
 
     torch.nn's is inf from the third step on. So is ours, but for float16 on the CPU's own kernels, which compute all
-    steps in float32 and round y alone (README, What it cannot do yet). The gradient of W_hh tells of it in any case.
+    steps in float32 and round y alone (docs/limits.md). The gradient of W_hh tells of it in any case.
     """
     module = fusedrnn.RNN(1, 19, nonlinearity="relu", bias=False, dtype=dtype)
     with torch.no_grad():
