@@ -7,6 +7,7 @@ counterpart there. Nothing here computes: the modules check as torch.nn does and
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -325,3 +326,20 @@ class ResidualRNN(_SequenceModule, torch.nn.RNNBase):
 
 #: Whose work ``step`` does without calling them. (A subclass with a ``forward`` of its own is called.)
 _USUAL = Usual(FusedModule.__call__, frozenset(cls.forward for cls in (RNN, LSTM, GRU, ResidualRNN)))
+
+_FORWARD = """Args:
+    input: (T, B, I), or (B, T, I) with batch_first, or (T, I), or a PackedSequence.
+    hx: the initial states as torch.nn takes them; None: zeros.
+    lengths: None; the steps of each sample of a padded batch, (B,) integers from 0 to T in any order.
+    reset: None; where a sample begins anew, (T, B) boolean, (B, T) with batch_first: the state before it is zero.
+    return_states: False; whether to give the states of every layer at every step, too.
+
+Returns:
+    output and the final states as torch.nn gives them; with return_states, third, for each layer a tuple of its
+    states. :func:`fusedrnn.functional.recurrent` says more.
+"""
+for _cls in (RNN, LSTM, GRU, ResidualRNN):
+    _cls.__doc__ = inspect.cleandoc(_cls.__doc__) + options.documentation(*(() if _cls is GRU else ("reset_after",)))
+    _cls.__init__.__doc__ = "As torch.nn's, and the options of the class, by name."
+    _cls.forward.__doc__ = _FORWARD
+del _cls

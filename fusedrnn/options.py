@@ -5,6 +5,8 @@ A module has one attribute for all of it, ``fused_options``, so that a user's at
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import math
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
@@ -24,6 +26,7 @@ __all__ = [
     "active",
     "changed",
     "check_policy",
+    "documentation",
     "gru_cell",
     "of",
     "tell",
@@ -178,6 +181,15 @@ def text(module: HasOptions) -> str:
     own = module.fused_options
     values = changed(own) if isinstance(own, FusedOptions) else {"fused_options": own}
     return "".join(f", {name}={value!r}" for name, value in values.items())
+
+
+def documentation(*left_out: str) -> str:
+    """What :class:`FusedOptions` says of each option, for the docstring of a class that takes them by name."""
+    lines, found, name = inspect.getdoc(FusedOptions).partition("Attributes:\n")[2].splitlines(), [], ""
+    for line in itertools.takewhile(str.strip, lines):
+        name = line.split(":")[0].strip() if not line.startswith(" " * 8) else name
+        found += [line] if name not in left_out else []
+    return "\n".join(["", "", "Options, by name (the module's ``fused_options``), with their defaults:", *found, ""])
 
 
 def active(module: nn.Module) -> dict[str, Any]:

@@ -5,7 +5,9 @@ meaning.
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
+import pydoc
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from itertools import product
@@ -235,3 +237,16 @@ def test_zoneout_of_one_state_or_two() -> None:
         fusedrnn.LSTM(I, H, zoneout=(0.1, 0.2, 0.3))
     with pytest.raises(ValueError, match="input_dropout must be a probability"):
         recurrent("gru", torch.randn(T, B, I), None, list(fusedrnn.GRU(I, H).parameters()), input_dropout=2)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_help_names_every_option_and_argument(name: str) -> None:
+    """With its default and what it means."""
+    cls = getattr(fusedrnn, name)
+    text = pydoc.plain(pydoc.render_doc(cls))
+    for field in fields(FusedOptions):
+        default = f'"{field.default}"' if isinstance(field.default, str) else field.default
+        assert (f" {field.name}: {default}; " in text) == (name == "GRU" or field.name != "reset_after"), field.name
+    forward = inspect.getdoc(cls.forward)
+    for argument in list(inspect.signature(cls.forward).parameters)[1:]:
+        assert f"\n    {argument}: " in forward, argument
