@@ -338,8 +338,7 @@ Returns:
     output and the final states as torch.nn gives them; with return_states, third, for each layer a tuple of its
     states. :func:`fusedrnn.functional.recurrent` says more.
 """
-for _cls in (RNN, LSTM, GRU, ResidualRNN):
+for _cls in (RNN, LSTM, GRU, ResidualRNN) if __doc__ else ():  # python -OO leaves docstrings out
     _cls.__doc__ = inspect.cleandoc(_cls.__doc__) + options.documentation(*(() if _cls is GRU else ("reset_after",)))
     _cls.__init__.__doc__ = "As torch.nn's, and the options of the class, by name."
     _cls.forward.__doc__ = _FORWARD
-del _cls

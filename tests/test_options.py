@@ -8,9 +8,12 @@ import copy
 import inspect
 import pickle
 import pydoc
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +24,7 @@ import fusedrnn
 from fusedrnn import FusedOptions
 from fusedrnn.functional import recurrent
 
+ROOT = Path(__file__).parent.parent
 T, B, I, H = 6, 4, 3, 5
 
 
@@ -250,3 +254,11 @@ def test_help_names_every_option_and_argument(name: str) -> None:
     forward = inspect.getdoc(cls.forward)
     for argument in list(inspect.signature(cls.forward).parameters)[1:]:
         assert f"\n    {argument}: " in forward, argument
+
+
+def test_without_docstrings() -> None:
+    code = (
+        "import fusedrnn, torch; fusedrnn.LSTM(3, 4, zoneout=0.1)(torch.randn(2, 1, 3)); print(fusedrnn.LSTM.__doc__)"
+    )
+    run = subprocess.run([sys.executable, "-OO", "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout == "None\n"
