@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import _C, options
+from ..cells import CELLS
 from ..layer.autograd import in_place
 from ..layer.dropout import kept_parts
 from ..torch_internals import heard, kept_weights, runs_of_call
@@ -110,7 +111,7 @@ def _prepare(module: torch.nn.RNNBase, input: Tensor, usual: Usual) -> None:
     if forward not in usual.forwards or weights is None or heard(module) or _draws(module, given):
         return
     cell = cell_of(module)
-    zoneout = kept_parts(given.zoneout, 2 if cell == "lstm" else 1)
+    zoneout = kept_parts(given.zoneout, len(CELLS[cell].states))
     kind = _kind(module)
     prepared = _C.prepare_step(input, weights, cell, kind[-1], zoneout)
     if prepared is not None:
