@@ -221,6 +221,7 @@ bool fits(const ModuleCall& call) {
   const int64_t batch = call.one_step ? 0 : 1;  // the dimension of the samples
   if (!plain(x) || !has_backend(x) || x.dim() != batch + 2 || x.size(-1) != call.I || !is_there(x)) return false;
   if (kernel_dtype(x.scalar_type()) < 0 || !steps_fit(x)) return false;
+  if (call.one_step && call.parts() > 1 && (call.h0 || call.c0)) return false;  // they have no room for several layers
   const int64_t B = x.size(batch), width = call.R * call.directions;
   for (const auto& [state, columns] : {std::pair(&call.h0, call.R), std::pair(&call.c0, call.H)}) {
     if (!state->has_value()) continue;

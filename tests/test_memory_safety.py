@@ -51,6 +51,15 @@ def test_layers_of_other_sizes(cell: str, hidden: int) -> None:
         assert _C.prepare_step(x[0], weights, cell, (2, 2, 1, I, h, h)) is None
 
 
+@pytest.mark.parametrize("directions", [1, 2])
+def test_states_of_a_single_step_are_those_of_one_layer(directions: int) -> None:
+    layers = 2 // directions
+    module = TWINS["gru"].layer(I, I, num_layers=layers, bidirectional=directions == 2)
+    x, states, form = torch.randn(B, I), (torch.randn(B, I),), (2, layers, directions, I, I, I)
+    assert not _C.fits(x, states, list(module._flat_weights), "gru", form)
+    assert _C.infer(x, states, list(module._flat_weights), "gru", form, _C.packed_weights()) is None
+
+
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
 def test_weights_of_another_hidden_size(name: str) -> None:
     """torch.nn's RNN and GRU raise as well: the states that they make do not fit."""
