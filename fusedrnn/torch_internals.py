@@ -180,7 +180,7 @@ _CALLS = (
 
 def own_checks(module: nn.Module, base: type[nn.Module]) -> list[str]:
     """Those that its class or the module itself has replaced of ``base``'s, a class of torch.nn."""
-    cls, own = type(module), vars(module)
+    cls, own = type(module), module.__dict__  # Dynamo of torch 2.15 fails at vars() of what it left to Python
     if cls is base:
         return [name for name in _CHECKS if name in own]
     return [name for name in _CHECKS if name in own or getattr(cls, name, None) is not getattr(base, name, None)]
