@@ -118,7 +118,7 @@ struct BackwardProblem {
   void* dh;           // [D, N, R]: dL/dh_t of a projected layer, by all ways (with keep_h, of what the cell gives)
   // In the compute type, or null: not wanted. Of each row the norms of what the later steps, dh_n and dc_n send to h_t
   // and, with two states, c_t; of dL/dh_t and dL/dc_t, by all ways; of each gate's gradient, that of W_ih x + b_ih.
-  void* norms;        // [D, N, 2*kStates + G]
+  void* norms;        // [D, N, 2*kStates + G] (NormColumns of cells/rules.h)
   // What a step sends to the states before it. Nothing from a time t that is a multiple of bptt_steps to t - 1, or the
   // other way in the reverse direction (0: everything); the rest with no element beyond `clip`, or no longer than
   // `clip` for each sample and state (0: as it is).

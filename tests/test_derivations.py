@@ -1,8 +1,9 @@
 """docs/derivations.md and the code agree on the numbers of the equations, and its Jacobians are right.
 
 A number is defined where the document sets it as \\text{(X1)}, once and in order; csrc, fusedrnn and docs name only
-numbers that are defined, and every line of csrc/cells that computes something names one. The Jacobians,
-which no kernel needs, are written out here and held to the reference's backward functions.
+numbers that are defined, and every line of csrc/cells that computes something names one. Masks, zoneout, clipping and
+norms are computed in csrc/cells/rules.h alone. The Jacobians, which no kernel needs, are written out here and held to
+the reference's backward functions.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ SOURCES = (".py", ".h", ".inl", ".cpp", ".cu", ".md")
 # Macros that GitHub does not render, so that formulas cannot change the page.
 REFUSED = "operatorname|DeclareMathOperator|newcommand|renewcommand|def|let|require|href|class|style|cssId|unicode"
 # Lines that only name, load or keep a value.
-PLUMBING = r"constexpr|one = V\(1\)|= saved\[|^\s*(saved|late)\[\d\] = [\w\[\]]+[,;]"
+PLUMBING = (
+    r"constexpr|one = V\(1\)|= saved\[|^\s*(saved|late)\[\d\] = [\w\[\]]+[,;]|for \(|= at\(j\)|return (past|sum);"
+)
 
 
 def test_equations_are_numbered_once_and_in_order() -> None:
@@ -92,13 +95,30 @@ def test_every_module_is_in_the_table() -> None:
 
 
 def test_every_line_of_the_cells_names_its_equation() -> None:
-    """Each statement that computes carries a number: an assignment, constants and the plumbing of ``saved`` apart."""
+    """Each statement that computes carries a number: an assignment or a result, constants and plumbing apart."""
     files = {file for file in (ROOT / "csrc/cells").glob("*.h") if file.name not in ("cell.h", "registry.h")}
-    assert len(files) >= 3
+    assert len(files) >= 4
     for file in files:
-        for line in file.read_text(encoding="utf-8").splitlines():
-            if " = " in line and not re.search(PLUMBING, line):
+        text = file.read_text(encoding="utf-8")
+        for line in text[text.index("template <class V>") :].splitlines():  # what is before: the scalars' functions
+            if re.search(r" = |^ *return ", line) and not re.search(PLUMBING, line):
                 assert re.search(r"\([A-Z]\d+\)", line), f"{file.name}: {line.strip()}"
+
+
+def test_what_surrounds_a_cell_is_computed_in_one_place() -> None:
+    """Masks, zoneout, clipping by value and by norm, norms: the drivers call csrc/cells/rules.h."""
+    rules = {"Z1", "Z2", "Z3", "Z4", "P5", "P6"}
+    naming = {
+        file.relative_to(ROOT / "csrc").as_posix(): numbers
+        for file in (ROOT / "csrc").rglob("*")
+        if file.suffix in SOURCES
+        and (numbers := rules & set(re.findall(r"\(([A-Z]\d+)\)", file.read_text(encoding="utf-8"))))
+    }
+    assert naming == {"cells/rules.h": rules}
+    for name in ("masked", "zoneout", "zoneout_backward", "clipped", "clip_factor", "sum_of_squares"):
+        for driver in ("cpu", "stepwise"):
+            text = "".join(f.read_text(encoding="utf-8") for f in sorted((ROOT / "csrc" / driver).iterdir()))
+            assert re.search(rf"\b{name}[<(]", text), f"{driver} does not call {name}"
 
 
 # --- the Jacobians: state t by state t-1 of one sample, H = 5 ---

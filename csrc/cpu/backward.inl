@@ -257,8 +257,8 @@ class BackwardPass {
     const T* mask = static_cast<const T*>(p_.noise.mask_h);
     return mask ? mask + (item.d * z_.B + item.first + b) * z_.R : nullptr;
   }
-  FUSEDRNN_INLINE static V masked(const T* mask, int64_t u, int64_t R, V v) {
-    return mask ? v * load<S>(mask + u, R - u) : v;
+  FUSEDRNN_INLINE static V with_mask(const T* mask, int64_t u, int64_t R, V v) {
+    return mask ? masked(v, load<S>(mask + u, R - u)) : v;
   }
 
   // backward_step.inl
@@ -307,33 +307,33 @@ class BackwardPass {
   }
 
   void give_norms(const Item& item, int64_t s0, int64_t s1, int64_t rows) const {
+    using At = NormColumns<Cell>;
     const int64_t H = z_.H;
     for_steps(item, s0, s1, part(rows, team_.me, team_.members), [&](int64_t t, int64_t first, Range samples) {
       for (int64_t b = samples.begin; b < samples.end; ++b) {
         const int64_t r = first + b;
-        S* to = static_cast<S*>(p_.norms) + (item.d * z_.N + z_.offset[t] + item.first + b) * (2 * Z + G);
+        S* to = static_cast<S*>(p_.norms) + (item.d * z_.N + z_.offset[t] + item.first + b) * At::kCount;
         const T* const dy = b_.rows[r].dy;
-        to[0] = norm(b_.sent_dh + r * ldh_, z_.R);
-        to[Z] = dy ? norm(b_.sent_dh + r * ldh_, z_.R, dy) : to[0];
+        to[At::kSent] = norm_of(b_.sent_dh + r * ldh_, z_.R);
+        to[At::kTotal] = dy ? norm_of(b_.sent_dh + r * ldh_, z_.R, dy) : to[At::kSent];
         if constexpr (Z > 1) {
-          to[1] = norm(b_.sent_dc + r * ldm_, H);
-          to[Z + 1] = norm(b_.all_dc + r * ldm_, H);
+          to[At::kSent + 1] = norm_of(b_.sent_dc + r * ldm_, H);
+          to[At::kTotal + 1] = norm_of(b_.all_dc + r * ldm_, H);
         }
-        for (int g = 0; g < G; ++g) to[2 * Z + g] = norm(b_.dg + r * ldg_ + (g < G - kSplit ? g : g + kSplit) * H, H);
+        const S* dg = b_.dg + r * ldg_;
+        for (int g = 0; g < G; ++g) to[At::kGates + g] = norm_of(dg + (g < G - kSplit ? g : g + kSplit) * H, H);
       }
     });
   }
 
-  static S norm(const S* row, int64_t n, const T* more = nullptr) {  // of row, or of row + more
-    V sum(0);
-    for (int64_t i = 0; i < n; i += L) {
-      V v = load<S>(row + i, n - i);
-      if (more) v = v + load<S>(more + i, n - i);
-      sum = sum + v * v;
-    }
+  static S norm_of(const S* row, int64_t n, const T* more = nullptr) {  // of row, or of row + more
+    const V sum = sum_of_squares<V>(n, L, [&](int64_t i) FUSEDRNN_INLINE_LAMBDA {
+      const V v = load<S>(row + i, n - i);
+      return more ? v + load<S>(more + i, n - i) : v;
+    });
     S total = 0;
     for (int lane = 0; lane < L; ++lane) total += sum.v[lane];
-    return __builtin_sqrt(total);
+    return norm(total);
   }
 
   void input_gradient(const Item& item, int64_t s0, int64_t s1, int64_t rows) {

@@ -12,13 +12,7 @@ struct BackwardPass<Cell, T>::Step {
   S *dg, *dh, *sent_dh, *sent_dc, *all_dc;
   S *carry_h, *carry_c;
 
-  // What is sent back, no element of it beyond `clip`. NaN stays.
-  FUSEDRNN_INLINE V clipped(V v) const {
-    if (clip == 0) return v;
-    const V high(clip), low(-clip);
-    const V below = v.v > high.v ? high.v : v.v;
-    return below.v < low.v ? low.v : below.v;
-  }
+  FUSEDRNN_INLINE V limited(V sent) const { return clip == 0 ? sent : clipped(sent, V(clip)); }
   FUSEDRNN_INLINE const T* mask_of(int64_t r) const { return mask ? mask + r * R : nullptr; }
 };
 
@@ -39,16 +33,16 @@ void BackwardPass<Cell, T>::step(const Item& item, int64_t later_row, int64_t la
   const int64_t both = min64(later, now);
   const auto dg_row = [&](int64_t r) { return later_dg + r * s.ldg; };
   const auto carried = [&](int64_t r, int64_t u) { return load(s.carry_h + r * s.ldh + u); };
-  // What the step after sends: through the products, (Z4), and by the direct path.
+  // What the step after sends: through the products and by the direct path.
   const auto sent = [&](int64_t r, int64_t v, V acc) {
-    return s.clipped(masked(s.mask_of(r), v * L, s.R, acc) + carried(r, v * L));
+    return s.limited(with_mask(s.mask_of(r), v * L, s.R, acc) + carried(r, v * L));
   };
   const auto arrive = [&](int64_t r, int64_t u, V dh) {  // dL/dh_t but for dy: the cell, or the projection first
     const Row& at = s.rows[r];
     if (s.norms) store(s.sent_dh + r * s.ldh + u, dh);
     if (at.dy) dh = dh + load<S>(at.dy + u, s.R - u);
-    V direct(0);  // past the cell, (Z3)
-    if (at.keep_h) direct = dh * load<S>(at.keep_h + u, s.R - u), dh = dh - direct;
+    V direct(0);  // past the cell
+    if (at.keep_h) direct = zoneout_backward(load<S>(at.keep_h + u, s.R - u), dh);
     if (s.projected) {
       store(s.dh + r * s.ldh + u, dh);
       store(s.carry_h + r * s.ldh + u, direct);
@@ -117,8 +111,7 @@ void BackwardPass<Cell, T>::limit(Range samples) {
 
 template <class Cell, class T>
 typename BackwardPass<Cell, T>::S BackwardPass<Cell, T>::scale_of(const S* row, int64_t n) const {
-  const S length = norm(row, n), most = static_cast<S>(p_.clip);
-  return length > most ? most / length : S(1);
+  return clip_factor(norm_of(row, n), static_cast<S>(p_.clip));
 }
 
 template <class Cell, class T>
@@ -171,14 +164,14 @@ FUSEDRNN_INLINE void BackwardPass<Cell, T>::cell_backward(const Step& s, int64_t
     if (s.norms) store(s.sent_dc + r * s.ldm + u, d[1]);
     if (at.dc) d[1] = d[1] + load<S>(at.dc + u, n);
     if (s.norms) store(s.all_dc + r * s.ldm + u, at.keep_c ? d[1] : Cell::dc_of(saved, cur, d));
-    if (at.keep_c) direct_c = d[1] * load<S>(at.keep_c + u, n), d[1] = d[1] - direct_c;  // (Z3)
+    if (at.keep_c) direct_c = zoneout_backward(load<S>(at.keep_c + u, n), d[1]);
   }
   Cell::backward(saved, prev, cur, d, dx, drec);
   S* dg = s.dg + r * s.ldg + u;
   for (int g = 0; g < G; ++g) store(dg + g * H, drec[g], n);
   for (int g = G - kSplit; g < G; ++g) store(dg + (g + kSplit) * H, dx[g], n);
   if (!s.projected) store(s.carry_h + r * s.ldh + u, d[0] + direct);
-  if constexpr (Z > 1) store(s.carry_c + r * s.ldm + u, s.clipped(d[1] + direct_c));
+  if constexpr (Z > 1) store(s.carry_c + r * s.ldm + u, s.limited(d[1] + direct_c));
 }
 
 template <class Cell, class T>
@@ -192,9 +185,9 @@ FUSEDRNN_INLINE void BackwardPass<Cell, T>::first_stage_backward(const Step& s, 
   for (int k = 0; k < K; ++k) saved[k] = load<S>(at.saved + k * H + u, n);
   for (int g = 0; g < G; ++g) dx[g] = drec[g] = load<S>(dg + g * H, n);
   const T* mask = s.mask_of(r);
-  prev[0] = masked(mask, u, s.R, previous_h(at, u, s.R));
+  prev[0] = with_mask(mask, u, s.R, previous_h(at, u, s.R));
   d[0] = V(0);
   Cell::backward_first(saved, prev, dq, d, dx, drec);
   for (int g = 0; g < F; ++g) store(dg + g * H, drec[g], n);
-  store(s.carry_h + r * s.ldh + u, load(s.carry_h + r * s.ldh + u) + masked(mask, u, s.R, d[0]));
+  store(s.carry_h + r * s.ldh + u, load(s.carry_h + r * s.ldh + u) + with_mask(mask, u, s.R, d[0]));
 }

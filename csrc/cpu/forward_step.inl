@@ -65,18 +65,17 @@ void ForwardPass<Cell, T>::step(const Item& item, int64_t t, int64_t row, int no
     if (!saving) return;
     for (int k = first; k < end; ++k) store(saved_row[r] + k * H + u, saved[k], H - u);
   };
-  const auto between = [](V keep, V before, V next) { return keep * before + (V(1) - keep) * next; };  // (Z2)
   const auto put_c = [&](int64_t r, int64_t u, V next) {
-    if (keep_c) next = between(load<S>(keep_c + r * keep_c_stride + u, H - u), load(c + r * ldm + u), next);
+    if (keep_c) next = zoneout(load<S>(keep_c + r * keep_c_stride + u, H - u), load(c + r * ldm + u), next);
     store(c + r * ldm + u, next);
     if (saving) store(saved_row[r] + K * H + u, next, H - u);
   };
   const auto put_h = [&](int64_t r, int64_t u, V h) {
     if (keep_h) {
       if (K == 0 && saving) store(saved_row[r] + u, h, H - u);
-      h = between(load<S>(keep_h + r * keep_h_stride + u, R - u), load(h_prev + r * ldh + u), h);
+      h = zoneout(load<S>(keep_h + r * keep_h_stride + u, R - u), load(h_prev + r * ldh + u), h);
     }
-    if (mask) store(seen_next + r * ldh + u, h * load<S>(mask + r * R + u, R - u));
+    if (mask) store(seen_next + r * ldh + u, masked(h, load<S>(mask + r * R + u, R - u)));
     store(h_next + r * ldh + u, h);
     store(y + r * ldy + u, h, R - u);
   };

@@ -174,6 +174,17 @@ FUSEDRNN_INLINE Vec<S> sums_of_lanes(Vec<S> (&rows)[Vec<S>::kLanes]) {
   return rows[0];
 }
 
+// ---- limits (rules.h) ---------------------------------------------------------------------------------------------
+
+template <class S>
+FUSEDRNN_INLINE Vec<S> lesser(Vec<S> v, Vec<S> limit) {  // comparisons are false for NaN, which passes
+  return Vec<S>(v.v > limit.v ? limit.v : v.v);
+}
+template <class S>
+FUSEDRNN_INLINE Vec<S> greater(Vec<S> v, Vec<S> limit) {
+  return Vec<S>(v.v < limit.v ? limit.v : v.v);
+}
+
 // ---- activations ------------------------------------------------------------------------------------------------
 
 template <class S>
@@ -223,9 +234,7 @@ FUSEDRNN_INLINE Vec<S> expm1_reduced(Vec<S> x, Vec<S>& power) {
 template <class S>
 FUSEDRNN_INLINE Vec<S> sigmoid(Vec<S> x) {  // e^-x = 2 e^r 2^(n-1), for 2^n may overflow where e^-x does not
   const Vec<S> hi(Exp<S>::kSigmoidHigh), lo(Exp<S>::kSigmoidLow);
-  Vec<S> u = Vec<S>(0) - x;
-  u = Vec<S>(u.v > hi.v ? hi.v : u.v);  // comparisons are false for NaN, which passes
-  u = Vec<S>(u.v < lo.v ? lo.v : u.v);
+  const Vec<S> u = greater(lesser(Vec<S>(0) - x, hi), lo);
   Vec<S> half_two_n;
   const Vec<S> m = expm1_reduced<1>(u, half_two_n);
   return Vec<S>(1) / (Vec<S>(1) + (m * Vec<S>(2) + Vec<S>(2)) * half_two_n);
@@ -235,9 +244,7 @@ template <class S>
 FUSEDRNN_INLINE Vec<S> tanh(Vec<S> x) {  // t = e^(2|x|) - 1, tanh|x| = t / (t + 2)
   using Int = typename Raw<S>::Int;
   const Int sign = (Int)Vec<S>(S(-0.0)).v;
-  const Vec<S> limit(Exp<S>::kTanhLimit);
-  Vec<S> a = (typename Raw<S>::Type)((Int)x.v & ~sign);
-  a = Vec<S>(a.v > limit.v ? limit.v : a.v);
+  const Vec<S> a = lesser(Vec<S>((typename Raw<S>::Type)((Int)x.v & ~sign)), Vec<S>(Exp<S>::kTanhLimit));
   Vec<S> two_n;
   const Vec<S> m = expm1_reduced<0>(a + a, two_n);
   const Vec<S> t = m * two_n + (two_n - Vec<S>(1));
@@ -247,8 +254,7 @@ FUSEDRNN_INLINE Vec<S> tanh(Vec<S> x) {  // t = e^(2|x|) - 1, tanh|x| = t / (t +
 
 template <class S>
 FUSEDRNN_INLINE Vec<S> relu(Vec<S> x) {
-  const Vec<S> zero(0);
-  return Vec<S>(x.v < zero.v ? zero.v : x.v);
+  return greater(x, Vec<S>(0));
 }
 
 template <class S>

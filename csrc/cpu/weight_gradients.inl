@@ -84,7 +84,7 @@ void BackwardPass<Cell, T>::gather_operands(const Item& item, int64_t s0, int64_
       const Row& at = b_.rows[r];
       for (int64_t i = 0; i < z_.I; i += L) store(b_.x.at(r, i), load<S>(x + i, z_.I - i));
       const T* mask = mask_of(item, b);
-      for (int64_t u = 0; u < z_.R; u += L) store(b_.h.at(r, u), masked(mask, u, z_.R, previous_h(at, u, z_.R)));
+      for (int64_t u = 0; u < z_.R; u += L) store(b_.h.at(r, u), with_mask(mask, u, z_.R, previous_h(at, u, z_.R)));
       if (kTwoStage || z_.projected) {
         for (int64_t u = 0; u < z_.H; u += L) store(b_.m.at(r, u), second_operand(at, mask, u));
       }
@@ -100,7 +100,7 @@ FUSEDRNN_INLINE typename BackwardPass<Cell, T>::V BackwardPass<Cell, T>::second_
   for (int k = 0; k < K; ++k) saved[k] = load<S>(at.saved + k * z_.H + u, n);
   Values<V, Z> state;
   if constexpr (kTwoStage) {
-    state[0] = masked(mask, u, z_.R, previous_h(at, u, z_.R));
+    state[0] = with_mask(mask, u, z_.R, previous_h(at, u, z_.R));
     return Cell::recurrent_operand(saved, state);
   } else if constexpr (Z > 1) {
     state[0] = V(0);

@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "../cells/cell.h"
+#include "../cells/rules.h"
 #include "../problem.h"
 
 namespace fusedrnn {

@@ -112,11 +112,11 @@ struct StepwiseBackward {
     if (p.weight_gradients) weight_gradients(device, p, slots, w, u);
     if (p.dx) input_gradient(device, p, slots, u);
     if (p.norms) {
-      RowNorms<S, T, Cell::kStates, G, kSplit> norms = {N, B, R, H, p.dy, {}, {}, {}, {}, typed<S>(p.norms)};
+      RowNorms<Cell, S, T> norms = {N, B, R, H, p.dy, {}, {}, {}, {}, typed<S>(p.norms)};
       for (int s = 0; s < slots.count; ++s) {
         norms.dh[s] = u.dh_rows[s], norms.sent_dc[s] = u.sent_dc[s], norms.dc[s] = u.dc_rows[s], norms.dg[s] = u.dg[s];
       }
-      device.each(slots.count, N, 2 * Cell::kStates + G, norms);
+      device.each(slots.count, N, NormColumns<Cell>::kCount, norms);
     }
     if (p.dgates) {
       const int64_t width = kBlocks * H;

@@ -75,7 +75,7 @@ struct LoadStates {
     if (j < R) {
       const T value = from_h[s] ? from_h[s][b * R + j] : narrow<T>(0);
       if (operand) {
-        operand[(s * B + b) * R + j] = mask[s] ? narrow<T>(widen(value) * widen(mask[s][b * R + j])) : value;
+        operand[(s * B + b) * R + j] = mask[s] ? narrow<T>(masked(widen(value), widen(mask[s][b * R + j]))) : value;
       }
       if (h) h[(s * B + b) * R + j] = widen(value);
     }

@@ -36,16 +36,16 @@ struct BackwardElement {
   PerSlot<StepView<T>> dc;
   Keeps<T> keep;
 
-  FUSEDRNN_INLINE S masked(int s, int64_t b, int64_t r, S v) const {
-    return u.mask[s] ? v * widen(u.mask[s][b * u.R + r]) : v;
+  FUSEDRNN_INLINE S with_mask(int s, int64_t b, int64_t r, S v) const {
+    return u.mask[s] ? masked(v, widen(u.mask[s][b * u.R + r])) : v;
   }
   // As the products read it.
   FUSEDRNN_INLINE S previous_operand(int s, int64_t b, int64_t r) const {
-    return masked(s, b, r, widen(previous_h(s, b, r)));
+    return with_mask(s, b, r, widen(previous_h(s, b, r)));
   }
-  // Of a gradient what goes past the cell to the state before.
-  FUSEDRNN_INLINE static S direct(const StepView<T>& keep, int64_t b, int64_t j, S d) {
-    return keep.data ? d * Keeps<T>::template of<S>(keep, b, j) : S(0);  // (Z3)
+  // What of a gradient goes past the cell to the state before; the rest stays in d.
+  FUSEDRNN_INLINE static S past_cell(const StepView<T>& keep, int64_t b, int64_t j, S& d) {
+    return keep.data ? zoneout_backward(Keeps<T>::template of<S>(keep, b, j), d) : S(0);
   }
   FUSEDRNN_INLINE T previous_h(int s, int64_t b, int64_t r) const {
     return b < at.carried[s] ? u.y[s][(at.previous[s] + b) * u.width + r]
@@ -65,9 +65,9 @@ struct BackwardProjected : BackwardElement<S, T> {
     if (b >= this->at.rows[s]) return;
     const int64_t i = (this->at.first[s] + b) * this->u.R + r;
     if (this->u.dh_rows[s]) this->u.dh_rows[s][i] = this->u.dh[(s * this->u.B + b) * this->u.R + r];
-    const S dh = this->total_dh(s, b, r), direct = this->direct(this->keep.h[s], b, r, dh);
-    this->u.dy_rows[s][i] = narrow<T>(dh - direct);
-    this->u.dh[(s * this->u.B + b) * this->u.R + r] = direct;
+    S dh = this->total_dh(s, b, r);
+    this->u.dh[(s * this->u.B + b) * this->u.R + r] = this->past_cell(this->keep.h[s], b, r, dh);
+    this->u.dy_rows[s][i] = narrow<T>(dh);
     if (this->u.before[s]) this->u.before[s][i] = narrow<T>(this->previous_operand(s, b, r));
   }
 };
@@ -93,8 +93,7 @@ struct BackwardStep : BackwardElement<S, T> {
       current[0] = Cell::kSaved == 0 && keep.data ? row[j] : widen(u.y[s][n * u.width + j]);
       if (u.dh_rows[s]) u.dh_rows[s][n * H + j] = u.dh[i];
       d[0] = this->total_dh(s, b, j);
-      direct_h = this->direct(keep, b, j, d[0]);
-      d[0] -= direct_h;
+      direct_h = this->past_cell(keep, b, j, d[0]);
     }
     if constexpr (Cell::kStates == 2) {
       const int64_t before = (this->at.previous[s] + b) * u.saved_stride + Cell::kSaved * H + j;
@@ -106,8 +105,7 @@ struct BackwardStep : BackwardElement<S, T> {
       const StepView<T>& dc = this->dc[s];
       if (dc.data) d[1] += widen(dc.data[b * dc.batch + j]);
       if (u.dc_rows[s]) u.dc_rows[s][n * H + j] = keep.data ? d[1] : Cell::dc_of(saved, current, d);
-      direct_c = this->direct(keep, b, j, d[1]);
-      d[1] -= direct_c;
+      direct_c = this->past_cell(keep, b, j, d[1]);
     }
     if constexpr (Cell::kFirst < Cell::kGates) {
       const Values<S, 1> operand = {this->previous_operand(s, b, j)};
@@ -143,7 +141,7 @@ struct BackwardFirst : BackwardElement<S, T> {
     for (int g = 0; g < Cell::kFirst; ++g) dx[g] = drec[g] = widen(out[g * H]);
     Cell::backward_first(saved, previous, u.through[i], d, dx, drec);
     for (int g = 0; g < Cell::kFirst; ++g) out[g * H] = narrow<T>(drec[g]);
-    u.dh[i] += this->masked(s, b, j, d[0]);
+    u.dh[i] += this->with_mask(s, b, j, d[0]);
   }
 };
 
@@ -155,7 +153,7 @@ struct AddMasked : BackwardElement<S, T> {
   FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t r) const {
     if (b >= this->at.rows[s]) return;
     const int64_t i = (s * this->u.B + b) * this->u.R + r;
-    this->u.dh[i] += this->masked(s, b, r, sent[i]);
+    this->u.dh[i] += this->with_mask(s, b, r, sent[i]);
   }
 };
 
@@ -163,9 +161,7 @@ struct AddMasked : BackwardElement<S, T> {
 
 template <class S>
 FUSEDRNN_INLINE S norm_of(const S* row, int64_t n) {
-  S sum = S(0);
-  for (int64_t j = 0; j < n; ++j) sum += row[j] * row[j];
-  return std::sqrt(sum);
+  return norm(sum_of_squares<S>(n, 1, [&](int64_t j) { return row[j]; }));
 }
 
 // Of each sample that sends: the factors that make its dL/dh and dL/dc no longer than `most`. Column 0 or 1.
@@ -182,7 +178,7 @@ struct Lengths {
     if (b >= at.rows[s] || (column && !dc)) return;
     const int64_t i = s * B + b;
     const S length = column ? norm_of(dc + i * H, H) : norm_of(dh + i * R, R);
-    scale[i * 2 + column] = length > most ? most / length : S(1);
+    scale[i * 2 + column] = clip_factor(length, most);
   }
 };
 
@@ -200,8 +196,7 @@ struct Limit {
   FUSEDRNN_INLINE S limited(int s, int64_t b, int column, S v) const {
     if (sever[s] && b < at.carried[s]) return S(0);
     if (scale) return v * scale[(s * B + b) * 2 + column];
-    if (most == S(0)) return v;
-    return v > most ? most : v < -most ? -most : v;
+    return most == S(0) ? v : clipped(v, most);
   }
   FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t j) const {
     if (b >= at.rows[s]) return;
@@ -210,40 +205,37 @@ struct Limit {
   }
 };
 
-// The norms of a row, as problem.h has them. dg as in BackwardBuffers.
-template <class S, class T, int kStates, int kGates, int kSplit>
+// The norms of a row (NormColumns). dg as in BackwardBuffers.
+template <class Cell, class S, class T>
 struct RowNorms {
   int64_t N, B, R, H;
   RowView dy;
   PerSlot<const S*> dh;  // [N, R]
   PerSlot<const S*> sent_dc, dc;  // [N, H]
-  PerSlot<const T*> dg;           // [N, (kSplit + kGates)*H]
-  S* to;                          // [slots][N][2*kStates + kGates]
+  PerSlot<const T*> dg;           // [N, (kSplit + G)*H]
+  S* to;                          // [slots][N][columns]
+
+  static constexpr int G = Cell::kGates, kSplit = Cell::kSplit;
+  using At = NormColumns<Cell>;
 
   FUSEDRNN_INLINE void operator()(int s, int64_t n, int64_t column) const {
-    S& result = to[(s * N + n) * (2 * kStates + kGates) + column];
-    if (column == 0 || (column == kStates && !dy.data)) result = norm_of(dh[s] + n * R, R);
-    else if (column < kStates) result = norm_of(sent_dc[s] + n * H, H);
-    else if (column == kStates) result = norm_with_dy(s, n);
-    else if (column < 2 * kStates) result = norm_of(dc[s] + n * H, H);
-    else {
-      const int64_t g = column - 2 * kStates;
-      const T* row = dg[s] + (n * (kSplit + kGates) + (g < kGates - kSplit ? g + kSplit : g - (kGates - kSplit))) * H;
-      S sum = S(0);
-      for (int64_t j = 0; j < H; ++j) sum += widen(row[j]) * widen(row[j]);
-      result = std::sqrt(sum);
-    }
+    S& result = to[(s * N + n) * At::kCount + column];
+    if (column == At::kSent || (column == At::kTotal && !dy.data)) result = norm_of(dh[s] + n * R, R);
+    else if (column < At::kTotal) result = norm_of(sent_dc[s] + n * H, H);
+    else if (column == At::kTotal) result = norm_with_dy(s, n);
+    else if (column < At::kGates) result = norm_of(dc[s] + n * H, H);
+    else result = norm_of_gate(s, n, column - At::kGates);
   }
 
   FUSEDRNN_INLINE S norm_with_dy(int s, int64_t n) const {
     const int64_t at = dy.time < 0 ? n * dy.batch : n / B * dy.time + n % B * dy.batch;
+    const S* sent = dh[s] + n * R;
     const T* more = static_cast<const T*>(dy.data) + at + s * R;
-    S sum = S(0);
-    for (int64_t j = 0; j < R; ++j) {
-      const S v = dh[s][n * R + j] + widen(more[j]);
-      sum += v * v;
-    }
-    return std::sqrt(sum);
+    return norm(sum_of_squares<S>(R, 1, [&](int64_t j) { return sent[j] + widen(more[j]); }));
+  }
+  FUSEDRNN_INLINE S norm_of_gate(int s, int64_t n, int64_t g) const {
+    const T* row = dg[s] + (n * (kSplit + G) + (g < G - kSplit ? g + kSplit : g - (G - kSplit))) * H;
+    return norm(sum_of_squares<S>(H, 1, [&](int64_t j) { return widen(row[j]); }));
   }
 };
 

@@ -47,20 +47,14 @@ struct ForwardElement {
   FUSEDRNN_INLINE S previous_h(int64_t i) const { return u.h ? u.h[i] : widen(u.operand[i]); }
 };
 
-// Between what a cell gives and the state before it, where zoneout says.
-template <class S>
-FUSEDRNN_INLINE S between(S keep, S before, S next) {
-  return keep * before + (S(1) - keep) * next;  // (Z2)
-}
-
 // h of a sample's unit j, element i of the driver's buffers, as what comes after finds it: h_{t-1} is there still.
 template <class S, class T>
 FUSEDRNN_INLINE void publish(const ForwardBuffers<S, T>& u, const StepRows& at, const Keeps<T>& keep, int s, int64_t b,
                              int64_t j, S h) {
   const int64_t i = (s * u.B + b) * u.R + j;
-  if (keep.h[s].data) h = between(Keeps<T>::template of<S>(keep.h[s], b, j), u.h[i], h);
+  if (keep.h[s].data) h = zoneout(Keeps<T>::template of<S>(keep.h[s], b, j), u.h[i], h);
   const T rounded = narrow<T>(h);
-  u.operand[i] = u.mask[s] ? narrow<T>(h * widen(u.mask[s][b * u.R + j])) : rounded;
+  u.operand[i] = u.mask[s] ? narrow<T>(masked(h, widen(u.mask[s][b * u.R + j]))) : rounded;
   if (u.h) u.h[i] = h;
   u.y[s][(at.first[s] + b) * u.width + j] = rounded;
 }
@@ -112,7 +106,7 @@ struct ForwardStep : ForwardElement<Cell, S, T> {
     }
     if constexpr (Cell::kStates == 2) {
       const StepView<T>& keep = this->keep.c[s];
-      if (keep.data) state[1] = between(Keeps<T>::template of<S>(keep, b, j), u.c[i], state[1]);
+      if (keep.data) state[1] = zoneout(Keeps<T>::template of<S>(keep, b, j), u.c[i], state[1]);
       u.c[i] = state[1];
     }
     if (u.saved[s]) {
