@@ -13,7 +13,7 @@ namespace fusedrnn {
 namespace {
 
 constexpr const KernelTable* kTables[] = {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(FUSEDRNN_BASE_ONLY)
     &kTableAvx512, &kTableAvx2,
 #endif
     &kTableBase};

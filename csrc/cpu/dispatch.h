@@ -36,7 +36,7 @@ struct KernelTable {
 
 // Tables compiled into this build, one per isa_*.cpp.
 extern const KernelTable kTableBase;
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(FUSEDRNN_BASE_ONLY)
 extern const KernelTable kTableAvx2;
 extern const KernelTable kTableAvx512;
 #endif

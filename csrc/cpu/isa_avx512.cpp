@@ -1,5 +1,5 @@
 // The CPU kernels for AVX-512 (F, BW, DQ, VL). See kernels.inl.
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(FUSEDRNN_BASE_ONLY)
 #include <omp.h>
 #include <sched.h>
 
