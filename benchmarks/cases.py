@@ -9,23 +9,25 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from fusedrnn.cells import CELLS
 
-__all__ = ["CASES", "CELL_NAMES", "DTYPES", "REGIMES", "Case", "cell_names"]
+__all__ = ["CASES", "CELL_NAMES", "CHOICES", "DTYPES", "REGIMES", "Case", "cell_names"]
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
-CELL_NAMES = {  # as the command line and the tables name them -> as fusedrnn.cells does
-    "lstm": "lstm",
-    "gru": "gru",
-    "rnn": "rnn_tanh",
-    "rnn_relu": "rnn_relu",
-    "gru_before": "gru_reset_before",
-    "residual": "residual_rnn",
+CHOICES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    # as the command line and the tables name a cell -> as fusedrnn.cells does, the class of its layers, and options
+    "lstm": ("lstm", "LSTM", {}),
+    "gru": ("gru", "GRU", {}),
+    "rnn": ("rnn_tanh", "RNN", {"nonlinearity": "tanh"}),
+    "rnn_relu": ("rnn_relu", "RNN", {"nonlinearity": "relu"}),
+    "gru_before": ("gru_reset_before", "GRU", {"reset_after": False}),
+    "residual": ("residual_rnn", "ResidualRNN", {}),
 }
-WITHOUT_TORCH = {"gru_before", "residual"}  # torch.nn has no such cell
+CELL_NAMES = {name: cell for name, (cell, _, _) in CHOICES.items()}
 MODES = ("infer", "train")
 # Cases alike, whose speed much the same limits: (fewest B, most B, fewest H, most H) of one padded float32 layer with
 # many steps. What fits none is "other".
@@ -86,7 +88,8 @@ class Case:
     @property
     def has_torch(self) -> bool:
         """Whether torch.nn has the cell."""
-        return self.cell not in WITHOUT_TORCH
+        _, layer, options = CHOICES[self.cell]
+        return hasattr(torch.nn, layer) and "reset_after" not in options
 
     @property
     def regime(self) -> str:

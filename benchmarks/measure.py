@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fusedrnn
+from fusedrnn.cells import CELLS
 
-from .cases import DTYPES, Case
+from .cases import CELL_NAMES, CHOICES, DTYPES, Case
 
 __all__ = ["Disagreement", "Result", "check", "matmul_gflops", "measure"]
 
@@ -70,16 +71,11 @@ class Result:
 def make_layer(library, case: Case, dtype: torch.dtype) -> nn.Module:
     """The layer of a case from torch.nn or fusedrnn."""
     _, _, inputs, hidden = case.shape
-    options = {"num_layers": case.layers, "bidirectional": case.directions == 2, "dtype": dtype}
-    if case.cell == "lstm":
-        return library.LSTM(inputs, hidden, proj_size=case.projection, **options)
-    if case.cell == "gru":
-        return library.GRU(inputs, hidden, **options)
-    if case.cell == "gru_before":
-        return library.GRU(inputs, hidden, reset_after=False, **options)
-    if case.cell == "residual":
-        return library.ResidualRNN(inputs, hidden, **options)
-    return library.RNN(inputs, hidden, nonlinearity={"rnn": "tanh", "rnn_relu": "relu"}[case.cell], **options)
+    _, layer, own = CHOICES[case.cell]
+    options = {"num_layers": case.layers, "bidirectional": case.directions == 2, "dtype": dtype, **own}
+    if case.projection:
+        options["proj_size"] = case.projection
+    return getattr(library, layer)(inputs, hidden, **options)
 
 
 @dataclass(frozen=True)
@@ -101,7 +97,7 @@ class Problem:
             return torch.randn(shape, generator=generator, dtype=torch.float64)
 
         x = draw(T, B, I)
-        sizes = (out, H) if case.cell == "lstm" else (out,)
+        sizes = (out, H)[: len(CELLS[CELL_NAMES[case.cell]].states)]
         hx = tuple(draw(case.layers * case.directions, B, size) for size in sizes)
         return Problem(case, x, hx, draw(sum(case.lengths()), case.directions * out))
 

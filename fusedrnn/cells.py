@@ -19,6 +19,8 @@ class CellInfo:
         gates: gate names in the order of the rows of ``weight_ih`` and ``weight_hh`` (torch.nn's order).
         states: names of the states carried through time, ``h`` first.
         saved: values kept for the backward pass per unit, sample and step, beside the states.
+        keeps: the gate that multiplies the state before, and ``takes`` the one that multiplies what is new, if it is
+            another: what initialisers set. None: there is none.
         projectable: whether ``h`` may be a projection ``W_hr m`` of the cell's output ``m``.
     """
 
@@ -27,6 +29,8 @@ class CellInfo:
     states: tuple[str, ...] = ("h",)
     saved: int = 0
     projectable: bool = False
+    keeps: str | None = None
+    takes: str | None = None
 
 
 CELLS: dict[str, CellInfo] = {
@@ -35,8 +39,10 @@ CELLS: dict[str, CellInfo] = {
         CellInfo("rnn_tanh", gates=("h",)),
         CellInfo("rnn_relu", gates=("h",)),
         CellInfo("residual_rnn", gates=("g",), saved=1),
-        CellInfo("lstm", gates=("i", "f", "g", "o"), states=("h", "c"), saved=4, projectable=True),
-        CellInfo("gru", gates=("r", "z", "n"), saved=4),
-        CellInfo("gru_reset_before", gates=("r", "z", "n"), saved=3),
+        CellInfo(
+            "lstm", gates=("i", "f", "g", "o"), states=("h", "c"), saved=4, projectable=True, keeps="f", takes="i"
+        ),
+        CellInfo("gru", gates=("r", "z", "n"), saved=4, keeps="z"),
+        CellInfo("gru_reset_before", gates=("r", "z", "n"), saved=3, keeps="z"),
     )
 }

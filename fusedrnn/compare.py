@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 import fusedrnn
 from fusedrnn import reference
 from fusedrnn.cells import CELLS
+from fusedrnn.layer import differentiable
+from fusedrnn.layer.call import LayerCall
 
 __all__ = ["ENGINES", "TOLERANCE", "Problem", "main"]
 
@@ -37,28 +38,6 @@ PROJECTION = {"W_hr": "weight_hr_l0"}
 STATES = ("h0", "c0")
 
 
-def residual_rnn_loop(x: Tensor, h: Tensor, W_ih: Tensor, W_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> Tensor:
-    """h_t = h_{t-1} + tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh) in torch operations: y (T, B, H)."""
-    y = []
-    for x_t in x:
-        h = h + torch.tanh(linear(x_t, W_ih, b_ih) + linear(h, W_hh, b_hh))
-        y.append(h)
-    return torch.stack(y)
-
-
-def gru_reset_before_loop(x: Tensor, h: Tensor, W_ih: Tensor, W_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> Tensor:
-    """The GRU with the reset gate before the product, in torch operations: y (T, B, H)."""
-    y = []
-    for x_t in x:
-        x_r, x_z, x_n = linear(x_t, W_ih, b_ih).chunk(3, dim=1)
-        (W_r, W_z, W_n), (b_r, b_z, b_n) = W_hh.chunk(3), b_hh.chunk(3)
-        r = torch.sigmoid(x_r + linear(h, W_r, b_r))
-        z = torch.sigmoid(x_z + linear(h, W_z, b_z))
-        h = (1 - z) * torch.tanh(x_n + linear(r * h, W_n, b_n)) + z * h
-        y.append(h)
-    return torch.stack(y)
-
-
 @dataclass(frozen=True)
 class Cell:
     """One choice of the command line: its stem in ``reference``, its name in the registry, torch's counterpart."""
@@ -66,7 +45,6 @@ class Cell:
     stem: str
     registry: str
     torch_class: type[nn.RNNBase] | None = None
-    torch_loop: Callable[..., Tensor] | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -74,12 +52,10 @@ CHOICES = {
     "lstm": Cell("lstm", "lstm", nn.LSTM),
     "lstm_proj": Cell("lstm", "lstm", nn.LSTM),
     "gru": Cell("gru", "gru", nn.GRU),
-    "gru_reset_before": Cell(
-        "gru", "gru_reset_before", torch_loop=gru_reset_before_loop, options={"reset_after": False}
-    ),
+    "gru_reset_before": Cell("gru", "gru_reset_before", options={"reset_after": False}),
     "rnn": Cell("rnn", "rnn_tanh", nn.RNN),
     "rnn_relu": Cell("rnn", "rnn_relu", nn.RNN, options={"nonlinearity": "relu"}),
-    "residual_rnn": Cell("residual_rnn", "residual_rnn", torch_loop=residual_rnn_loop),
+    "residual_rnn": Cell("residual_rnn", "residual_rnn"),
 }
 
 
@@ -133,9 +109,9 @@ def reference_results(problem: Problem) -> Results:
 
 def torch_layer(cell: Cell, x: Tensor, states: list[Tensor], weights: dict[str, nn.Parameter]) -> list[Tensor]:
     """y and the final states by torch.nn, or by the plain loop where torch.nn has no such cell."""
-    if cell.torch_loop is not None:
-        y = cell.torch_loop(x, *states, *weights.values())
-        return [y, y[-1]]
+    if cell.torch_class is None:
+        found = differentiable.layer(LayerCall(cell.registry, x, [s[None] for s in states], list(weights.values())))
+        return [found.y, *(state[0] for state in found.finals)]
     P = len(weights["W_hr"]) if "W_hr" in weights else 0
     options = cell.options | ({"proj_size": P} if P else {})
     module = cell.torch_class(x.shape[2], len(weights["W_ih"]) // len(CELLS[cell.registry].gates), **options)
@@ -250,7 +226,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.dtype = dtypes[args.dtype]
     if args.cell == "lstm_proj" and args.proj is None:
         args.proj = max(1, args.hidden // 2)
-    if args.proj and not args.cell.startswith("lstm"):
+    if args.proj and not CELLS[CHOICES[args.cell].registry].projectable:
         parser.error("--proj is for the LSTM")
     if args.proj and args.proj >= args.hidden:
         parser.error(f"--proj must be smaller than --hidden, got {args.proj} and {args.hidden}")

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from . import modules
+from .fused_module import FusedModule
 from .inference import cache
 from .layer.ops import KERNEL_DTYPES
 from .options import changed, of
@@ -25,7 +26,6 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     getattr(nn, name): getattr(modules, name) for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
 }
 _TORCH = {ours: theirs for theirs, ours in _FUSED.items()}
-_OURS = (*_TORCH, modules.ResidualRNN)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def convert(model: nn.Module) -> ConversionReport:
             if module.original_name in {cls.__name__ for cls in _FUSED}:
                 reason = "compiled by TorchScript: convert the model before scripting or tracing it"
                 report.left.append(ConversionEntry(name, f"TorchScript {module.original_name}", reason))
-        elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and not isinstance(module, _OURS):
+        elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and not isinstance(module, FusedModule):
             _exchange(name, module, _FUSED, _obstacle_to_convert(module), report)
     return report
 
@@ -90,7 +90,7 @@ def revert(model: nn.Module) -> ConversionReport:
     _check_model(model)
     report = ConversionReport()
     for name, module in model.named_modules():
-        if isinstance(module, _OURS):
+        if isinstance(module, FusedModule):
             _exchange(name, module, _TORCH, _obstacle_to_revert(module), report)
     return report
 
@@ -147,7 +147,7 @@ def _obstacle_to_convert(module: nn.Module) -> str | None:
 
 def _obstacle_to_revert(module: nn.Module) -> str | None:
     cls = _own_class(module)
-    if cls is modules.ResidualRNN or not of(module).reset_after:
+    if isinstance(module, modules.FusedRNNBase) or not of(module).reset_after:
         return "torch.nn has no such cell"
     if cls not in _TORCH:
         return "a subclass with code of its own"
@@ -158,4 +158,5 @@ def _obstacle_to_revert(module: nn.Module) -> str | None:
 def _title(cls: type[nn.Module]) -> str:
     if cls in _FUSED:
         return f"torch.nn.{cls.__name__}"
-    return f"fusedrnn.{cls.__name__}" if cls in _OURS else f"{cls.__module__}.{cls.__qualname__}"
+    ours = cls.__module__ in (modules.__name__, modules.GRUCell.__module__)
+    return f"{__package__}.{cls.__name__}" if ours else f"{cls.__module__}.{cls.__qualname__}"

@@ -17,15 +17,12 @@ from typing import TypeVar
 import torch
 from torch import Generator, Tensor, nn
 
-from .cells import CELLS
+from .cells import CELLS, CellInfo
+from .options import cell_of
 from .torch_internals import own_parameters
 
 __all__ = ["chrono_", "forget_bias_", "orthogonal_"]
 
-#: Of these torch.nn reads no ``mode``.
-_CELLS: dict[type[nn.Module], str] = {
-    nn.LSTM: "lstm", nn.GRU: "gru", nn.RNNCell: "rnn_tanh", nn.LSTMCell: "lstm", nn.GRUCell: "gru"
-}  # fmt: skip
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
@@ -42,7 +39,7 @@ def orthogonal_(module: _Module, gain: float = 1.0, generator: Generator | None 
         TypeError: ``module`` is not a recurrent layer or cell, ``gain`` not a number.
         ValueError: a recurrent weight is parametrized or pruned, ``gain`` is not finite.
     """
-    gates = _gates(module)
+    gates = _info(module).gates
     gain = _number("gain", gain)
     for weight in _parameters(module, "weight_hh"):
         for block in weight.chunk(len(gates)):
@@ -65,10 +62,10 @@ def forget_bias_(module: _Module, value: float = 1.0) -> _Module:
         TypeError: ``module`` is not a recurrent layer or cell, ``value`` not a number.
         ValueError: no gate keeps the state (RNN, ResidualRNN), no bias or a parametrized one, ``value`` is not finite.
     """
-    keep, layers = _biases(module)
+    info, layers = _biases(module)
     value = _number("value", value)
     for gates in layers:
-        _set(gates[keep], torch.full_like(gates[keep][0], value))
+        _set(gates[info.keeps], torch.full_like(gates[info.keeps][0], value))
     return module
 
 
@@ -85,27 +82,24 @@ def chrono_(module: _Module, T_max: float, T_min: float = 2.0, generator: Genera
         TypeError: ``module`` is not a recurrent layer or cell, ``T_max`` or ``T_min`` not a number.
         ValueError: no gate keeps the state (RNN, ResidualRNN), no bias or a parametrized one; not 2 <= T_min < T_max.
     """
-    keep, layers = _biases(module)
+    info, layers = _biases(module)
     T_max, T_min = _number("T_max", T_max), _number("T_min", T_min)
     if not 2 <= T_min < T_max:
         raise ValueError(f"T_min and T_max must be 2 <= T_min < T_max, got T_min {T_min}, T_max {T_max}")
     for gates in layers:
-        rows = gates[keep][0]
+        rows = gates[info.keeps][0]
         u = torch.empty_like(rows, dtype=torch.promote_types(rows.dtype, torch.float32))
         bias = u.uniform_(T_min - 1, T_max - 1, generator=generator).log_()
-        _set(gates[keep], bias)
-        if "i" in gates:
-            _set(gates["i"], -bias)
+        _set(gates[info.keeps], bias)
+        if info.takes is not None:
+            _set(gates[info.takes], -bias)
     return module
 
 
-def _gates(module: nn.Module) -> tuple[str, ...]:
-    cell = next((name for cls, name in _CELLS.items() if isinstance(module, cls)), "")
-    if not cell and isinstance(module, nn.RNNBase):
-        cell = module.mode.lower()
-    if cell not in CELLS:
+def _info(module: nn.Module) -> CellInfo:
+    if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)) or cell_of(module) not in CELLS:
         raise TypeError(f"module must be an RNN, LSTM, GRU or a cell of one, got {type(module).__name__}")
-    return CELLS[cell].gates
+    return CELLS[cell_of(module)]
 
 
 def _parameters(module: nn.Module, kind: str) -> list[Tensor]:
@@ -121,18 +115,18 @@ def _parameters(module: nn.Module, kind: str) -> list[Tensor]:
     return [parameters[name] for name in names]
 
 
-def _biases(module: nn.Module) -> tuple[str, list[dict[str, tuple[Tensor, Tensor]]]]:
-    """The gate that keeps the state; for each layer and direction, by gate, the rows (H) of bias_ih and of bias_hh."""
-    gates = _gates(module)
-    keep = next((gate for gate in gates if gate in ("f", "z")), None)
-    if keep is None:
+def _biases(module: nn.Module) -> tuple[CellInfo, list[dict[str, tuple[Tensor, Tensor]]]]:
+    """The cell; for each layer and direction, by gate, the rows (H) of bias_ih and of bias_hh."""
+    info = _info(module)
+    gates = info.gates
+    if info.keeps is None:
         raise ValueError(f"{type(module).__name__} has no gate that keeps the state: expected an LSTM, GRU or cell")
     if not module.bias:
         raise ValueError(f"{type(module).__name__} must have biases, got bias=False")
     pairs = list(zip(_parameters(module, "bias_ih"), _parameters(module, "bias_hh")))
     if any(ih is hh for ih, hh in pairs):
         raise ValueError("bias_ih and bias_hh must be two Parameters, got the same one twice")
-    return keep, [dict(zip(gates, zip(*(bias.chunk(len(gates)) for bias in pair)))) for pair in pairs]
+    return info, [dict(zip(gates, zip(*(bias.chunk(len(gates)) for bias in pair)))) for pair in pairs]
 
 
 def _set(rows: tuple[Tensor, Tensor], value: Tensor) -> None:

@@ -27,13 +27,14 @@ from .torch_internals import (
     flat_weights,
     forget_weight,
     own_checks,
+    own_parameters,
     refer_strongly,
     usual_weights,
     weight_names,
     whole,
 )
 
-__all__ = ["GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell", "ResidualRNN"]
+__all__ = ["GRU", "FusedRNNBase", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell", "ResidualRNN"]
 
 _LSTM = torch.nn.LSTM  # people give the name to our class
 Lengths = Tensor | Sequence[int] | None
@@ -41,34 +42,37 @@ Lengths = Tensor | Sequence[int] | None
 
 def _forward(
     module: torch.nn.RNNBase,
-    cell: str,
     name: str,
     input: Tensor | PackedSequence,
-    states: Sequence[Tensor] | None,
+    hx: Tensor | Sequence[Tensor] | None,
     lengths: Lengths = None,
     reset: Tensor | None = None,
     return_states: bool = False,
 ) -> tuple[Any, ...]:
-    """What the sequence modules share: torch.nn's checks, in its order and words, then the layers."""
+    """What the sequence modules share: torch.nn's checks, in its order and words, then the layers. The only state of a
+    cell is no tuple, neither here nor in torch.nn.
+    """
     ours = isinstance(module, _SequenceModule)
     own = options.active(module)
+    cell = options.cell_of(module)
+    two_states = len(CELLS[cell].states) == 2
+    states = hx if two_states or hx is None else (hx,)
     if lengths is None and reset is None and not return_states:
         found = _plain(module, cell, input, states, own)
         if found is not None:
-            return found
+            return found[0], found[1:] if two_states else found[1]
     weights, names = flat_weights(module), weight_names(module)
     for weight_name, weight in zip(names, weights):
         if not isinstance(weight, Tensor):
             raise TypeError(f"{weight_name} must be a tensor, got {type(weight).__name__}")
     if len(weights) != len(names):
         raise RuntimeError(f"the module must have {len(names)} weights, {', '.join(names)}, got {len(weights)}")
-    two_states = len(CELLS[cell].states) == 2
     states = as_states(states, cell)
     if isinstance(input, PackedSequence):
         # The caller's hx is checked before it is permuted: a larger batch would be cut down silently. While Dynamo or
         # an exporter traces, the number of samples is not known; the op checks it.
         checked = None if is_compiling() else states
-        _check_args(module, input.data, input.batch_sizes, checked, two_states)
+        _check_args(module, input.data, input.batch_sizes, checked)
     else:
         if input.dim() not in (2, 3):
             noun = "D tensor instead" if name == "RNN" else "D instead"
@@ -79,11 +83,11 @@ def _forward(
             what, got = ("hx and cx", f"({ranks}) tensors") if two_states else ("hx", f"{ranks} tensor")
             raise RuntimeError(f"For {kind} input, {what} should also be {dim}-D but got {got}")
         batched = input if dim == 3 else input.unsqueeze(0 if module.batch_first else 1)
-        _check_args(module, batched, None, states and [s if dim == 3 else s.unsqueeze(1) for s in states], two_states)
+        _check_args(module, batched, None, states and [s if dim == 3 else s.unsqueeze(1) for s in states])
     expected = _shape_of_w_hh(module, cell)
     if weights[1].shape != expected:
         raise RuntimeError(f"weight_hh_l0 must have shape {list(expected)}, got {list(weights[1].shape)}")
-    return recurrent(
+    output, finals, *steps = recurrent(
         cell,
         input,
         states,
@@ -99,20 +103,7 @@ def _forward(
         owner=module if ours else None,
         **own,
     )
-
-
-def _of_one_state(
-    module: torch.nn.RNNBase, name: str, input: Tensor | PackedSequence, hx: Tensor | None, *further: Any
-) -> tuple[Any, ...]:
-    """:func:`_forward` for cells whose only state is h, which is no tuple then."""
-    if name == "RNN" and module.mode not in ("RNN_TANH", "RNN_RELU"):
-        raise AssertionError(f"mode must be RNN_TANH or RNN_RELU, got {module.mode}")  # as torch.nn
-    if name == "GRU":
-        cell = options.gru_cell(module)
-    else:
-        cell = "residual_rnn" if name == "ResidualRNN" else module.mode.lower()
-    output, (h_n,), *states = _forward(module, cell, name, input, None if hx is None else (hx,), *further)
-    return output, h_n, *states
+    return output, finals if two_states else finals[0], *steps
 
 
 def _shape_of_w_hh(module: torch.nn.RNNBase, cell: str) -> tuple[int, int]:
@@ -125,7 +116,7 @@ def _plain(
     input: Tensor | PackedSequence,
     states: Sequence[Tensor] | None,
     own: dict[str, Any],
-) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+) -> tuple[Tensor, ...] | None:
     """A dense batch through one layer or, in inference, through several, checked by the kernels alone. None where
     anything is different. ``own``: the options; zoneout has numbers for masks in inference, and there it may be one.
     """
@@ -136,8 +127,7 @@ def _plain(
     weights = usual_weights(module)
     if weights is None:
         return None  # computed or replaced, or checked by a subclass's own methods
-    found = plain_call(module, cell, form_of(module, 3), input, states, weights, own.get("zoneout", 0.0))
-    return None if found is None else (found[0], found[1:])
+    return plain_call(module, cell, form_of(module, 3), input, states, weights, own.get("zoneout", 0.0))
 
 
 def _check_args(
@@ -145,12 +135,12 @@ def _check_args(
     input: Tensor,
     batch_sizes: Tensor | None,
     states: Sequence[Tensor] | None,
-    two_states: bool,
 ) -> None:
     """By torch.nn's methods, or those of a subclass or of the module itself. Without states torch.nn checks the zeros
     that it has made; here nobody looks at them but such a method.
     """
-    own = own_checks(module, _LSTM if two_states else torch.nn.RNNBase)
+    is_lstm = isinstance(module, _LSTM)
+    own = own_checks(module, _LSTM if is_lstm else torch.nn.RNNBase)
     if "permute_hidden" in own:
         name = type(module).__name__
         raise NotImplementedError(f"{name}: permute_hidden would not be called, as fusedrnn has no use for it")
@@ -159,9 +149,10 @@ def _check_args(
         return
     if states is None:
         sizes = [module.get_expected_hidden_size(input, batch_sizes)]
-        sizes += [module.get_expected_cell_size(input, batch_sizes)] if two_states else []
+        sizes += [module.get_expected_cell_size(input, batch_sizes)] if is_lstm else []
         states = [input.new_zeros(size) for size in sizes]
-    module.check_forward_args(input, tuple(states) if two_states else states[0], batch_sizes)
+    for given in [tuple(states)] if is_lstm else states:
+        module.check_forward_args(input, given, batch_sizes)
 
 
 class _SequenceModule(FusedModule):
@@ -171,13 +162,19 @@ class _SequenceModule(FusedModule):
     :func:`fusedrnn.functional.recurrent`. The constructor takes the fields of :class:`fusedrnn.FusedOptions`, by name.
     """
 
-    def __init__(self, arguments: dict[str, Any], *mode: str) -> None:
+    def __init__(self, arguments: dict[str, Any], cell: str | None = None) -> None:
         """With the names of a constructor of ours and their values; those that torch.nn does not know are among
-        ``others``, for it to word the error.
+        ``others``, for it to word the error. ``cell``: the registry's name of one that torch.nn does not have.
         """
         given = {name: value for name, value in arguments.items() if name not in ("self", "others")}
         own = {name: given.pop(name) for name in options.FIELDS if name in given}
-        super().__init__(*mode, **given, **arguments.get("others", {}))
+        super().__init__(*(() if cell is None else ("RNN_TANH",)), **given, **arguments.get("others", {}))
+        if cell is not None:  # so far it has the parameters of one gate
+            self.mode, gates = cell.upper(), len(CELLS[cell].gates)
+            for name, one in own_parameters(self).items() if gates > 1 else ():
+                setattr(self, name, torch.nn.Parameter(one.new_empty(gates * one.size(0), *one.shape[1:])))
+            if gates > 1:
+                self.reset_parameters()
         options.tell(self, own)
 
     def step(
@@ -238,7 +235,7 @@ class RNN(_SequenceModule, torch.nn.RNN):
         self, input: Tensor | PackedSequence, hx: Tensor | None = None, *,
         lengths: Lengths = None, reset: Tensor | None = None, return_states: bool = False,
     ) -> tuple[Any, ...]:  # fmt: skip
-        return whole(_of_one_state, self, "RNN", input, hx, lengths, reset, return_states)
+        return whole(_forward, self, "RNN", input, hx, lengths, reset, return_states)
 
 
 class LSTM(_SequenceModule, torch.nn.LSTM):
@@ -266,7 +263,7 @@ class LSTM(_SequenceModule, torch.nn.LSTM):
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None, *,
         lengths: Lengths = None, reset: Tensor | None = None, return_states: bool = False,
     ) -> tuple[Any, ...]:  # fmt: skip
-        return whole(_forward, self, "lstm", "LSTM", input, hx, lengths, reset, return_states)
+        return whole(_forward, self, "LSTM", input, hx, lengths, reset, return_states)
 
 
 class GRU(_SequenceModule, torch.nn.GRU):
@@ -294,15 +291,17 @@ class GRU(_SequenceModule, torch.nn.GRU):
         self, input: Tensor | PackedSequence, hx: Tensor | None = None, *,
         lengths: Lengths = None, reset: Tensor | None = None, return_states: bool = False,
     ) -> tuple[Any, ...]:  # fmt: skip
-        return whole(_of_one_state, self, "GRU", input, hx, lengths, reset, return_states)
+        return whole(_forward, self, "GRU", input, hx, lengths, reset, return_states)
 
 
-class ResidualRNN(_SequenceModule, torch.nn.RNNBase):
-    """Residual recurrent network: h_t = h_{t-1} + tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh).
+class FusedRNNBase(_SequenceModule, torch.nn.RNNBase):
+    """A layer of a cell that torch.nn does not have: a subclass says which, ``_cell``, its name in the registry.
 
-    Arguments, parameters and shapes as :class:`torch.nn.GRU`'s, with one gate: W_ih (H, I), W_hh (H, H).
-    Derivation, and why it can explode: docs/derivations.md, section S.
+    Arguments, parameters and shapes are those of :class:`torch.nn.GRU`, with the cell's G gates in the place of three:
+    weight_ih (G*H, I), weight_hh (G*H, H). Of a cell with two states, hx and the final states are pairs.
     """
+
+    _cell: str
 
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
@@ -313,19 +312,30 @@ class ResidualRNN(_SequenceModule, torch.nn.RNNBase):
         bptt_steps: int | None = None, recompute: str = "none", **others: Any,
     ) -> None:  # fmt: skip
         if "proj_size" in others:
-            raise ValueError("proj_size argument is only supported for LSTM, not ResidualRNN")
-        _SequenceModule.__init__(self, dict(locals()), "RNN_TANH")  # the parameters of one gate
-        self.mode = "RESIDUAL_RNN"
+            raise ValueError(f"proj_size argument is only supported for LSTM, not {type(self).__name__}")
+        _SequenceModule.__init__(self, dict(locals()), type(self)._cell)
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None, *,
+        self, input: Tensor | PackedSequence, hx: Tensor | tuple[Tensor, Tensor] | None = None, *,
         lengths: Lengths = None, reset: Tensor | None = None, return_states: bool = False,
     ) -> tuple[Any, ...]:  # fmt: skip
-        return whole(_of_one_state, self, "ResidualRNN", input, hx, lengths, reset, return_states)
+        return whole(_forward, self, type(self).__name__, input, hx, lengths, reset, return_states)
 
+
+class ResidualRNN(FusedRNNBase):
+    """Residual recurrent network: h_t = h_{t-1} + tanh(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh).
+
+    Arguments, parameters and shapes as :class:`torch.nn.GRU`'s, with one gate: W_ih (H, I), W_hh (H, H).
+    Derivation, and why it can explode: docs/derivations.md, section S.
+    """
+
+    _cell = "residual_rnn"
+
+
+_CLASSES = [cls for name in __all__ if issubclass(cls := globals()[name], _SequenceModule)]
 
 #: Whose work ``step`` does without calling them. (A subclass with a ``forward`` of its own is called.)
-_USUAL = Usual(FusedModule.__call__, frozenset(cls.forward for cls in (RNN, LSTM, GRU, ResidualRNN)))
+_USUAL = Usual(FusedModule.__call__, frozenset(cls.forward for cls in _CLASSES))
 
 _FORWARD = """Args:
     input: (T, B, I), or (B, T, I) with batch_first, or (T, I), or a PackedSequence.
@@ -338,7 +348,7 @@ Returns:
     output and the final states as torch.nn gives them; with return_states, third, for each layer a tuple of its
     states. :func:`fusedrnn.functional.recurrent` says more.
 """
-for _cls in (RNN, LSTM, GRU, ResidualRNN) if __doc__ else ():  # python -OO leaves docstrings out
+for _cls in _CLASSES if __doc__ else ():  # python -OO leaves docstrings out
     _cls.__doc__ = inspect.cleandoc(_cls.__doc__) + options.documentation(*(() if _cls is GRU else ("reset_after",)))
     _cls.__init__.__doc__ = "As torch.nn's, and the options of the class, by name."
     _cls.forward.__doc__ = _FORWARD

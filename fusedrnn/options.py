@@ -1,4 +1,4 @@
-"""What our modules are told beyond torch.nn's: what is dropped, how the backward pass is done, which of two GRUs it is.
+"""What modules are told: their cell, and beyond torch.nn what is dropped, and how the backward pass is done.
 
 A module has one attribute for all of it, ``fused_options``, so that a user's attributes may have any other name.
 """
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .cells import CELLS
 from .layer.call import Options
 from .layer.dropout import rates
 
@@ -24,10 +25,10 @@ __all__ = [
     "FusedOptions",
     "HasOptions",
     "active",
+    "cell_of",
     "changed",
     "check_policy",
     "documentation",
-    "gru_cell",
     "of",
     "tell",
     "text",
@@ -118,7 +119,8 @@ FIELDS = tuple(_FIELDS)
 _DROPOUT, _BACKWARD = FIELDS[:4], FIELDS[4:8]
 
 # torch.nn's classes as they were at import: people give their names to ours.
-_LSTM, _GRUS, _SINGLE = nn.LSTM, (nn.GRU, nn.GRUCell), nn.RNNCellBase
+_LSTMS, _GRUS, _SINGLE = (nn.LSTM, nn.LSTMCell), (nn.GRU, nn.GRUCell), nn.RNNCellBase
+_RNN, _RNN_CELL = nn.RNN, nn.RNNCell
 
 
 class HasOptions:
@@ -150,7 +152,7 @@ def _check(module: nn.Module, own: FusedOptions) -> None:
         if others:
             raise ValueError(f"{name} makes single steps, without {', '.join(others)}, got {own}")
     else:
-        own.check_rates(2 if isinstance(module, _LSTM) else 1)
+        own.check_rates(len(CELLS[cell_of(module)].states))
 
 
 def tell(module: nn.Module, given: dict[str, Any]) -> None:
@@ -161,9 +163,24 @@ def tell(module: nn.Module, given: dict[str, Any]) -> None:
     of(module)
 
 
-def gru_cell(module: nn.Module) -> str:
-    """The registry's name of the cell of a GRU or GRUCell."""
-    return "gru" if of(module).reset_after else "gru_reset_before"
+def cell_of(module: nn.RNNBase | nn.RNNCellBase) -> str:
+    """The registry's name of the cell of a module, ours or torch.nn's, whose options are right (:func:`of`).
+
+    Raises:
+        AssertionError: the mode is that of no cell. RuntimeError: the nonlinearity is. Both as in torch.nn.
+    """
+    if isinstance(module, _LSTMS):
+        return "lstm"
+    if isinstance(module, _GRUS):  # of neither torch.nn reads the mode
+        own = module.fused_options if isinstance(module, HasOptions) else DEFAULT
+        return "gru" if own.reset_after else "gru_reset_before"
+    if isinstance(module, _RNN_CELL):
+        if module.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {module.nonlinearity}")
+        return f"rnn_{module.nonlinearity}"
+    if isinstance(module, _RNN) and module.mode not in ("RNN_TANH", "RNN_RELU"):
+        raise AssertionError(f"mode must be RNN_TANH or RNN_RELU, got {module.mode}")
+    return module.mode.lower()
 
 
 def changed(own: FusedOptions) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from . import modules
 from .fused_module import FusedModule
 from .inference import cache
 from .layer.ops import KERNEL_DTYPES
-from .single_step import forward_cell
 from .torch_internals import VF as _VF  # noqa: F401  TorchScript looks up names of torch's source, by __wrapped__, here
 from .torch_internals import exporting, own_checks, transformed, whole
 
@@ -151,7 +150,7 @@ def _rnn(self: nn.RNN, input: Tensor | PackedSequence, hx: Tensor | None) -> tup
 
 
 def _gru(self: nn.GRU, input: Tensor | PackedSequence, hx: Tensor | None) -> tuple[Tensor | PackedSequence, Tensor]:
-    output, (h_n,) = modules._forward(self, "gru", "GRU", input, None if hx is None else (hx,))
+    output, h_n = modules.GRU.forward(self, input, hx)
     return _writable(output), h_n
 
 
@@ -164,10 +163,6 @@ def _writable(output: Tensor | PackedSequence) -> Tensor | PackedSequence:
     return output.clone() if output.requires_grad else output
 
 
-def _gru_cell(self: nn.GRUCell, input: Tensor, hx: Tensor | None) -> Tensor:
-    return forward_cell(self, "gru", "GRUCell", input, None if hx is None else (hx,))[0]
-
-
 # torch.nn's classes as they were at import, and our forward for each; torch.nn's GRU has no ``reset_after``.
 _COMPUTE: dict[type[nn.Module], Callable[..., Any]] = {
     nn.RNN: _rnn,
@@ -175,5 +170,5 @@ _COMPUTE: dict[type[nn.Module], Callable[..., Any]] = {
     nn.GRU: _gru,
     nn.RNNCell: modules.RNNCell.forward,
     nn.LSTMCell: modules.LSTMCell.forward,
-    nn.GRUCell: _gru_cell,
+    nn.GRUCell: modules.GRUCell.forward,
 }

@@ -19,10 +19,11 @@ __all__ = ["GRUCell", "LSTMCell", "RNNCell", "forward_cell"]
 
 
 def forward_cell(
-    module: torch.nn.RNNCellBase, cell: str, name: str, input: Tensor, states: Sequence[Tensor] | None
+    module: torch.nn.RNNCellBase, name: str, input: Tensor, states: Sequence[Tensor] | None
 ) -> tuple[Tensor, ...]:
     """What the single-step modules share."""
     options.of(module)  # raises
+    cell = options.cell_of(module)
     found = _plain(module, cell, input, states)
     if found is not None:
         return found[1:]
@@ -70,17 +71,14 @@ class RNNCell(FusedModule, torch.nn.RNNCell):
     """One step of :class:`RNN`, in the place of :class:`torch.nn.RNNCell`: input (B, I), h (B, H) -> h (B, H)."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        if self.nonlinearity not in ("tanh", "relu"):
-            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        cell = f"rnn_{self.nonlinearity}"
-        return forward_cell(self, cell, "RNNCell", input, None if hx is None else (hx,))[0]
+        return forward_cell(self, "RNNCell", input, None if hx is None else (hx,))[0]
 
 
 class LSTMCell(FusedModule, torch.nn.LSTMCell):
     """One step of :class:`LSTM`, in the place of :class:`torch.nn.LSTMCell`: input (B, I), (h, c) -> (h, c)."""
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        return forward_cell(self, "lstm", "LSTMCell", input, hx)
+        return forward_cell(self, "LSTMCell", input, hx)
 
 
 _TorchGRUCell = torch.nn.GRUCell  # people give this name of torch.nn to our class
@@ -97,4 +95,4 @@ class GRUCell(FusedModule, _TorchGRUCell):
         options.tell(self, {"reset_after": reset_after})
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        return forward_cell(self, options.gru_cell(self), "GRUCell", input, None if hx is None else (hx,))[0]
+        return forward_cell(self, "GRUCell", input, None if hx is None else (hx,))[0]

@@ -90,6 +90,10 @@ TWINS: dict[str, Twin] = {
 }
 
 
+def two_states(cell: str) -> bool:
+    return len(fusedrnn.CELLS[cell].states) == 2
+
+
 SINGLES = [name for name, twin in TWINS.items() if twin.cell]  # cells with a single-step module
 
 
@@ -118,23 +122,25 @@ def layer_loop(cell: str, module: nn.Module, input: Tensor | PackedSequence, hx=
         output = pack_padded_sequence(x, lengths, enforce_sorted=input.sorted_indices is None)
     else:
         output = x.transpose(0, 1) if module.batch_first else x
-    return output, last if cell == "lstm" else last[0]
+    return output, last if two_states(cell) else last[0]
 
 
 def cell_loop(cell: str, module: nn.Module, input: Tensor, hx=None):
     """What the cell module ``module(input, hx)`` has to return for a batched input."""
     zeros = input.new_zeros(input.shape[0], module.hidden_size)
-    states = (hx if cell == "lstm" else (hx,)) if hx is not None else ((zeros, zeros) if cell == "lstm" else (zeros,))
+    if hx is None:
+        hx = (zeros, zeros) if two_states(cell) else zeros
+    states = hx if two_states(cell) else (hx,)
     new = TWINS[cell].step(input, states, module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh)
-    return new if cell == "lstm" else new[0]
+    return new if two_states(cell) else new[0]
 
 
 def _states(module: nn.Module, hx, x: Tensor, cell: str) -> States:
     if hx is not None:
-        return tuple(hx) if cell == "lstm" else (hx,)
+        return tuple(hx) if two_states(cell) else (hx,)
     rows = module.num_layers * (2 if module.bidirectional else 1)
     h0 = x.new_zeros(rows, x.shape[1], module.proj_size or module.hidden_size)
-    return (h0, x.new_zeros(rows, x.shape[1], module.hidden_size)) if cell == "lstm" else (h0,)
+    return (h0, x.new_zeros(rows, x.shape[1], module.hidden_size)) if two_states(cell) else (h0,)
 
 
 def _run(cell, module, suffix, x, states, active, reset, *, reverse):
@@ -192,7 +198,7 @@ def op_loop(
     x, each, T, B = x.flatten(0, -2), len(weights) // directions, len(sizes), sizes[0]
     first = [sum(sizes[:t]) for t in range(T)]
     keeps = [None if k is None else k.flatten(0, -2) for k in noise[1:]]
-    two = cell == "lstm"
+    two = two_states(cell)
     kinds = ("h", "c", "sent_h", "sent_c", "cell_h", "ih", "hh")
     rows: dict[str, list] = {name: [None] * (directions * len(x)) for name in kinds}
     finals: list[States] = []

@@ -27,7 +27,7 @@ ROWS = (
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
 
 #: What people call: torch.nn's signatures, all that a layer can be told, all that an experiment can.
-PUBLIC = {"functional.recurrent", *(f"modules.{name}.__init__" for name in ("RNN", "LSTM", "GRU", "ResidualRNN"))}
+PUBLIC = {"functional.recurrent", *(f"modules.{name}.__init__" for name in ("RNN", "LSTM", "GRU", "FusedRNNBase"))}
 PUBLIC |= {"gradflow.train"}
 MOST_ARGUMENTS = 8
 

@@ -22,9 +22,7 @@ from ..torch_internals import heard, kept_weights, runs_of_call
 from . import cache
 from .plain_call import form_of
 
-__all__ = ["Usual", "cell_of", "step"]
-
-_RNN, _LSTM, _GRU = torch.nn.RNN, torch.nn.LSTM, torch.nn.GRU  # people give these names to our classes
+__all__ = ["Usual", "step"]
 
 
 class _Prepared(NamedTuple):
@@ -39,15 +37,6 @@ class _Prepared(NamedTuple):
 def _kind(module: torch.nn.RNNBase) -> tuple[Any, ...]:
     """What ``forward`` reads of a module beside its weights and options."""
     return type(module), module.mode, form_of(module, 2)
-
-
-def cell_of(module: torch.nn.RNNBase) -> str:
-    """The registry's name of a sequence module's cell. (torch.nn's LSTM and GRU do not read their ``mode``.)"""
-    if isinstance(module, _LSTM):
-        return "lstm"
-    if isinstance(module, _GRU):
-        return options.gru_cell(module)
-    return module.mode.lower() if isinstance(module, _RNN) else "residual_rnn"
 
 
 def _draws(module: torch.nn.RNNBase, given: options.FusedOptions) -> bool:
@@ -110,7 +99,7 @@ def _prepare(module: torch.nn.RNNBase, input: Tensor, usual: Usual) -> None:
     weights = kept_weights(module, calls)
     if forward not in usual.forwards or weights is None or heard(module) or _draws(module, given):
         return
-    cell = cell_of(module)
+    cell = options.cell_of(module)
     zoneout = kept_parts(given.zoneout, len(CELLS[cell].states))
     kind = _kind(module)
     prepared = _C.prepare_step(input, weights, cell, kind[-1], zoneout)

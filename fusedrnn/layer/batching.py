@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..cells import CELLS
 from ..torch_internals import add_batch_dim, batched_by_autograd, batching_level, remove_batch_dim
 from .call import (
     BackwardArguments,
@@ -31,7 +30,7 @@ from .call import (
     layer_backward,
     layer_forward,
 )
-from .differentiable import previous
+from .differentiable import STEPS, previous
 
 __all__ = ["is_batched_by_autograd", "map_backward"]
 
@@ -157,12 +156,12 @@ def _weight_gradients(call: LayerCall, count: int, y: Tensor, saved: Tensor, gra
     cell, rows, weights, steps = call.cell, call.x_rows, call.weights, call.rows
     x, y, h0, dgates, dh = call.x.flatten(0, rows), y.flatten(0, rows), call.states[0], gradients.gates, gradients.h
     each, constants = len(weights) // call.directions, _CONSTANTS[cell]
-    gates, first, split = constants["gates"], constants["first"], constants["split"]
+    gates, first, split, kept = (constants[name] for name in ("gates", "first", "split", "saved"))
     found = []
     for d in range(call.directions):
         hidden, out = weights[1].size(0) // gates, weights[1].size(1)
         mine = _unfold(dgates[d], 0, count)  # (N, V, (gates + split) * H)
-        values = _unfold(saved[d], 0, count)
+        values = _unfold(saved[d], 0, count).split(hidden, dim=-1)  # those kept of the cell, then c_t
         inputs = _unfold(x, 0, count)
         start = None if h0 is None else h0[d]
         before = _unfold(previous(y[:, d * out : (d + 1) * out], start, steps, reverse=d == 1), 0, count)
@@ -174,17 +173,14 @@ def _weight_gradients(call: LayerCall, count: int, y: Tensor, saved: Tensor, gra
         dw_ih = [_outer(of(0, own), inputs), _outer(of(gates, gates + split), inputs)]
         dw_hh = [_outer(of(0, first), before)]
         if first < gates:
-            reset = CELLS[cell].gates.index("r")
-            dw_hh.append(_outer(of(first, gates), values[..., reset * hidden : (reset + 1) * hidden] * before))
+            dw_hh.append(_outer(of(first, gates), STEPS[cell].operand(values[:kept], before)))
         found += [torch.cat(dw_ih, dim=1) if split else dw_ih[0], torch.cat(dw_hh, dim=1)]
         if each >= 4:
             sums = mine.sum(0)
             input_sums = torch.cat([sums[:, : own * hidden], sums[:, gates * hidden :]], dim=1)
             found += [input_sums, sums[:, : gates * hidden]]
         if each % 2:
-            o, c = CELLS[cell].gates.index("o"), CELLS[cell].saved
-            unprojected = values[..., o * hidden : (o + 1) * hidden] * values[..., c * hidden : (c + 1) * hidden].tanh()
-            found.append(_outer(_unfold(dh[d], 0, count), unprojected))
+            found.append(_outer(_unfold(dh[d], 0, count), STEPS[cell].output(values[:kept], values[kept])))
     return [g.to(x.dtype) for g in found]
 
 

@@ -8,11 +8,13 @@ Equations: ``docs/derivations.md``; tests hold :func:`layer` equal to the kernel
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..cells import CELLS
 from .call import LayerCall, Leaves, OutputGradients, Outputs
 
 __all__ = ["STEPS", "Numbered", "gradients", "layer", "numbered", "previous"]
@@ -55,14 +57,23 @@ def _gru_reset_before(x: Tensor, rec: Recurrent, h: Tensor) -> States:
     return (n + z * (h - n),)  # (H5)
 
 
-#: Of each cell the number of gates, and a step: (W_ih x + b_ih of all gates, :data:`Recurrent`, states) -> states.
-STEPS: dict[str, tuple[int, Callable[..., States]]] = {
-    "rnn_tanh": (1, _rnn_tanh),
-    "rnn_relu": (1, _rnn_relu),
-    "residual_rnn": (1, _residual_rnn),
-    "lstm": (4, _lstm),
-    "gru": (3, _gru),
-    "gru_reset_before": (3, _gru_reset_before),
+class Step(NamedTuple):
+    """One step of a cell, and what weight gradients multiply, from the saved values (each a unit's, as csrc/cells
+    orders them).
+    """
+
+    of: Callable[..., States]  # (W_ih x + b_ih of all gates, :data:`Recurrent`, states) -> states
+    operand: Callable[[States, Tensor], Tensor] | None = None  # (saved, h_{t-1}) -> q, of a cell with two products
+    output: Callable[[States, Tensor], Tensor] | None = None  # (saved, c_t) -> h_t before its projection
+
+
+STEPS: dict[str, Step] = {
+    "rnn_tanh": Step(_rnn_tanh),
+    "rnn_relu": Step(_rnn_relu),
+    "residual_rnn": Step(_residual_rnn),
+    "lstm": Step(_lstm, output=lambda saved, c: saved[3] * torch.tanh(c)),  # (L6)
+    "gru": Step(_gru),
+    "gru_reset_before": Step(_gru_reset_before, operand=lambda saved, h: saved[0] * h),  # (H3)
 }
 
 
@@ -125,7 +136,7 @@ def _direction(
     w_ih, w_hh = weights[:2]
     b_ih, b_hh = weights[2:4] if len(weights) >= 4 else (None, None)
     w_hr = weights[-1] if len(weights) % 2 else None
-    gates, step = STEPS[cell]
+    gates, step = len(CELLS[cell].gates), STEPS[cell].of
     hidden = w_hh.size(0) // gates
     projections = linear(x.reshape(-1, w_ih.size(1)), w_ih, b_ih).split(list(rows))
     parts: dict[int, tuple[Tensor, Tensor | None]] = {}  # cut once: the gradient of each cut has the size of the whole

@@ -90,7 +90,7 @@ class _Direction:
         self.bias = len(arguments.weights) >= 4
         self.w_hr = arguments.weights[-1] if len(arguments.weights) % 2 else None
         b_ih, b_hh = arguments.weights[2:4] if self.bias else (None, None)
-        gates, step = STEPS[cell]
+        gates, step = len(CELLS[cell].gates), STEPS[cell].of
         self.hidden, self.two_states = self.w_hh.size(0) // gates, len(CELLS[cell].states) == 2
         before = [previous(y, arguments.states[0], rows, reverse)]
         if self.two_states:
