@@ -187,7 +187,7 @@ def _registry() -> Iterator[Case]:
     yield from each(three, middle, dtype="float64")
     yield from each(("lstm",), middle, projection=64)
     yield from each(("lstm",), middle, layers=2, directions=2, ragged=True)
-    yield from each(("rnn_relu", "gru_before", "residual"), middle)
+    yield from each(tuple(name for name in CHOICES if name not in three), middle)
 
 
 CASES: dict[str, Case] = {case.name: case for case in _registry()}

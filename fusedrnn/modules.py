@@ -174,6 +174,7 @@ class _SequenceModule(FusedModule):
             for name, one in own_parameters(self).items() if gates > 1 else ():
                 setattr(self, name, torch.nn.Parameter(one.new_empty(gates * one.size(0), *one.shape[1:])))
             if gates > 1:
+                refer_strongly(self)
                 self.reset_parameters()
         options.tell(self, own)
 

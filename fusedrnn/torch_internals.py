@@ -284,8 +284,12 @@ def forget_weight(module: nn.RNNBase, name: str) -> None:
     """
     references = vars(module).get("_flat_weight_refs")
     if references and name in weight_names(module)[: len(references)]:
-        references[weight_names(module).index(name)] = object  # a new one at each call, no weight
+        references[weight_names(module).index(name)] = _gone
 
 
 def _same(weight: Tensor) -> Tensor:
     return weight
+
+
+def _gone() -> None:
+    """What a weak reference answers whose weight is no more."""

@@ -79,6 +79,8 @@ def test_set_num_threads_is_honoured(count):
 def test_wrong_instruction_set_is_an_import_error(value, message):
     if value in _C.supported_isas():
         pytest.skip("this CPU has it")
+    if value == "avx512" and value not in _C.built_isas():
+        pytest.skip("not in this build")
     run = subprocess.run(
         [sys.executable, "-c", "import fusedrnn"],
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, "FUSEDRNN_CPU_ISA": value},

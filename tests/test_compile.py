@@ -109,6 +109,14 @@ def test_a_refused_layer_is_left_to_python(backend: str, patched: bool) -> None:
     assert counter.frame_count <= 5  # what is between the layers
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_weight_that_was_replaced(cell: str, allow_rnn: None) -> None:
+    """Set as an attribute, before anything was computed: Dynamo follows the look-up of the weights."""
+    module = TWINS[cell].layer(4, 5)
+    module.weight_hh_l0 = nn.Parameter(module.weight_hh_l0.detach() * 2)
+    assert_same(module, torch.compile(module, backend="aot_eager", fullgraph=True), torch.randn(3, 2, 4))
+
+
 class First(nn.Module):
     def forward(self, results: tuple[Tensor, ...]) -> Tensor:
         return results[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -18,6 +18,8 @@ import torch
 from tolerances import TOLERANCE
 
 from fusedrnn import reference
+from fusedrnn.cells import CELLS
+from fusedrnn.compare import CHOICES
 from fusedrnn.reference import cells, layers, textbook
 
 T, B, I, H, R = 3, 2, 3, 4, 2
@@ -33,9 +35,9 @@ class Case:
 
     stem: str
     gates: int
-    states: tuple[str, ...] = ("h",)
-    projection: bool = False
-    options: dict = field(default_factory=dict)
+    states: tuple[str, ...]
+    options: dict
+    projection: bool
 
     def problem(self, scope: str, bias: bool, seed: int = 0) -> tuple[dict, list]:
         """The arguments by name, and a random gradient for each output, of the ``cell`` or of the ``layer``."""
@@ -66,14 +68,14 @@ class Case:
 
 
 CASES = {
-    "rnn_tanh": Case("rnn", 1),
-    "rnn_relu": Case("rnn", 1, options={"nonlinearity": "relu"}),
-    "residual_rnn": Case("residual_rnn", 1),
-    "lstm": Case("lstm", 4, states=("h", "c")),
-    "lstm_proj": Case("lstm", 4, states=("h", "c"), projection=True),
-    "gru": Case("gru", 3),
-    "gru_reset_before": Case("gru", 3, options={"reset_after": False}),
+    name: Case(cell.stem, len(info.gates), info.states, cell.options, projection=name.endswith("_proj"))
+    for name, cell in CHOICES.items()
+    for info in [CELLS[cell.registry]]
 }
+
+
+def test_every_cell_has_a_reference() -> None:
+    assert {cell.registry for cell in CHOICES.values()} == set(CELLS)
 
 
 @cache
@@ -146,7 +148,7 @@ def test_missing_final_gradients_are_zero() -> None:
 
 
 def test_unknown_nonlinearity_is_an_error() -> None:
-    arrays, _ = CASES["rnn_tanh"].problem("layer", bias=True)
+    arrays, _ = CASES["rnn"].problem("layer", bias=True)
     with pytest.raises(ValueError, match="nonlinearity must be 'tanh' or 'relu', got 'sine'"):
         reference.rnn_forward(**arrays, nonlinearity="sine")
 
@@ -154,7 +156,7 @@ def test_unknown_nonlinearity_is_an_error() -> None:
 # --- torch.autograd, name by name ---
 
 TORCH = {
-    "rnn_tanh": lambda **kw: torch.nn.RNN(I, H, **kw),
+    "rnn": lambda **kw: torch.nn.RNN(I, H, **kw),
     "rnn_relu": lambda **kw: torch.nn.RNN(I, H, nonlinearity="relu", **kw),
     "lstm": lambda **kw: torch.nn.LSTM(I, H, **kw),
     "lstm_proj": lambda **kw: torch.nn.LSTM(I, H, proj_size=R, **kw),
