@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -110,15 +109,3 @@ def test_an_extension_of_the_same_minor_version_is_loaded(running: str, tmp_path
     (tmp_path / "_C.so").touch()
     (tmp_path / "_C.torch").write_text("2.13.0+cpu\n")
     fusedrnn.extension.check(tmp_path, running)
-
-
-def test_the_source_distribution_has_all_that_is_compiled(tmp_path: Path) -> None:
-    """With headers, which setuptools does not look for, and the licence."""
-    command = [sys.executable, "setup.py", "-q", "egg_info", "-e", str(tmp_path), "sdist", "-d", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=os.environ | {"FUSEDRNN_CUDA": "0"})
-    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
-        held = {Path(*Path(name).parts[1:]) for name in archive.getnames()}
-    files = [path.relative_to(ROOT) for top in ("csrc", "fusedrnn") for path in (ROOT / top).rglob("*.*")]
-    needed = {path for path in files if path.suffix in (".cpp", ".cu", ".h", ".inl", ".py")}
-    assert len(needed) > 70 and needed <= held
-    assert {Path(name) for name in ("LICENSE", "README.md", "pyproject.toml", "setup.py")} <= held

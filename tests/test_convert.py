@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from loops import TWINS
 from tolerances import assert_close
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, weight_norm
@@ -218,17 +219,20 @@ def test_modules_on_the_meta_device_are_replaced_and_filled_later() -> None:
 
 
 def test_what_torch_nn_lacks_is_not_reverted() -> None:
+    lacking = {name: twin.layer(4, 5) for name, twin in TWINS.items() if twin.torch_layer is None}
     model = nn.ModuleDict(
         {
             "paper": fusedrnn.GRU(4, 5, reset_after=False),
             "cell": fusedrnn.GRUCell(4, 5, reset_after=False),
-            "residual": fusedrnn.ResidualRNN(4, 5),
             "gru": fusedrnn.GRU(4, 5),
+            **lacking,
         }
     )
+    assert fusedrnn.convert(model) == ConversionReport()
     report = fusedrnn.revert(model)
     assert [entry.name for entry in report.replaced] == ["gru"]
-    assert [entry.name for entry in report.left] == ["paper", "cell", "residual"]
+    assert [entry.name for entry in report.left] == ["paper", "cell", *lacking] and len(lacking) >= 2
+    assert all(type(model[name]).__module__ == "fusedrnn.modules" for name in lacking)
     assert all("torch.nn has no such cell" in entry.reason for entry in report.left)
     assert type(model["paper"]) is fusedrnn.GRU and not model["paper"].fused_options.reset_after
     subclass = type("Mine", (fusedrnn.LSTM,), {"__doc__": "Somebody's own."})
