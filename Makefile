@@ -12,7 +12,8 @@ BIN     := $(VENV)/bin/python
 BASE    := $(if $(wildcard $(BIN)),$(BIN),$(PYTHON))
 SETUP   := $(VENV)/stamp-torch-$(TORCH)
 BUILD   := build/stamp$(subst /,-,$(VENV))
-SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+CSRC    := $(shell find csrc -type f 2>/dev/null)
+SOURCES := setup.py pyproject.toml $(CSRC)
 
 .PHONY: help demo test bench bench-peers phases test-avx512 sanitize sanitize-memory sanitize-threads build clean distclean
 .PHONY: check force format gpu lint test-clients test-versions test-newest
@@ -21,7 +22,7 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 help:
 	@echo 'make demo       train a character model with torch.nn.LSTM, then with fusedrnn.LSTM, and compare the two'
 	@echo 'make test       run every test'
-	@echo 'make lint       check the form of the Python (make format: give it)'
+	@echo 'make lint       check the form of the sources (make format: give it)'
 	@echo 'make test-versions  run the tests under every torch and Python that are supported (make test-newest: the newest torch)'
 	@echo 'make test-clients  run other libraries unchanged on torch.nn patched: the same losses, both times'
 	@echo 'make bench      time fusedrnn against torch.nn, layer by layer (make bench-peers: ONNX Runtime and OpenVINO)'
@@ -42,14 +43,16 @@ demo: $(BUILD)
 test: $(BUILD)
 	@$(BIN) -m pytest $(ARGS)
 
-# Names, imports, line lengths, layout: the settings are in pyproject.toml.
+# Names, imports, line lengths, layout: the settings are in pyproject.toml and .clang-format.
 lint: $(SETUP)
 	@$(VENV)/bin/ruff check .
-	@$(VENV)/bin/ruff format --check --quiet . || { echo 'error: make format gives these files their form' >&2; exit 1; }
+	@$(VENV)/bin/ruff format --check --quiet . && $(VENV)/bin/clang-format --dry-run --Werror $(CSRC) || { \
+	  echo 'error: make format gives these files their form' >&2; exit 1; }
 
 format: $(SETUP)
 	@$(VENV)/bin/ruff check --fix --quiet .
 	@$(VENV)/bin/ruff format --quiet .
+	@$(VENV)/bin/clang-format -i $(CSRC)
 
 # Every torch and Python that are supported, each in an environment of its own; the table is docs/versions.md.
 test-versions:

@@ -6,9 +6,9 @@
 namespace fusedrnn {
 
 struct Backend {
-  bool host;             // the CPU: inference may go past the ops
-  bool even_rows;        // x must have one distance between all its rows (has_even_rows, problem.h)
-  bool adds_directions;  // dx is the sum of both directions; else each has a part of its own
+  bool host;                         // the CPU: inference may go past the ops
+  bool even_rows;                    // x must have one distance between all its rows (has_even_rows, problem.h)
+  bool adds_directions;              // dx is the sum of both directions; else each has a part of its own
   bool (*has)(int cell, int dtype);  // a kernel
   void (*forward)(const Layer& layer, const ForwardProblem& p);  // both throw where memory or a launch fails
   void (*backward)(const Layer& layer, const BackwardProblem& p);

@@ -81,8 +81,7 @@ uint64_t digest(const Tensor& t, uint64_t seed) {
 uint64_t digest(const Layer& layer) {
   const LayerSizes& z = layer.size;
   std::vector<uint64_t> parts = {static_cast<uint64_t>(layer.cell), static_cast<uint64_t>(layer.dtype),
-                                 static_cast<uint64_t>(z.I),        static_cast<uint64_t>(z.H),
-                                 static_cast<uint64_t>(z.R)};
+                                 static_cast<uint64_t>(z.I), static_cast<uint64_t>(z.H), static_cast<uint64_t>(z.R)};
   for (const DirectionWeights& w : layer.weights) {
     for (const Tensor* t : {&w.w_ih, &w.w_hh, &w.w_hr}) {
       if (t->defined()) parts.push_back(digest(*t, parts.size()));
@@ -346,7 +345,7 @@ std::optional<Inferred> Stepper::step(const Tensor& x, const OptionalTensor& h0,
   const LayerSizes& first = layers_[0].size;
   const int64_t B = first.B, H = first.H, R = first.R, layers = layers_.size();
   bool fit = !watched() && fits(x, {B, first.I}) && (!h0 || fits(*h0, {layers, B, R})) &&
-                   (!c0 || fits(*c0, {layers, B, H})) && c0.has_value() == (two_states() && h0.has_value());
+             (!c0 || fits(*c0, {layers, B, H})) && c0.has_value() == (two_states() && h0.has_value());
   for (size_t i = 0; i < weights.size(); ++i) fit = fit && fits(weights[i], shapes_[i]);
   if (!fit) return std::nullopt;
   Tensor y = at::empty({B, R}, options_), h_n = at::empty({layers, B, R}, options_);

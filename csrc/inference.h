@@ -72,8 +72,8 @@ class Stepper {
  private:
   bool fits(const at::Tensor& t, at::IntArrayRef shape) const;
 
-  at::Tensor keep_;                // what the problems' noise points to
-  std::vector<Layer> layers_;      // without tensors
+  at::Tensor keep_;            // what the problems' noise points to
+  std::vector<Layer> layers_;  // without tensors
   std::vector<ForwardProblem> problems_;
   std::vector<at::DimVector> shapes_;  // of the weights
   at::TensorOptions options_;

@@ -29,9 +29,7 @@ bool few_enough(const Tensor& x) {
 
 }  // namespace
 
-Tensor aligned(const Tensor& t) {
-  return is_aligned(t) ? t : t.clone();
-}
+Tensor aligned(const Tensor& t) { return is_aligned(t) ? t : t.clone(); }
 
 Tensor widened_to_float(const Tensor& t) { return t.to(at::kFloat, false, false, at::MemoryFormat::Contiguous); }
 
@@ -157,9 +155,8 @@ void read_weights(Layer& layer, at::TensorList weights, int directions) {
 
 }  // namespace
 
-Layer read_layer(const Tensor& x, const OptionalTensor& batch_sizes, const OptionalTensor& h0,
-                 const OptionalTensor& c0, at::TensorList weights, c10::string_view cell, bool bidirectional,
-                 const Noise& noise) {
+Layer read_layer(const Tensor& x, const OptionalTensor& batch_sizes, const OptionalTensor& h0, const OptionalTensor& c0,
+                 at::TensorList weights, c10::string_view cell, bool bidirectional, const Noise& noise) {
   check_there(x, "input");
   Layer layer;
   layer.cell = find_cell(std::string_view(cell.data(), cell.size()));
@@ -188,8 +185,8 @@ Layer read_layer(const Tensor& x, const OptionalTensor& batch_sizes, const Optio
 Tensor check_rows(const OptionalTensor& t, const Layer& layer, const char* name, int64_t columns) {
   if (!t.has_value() || !t->defined()) return {};
   const LayerSizes& z = layer.size;
-  const std::vector<int64_t> sizes = layer.packed ? std::vector<int64_t>{z.N, z.D * columns}
-                                                  : std::vector<int64_t>{z.T, z.B, z.D * columns};
+  const std::vector<int64_t> sizes =
+      layer.packed ? std::vector<int64_t>{z.N, z.D * columns} : std::vector<int64_t>{z.T, z.B, z.D * columns};
   check_tensor(*t, layer.x, name, sizes);
   return aligned(t->stride(-1) != 1 && t->size(-1) != 1 ? t->contiguous() : *t);
 }

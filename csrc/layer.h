@@ -32,9 +32,9 @@ struct Layer {
   int cell;
   LayerSizes size;
   at::ScalarType dtype;
-  at::Tensor x, h0, c0;  // h0, c0 may be undefined
+  at::Tensor x, h0, c0;               // h0, c0 may be undefined
   at::Tensor mask_h, keep_h, keep_c;  // may be undefined
-  at::DataPtr steps;  // what size.active and size.offset point to
+  at::DataPtr steps;                  // what size.active and size.offset point to
   std::vector<DirectionWeights> weights;
   bool packed;
 

@@ -6,8 +6,8 @@
 // float16 on the CPU is computed by the kernels of float32.
 // weights: for each direction w_ih, w_hh[, b_ih, b_hh][, w_hr], as torch.nn lays them out. x is [T, B, I], or [N, I]
 // with batch_sizes (a PackedSequence's). Outputs never alias inputs or one another.
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <ATen/core/stack.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -200,8 +200,7 @@ void layer_backward(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const bool two_states = layer.constants().states == 2;
   check_backward(layer, y, saved, limits);
   Cotangents back{check_rows(dy, layer, "dy", z.R), check_optional(dh_n, x, "dh_n", {z.D, z.B, z.R}),
-                  check_optional(dc_n, x, "dc_n", {two_states ? z.D : 0, z.B, z.H}),
-                  check_rows(dc, layer, "dc", z.H)};
+                  check_optional(dc_n, x, "dc_n", {two_states ? z.D : 0, z.B, z.H}), check_rows(dc, layer, "dc", z.H)};
   TORCH_CHECK_VALUE(two_states || !back.c.defined(), cell, " has no c to have a gradient dc");
   layer.widen_without_kernel();
   const auto widened = [&](const Tensor& t) {

@@ -46,12 +46,12 @@ inline bool has_even_rows(const RowView& x, const LayerSizes& z) {
   return even && row_stride(x, z) >= z.I;
 }
 
-struct LayerWeights {   // one direction, contiguous
-  const void* w_ih;     // [G*H, I]
-  const void* w_hh;     // [G*H, R]
-  const void* b_ih;     // [G*H] or null
-  const void* b_hh;     // [G*H] or null
-  const void* w_hr;     // [R, H] or null
+struct LayerWeights {  // one direction, contiguous
+  const void* w_ih;    // [G*H, I]
+  const void* w_hh;    // [G*H, R]
+  const void* b_ih;    // [G*H] or null
+  const void* b_hh;    // [G*H] or null
+  const void* w_hr;    // [R, H] or null
 };
 
 // Packed weights of a layer that outlive a call: memory of the kernel's panel_bytes, 64-byte aligned, and the members
@@ -65,22 +65,24 @@ struct Panels {
 
 // What regularizes the states, in the type of x. Data null: nothing.
 struct StateNoise {
-  const void* mask_h = nullptr;       // [D, B, R]: the products of all steps read mask_h * h_{t-1}
-  RowView keep_h = {nullptr, 0, 0};   // rows of D*R: h_t = keep_h * h_{t-1} + (1 - keep_h) * what the cell gives
-  RowView keep_c = {nullptr, 0, 0};   // rows of D*H, cells with two states: c_t likewise; h_t is of the cell's c
+  const void* mask_h = nullptr;      // [D, B, R]: the products of all steps read mask_h * h_{t-1}
+  RowView keep_h = {nullptr, 0, 0};  // rows of D*R: h_t = keep_h * h_{t-1} + (1 - keep_h) * what the cell gives
+  RowView keep_c = {nullptr, 0, 0};  // rows of D*H, cells with two states: c_t likewise; h_t is of the cell's c
+
+  bool changes_h() const { return keep_h.data; }  // whether h_t is another than what the cell gives
 };
 
 struct ForwardProblem {
   LayerSizes size;
   LayerWeights weights[2];
   StateNoise noise;
-  RowView x;       // [T, B, I] or [N, I]
-  const void* h0;  // [D, B, R] or null: zeros
-  const void* c0;  // [D, B, H] or null: zeros
-  void* y;         // [N, D*R]
-  void* h_n;       // [D, B, R]
-  void* c_n;       // [D, B, H], cells with two states
-  void* saved;     // [D, N, saved_stride] in the compute type, or null: nothing is kept
+  RowView x;             // [T, B, I] or [N, I]
+  const void* h0;        // [D, B, R] or null: zeros
+  const void* c0;        // [D, B, H] or null: zeros
+  void* y;               // [N, D*R]
+  void* h_n;             // [D, B, R]
+  void* c_n;             // [D, B, H], cells with two states
+  void* saved;           // [D, N, saved_stride] in the compute type, or null: nothing is kept
   int64_t saved_stride;  // >= (kSaved + kStates - 1) * H, and >= H with keep_h: a cell that saves nothing saves its h
   Panels* panels = nullptr;
   int threads;
@@ -106,19 +108,19 @@ struct BackwardProblem {
   const void* y;      // [N, D*R]
   const void* saved;  // as written by forward
   int64_t saved_stride;
-  const void* dh_n;   // [D, B, R] or null: zeros
-  const void* dc_n;   // [D, B, H] or null: zeros
-  void* dx;           // [N, I], or null: not wanted
-  void* dx_part[2];   // [N, I], of each direction, in the compute type; with one of the same type: dx itself
-  void* dh0;          // [D, B, R]
-  void* dc0;          // [D, B, H], cells with two states
+  const void* dh_n;  // [D, B, R] or null: zeros
+  const void* dc_n;  // [D, B, H] or null: zeros
+  void* dx;          // [N, I], or null: not wanted
+  void* dx_part[2];  // [N, I], of each direction, in the compute type; with one of the same type: dx itself
+  void* dh0;         // [D, B, R]
+  void* dc0;         // [D, B, H], cells with two states
   // In the compute type, or null: not wanted. A row of dgates: dL/d(W_hh h + b_hh) of all gates, then
   // dL/d(W_ih x + b_ih) of the last kSplit; that of the others is the same.
-  void* dgates;       // [D, N, (G + kSplit)*H]
-  void* dh;           // [D, N, R]: dL/dh_t of a projected layer, by all ways (with keep_h, of what the cell gives)
+  void* dgates;  // [D, N, (G + kSplit)*H]
+  void* dh;      // [D, N, R]: dL/dh_t of a projected layer, by all ways (with keep_h, of what the cell gives)
   // In the compute type, or null: not wanted. Of each row the norms of what the later steps, dh_n and dc_n send to h_t
   // and, with two states, c_t; of dL/dh_t and dL/dc_t, by all ways; of each gate's gradient, that of W_ih x + b_ih.
-  void* norms;        // [D, N, 2*kStates + G] (NormColumns of cells/rules.h)
+  void* norms;  // [D, N, 2*kStates + G] (NormColumns of cells/rules.h)
   // What a step sends to the states before it. Nothing from a time t that is a multiple of bptt_steps to t - 1, or the
   // other way in the reverse direction (0: everything); the rest with no element beyond `clip`, or no longer than
   // `clip` for each sample and state (0: as it is).

@@ -232,11 +232,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("supported_isas", [] { return isas(true); }, "Instruction sets of this build that this CPU has.");
   m.def("build", build, "Compiler, flags and versions this library was built with.");
   m.def("cells", cell_list, "Constants of the compiled cells, in registry order.");
-  m.def("packed_weights", [] { return held(std::make_shared<PackedWeights>()); },
-        "A capsule for the packed weights of a module's layers, kept between calls of infer.");
+  m.def(
+      "packed_weights", [] { return held(std::make_shared<PackedWeights>()); },
+      "A capsule for the packed weights of a module's layers, kept between calls of infer.");
   m.def("packed_bytes", [](const py::object& kept) { return object_in<PackedWeights>(kept)->bytes(); });
-  m.def("packed_uses", [](const py::object& kept) { return object_in<PackedWeights>(kept)->uses.load(); },
-        "How often panels were used that an earlier call had packed.");
+  m.def(
+      "packed_uses", [](const py::object& kept) { return object_in<PackedWeights>(kept)->uses.load(); },
+      "How often panels were used that an earlier call had packed.");
   m.def("fits", fits_kernels, py::arg("x"), py::arg("states"), py::arg("weights"), py::arg("cell"), py::arg("form"),
         "Whether the kernels take a module's call as it is. form: the dimensions of x, layers, directions, I, H, R.");
   m.def("infer", infer_layers, py::arg("x"), py::arg("states"), py::arg("weights"), py::arg("cell"), py::arg("form"),

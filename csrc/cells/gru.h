@@ -32,11 +32,11 @@ struct Gru {
   FUSEDRNN_INLINE static void backward(const Values<V, 4>& saved, const Values<V, 1>& prev, const Values<V, 1>&,
                                        Values<V, 1>& d, Values<V, 3>& dx, Values<V, 3>& drec) {
     const V r = saved[0], z = saved[1], rec_n = saved[2], n = saved[3], one = V(1);
-    dx[2] = (d[0] - d[0] * z) * (one - n * n);                  // (G5); of an infinite d NaN, as in torch.nn
-    drec[2] = dx[2] * r;                                        // (G6)
-    dx[0] = drec[0] = dx[2] * rec_n * r * (one - r);            // (G7)
-    dx[1] = drec[1] = d[0] * (prev[0] - n) * z * (one - z);     // (G8)
-    d[0] = d[0] * z;                                            // (G9): the direct path to h_{t-1}
+    dx[2] = (d[0] - d[0] * z) * (one - n * n);               // (G5); of an infinite d NaN, as in torch.nn
+    drec[2] = dx[2] * r;                                     // (G6)
+    dx[0] = drec[0] = dx[2] * rec_n * r * (one - r);         // (G7)
+    dx[1] = drec[1] = d[0] * (prev[0] - n) * z * (one - z);  // (G8)
+    d[0] = d[0] * z;                                         // (G9): the direct path to h_{t-1}
   }
 };
 
@@ -66,9 +66,9 @@ struct GruResetBefore {
   FUSEDRNN_INLINE static void backward(const Values<V, 3>& saved, const Values<V, 1>& prev, const Values<V, 1>&,
                                        Values<V, 1>& d, Values<V, 3>& dx, Values<V, 3>& drec) {
     const V z = saved[1], n = saved[2], one = V(1);
-    dx[2] = drec[2] = (d[0] - d[0] * z) * (one - n * n);        // (H6), as (G5)
-    dx[1] = drec[1] = d[0] * (prev[0] - n) * z * (one - z);     // (H7)
-    d[0] = d[0] * z;                                            // (H8)
+    dx[2] = drec[2] = (d[0] - d[0] * z) * (one - n * n);     // (H6), as (G5)
+    dx[1] = drec[1] = d[0] * (prev[0] - n) * z * (one - z);  // (H7)
+    d[0] = d[0] * z;                                         // (H8)
   }
 
   template <class V>

@@ -29,8 +29,8 @@ struct Lstm {
 
   template <class V>
   FUSEDRNN_INLINE static V dc_of(const Values<V, 4>& saved, const Values<V, 2>& cur, const Values<V, 2>& d) {
-    const V tanh_c = tanh(cur[1]);                               // (L6)
-    return d[1] + d[0] * saved[3] * (V(1) - tanh_c * tanh_c);    // (L8)
+    const V tanh_c = tanh(cur[1]);                             // (L6)
+    return d[1] + d[0] * saved[3] * (V(1) - tanh_c * tanh_c);  // (L8)
   }
 
   template <class V>
@@ -38,13 +38,13 @@ struct Lstm {
                                        Values<V, 2>& d, Values<V, 4>& dx, Values<V, 4>& drec) {
     const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
     const V one = V(1), tanh_c = tanh(cur[1]);
-    const V dc = dc_of(saved, cur, d);                           // (L8)
-    dx[0] = drec[0] = dc * g * i * (one - i);                    // (L9)
-    dx[1] = drec[1] = dc * prev[1] * f * (one - f);              // (L10)
-    dx[2] = drec[2] = dc * i * (one - g * g);                    // (L11)
-    dx[3] = drec[3] = d[0] * tanh_c * o * (one - o);             // (L12)
-    d[1] = dc * f;                                               // (L13)
-    d[0] = V(0);                                                 // (L14): h_{t-1} only through W_hh
+    const V dc = dc_of(saved, cur, d);                // (L8)
+    dx[0] = drec[0] = dc * g * i * (one - i);         // (L9)
+    dx[1] = drec[1] = dc * prev[1] * f * (one - f);   // (L10)
+    dx[2] = drec[2] = dc * i * (one - g * g);         // (L11)
+    dx[3] = drec[3] = d[0] * tanh_c * o * (one - o);  // (L12)
+    d[1] = dc * f;                                    // (L13)
+    d[0] = V(0);                                      // (L14): h_{t-1} only through W_hh
   }
 
   template <class V>

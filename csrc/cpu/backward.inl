@@ -35,18 +35,18 @@ class BackwardPass {
     const S* saved;
     const T *y, *h_prev, *dy, *dc;  // h_prev, dy, dc: null for zeros
     const S* c_prev;
-    const T *keep_h, *keep_c;  // null for none
+    RowNoise<T> noise;
   };
   struct WeightSums {  // of one item
     S *w_ih, *w_hh, *w_hr, *b;
   };
   struct TeamBuffers {
-    S *dg, *dh;        // [chunk rows][C*H], [R] (projection)
+    S *dg, *dh;                     // [chunk rows][C*H], [R] (projection)
     S *sent_dh, *sent_dc, *all_dc;  // [chunk rows][R], [H], [H]: what norms are of
-    S* scale;          // [members][2][samples]: of what is sent back, clipped by its norm
-    Strips<S> x, h, m;  // [chunk rows][I], [R], [H]: right operands of the weight gradients
-    S *carry_h, *carry_c, *c0;  // [samples][R], [H], [H]
-    Row* rows;         // [members][chunk rows]
+    S* scale;                       // [members][2][samples]: of what is sent back, clipped by its norm
+    Strips<S> x, h, m;              // [chunk rows][I], [R], [H]: right operands of the weight gradients
+    S *carry_h, *carry_c, *c0;      // [samples][R], [H], [H]
+    Row* rows;                      // [members][chunk rows]
   };
 
  public:
@@ -228,6 +228,7 @@ class BackwardPass {
     const int64_t n = item.rows(t), pitch = p_.saved_stride, width = z_.D * z_.R;
     const int64_t before = item.d ? t + 1 : t - 1;  // the step whose states this one started from
     const int64_t known = before >= 0 && before < item.steps ? item.rows(before) : 0;
+    const StepNoise<T> noise(p_.noise, z_, item, t);
     const S* saved = static_cast<const S*>(p_.saved) + item.d * z_.N * pitch;
     const T *y = static_cast<const T*>(p_.y) + item.d * z_.R, *h0 = static_cast<const T*>(p_.h0);
     for (int64_t b = 0; b < n; ++b, ++rows) {
@@ -237,9 +238,7 @@ class BackwardPass {
       row.y = y + at * width;
       row.dy = p_.dy.data ? row_at<T>(p_.dy, z_.offset, t, item.first + b) + item.d * z_.R : nullptr;
       row.dc = p_.dc.data ? row_at<T>(p_.dc, z_.offset, t, item.first + b) + item.d * z_.H : nullptr;
-      const RowView &keep_h = p_.noise.keep_h, &keep_c = p_.noise.keep_c;
-      row.keep_h = keep_h.data ? row_at<T>(keep_h, z_.offset, t, item.first + b) + item.d * z_.R : nullptr;
-      row.keep_c = keep_c.data ? row_at<T>(keep_c, z_.offset, t, item.first + b) + item.d * z_.H : nullptr;
+      row.noise = noise.row(b);
       if (b < known) {
         const int64_t earlier = z_.offset[before] + item.first + b;
         row.h_prev = y + earlier * width;
@@ -347,10 +346,10 @@ class BackwardPass {
       }
     });
     const Inner gates{(G - kSplit) * z_.H, kSplit * z_.H, G * z_.H};
-    product<1>(packed(s_.w_ih[item.d]), gates, {0, ceil_div(z_.I, L)}, own,
-               [&](int64_t r) { return b_.dg + r * ldg_; },
-               [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA { prefetch_to_write(out[r] + u, n); },
-               [&](int64_t r, int64_t v, const V* acc, int) { store(out[r] + v * L, acc[0], z_.I - v * L); });
+    product<1>(
+        packed(s_.w_ih[item.d]), gates, {0, ceil_div(z_.I, L)}, own, [&](int64_t r) { return b_.dg + r * ldg_; },
+        [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA { prefetch_to_write(out[r] + u, n); },
+        [&](int64_t r, int64_t v, const V* acc, int) { store(out[r] + v * L, acc[0], z_.I - v * L); });
   }
 
   // After all items: dx of both directions together, in the type of x.

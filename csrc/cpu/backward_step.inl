@@ -23,11 +23,12 @@ template <class Cell, class T>
 void BackwardPass<Cell, T>::step(const Item& item, int64_t later_row, int64_t later, int64_t row, int64_t now,
                                  int64_t severed) {
   const Timed timed(Phase::kRecurrentProduct);
+  // clang-format off
   const Step s{z_.H, z_.R, ldg_, ldh_, ldm_, z_.projected, p_.norms != nullptr,
                p_.clip_by_norm ? S(0) : static_cast<S>(p_.clip), b_.rows + row, mask_of(item, 0),
                b_.dg + row * ldg_, b_.dh + row * ldh_, b_.sent_dh + row * ldh_,
-               b_.sent_dc + row * ldm_, b_.all_dc + row * ldm_, b_.carry_h,
-               b_.carry_c};
+               b_.sent_dc + row * ldm_, b_.all_dc + row * ldm_, b_.carry_h, b_.carry_c};
+  // clang-format on
   const int d = item.d;
   const S* later_dg = b_.dg + later_row * ldg_;
   const int64_t both = min64(later, now);
@@ -41,8 +42,7 @@ void BackwardPass<Cell, T>::step(const Item& item, int64_t later_row, int64_t la
     const Row& at = s.rows[r];
     if (s.norms) store(s.sent_dh + r * s.ldh + u, dh);
     if (at.dy) dh = dh + load<S>(at.dy + u, s.R - u);
-    V direct(0);  // past the cell
-    if (at.keep_h) direct = zoneout_backward(load<S>(at.keep_h + u, s.R - u), dh);
+    const V direct = at.noise.past_h(u, s.R - u, dh);
     if (s.projected) {
       store(s.dh + r * s.ldh + u, dh);
       store(s.carry_h + r * s.ldh + u, direct);
@@ -59,15 +59,12 @@ void BackwardPass<Cell, T>::step(const Item& item, int64_t later_row, int64_t la
   // Whole rows of what is sent are looked at before the cell takes them, if their norms count or some are dropped.
   const bool apart = severed > 0 || p_.clip_by_norm;
   if (!apart) {
-    product<1>(packed(s_.w_hh[d]), gates, outputs_, {0, both}, dg_row, expect, [&](int64_t r, int64_t v, const V* acc,
-                                                                                   int) {
-      arrive(r, v * L, sent(r, v, acc[0]));
-    });
+    product<1>(packed(s_.w_hh[d]), gates, outputs_, {0, both}, dg_row, expect,
+               [&](int64_t r, int64_t v, const V* acc, int) { arrive(r, v * L, sent(r, v, acc[0])); });
   }
-  product<1>(packed(s_.w_hh[d]), gates, outputs_, {apart ? severed : both, later}, dg_row, nothing_expected,
-             [&](int64_t r, int64_t v, const V* acc, int) {
-               store(s.carry_h + r * s.ldh + v * L, sent(r, v, acc[0]));
-             });
+  product<1>(
+      packed(s_.w_hh[d]), gates, outputs_, {apart ? severed : both, later}, dg_row, nothing_expected,
+      [&](int64_t r, int64_t v, const V* acc, int) { store(s.carry_h + r * s.ldh + v * L, sent(r, v, acc[0])); });
   if (p_.clip_by_norm) limit({severed, later});
   for (int64_t r = 0; r < severed; ++r) {
     for (int64_t v = outputs_.begin; v < outputs_.end; ++v) store(s.carry_h + r * s.ldh + v * L, V(0));
@@ -79,15 +76,17 @@ void BackwardPass<Cell, T>::step(const Item& item, int64_t later_row, int64_t la
   if (now == 0) return;
   if (s.projected) {
     team_.meet();
-    product<1>(packed(s_.w_hr[d]), Inner{s.R}, units_, {0, now}, [&](int64_t r) { return s.dh + r * s.ldh; },
-               [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA { expect_saved(s, s.rows[r], u, n); },
-               [&](int64_t r, int64_t v, const V* acc, int) { cell_backward(s, r, v * L, acc[0], V(0)); });
+    product<1>(
+        packed(s_.w_hr[d]), Inner{s.R}, units_, {0, now}, [&](int64_t r) { return s.dh + r * s.ldh; },
+        [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA { expect_saved(s, s.rows[r], u, n); },
+        [&](int64_t r, int64_t v, const V* acc, int) { cell_backward(s, r, v * L, acc[0], V(0)); });
   }
   if constexpr (kTwoStage) {
     team_.meet();
-    product<1>(packed(s_.w_rest[d]), Inner{(G - F) * s.H}, outputs_, {0, now},
-               [&](int64_t r) { return s.dg + r * s.ldg + F * s.H; }, nothing_expected,
-               [&](int64_t r, int64_t v, const V* acc, int) { first_stage_backward(s, r, v * L, acc[0]); });
+    product<1>(
+        packed(s_.w_rest[d]), Inner{(G - F) * s.H}, outputs_, {0, now},
+        [&](int64_t r) { return s.dg + r * s.ldg + F * s.H; }, nothing_expected,
+        [&](int64_t r, int64_t v, const V* acc, int) { first_stage_backward(s, r, v * L, acc[0]); });
   }
   team_.meet();
 }
@@ -135,7 +134,7 @@ template <class Cell, class T>
 FUSEDRNN_INLINE typename BackwardPass<Cell, T>::V BackwardPass<Cell, T>::candidate_c(const Row& at,
                                                                                      const Values<V, K>& saved,
                                                                                      int64_t H, int64_t u) {
-  if (!at.keep_c) return load<S>(at.saved + K * H + u, H - u);
+  if (!at.noise.changes_c()) return load<S>(at.saved + K * H + u, H - u);
   Values<V, Z> prev;
   prev[1] = load<S>(at.c_prev + u, H - u);
   return Cell::candidate(saved, prev);
@@ -154,7 +153,7 @@ FUSEDRNN_INLINE void BackwardPass<Cell, T>::cell_backward(const Step& s, int64_t
   for (int g = 0; g < G; ++g) dx[g] = drec[g] = V(0);
   for (int k = 0; k < K; ++k) saved[k] = load<S>(at.saved + k * H + u, n);
   prev[0] = s.projected ? V(0) : previous_h(at, u, s.R);
-  if (K == 0 && at.keep_h) cur[0] = load<S>(at.saved + u, n);
+  if (K == 0 && at.noise.changes_h()) cur[0] = load<S>(at.saved + u, n);
   else cur[0] = s.projected ? V(0) : load<S>(at.y + u, n);
   d[0] = dh;
   if constexpr (Z > 1) {
@@ -163,8 +162,8 @@ FUSEDRNN_INLINE void BackwardPass<Cell, T>::cell_backward(const Step& s, int64_t
     d[1] = load(s.carry_c + r * s.ldm + u);
     if (s.norms) store(s.sent_dc + r * s.ldm + u, d[1]);
     if (at.dc) d[1] = d[1] + load<S>(at.dc + u, n);
-    if (s.norms) store(s.all_dc + r * s.ldm + u, at.keep_c ? d[1] : Cell::dc_of(saved, cur, d));
-    if (at.keep_c) direct_c = zoneout_backward(load<S>(at.keep_c + u, n), d[1]);
+    if (s.norms) store(s.all_dc + r * s.ldm + u, at.noise.changes_c() ? d[1] : Cell::dc_of(saved, cur, d));
+    direct_c = at.noise.past_c(u, n, d[1]);
   }
   Cell::backward(saved, prev, cur, d, dx, drec);
   S* dg = s.dg + r * s.ldg + u;

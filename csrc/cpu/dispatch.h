@@ -44,7 +44,7 @@ const KernelTable& table_stepwise();  // no instruction set: the GPU's time loop
 
 bool isa_supported(const char* name);
 const KernelTable* find_isa(std::string_view name);  // null: no such instruction set in this build
-const KernelTable& kernels();                   // in use; FUSEDRNN_CPU_ISA forces one, else the best supported
+const KernelTable& kernels();                        // in use; FUSEDRNN_CPU_ISA forces one, else the best supported
 // Read and check FUSEDRNN_CPU_ISA: null if fine, else what is wrong with it.
 const char* isa_error();
 

@@ -32,11 +32,7 @@ void ForwardPass<Cell, T>::step(const Item& item, int64_t t, int64_t row, int no
   const S *h_prev = b_.h[now], *seen = b_.operand[now];
   S *h_next = b_.h[1 - now], *seen_next = b_.operand[1 - now], *c = b_.c, *m = b_.m;
   const T* mask = p_.noise.mask_h ? static_cast<const T*>(p_.noise.mask_h) + (item.d * z_.B + item.first) * R : nullptr;
-  const auto kept = [&](const RowView& of, int64_t width) {
-    return of.data ? row_at<T>(of, z_.offset, t, item.first) + item.d * width : nullptr;
-  };
-  const T *keep_h = kept(p_.noise.keep_h, R), *keep_c = kept(p_.noise.keep_c, H);
-  const int64_t keep_h_stride = p_.noise.keep_h.batch, keep_c_stride = p_.noise.keep_c.batch;
+  const StepNoise<T> noise(p_.noise, z_, item, t);
   S* const* gate_row = b_.gate_row + row;
   S* const* saved_row = b_.saved_row + row;
 
@@ -66,15 +62,14 @@ void ForwardPass<Cell, T>::step(const Item& item, int64_t t, int64_t row, int no
     for (int k = first; k < end; ++k) store(saved_row[r] + k * H + u, saved[k], H - u);
   };
   const auto put_c = [&](int64_t r, int64_t u, V next) {
-    if (keep_c) next = zoneout(load<S>(keep_c + r * keep_c_stride + u, H - u), load(c + r * ldm + u), next);
+    next = noise.row(r).c(u, H - u, c + r * ldm, next);
     store(c + r * ldm + u, next);
     if (saving) store(saved_row[r] + K * H + u, next, H - u);
   };
   const auto put_h = [&](int64_t r, int64_t u, V h) {
-    if (keep_h) {
-      if (K == 0 && saving) store(saved_row[r] + u, h, H - u);
-      h = zoneout(load<S>(keep_h + r * keep_h_stride + u, R - u), load(h_prev + r * ldh + u), h);
-    }
+    const RowNoise<T> own = noise.row(r);
+    if (K == 0 && saving && own.changes_h()) store(saved_row[r] + u, h, H - u);
+    h = own.h(u, R - u, h_prev + r * ldh, h);
     if (mask) store(seen_next + r * ldh + u, masked(h, load<S>(mask + r * R + u, R - u)));
     store(h_next + r * ldh + u, h);
     store(y + r * ldy + u, h, R - u);

@@ -14,7 +14,8 @@ constexpr int max_rows(int nr) { return nr == 4 ? 6 : 8; }
 #elif FUSEDRNN_VECTOR_BYTES == 32  // 16: twelve accumulators, a row of the strip, one broadcast
 constexpr int kTileWidth = 3;
 constexpr int max_rows(int nr) { return nr == 3 ? 4 : 6; }
-#else  // 16, of which one holds a product before it is added
+#else
+// 16, of which one holds a product before it is added
 constexpr int kTileWidth = 2;
 constexpr int max_rows(int) { return 6; }
 #endif
@@ -170,7 +171,9 @@ struct Tiles {
   template <int n>
   using Sizes = std::make_integer_sequence<int, n>;
   template <int W>  // strips in the widest panel whose strips are all of this width
-  static constexpr int kMostStrips = W == kTileWidth ? kPanelWidth / W : W == 1 || kTileWidth == 4 ? 1 : 2;
+  static constexpr int kMostStrips = W == kTileWidth             ? kPanelWidth / W
+                                     : W == 1 || kTileWidth == 4 ? 1
+                                                                 : 2;
 
   template <int W = kTileWidth, int kStrips = kMostStrips<W>>
   static RowTile row_tile_of(int strips, int width, int mr) {
@@ -222,8 +225,8 @@ FUSEDRNN_INLINE void for_row_blocks(Range rows, int64_t most, const Body& body) 
 
 // The inner dimension of a product, in at most two runs of the left operand's columns.
 struct Inner {
-  int64_t first;            // columns [0, first)
-  int64_t second = 0;       // then columns [second_at, second_at + second)
+  int64_t first;       // columns [0, first)
+  int64_t second = 0;  // then columns [second_at, second_at + second)
   int64_t second_at = 0;
   FUSEDRNN_INLINE int64_t size() const { return first + second; }
 };

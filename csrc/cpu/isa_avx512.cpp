@@ -14,7 +14,8 @@
 #if defined(FUSEDRNN_AVX2_AS_AVX512)  // these kernels on AVX2, two registers a vector: `make test-avx512`
 #pragma GCC target("avx2,fma")
 #elif defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), \
+                             apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #endif

@@ -14,6 +14,8 @@ namespace {
 //
 #include "team.h"
 //
+#include "noise.h"
+//
 #include "forward.inl"
 //
 #include "forward_step.inl"

@@ -19,8 +19,8 @@ enum class Phase : int {
   kInputGradient,     // dG W_ih
   kAddSlices,         // the weight gradients of the slices of the batch
 };
-constexpr const char* kPhaseNames[] = {"other",  "pack",            "input product", "recurrent product",
-                                       "cell",   "wait",            "gather",        "weight gradient",
+constexpr const char* kPhaseNames[] = {"other",         "pack",           "input product", "recurrent product",
+                                       "cell",          "wait",           "gather",        "weight gradient",
                                        "bias gradient", "input gradient", "add slices"};
 constexpr int kPhases = sizeof(kPhaseNames) / sizeof(*kPhaseNames);
 static_assert(kPhases == static_cast<int>(Phase::kAddSlices) + 1, "a name for every phase");

@@ -82,7 +82,7 @@ void slice_batch(const LayerSizes& size, int slices, int64_t* bounds) {
   bounds[slices] = size.B;
   for (int k = 1; k < slices; ++k) {
     int64_t low = bounds[k - 1] + 1, high = size.B - (slices - k);  // leave a sample for every slice
-    while (low < high) {                                           // the first b with enough rows before it
+    while (low < high) {                                            // the first b with enough rows before it
       const int64_t mid = low + (high - low) / 2;
       if (rows_before(mid) * slices >= size.N * k) high = mid;
       else low = mid + 1;

@@ -4,9 +4,9 @@
 #include <cuda_runtime.h>
 
 #include "../cells/registry.h"
-#include "device.h"
 #include "../stepwise/loop_backward.h"
 #include "../stepwise/loop_forward.h"
+#include "device.h"
 
 namespace fusedrnn {
 
@@ -76,8 +76,8 @@ constexpr CudaTable make_table(CellList<Cells...>) {
             bytes<StepwiseForward<Cells, Bf16>>, bytes<StepwiseForward<Cells, Half>>}...},
           {{bytes<StepwiseBackward<Cells, float>>, bytes<StepwiseBackward<Cells, double>>,
             bytes<StepwiseBackward<Cells, Bf16>>, bytes<StepwiseBackward<Cells, Half>>}...},
-          {{run<StepwiseForward<Cells, float>>, run<StepwiseForward<Cells, double>>,
-            run<StepwiseForward<Cells, Bf16>>, run<StepwiseForward<Cells, Half>>}...},
+          {{run<StepwiseForward<Cells, float>>, run<StepwiseForward<Cells, double>>, run<StepwiseForward<Cells, Bf16>>,
+            run<StepwiseForward<Cells, Half>>}...},
           {{run<StepwiseBackward<Cells, float>>, run<StepwiseBackward<Cells, double>>,
             run<StepwiseBackward<Cells, Bf16>>, run<StepwiseBackward<Cells, Half>>}...}};
 }

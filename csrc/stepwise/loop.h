@@ -62,31 +62,12 @@ E* typed(void* p, int64_t offset = 0) {
 
 // A weight of every slot, as the batched products read them: as it lies, or of two directions copied side by side.
 template <class Device, class T, class Problem>
-const T* beside(Device& device, const Problem& p, const void* LayerWeights::*weight, T* copies, int64_t rows,
+const T* beside(Device& device, const Problem& p, const void* LayerWeights::* weight, T* copies, int64_t rows,
                 int64_t columns) {
   if (p.size.D == 1) return typed<T>(p.weights[0].*weight);
   const Beside<T> body = {rows, columns, {typed<T>(p.weights[0].*weight), typed<T>(p.weights[1].*weight)}, copies};
   device.each(2, rows, columns, body);
   return copies;
-}
-
-// Rows of step i, a slot's columns [slot * width, ...).
-template <class T>
-void view_step(const RowView& from, const LayerSizes& z, const Slots& slots, int64_t i, int64_t width,
-               PerSlot<StepView<T>>& to) {
-  for (int s = 0; from.data && s < slots.count; ++s) {
-    const int64_t t = slots.time(z, s, i);
-    const int64_t row = from.time < 0 ? z.offset[t] * from.batch : t * from.time;
-    to[s] = {typed<T>(from.data, row + s * width), from.batch};
-  }
-}
-
-template <class T, class Problem>
-Keeps<T> keeps(const Problem& p, const Slots& slots, int64_t i) {
-  Keeps<T> keep = {};
-  view_step(p.noise.keep_h, p.size, slots, i, p.size.R, keep.h);
-  view_step(p.noise.keep_c, p.size, slots, i, p.size.H, keep.c);
-  return keep;
 }
 
 }  // namespace fusedrnn

@@ -6,8 +6,8 @@
 #include <cmath>
 #include <type_traits>
 
-#include "step_backward.h"
 #include "loop.h"
+#include "step_backward.h"
 
 namespace fusedrnn {
 
@@ -133,7 +133,7 @@ struct StepwiseBackward {
     const int64_t H = z.H, R = z.R, width = kBlocks * H;
     const StepRows at = slots.rows(z, i);
     const int64_t rows = slots.most_rows(at);
-    BackwardElement<S, T> element = {u, at, {}, {}, keeps<T>(p, slots, i)};
+    BackwardElement<S, T> element = {u, at, {}, {}, noise_of_step<S, T>(p.noise, z, slots, i)};
     view_step(p.dy, z, slots, i, R, element.dy);
     view_step(p.dc, z, slots, i, H, element.dc);
     // to [slots][B][columns] = or += rows of this step, `length` elements each from column `offset` of `from`
@@ -191,7 +191,7 @@ struct StepwiseBackward {
     // to [length, columns], from its element `at` on: columns [offset, offset + length) of `from`, transposed, times
     // rows of `columns` elements, `stride` apart. A product a direction: they are large, and lie where torch put them.
     const auto outer = [&](T* const* from, int64_t from_width, int64_t offset, int64_t length, const T* const* by,
-                           int64_t stride, int64_t columns, void* WeightGradients::*to, int64_t at) {
+                           int64_t stride, int64_t columns, void* WeightGradients::* to, int64_t at) {
       if (length == 0) return;
       Product product = {length, columns, z.N, 1, kDType};
       product.lda = from_width, product.ldb = stride, product.ldc = columns;

@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "step_forward.h"
 #include "loop.h"
+#include "step_forward.h"
 
 namespace fusedrnn {
 
@@ -41,7 +41,7 @@ struct StepwiseForward {
     w.x = arena.take<S>(w.limit * row);
     w.rec = arena.take<S>(z.B * row);
     w.operand = arena.take<T>(z.D * z.B * z.R);
-    if ((!kOneType && !z.projected) || p.noise.mask_h || p.noise.keep_h.data) w.h = arena.take<S>(z.D * z.B * z.R);
+    if ((!kOneType && !z.projected) || p.noise.mask_h || p.noise.changes_h()) w.h = arena.take<S>(z.D * z.B * z.R);
     if (Cell::kStates == 2) w.c = arena.take<S>(z.D * z.B * z.H);
     if (kTwoProducts || z.projected) w.q = arena.take<T>(z.D * z.B * z.H);
     if (kTwoProducts && !p.saved) w.kept = arena.take<S>(z.D * z.B * Cell::kSaved * z.H);
@@ -94,8 +94,8 @@ struct StepwiseForward {
       for (; i < end; ++i) step(device, p, slots, w, weights, u, slots.span(z, chunk, end), i);
     }
     if (p.noise.mask_h) {  // what the products read is not h
-      const StoreStates<S, S, T> unmasked = {B, R, H, w.h, w.c, {finish.to_h[0], finish.to_h[1]},
-                                             {finish.to_c[0], finish.to_c[1]}};
+      const StoreStates<S, S, T> unmasked = {
+          B, R, H, w.h, w.c, {finish.to_h[0], finish.to_h[1]}, {finish.to_c[0], finish.to_c[1]}};
       device.each(slots.count, B, std::max(H, R), unmasked);
     } else {
       device.each(slots.count, B, std::max(H, R), finish);
@@ -131,7 +131,7 @@ struct StepwiseForward {
     const int64_t H = z.H, R = z.R;
     const StepRows at = slots.rows(z, i);
     const int64_t rows = slots.most_rows(at);
-    ForwardElement<Cell, S, T> element = {u, at, keeps<T>(p, slots, i), {}};
+    ForwardElement<Cell, S, T> element = {u, at, noise_of_step<S, T>(p.noise, z, slots, i), {}};
     for (int s = 0; s < slots.count; ++s) element.x[s] = w.x + (s * w.limit + at.first[s] - span.first[s]) * G * H;
     Product product = {0, Cell::kFirst * H, R, 0, kDType};
     product.a = w.operand, product.lda = R, product.a_stride = z.B * R;
@@ -167,7 +167,7 @@ struct StepwiseForward {
     product.c = w.operand, product.ldc = z.R, product.c_stride = z.B * z.R;
     product.b_transposed = true;
     product_of_rows(device, slots, element.at.rows, product);
-    const PublishProjected<S, T> body = {element.u, element.at, element.keep};
+    const PublishProjected<S, T> body = {element.u, element.at, element.noise};
     device.each(slots.count, slots.most_rows(element.at), z.R, body);
   }
 };

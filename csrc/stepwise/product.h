@@ -26,9 +26,7 @@ struct Product {
   bool add;
 };
 
-constexpr int64_t storage_bytes(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
+constexpr int64_t storage_bytes(DType dtype) { return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2; }
 constexpr int64_t result_bytes(const Product& p) {
   return p.c_compute && storage_bytes(p.dtype) == 2 ? 4 : storage_bytes(p.dtype);
 }

@@ -22,16 +22,52 @@ struct StepView {
   int64_t batch;
 };
 
-// What a step keeps of a state before it (problem.h). Columns from the direction's first on.
-template <class T>
-struct Keeps {
-  PerSlot<StepView<T>> h, c;  // [rows, R], [rows, H]
+// What regularizes the states at a step (StateNoise of problem.h), columns from the direction's first on.
+template <class S, class T>
+struct StepNoise {
+  PerSlot<StepView<T>> keep_h, keep_c;  // [rows, R], [rows, H]
 
-  template <class S>
-  FUSEDRNN_INLINE static S of(const StepView<T>& keep, int64_t b, int64_t j) {
-    return widen(keep.data[b * keep.batch + j]);
+  // The states of element (b, j), of the state before and what the cell gives.
+  FUSEDRNN_INLINE S h(int s, int64_t b, int64_t j, S previous, S cell) const {
+    return keep_h[s].data ? zoneout(at(keep_h[s], b, j), previous, cell) : cell;
+  }
+  FUSEDRNN_INLINE S c(int s, int64_t b, int64_t j, S previous, S cell) const {
+    return keep_c[s].data ? zoneout(at(keep_c[s], b, j), previous, cell) : cell;
+  }
+  // d: in dL/d(state t), out dL/d of what the cell gives. Returns what goes past the cell to dL/d(state t-1).
+  FUSEDRNN_INLINE S past_h(int s, int64_t b, int64_t j, S& d) const {
+    return keep_h[s].data ? zoneout_backward(at(keep_h[s], b, j), d) : S(0);
+  }
+  FUSEDRNN_INLINE S past_c(int s, int64_t b, int64_t j, S& d) const {
+    return keep_c[s].data ? zoneout_backward(at(keep_c[s], b, j), d) : S(0);
+  }
+  // Whether a state is another than what the cell gives.
+  FUSEDRNN_INLINE bool changes_h(int s) const { return keep_h[s].data; }
+  FUSEDRNN_INLINE bool changes_c(int s) const { return keep_c[s].data; }
+
+  FUSEDRNN_INLINE static S at(const StepView<T>& view, int64_t b, int64_t j) {
+    return widen(view.data[b * view.batch + j]);
   }
 };
+
+// Rows of step i, a slot's columns [slot * width, ...).
+template <class T>
+void view_step(const RowView& from, const LayerSizes& z, const Slots& slots, int64_t i, int64_t width,
+               PerSlot<StepView<T>>& to) {
+  for (int s = 0; from.data && s < slots.count; ++s) {
+    const int64_t t = slots.time(z, s, i);
+    const int64_t row = from.time < 0 ? z.offset[t] * from.batch : t * from.time;
+    to[s] = {static_cast<const T*>(from.data) + row + s * width, from.batch};
+  }
+}
+
+template <class S, class T>
+StepNoise<S, T> noise_of_step(const StateNoise& from, const LayerSizes& z, const Slots& slots, int64_t i) {
+  StepNoise<S, T> noise = {};
+  view_step(from.keep_h, z, slots, i, z.R, noise.keep_h);
+  view_step(from.keep_c, z, slots, i, z.H, noise.keep_c);
+  return noise;
+}
 
 // One matrix of each slot, [rows][columns], side by side.
 template <class T>
@@ -64,12 +100,12 @@ struct Rotated {
 template <class S, class T>
 struct LoadStates {
   int64_t B, R, H;
-  T* operand;                 // [slots][B][R]: h as a product reads it, or null
-  S* h;                       // [slots][B][R], or null
-  S* c;                       // [slots][B][H], or null
-  PerSlot<const T*> from_h;   // [B, R] or null
-  PerSlot<const T*> from_c;   // [B, H] or null
-  PerSlot<const T*> mask;     // [B, R] or null: of the operand
+  T* operand;                // [slots][B][R]: h as a product reads it, or null
+  S* h;                      // [slots][B][R], or null
+  S* c;                      // [slots][B][H], or null
+  PerSlot<const T*> from_h;  // [B, R] or null
+  PerSlot<const T*> from_c;  // [B, H] or null
+  PerSlot<const T*> mask;    // [B, R] or null: of the operand
 
   FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t j) const {
     if (j < R) {
@@ -87,10 +123,10 @@ struct LoadStates {
 template <class E, class S, class T>
 struct StoreStates {
   int64_t B, R, H;
-  const E* h;         // [slots][B][R]
-  const S* c;         // [slots][B][H], or null
-  PerSlot<T*> to_h;   // [B, R]
-  PerSlot<T*> to_c;   // [B, H]
+  const E* h;        // [slots][B][R]
+  const S* c;        // [slots][B][H], or null
+  PerSlot<T*> to_h;  // [B, R]
+  PerSlot<T*> to_c;  // [B, H]
 
   FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t j) const {
     if (j < R) {

@@ -10,22 +10,22 @@ namespace fusedrnn {
 template <class S, class T>
 struct BackwardBuffers {
   int64_t B, H, R, width;
-  PerSlot<const T*> h0;        // [B, R] or null
-  PerSlot<const T*> c0;        // [B, H] or null
-  PerSlot<const T*> y;         // [N, width], from the direction's first column on
-  PerSlot<const S*> saved;     // [N, saved_stride]
+  PerSlot<const T*> h0;     // [B, R] or null
+  PerSlot<const T*> c0;     // [B, H] or null
+  PerSlot<const T*> y;      // [N, width], from the direction's first column on
+  PerSlot<const S*> saved;  // [N, saved_stride]
   int64_t saved_stride;
-  PerSlot<T*> dg;              // [N, (kSplit + G)*H]
-  PerSlot<const T*> mask;      // [B, R] or null
-  PerSlot<T*> before;          // [N, R]: mask * h_{t-1} of each row, or null
-  PerSlot<T*> q;               // [N, H]: operand of the second product or output before its projection; or null
-  PerSlot<T*> dy_rows;         // [N, R]: dL/d(W_hr (o * tanh(c))) of a projected layer
-  PerSlot<S*> dh_rows;         // [N, R]: dL/dh_t but for dy, or null
-  PerSlot<S*> sent_dc;         // [N, H]: what the later steps and dc_n send to c_t, or null
-  PerSlot<S*> dc_rows;         // [N, H]: dL/dc_t by all ways, or null
-  S* dh;                       // [slots][B][R]: dL/dh of this step but for dy
-  S* dc;                       // [slots][B][H]
-  S* through;                  // [slots][B][H]: dL/dq, or the gradient through the projection
+  PerSlot<T*> dg;          // [N, (kSplit + G)*H]
+  PerSlot<const T*> mask;  // [B, R] or null
+  PerSlot<T*> before;      // [N, R]: mask * h_{t-1} of each row, or null
+  PerSlot<T*> q;           // [N, H]: operand of the second product or output before its projection; or null
+  PerSlot<T*> dy_rows;     // [N, R]: dL/d(W_hr (o * tanh(c))) of a projected layer
+  PerSlot<S*> dh_rows;     // [N, R]: dL/dh_t but for dy, or null
+  PerSlot<S*> sent_dc;     // [N, H]: what the later steps and dc_n send to c_t, or null
+  PerSlot<S*> dc_rows;     // [N, H]: dL/dc_t by all ways, or null
+  S* dh;                   // [slots][B][R]: dL/dh of this step but for dy
+  S* dc;                   // [slots][B][H]
+  S* through;              // [slots][B][H]: dL/dq, or the gradient through the projection
 };
 
 template <class S, class T>
@@ -34,7 +34,7 @@ struct BackwardElement {
   StepRows at;
   PerSlot<StepView<T>> dy;
   PerSlot<StepView<T>> dc;
-  Keeps<T> keep;
+  StepNoise<S, T> noise;
 
   FUSEDRNN_INLINE S with_mask(int s, int64_t b, int64_t r, S v) const {
     return u.mask[s] ? masked(v, widen(u.mask[s][b * u.R + r])) : v;
@@ -43,13 +43,10 @@ struct BackwardElement {
   FUSEDRNN_INLINE S previous_operand(int s, int64_t b, int64_t r) const {
     return with_mask(s, b, r, widen(previous_h(s, b, r)));
   }
-  // What of a gradient goes past the cell to the state before; the rest stays in d.
-  FUSEDRNN_INLINE static S past_cell(const StepView<T>& keep, int64_t b, int64_t j, S& d) {
-    return keep.data ? zoneout_backward(Keeps<T>::template of<S>(keep, b, j), d) : S(0);
-  }
   FUSEDRNN_INLINE T previous_h(int s, int64_t b, int64_t r) const {
     return b < at.carried[s] ? u.y[s][(at.previous[s] + b) * u.width + r]
-                             : u.h0[s] ? u.h0[s][b * u.R + r] : narrow<T>(0);
+           : u.h0[s]         ? u.h0[s][b * u.R + r]
+                             : narrow<T>(0);
   }
   FUSEDRNN_INLINE S total_dh(int s, int64_t b, int64_t r) const {
     const S dh = u.dh[(s * u.B + b) * u.R + r];
@@ -66,7 +63,7 @@ struct BackwardProjected : BackwardElement<S, T> {
     const int64_t i = (this->at.first[s] + b) * this->u.R + r;
     if (this->u.dh_rows[s]) this->u.dh_rows[s][i] = this->u.dh[(s * this->u.B + b) * this->u.R + r];
     S dh = this->total_dh(s, b, r);
-    this->u.dh[(s * this->u.B + b) * this->u.R + r] = this->past_cell(this->keep.h[s], b, r, dh);
+    this->u.dh[(s * this->u.B + b) * this->u.R + r] = this->noise.past_h(s, b, r, dh);
     this->u.dy_rows[s][i] = narrow<T>(dh);
     if (this->u.before[s]) this->u.before[s][i] = narrow<T>(this->previous_operand(s, b, r));
   }
@@ -87,25 +84,23 @@ struct BackwardStep : BackwardElement<S, T> {
       previous[0] = current[0] = S(0);  // no cell that is projected reads them
       d[0] = u.through[i];
     } else {
-      const StepView<T>& keep = this->keep.h[s];
       if (u.before[s]) u.before[s][n * H + j] = narrow<T>(this->previous_operand(s, b, j));
       previous[0] = widen(this->previous_h(s, b, j));
-      current[0] = Cell::kSaved == 0 && keep.data ? row[j] : widen(u.y[s][n * u.width + j]);
+      current[0] = Cell::kSaved == 0 && this->noise.changes_h(s) ? row[j] : widen(u.y[s][n * u.width + j]);
       if (u.dh_rows[s]) u.dh_rows[s][n * H + j] = u.dh[i];
       d[0] = this->total_dh(s, b, j);
-      direct_h = this->past_cell(keep, b, j, d[0]);
+      direct_h = this->noise.past_h(s, b, j, d[0]);
     }
     if constexpr (Cell::kStates == 2) {
       const int64_t before = (this->at.previous[s] + b) * u.saved_stride + Cell::kSaved * H + j;
       previous[1] = b < this->at.carried[s] ? u.saved[s][before] : u.c0[s] ? widen(u.c0[s][b * H + j]) : S(0);
-      const StepView<T>& keep = this->keep.c[s];
-      current[1] = keep.data ? Cell::candidate(saved, previous) : row[Cell::kSaved * H + j];
+      current[1] = this->noise.changes_c(s) ? Cell::candidate(saved, previous) : row[Cell::kSaved * H + j];
       d[1] = u.dc[i];
       if (u.sent_dc[s]) u.sent_dc[s][n * H + j] = d[1];
       const StepView<T>& dc = this->dc[s];
       if (dc.data) d[1] += widen(dc.data[b * dc.batch + j]);
-      if (u.dc_rows[s]) u.dc_rows[s][n * H + j] = keep.data ? d[1] : Cell::dc_of(saved, current, d);
-      direct_c = this->past_cell(keep, b, j, d[1]);
+      if (u.dc_rows[s]) u.dc_rows[s][n * H + j] = this->noise.changes_c(s) ? d[1] : Cell::dc_of(saved, current, d);
+      direct_c = this->noise.past_c(s, b, j, d[1]);
     }
     if constexpr (Cell::kFirst < Cell::kGates) {
       const Values<S, 1> operand = {this->previous_operand(s, b, j)};
@@ -210,7 +205,7 @@ template <class Cell, class S, class T>
 struct RowNorms {
   int64_t N, B, R, H;
   RowView dy;
-  PerSlot<const S*> dh;  // [N, R]
+  PerSlot<const S*> dh;           // [N, R]
   PerSlot<const S*> sent_dc, dc;  // [N, H]
   PerSlot<const T*> dg;           // [N, (kSplit + G)*H]
   S* to;                          // [slots][N][columns]

@@ -8,33 +8,34 @@ namespace fusedrnn {
 // What the steps of a forward pass share.
 template <class S, class T>
 struct ForwardBuffers {
-  int64_t B, H, R, width;     // width: of a row of y, D * R
-  PerSlot<const T*> b_ih;     // [G*H] or null
-  PerSlot<const T*> b_hh;     // [G*H] or null
-  PerSlot<T*> y;              // [N, width], from the direction's first column on
-  PerSlot<S*> saved;          // [N, saved_stride] or null
+  int64_t B, H, R, width;  // width: of a row of y, D * R
+  PerSlot<const T*> b_ih;  // [G*H] or null
+  PerSlot<const T*> b_hh;  // [G*H] or null
+  PerSlot<T*> y;           // [N, width], from the direction's first column on
+  PerSlot<S*> saved;       // [N, saved_stride] or null
   int64_t saved_stride;
-  S* kept;                    // [slots][B][kSaved*H]: the saved values of this step alone, if `saved` is null
-  const S* rec;               // [slots][B][G*H]: W_hh h_{t-1}
-  PerSlot<const T*> mask;     // [B, R] or null: of the operand
-  T* operand;                 // [slots][B][R]: h as the next product reads it
-  S* h;                       // [slots][B][R], or null: operand is it
-  S* c;                       // [slots][B][H]
-  T* q;                       // [slots][B][H]: the operand of the second product, or the output before its projection
+  S* kept;                 // [slots][B][kSaved*H]: the saved values of this step alone, if `saved` is null
+  const S* rec;            // [slots][B][G*H]: W_hh h_{t-1}
+  PerSlot<const T*> mask;  // [B, R] or null: of the operand
+  T* operand;              // [slots][B][R]: h as the next product reads it
+  S* h;                    // [slots][B][R], or null: operand is it
+  S* c;                    // [slots][B][H]
+  T* q;                    // [slots][B][H]: the operand of the second product, or the output before its projection
 };
 
 template <class Cell, class S, class T>
 struct ForwardElement {
   ForwardBuffers<S, T> u;
   StepRows at;
-  Keeps<T> keep;
+  StepNoise<S, T> noise;
   PerSlot<const S*> x;  // [rows, G*H]: W_ih x_t
 
   static constexpr int G = Cell::kGates;
 
   FUSEDRNN_INLINE S* saved_row(int s, int64_t b) const {
     return u.saved[s] ? u.saved[s] + (at.first[s] + b) * u.saved_stride
-                      : u.kept ? u.kept + (s * u.B + b) * Cell::kSaved * u.H : nullptr;
+           : u.kept   ? u.kept + (s * u.B + b) * Cell::kSaved * u.H
+                      : nullptr;
   }
   FUSEDRNN_INLINE S x_gate(int s, int64_t b, int64_t j, int g) const {
     const S product = x[s][(b * G + g) * u.H + j];
@@ -49,10 +50,10 @@ struct ForwardElement {
 
 // h of a sample's unit j, element i of the driver's buffers, as what comes after finds it: h_{t-1} is there still.
 template <class S, class T>
-FUSEDRNN_INLINE void publish(const ForwardBuffers<S, T>& u, const StepRows& at, const Keeps<T>& keep, int s, int64_t b,
-                             int64_t j, S h) {
+FUSEDRNN_INLINE void publish(const ForwardBuffers<S, T>& u, const StepRows& at, const StepNoise<S, T>& noise, int s,
+                             int64_t b, int64_t j, S h) {
   const int64_t i = (s * u.B + b) * u.R + j;
-  if (keep.h[s].data) h = zoneout(Keeps<T>::template of<S>(keep.h[s], b, j), u.h[i], h);
+  if (noise.changes_h(s)) h = noise.h(s, b, j, u.h[i], h);
   const T rounded = narrow<T>(h);
   u.operand[i] = u.mask[s] ? narrow<T>(masked(h, widen(u.mask[s][b * u.R + j]))) : rounded;
   if (u.h) u.h[i] = h;
@@ -105,17 +106,15 @@ struct ForwardStep : ForwardElement<Cell, S, T> {
       Cell::forward(x, rec, state, saved);
     }
     if constexpr (Cell::kStates == 2) {
-      const StepView<T>& keep = this->keep.c[s];
-      if (keep.data) state[1] = zoneout(Keeps<T>::template of<S>(keep, b, j), u.c[i], state[1]);
-      u.c[i] = state[1];
+      u.c[i] = state[1] = this->noise.c(s, b, j, u.c[i], state[1]);
     }
     if (u.saved[s]) {
       for (int k = 0; k < Cell::kSaved; ++k) row[k * H + j] = saved[k];
       if constexpr (Cell::kStates == 2) row[Cell::kSaved * H + j] = state[1];
-      if (Cell::kSaved == 0 && this->keep.h[s].data) row[j] = state[0];
+      if (Cell::kSaved == 0 && this->noise.changes_h(s)) row[j] = state[0];
     }
     if constexpr (kProjected) u.q[i] = narrow<T>(state[0]);
-    else publish(u, this->at, this->keep, s, b, j, state[0]);
+    else publish(u, this->at, this->noise, s, b, j, state[0]);
   }
 };
 
@@ -124,11 +123,11 @@ template <class S, class T>
 struct PublishProjected {
   ForwardBuffers<S, T> u;
   StepRows at;
-  Keeps<T> keep;
+  StepNoise<S, T> noise;
 
   FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t r) const {
     if (b >= at.rows[s]) return;
-    publish(u, at, keep, s, b, r, widen(u.operand[(s * u.B + b) * u.R + r]));
+    publish(u, at, noise, s, b, r, widen(u.operand[(s * u.B + b) * u.R + r]));
   }
 };
 

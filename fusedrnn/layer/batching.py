@@ -94,7 +94,7 @@ def _one_by_one(op: Callable[..., Any], count: int, in_dims: Sequence[Any], args
 def _folded(call: LayerCall, dims: LayerCall, count: int) -> LayerCall:
     """A call of the layer for all mapped indices, the weights shared."""
     rows = call.x_rows
-    axes = 1, rows, rows  # of mask_h, keep_h, keep_c
+    axes = [1] + [rows] * (len(call.noise) - 1)  # of the mask of all steps, and of those that each step has
     return call._replace(
         x=_fold(call.x, dims.x, rows, count),
         batch_sizes=None if call.batch_sizes is None else call.batch_sizes * count,
