@@ -58,6 +58,11 @@ class Noise(NamedTuple):
     def any(self) -> bool:
         return any(t is not None for t in self)
 
+    @property
+    def changes_h(self) -> bool:
+        """Whether h_t is another than what the cell gives."""
+        return self.keep_h is not None
+
     def for_op(self, x: Tensor) -> Noise:
         """In the type of x, as the kernels take it; what is saved for the backward pass is not."""
         if self[1] is self[2] is None:

@@ -141,7 +141,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     x, info, hidden = call.x, call.info, _hidden(call)
     y = x.new_empty((*x.shape[:-1], call.directions * call.weights[1].size(1)))
     dtype = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
-    values = info.saved + len(info.states) - 1 or int(call.noise.keep_h is not None)
+    values = info.saved + len(info.states) - 1 or int(call.noise.changes_h)
     width = _spread_stride(values * hidden, dtype.itemsize)
     saved = x.new_empty((call.directions, math.prod(x.shape[:-1]) if save else 0, width), dtype=dtype)
     return y, *_finals(call), saved
