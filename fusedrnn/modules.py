@@ -72,7 +72,7 @@ def _forward(
         # The caller's hx is checked before it is permuted: a larger batch would be cut down silently. While Dynamo or
         # an exporter traces, the number of samples is not known; the op checks it.
         checked = None if is_compiling() else states
-        _check_args(module, input.data, input.batch_sizes, checked)
+        _check_args(module, input.data, input.batch_sizes, checked, two_states)
     else:
         if input.dim() not in (2, 3):
             noun = "D tensor instead" if name == "RNN" else "D instead"
@@ -83,7 +83,7 @@ def _forward(
             what, got = ("hx and cx", f"({ranks}) tensors") if two_states else ("hx", f"{ranks} tensor")
             raise RuntimeError(f"For {kind} input, {what} should also be {dim}-D but got {got}")
         batched = input if dim == 3 else input.unsqueeze(0 if module.batch_first else 1)
-        _check_args(module, batched, None, states and [s if dim == 3 else s.unsqueeze(1) for s in states])
+        _check_args(module, batched, None, states and [s if dim == 3 else s.unsqueeze(1) for s in states], two_states)
     expected = _shape_of_w_hh(module, cell)
     if weights[1].shape != expected:
         raise RuntimeError(f"weight_hh_l0 must have shape {list(expected)}, got {list(weights[1].shape)}")
@@ -135,12 +135,13 @@ def _check_args(
     input: Tensor,
     batch_sizes: Tensor | None,
     states: Sequence[Tensor] | None,
+    two_states: bool,
 ) -> None:
     """By torch.nn's methods, or those of a subclass or of the module itself. Without states torch.nn checks the zeros
     that it has made; here nobody looks at them but such a method.
     """
-    is_lstm = isinstance(module, _LSTM)
-    own = own_checks(module, _LSTM if is_lstm else torch.nn.RNNBase)
+    as_lstm = two_states and not isinstance(module, FusedRNNBase)  # by class or, of a class copied from it, by methods
+    own = own_checks(module, _LSTM if as_lstm else torch.nn.RNNBase)
     if "permute_hidden" in own:
         name = type(module).__name__
         raise NotImplementedError(f"{name}: permute_hidden would not be called, as fusedrnn has no use for it")
@@ -149,9 +150,9 @@ def _check_args(
         return
     if states is None:
         sizes = [module.get_expected_hidden_size(input, batch_sizes)]
-        sizes += [module.get_expected_cell_size(input, batch_sizes)] if is_lstm else []
+        sizes += [module.get_expected_cell_size(input, batch_sizes)] if as_lstm else []
         states = [input.new_zeros(size) for size in sizes]
-    for given in [tuple(states)] if is_lstm else states:
+    for given in [tuple(states)] if as_lstm else states:
         module.check_forward_args(input, given, batch_sizes)
 
 

@@ -22,7 +22,12 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "isa: run once more under each instruction set that the processor has")
     config.addinivalue_line("markers", "device: computes on FUSEDRNN_TEST_DEVICE, as those marked isa do")
+    config.addinivalue_line("markers", "long: takes a minute or more, and begins before the others")
     config.addinivalue_line("markers", "cuda: needs a GPU; python -m benchmarks.gpu tests runs all three there")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)  # so that no core is left with one at the end
 
 
 def pytest_report_header() -> str:

@@ -12,6 +12,7 @@ from fusedrnn.cells import CELLS
 pytestmark = pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc here")
 
 
+@pytest.mark.long
 def test_kernels_compile_and_do_not_spill() -> None:
     kernels = ptxas.compile_kernels()
     print(ptxas.table(kernels))

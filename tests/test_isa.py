@@ -64,6 +64,7 @@ def printed_by(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[s
         process.kill()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", OTHERS)
 def test_marked_tests_pass(name: str, printed_by: Callable[[str], tuple[int, str]]) -> None:

@@ -34,6 +34,7 @@ def run(command: list[str], tree: Path, **settings: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1500)
 @pytest.mark.skipif(shutil.which("git") is None, reason="applies a patch with git")
 def test_a_cell_is_added_to_the_source_distribution(tmp_path: Path) -> None:
