@@ -301,6 +301,7 @@ class BackwardArguments(NamedTuple):
     @classmethod
     def of(cls, *args: Any, cell: str | None = None) -> BackwardArguments:
         dy, dh_n, dc_n, dc, *tensors, y, saved, name, bidirectional = args[:13]
-        call = _call_of_op(cell or name, bidirectional, tensors, Noise(*args[20:]))
-        call = call._replace(options=Options(False, False, *args[17:20]))
-        return cls(call, OutputGradients(dy, dc, (dh_n, dc_n)[: len(call.states)]), y, saved, Needs(*args[13:17]))
+        limits = 13 + len(Needs._fields)
+        call = _call_of_op(cell or name, bidirectional, tensors, Noise(*args[limits + 3 :]))
+        call = call._replace(options=Options(False, False, *args[limits : limits + 3]))
+        return cls(call, OutputGradients(dy, dc, (dh_n, dc_n)[: len(call.states)]), y, saved, Needs(*args[13:limits]))
