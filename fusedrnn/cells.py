@@ -19,9 +19,9 @@ class CellInfo:
         gates: gate names in the order of the rows of ``weight_ih`` and ``weight_hh`` (torch.nn's order).
         states: names of the states carried through time, ``h`` first.
         saved: values kept for the backward pass per unit, sample and step, beside the states.
-        keeps: the gate that multiplies the state before, and ``takes`` the one that multiplies what is new, if it is
-            another: what initialisers set. None: there is none.
         projectable: whether ``h`` may be a projection ``W_hr m`` of the cell's output ``m``.
+        keeps: the gate that multiplies the state before, for initialisers. None: there is none.
+        takes: the gate that multiplies what is new, if it is another than ``keeps``. None: it is not.
     """
 
     name: str

@@ -18,7 +18,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from .cells import CELLS, CellInfo
-from .options import cell_of
+from .options import cell_of, of
 from .torch_internals import own_parameters
 
 __all__ = ["chrono_", "forget_bias_", "orthogonal_"]
@@ -97,8 +97,9 @@ def chrono_(module: _Module, T_max: float, T_min: float = 2.0, generator: Genera
 
 
 def _info(module: nn.Module) -> CellInfo:
-    if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)) or cell_of(module) not in CELLS:
+    if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         raise TypeError(f"module must be an RNN, LSTM, GRU or a cell of one, got {type(module).__name__}")
+    of(module)  # raises
     return CELLS[cell_of(module)]
 
 

@@ -1,8 +1,9 @@
 """Modules in the place of torch.nn's: same constructors, parameters, state_dict and errors, fused kernels inside.
 
 ``RNN``, ``LSTM``, ``GRU`` and the cells (:mod:`fusedrnn.single_step`) are subclasses of torch.nn's classes: code that
-asks ``isinstance(m, torch.nn.LSTM)`` goes on working. ``ResidualRNN`` and ``GRU(reset_after=False)`` have no
-counterpart there. Nothing here computes: the modules check as torch.nn does and call :mod:`fusedrnn.functional`.
+asks ``isinstance(m, torch.nn.LSTM)`` goes on working. ``GRU(reset_after=False)`` and the subclasses of
+``FusedRNNBase``, such as ``ResidualRNN``, have no counterpart there. Nothing here computes: the modules check as
+torch.nn does and call :mod:`fusedrnn.functional`.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ def _forward(
     reset: Tensor | None = None,
     return_states: bool = False,
 ) -> tuple[Any, ...]:
-    """What the sequence modules share: torch.nn's checks, in its order and words, then the layers. The only state of a
-    cell is no tuple, neither here nor in torch.nn.
+    """What the sequence modules share: torch.nn's checks, in its order and words, then the layers. A cell with one
+    state takes and gives it bare, not in a tuple.
     """
     ours = isinstance(module, _SequenceModule)
     own = options.active(module)
@@ -118,7 +119,7 @@ def _plain(
     own: dict[str, Any],
 ) -> tuple[Tensor, ...] | None:
     """A dense batch through one layer or, in inference, through several, checked by the kernels alone. None where
-    anything is different. ``own``: the options; zoneout has numbers for masks in inference, and there it may be one.
+    anything is different. ``own``: the options; in inference zoneout alone is allowed, where it is a number, no mask.
     """
     if is_compiling() or (own and not (infers() and not module.training and list(own) == ["zoneout"])):
         return None
@@ -140,7 +141,7 @@ def _check_args(
     """By torch.nn's methods, or those of a subclass or of the module itself. Without states torch.nn checks the zeros
     that it has made; here nobody looks at them but such a method.
     """
-    as_lstm = two_states and not isinstance(module, FusedRNNBase)  # by class or, of a class copied from it, by methods
+    as_lstm = two_states and not isinstance(module, FusedRNNBase)  # torch.nn.LSTM, or a class that copies its methods
     own = own_checks(module, _LSTM if as_lstm else torch.nn.RNNBase)
     if "permute_hidden" in own:
         name = type(module).__name__
@@ -152,8 +153,13 @@ def _check_args(
         sizes = [module.get_expected_hidden_size(input, batch_sizes)]
         sizes += [module.get_expected_cell_size(input, batch_sizes)] if as_lstm else []
         states = [input.new_zeros(size) for size in sizes]
-    for given in [tuple(states)] if as_lstm else states:
-        module.check_forward_args(input, given, batch_sizes)
+    if as_lstm or not two_states:
+        module.check_forward_args(input, tuple(states) if as_lstm else states[0], batch_sizes)
+        return
+    module.check_input(input, batch_sizes)
+    for index, state in enumerate(states):
+        expected = module.get_expected_hidden_size(input, batch_sizes)
+        module.check_hidden_size(state, expected, f"Expected hidden[{index}] size {{}}, got {{}}")
 
 
 class _SequenceModule(FusedModule):
@@ -164,19 +170,23 @@ class _SequenceModule(FusedModule):
     """
 
     def __init__(self, arguments: dict[str, Any], cell: str | None = None) -> None:
-        """With the names of a constructor of ours and their values; those that torch.nn does not know are among
+        """``arguments``: names and values of our constructor's arguments; what torch.nn does not know is among
         ``others``, for it to word the error. ``cell``: the registry's name of one that torch.nn does not have.
         """
         given = {name: value for name, value in arguments.items() if name not in ("self", "others")}
         own = {name: given.pop(name) for name in options.FIELDS if name in given}
-        super().__init__(*(() if cell is None else ("RNN_TANH",)), **given, **arguments.get("others", {}))
-        if cell is not None:  # so far it has the parameters of one gate
+        given |= arguments.get("others", {})
+        if cell is None:
+            super().__init__(**given)
+        else:
+            vars(self)["reset_parameters"] = lambda: None  # not before they have their shapes
+            super().__init__("RNN_TANH", **given)  # one gate
+            del vars(self)["reset_parameters"]
             self.mode, gates = cell.upper(), len(CELLS[cell].gates)
-            for name, one in own_parameters(self).items() if gates > 1 else ():
+            for name, one in own_parameters(self).items():
                 setattr(self, name, torch.nn.Parameter(one.new_empty(gates * one.size(0), *one.shape[1:])))
-            if gates > 1:
-                refer_strongly(self)
-                self.reset_parameters()
+            refer_strongly(self)
+            self.reset_parameters()
         options.tell(self, own)
 
     def step(
@@ -303,7 +313,10 @@ class FusedRNNBase(_SequenceModule, torch.nn.RNNBase):
     weight_ih (G*H, I), weight_hh (G*H, H). Of a cell with two states, hx and the final states are pairs.
     """
 
-    _cell: str
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls._cell not in CELLS:
+            raise ValueError(f"_cell of {cls.__name__} must be one of {', '.join(CELLS)}, got {cls._cell!r}")
 
     def __init__(
         self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
@@ -315,6 +328,8 @@ class FusedRNNBase(_SequenceModule, torch.nn.RNNBase):
     ) -> None:  # fmt: skip
         if "proj_size" in others:
             raise ValueError(f"proj_size argument is only supported for LSTM, not {type(self).__name__}")
+        if type(self)._cell is None:
+            raise TypeError(f"{type(self).__name__} has no cell: make a subclass that names one, _cell = 'gru'")
         _SequenceModule.__init__(self, dict(locals()), type(self)._cell)
 
     def forward(

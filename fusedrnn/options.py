@@ -72,13 +72,13 @@ class FusedOptions:
         input_dropout: 0.0; probability that an element of every layer's input is dropped in training, one mask a
             sequence.
         recurrent_dropout: 0.0; the same of h_{t-1} in the products.
-        zoneout: 0.0; probability that a unit keeps its state at a step, in training; else its part in the next. For the
-            LSTM also a pair, of h and of c.
+        zoneout: 0.0; probability that a unit keeps its state at a step, in training; outside it the share of
+            the old state in the new one. With two states also a pair, of h and of c.
         weight_dropout: 0.0; probability that an element of W_hh is dropped in training, one mask a call.
         grad_clip: None; the limit of what a step of the backward pass sends back to the states before it. Under a
             GradScaler that is scaled, and so must the limit be: ``c * scaler.get_scale()``, before each forward pass.
             Or clip the whole gradient, after ``scaler.unscale_(optimizer)``; or train in bfloat16, without a scaler.
-        grad_clip_mode: "value"; the limit is one of each element. "norm": of each sample's vector.
+        grad_clip_mode: "value"; the limit holds for each element. "norm": for the norm of each sample's vector.
         bptt_steps: None; the steps through which a gradient passes back at most, from one multiple of it to the one
             before.
         recompute: "none"; what the backward pass needs is kept. "gates": computed again.
@@ -127,6 +127,7 @@ class HasOptions:
     """A module of ours. One that torch.nn's constructor has made, or a pickle of it, has the class's options."""
 
     fused_options: FusedOptions = DEFAULT
+    _cell: str | None = None  # of a class that torch.nn does not have: its cell's name in the registry
 
 
 def of(module: nn.Module) -> FusedOptions:
@@ -164,7 +165,7 @@ def tell(module: nn.Module, given: dict[str, Any]) -> None:
 
 
 def cell_of(module: nn.RNNBase | nn.RNNCellBase) -> str:
-    """The registry's name of the cell of a module, ours or torch.nn's, whose options are right (:func:`of`).
+    """The registry's name of the cell of a module, ours or torch.nn's. Call :func:`of` first: options are not checked.
 
     Raises:
         AssertionError: the mode is that of no cell. RuntimeError: the nonlinearity is. Both as in torch.nn.
@@ -180,7 +181,12 @@ def cell_of(module: nn.RNNBase | nn.RNNCellBase) -> str:
         return f"rnn_{module.nonlinearity}"
     if isinstance(module, _RNN) and module.mode not in ("RNN_TANH", "RNN_RELU"):
         raise AssertionError(f"mode must be RNN_TANH or RNN_RELU, got {module.mode}")
-    return module.mode.lower()
+    if isinstance(module, HasOptions) and type(module)._cell is not None:
+        return type(module)._cell
+    cell = str(module.mode).lower()  # of a class that copies the methods of torch.nn's or ours
+    if cell not in CELLS:
+        raise AssertionError(f"mode must be the name of a cell, got {module.mode}")
+    return cell
 
 
 def changed(own: FusedOptions) -> dict[str, Any]:

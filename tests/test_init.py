@@ -30,7 +30,7 @@ for _cell, _twin in TWINS.items():
                 MAKERS[f"{_cell}-{_kind}-stacked"] = (_cell, partial(_maker, num_layers=3, bidirectional=True))
             if "layer" in _kind and CELLS[_cell].projectable:
                 MAKERS[f"{_cell}-{_kind}-projected"] = (_cell, partial(_maker, num_layers=2, proj_size=4))
-KEEPS = {"lstm": "f", "gru": "z", "gru_reset_before": "z"}  # written down again: the code asks the gates' names
+KEEPS = {"lstm": "f", "gru": "z", "gru_reset_before": "z"}  # written down again: the code asks the registry
 GATED = [name for name, (cell, _) in MAKERS.items() if cell in KEEPS]
 INITIALISERS = {
     "orthogonal_": init.orthogonal_,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import fusedrnn
 from fusedrnn import functional
 from fusedrnn.cells import CELLS
+from fusedrnn.modules import FusedRNNBase
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 VARIANTS = {
@@ -382,3 +383,60 @@ def test_arguments_by_position() -> None:
         assert [p.shape for p in ours(*arguments).parameters()] == [p.shape for p in theirs(*arguments).parameters()]
     with pytest.raises(TypeError, match="unexpected keyword argument 'zone'"):
         fusedrnn.GRU(4, 5, zone=1)
+
+
+class OurGRU(FusedRNNBase):
+    """torch.nn's GRU as a cell that torch.nn would not have."""
+
+    _cell = "gru"
+
+
+class OurLSTM(FusedRNNBase):
+    """Likewise of two states."""
+
+    _cell = "lstm"
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(OurGRU, nn.GRU), (OurLSTM, nn.LSTM)], ids=["gru", "lstm"])
+def test_a_class_of_our_own_has_the_parameters_of_its_gates(ours: type, theirs: type) -> None:
+    """Drawn once, in their shapes: with the same seed the same numbers as torch.nn's, states as torch.nn takes them."""
+    options = {"num_layers": 2, "bidirectional": True}
+    torch.manual_seed(3)
+    module, after = ours(4, 5, **options), torch.rand(1)
+    torch.manual_seed(3)
+    reference = theirs(4, 5, **options)
+    assert torch.equal(after, torch.rand(1))
+    for (name, ours_), (_, theirs_) in zip(module.named_parameters(), reference.named_parameters(), strict=True):
+        assert_close(name, ours_, theirs_)
+    x = torch.randn(3, 2, 4)
+    torch.testing.assert_close(module(x), reference(x))
+    torch.testing.assert_close(copy.deepcopy(module).double()(x.double())[0].float(), reference(x)[0])
+    states = [torch.zeros(4, 2, 5), torch.zeros(4, 2, 6)]
+    with pytest.raises(RuntimeError, match=r"Expected hidden(\[1\])? ?(size)?.*\(4, 2, 5\), got \[4, 2, 6\]"):
+        module(x, tuple(states) if ours is OurLSTM else states[1])
+
+
+def test_a_class_of_our_own_initializes_itself_once() -> None:
+    class Orthogonal(OurGRU):
+        def reset_parameters(self) -> None:
+            assert self.weight_hh_l0.shape == (15, 5)
+            nn.init.eye_(self.weight_hh_l0)
+
+    assert torch.equal(Orthogonal(4, 5).weight_hh_l0, torch.eye(15, 5))
+
+
+def test_a_class_says_its_cell_whatever_the_mode() -> None:
+    module, x = fusedrnn.ResidualRNN(4, 5), torch.randn(3, 2, 4)
+    expected = module(x)[0]
+    module.mode = "RNN_RELU"
+    assert torch.equal(module(x)[0], expected)
+    for cell, error in (("nope", "must be one of"), (None, "must be one of")):
+        with pytest.raises(ValueError, match=error):
+            type("Wrong", (FusedRNNBase,), {"_cell": cell})
+    with pytest.raises(TypeError, match="has no cell"):
+        FusedRNNBase(4, 5)
+    for mode in ("bogus", 3):
+        rnn = fusedrnn.RNN(4, 5)
+        rnn.mode = mode
+        with pytest.raises(AssertionError, match="mode must be"):
+            rnn(x)

@@ -305,7 +305,7 @@ def test_denormal_huge_and_constant_input(cell: str, dtype: torch.dtype) -> None
         tensors = {"x": torch.full(shape, value, dtype=dtype).requires_grad_()}
         found = module_results(module, tensors)
         assert all(t.isfinite().all() for t in found.values()), value
-        # A weight's gradient is x times what is left of gates that are zero or one but for their rounding.
+        # A weight's gradient is x times f (1 - f), which is nothing but rounding where the gate f is next to one.
         assert_all_close(found, reference_results(cell, module, tensors), dtype, margin=max(1.0, abs(value) / 300))
 
 

@@ -91,7 +91,7 @@ def run(pair: Pair, keep: bool, arguments: list[str]) -> dict[str, str] | None:
     copy_tree(tree)
     given = arguments or ([] if pair.whole else SMOKE)
     settings = {"FUSEDRNN_CUDA": "0"} | os.environ
-    if not pair.whole:
+    if given == SMOKE:
         settings["FUSEDRNN_CXX_FLAGS"] = SMOKE_FLAGS
     arguments_of_pytest = f"-q -n auto --dist worksteal {' '.join(given)}"
     command = ["make", "test", f"TORCH={pair.torch}", f"PYTHON={python}", f"ARGS={arguments_of_pytest}"]

@@ -25,7 +25,8 @@
 //   recurrent_operand(saved, prev)              q again, for the weight gradient
 // A cell with kLate > 0: forward has one more argument, late, out, and leaves state[0] at h_{t-1}. It adds
 //   kSavedLate                                  the last of the saved values, which the second half gives
-//   finish(late, state, saved)                  h_t into state[0]
+//   finish(late, state, saved)                  h_t into state[0]. It reads no other state, which zoneout may have
+//                                               mixed by then, and of saved nothing: it writes the last ones
 // A cell with two states adds
 //   dc_of(saved, cur, d)                        dL/dc_t by all ways, of d as it comes into backward
 //   candidate(saved, prev)                      c_t again, where the state is another (zoneout)

@@ -2,6 +2,8 @@
 // as the cells are (cell.h), for both drivers. Each line names its equation in docs/derivations.md, sections P and Z.
 #pragma once
 
+#include <cstdint>
+
 #include "cell.h"
 
 namespace fusedrnn {
@@ -39,13 +41,13 @@ FUSEDRNN_INLINE V clipped(V sent, V limit) {
   return greater(lesser(sent, limit), V(0) - limit);  // (P5)
 }
 
-// The factor that clips by norm what a step sends to a state of one sample.
+// The factor that brings the gradient sent to one sample's state, of this norm, down to the limit.
 template <class S>
 FUSEDRNN_INLINE S clip_factor(S norm, S limit) {
   return norm > limit ? limit / norm : S(1);  // (P5)
 }
 
-// The sum of squares of n values; at(j) gives as many from value j on as a V holds, `lanes`.
+// The sum of squares of n values; at(j) gives the values j to j + lanes - 1.
 template <class V, class At>
 FUSEDRNN_INLINE V sum_of_squares(int64_t n, int64_t lanes, const At& at) {
   V sum(0);
@@ -61,7 +63,7 @@ FUSEDRNN_INLINE S norm(S sum_of_squares) {
   return square_root(sum_of_squares);  // (P6)
 }
 
-// The columns of a row of norms: what later steps send to each state; dL/d(state t) by all ways; each gate's gradient.
+// Columns of a row of norms: what each state gets from later steps; from all sides; each gate's gradient.
 template <class Cell>
 struct NormColumns {
   static constexpr int kSent = 0, kTotal = Cell::kStates, kGates = 2 * Cell::kStates, kCount = kGates + Cell::kGates;

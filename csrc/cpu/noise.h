@@ -1,7 +1,7 @@
 // What regularizes the states at each step (StateNoise of problem.h), as the CPU kernels find it. Included after
 // team.h.
 
-// Of one sample at one step, columns of its direction. Null: nothing.
+// Of one sample at one step, from its direction's first column on. Null: none.
 template <class T>
 struct RowNoise {
   using S = typename ComputeType<T>::Type;
@@ -22,7 +22,7 @@ struct RowNoise {
   FUSEDRNN_INLINE V past_c(int64_t u, int64_t n, V& d) const {
     return keep_c ? zoneout_backward(load<S>(keep_c + u, n), d) : V(0);
   }
-  // Whether a state is another than what the cell gives.
+  // Whether a state differs from the cell's output.
   FUSEDRNN_INLINE bool changes_h() const { return keep_h; }
   FUSEDRNN_INLINE bool changes_c() const { return keep_c; }
 };

@@ -22,7 +22,7 @@ struct StepView {
   int64_t batch;
 };
 
-// What regularizes the states at a step (StateNoise of problem.h), columns from the direction's first on.
+// What regularizes the states at a step (StateNoise of problem.h), from the direction's first column on.
 template <class S, class T>
 struct StepNoise {
   PerSlot<StepView<T>> keep_h, keep_c;  // [rows, R], [rows, H]
@@ -41,7 +41,7 @@ struct StepNoise {
   FUSEDRNN_INLINE S past_c(int s, int64_t b, int64_t j, S& d) const {
     return keep_c[s].data ? zoneout_backward(at(keep_c[s], b, j), d) : S(0);
   }
-  // Whether a state is another than what the cell gives.
+  // Whether a state differs from the cell's output.
   FUSEDRNN_INLINE bool changes_h(int s) const { return keep_h[s].data; }
   FUSEDRNN_INLINE bool changes_c(int s) const { return keep_c[s].data; }
 

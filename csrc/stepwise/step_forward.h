@@ -53,7 +53,7 @@ template <class S, class T>
 FUSEDRNN_INLINE void publish(const ForwardBuffers<S, T>& u, const StepRows& at, const StepNoise<S, T>& noise, int s,
                              int64_t b, int64_t j, S h) {
   const int64_t i = (s * u.B + b) * u.R + j;
-  if (noise.changes_h(s)) h = noise.h(s, b, j, u.h[i], h);
+  if (noise.changes_h(s)) h = noise.h(s, b, j, u.h[i], h);  // without noise there may be no u.h
   const T rounded = narrow<T>(h);
   u.operand[i] = u.mask[s] ? narrow<T>(masked(h, widen(u.mask[s][b * u.R + j]))) : rounded;
   if (u.h) u.h[i] = h;

@@ -42,7 +42,7 @@ layer_backward = torch.ops.fusedrnn.layer_backward.default
 
 
 class Noise(NamedTuple):
-    """What a layer does to its states. None: nothing.
+    """Masks and zoneout of a layer's states. None: nothing.
 
     Attributes:
         mask_h: (D, B, R), the factor of h_{t-1} in all products, in the type of x.
@@ -60,12 +60,12 @@ class Noise(NamedTuple):
 
     @property
     def changes_h(self) -> bool:
-        """Whether h_t is another than what the cell gives."""
+        """Whether h_t differs from the cell's output."""
         return self.keep_h is not None
 
     def for_op(self, x: Tensor) -> Noise:
         """In the type of x, as the kernels take it; what is saved for the backward pass is not."""
-        if self[1] is self[2] is None:
+        if all(t is None for t in self[1:]):
             return self
         return Noise(*(None if t is None else t.to(x.dtype) for t in self))
 
@@ -76,9 +76,9 @@ class Options(NamedTuple):
     Attributes:
         states: whether c_t of every step is wanted.
         recompute: whether the backward pass computes the gates again instead of saving them.
-        bptt_steps: no gradient passes from a time t that is a multiple of it to t - 1; 0: all pass.
+        bptt_steps: no gradient passes from t to t - 1 where t is a multiple of it; 0: all pass.
         clip: the limit of what a step sends back to the states before it; 0: none.
-        clip_by_norm: whether it is one of each sample's vector, not of each element.
+        clip_by_norm: whether it limits each sample's norm, not each element.
         batch_first: whether y is (B, T, D*R), laid out in memory as (T, B, D*R). Turned in the layer, where y is not
             saved yet for the backward pass: a view would refuse methods in place that torch.nn's output allows.
     """

@@ -1,7 +1,7 @@
 """One layer in plain torch operations: what derivatives beyond the first gradient are made of.
 
-The kernels know their gradients alone. Derivatives of those, and derivatives in forward mode, take this loop through
-time instead, and torch's own autograd: the same numbers, any device, any order, at the speed of a Python loop.
+Forward mode and derivatives beyond the second take this loop through time and torch's own autograd: the same numbers,
+any device, any order, at the speed of a Python loop. The second derivative (``second_order.py``) takes its steps alone.
 Equations: ``docs/derivations.md``; tests hold :func:`layer` equal to the kernels.
 """
 
