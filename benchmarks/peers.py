@@ -22,9 +22,10 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 import fusedrnn
+from fusedrnn.cells import CELLS
 
 from . import report
-from .cases import CASES, Case, cell_names
+from .cases import CASES, CELL_NAMES, Case, cell_names
 from .measure import MIN_ROUNDS, Disagreement, Problem, Timer, make_layer, run_rounds
 
 # Where ONNX's operator has gate g of ours: LSTM i, o, f, c; GRU z, r, h. https://onnx.ai/onnx/operators
@@ -53,7 +54,7 @@ def can_say(case: Case) -> bool:
 def onnx_model(case: Case, layer: nn.Module) -> bytes:
     """A model of one operator with the layer's weights: X [T, B, I], states [D, B, H] -> Y [T, D, B, H], Y_h[, Y_c]."""
     T, B, I, H = case.shape
-    order, two_states = ORDER[case.cell], case.cell == "lstm"
+    order, two_states = ORDER[case.cell], len(CELLS[CELL_NAMES[case.cell]].states) == 2
     suffixes = ["_l0", "_l0_reverse"][: case.directions]
 
     def stacked(*names: str) -> np.ndarray:

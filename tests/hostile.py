@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from loops import two_states
+
 from fusedrnn import _C
 from fusedrnn.cells import CELLS
 
@@ -210,7 +212,7 @@ def op(draw: random.Random, *, backward: bool) -> Call:
     if draw.random() < 0.5 and z.B:
         sizes = sorted((draw.randint(1, z.B) for _ in range(z.T)), reverse=True)
         z.B = sizes[0]
-    two, leading = z.cell == "lstm", (sum(sizes),) if sizes else (z.T, z.B)
+    two, leading = two_states(z.cell), (sum(sizes),) if sizes else (z.T, z.B)
     states, rows = (z.D, z.B, z.R), (*leading, z.D * z.R)
     names = {
         "x": z.random(*leading, z.I),
@@ -260,7 +262,7 @@ def op(draw: random.Random, *, backward: bool) -> Call:
 def infer(draw: random.Random) -> Call:
     z = layers(draw, stacked=True)
     step = z.layers * z.D == 1 and draw.random() < 0.2
-    two, rows = z.cell == "lstm", z.layers * z.D
+    two, rows = two_states(z.cell), z.layers * z.D
     shape = (z.B,) if step else (z.T, z.B)
     given = draw.random() < 0.5
     some = lambda *sizes: z.random(*(sizes[1:] if step else sizes)) if given else None  # noqa: E731
@@ -284,7 +286,7 @@ def infer(draw: random.Random) -> Call:
 
 def step(draw: random.Random) -> Call:
     z = layers(draw, stacked=True, directions=False)
-    z.B, two = max(z.B, 1), z.cell == "lstm"
+    z.B, two = max(z.B, 1), two_states(z.cell)
     some = lambda *sizes: z.random(*sizes) if draw.random() < 0.5 else None  # noqa: E731
     states = {"h0": some(z.layers, z.B, z.R), "c0": some(z.layers, z.B, z.H) if two else None}
     begin = beginning(draw, z, {"x": z.random(z.B, z.I), **states})

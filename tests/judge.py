@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from hostile import Call
-from loops import Steps, op_loop
+from loops import Steps, op_loop, two_states
 from tolerances import TOLERANCE
 from torch import Tensor
 
@@ -97,7 +97,7 @@ def kernel_type(x: Any) -> None:
 
 def nothing(D: int, x: Tensor, H: int, R: int, cell: str) -> Steps:
     """The results of no samples."""
-    two = cell == "lstm"
+    two = two_states(cell)
     y, c = x.new_zeros(*x.shape[:-1], D * R), x.new_zeros(0, D * H)
     return Steps(y.flatten(0, -2), x.new_zeros(D, 0, R), x.new_zeros(D, 0, H) if two else None, c, {})
 
@@ -105,7 +105,7 @@ def nothing(D: int, x: Tensor, H: int, R: int, cell: str) -> Steps:
 def forward(a: Names) -> dict[str, Any]:
     """What layer_forward must give; of ``saved`` the last columns alone."""
     x, cell, D, steps, H, R = layer(a, None)
-    two = cell == "lstm"
+    two = two_states(cell)
     N = len(steps.y)
     K, dtype = CELLS[cell].saved, torch.float32 if a["x"].itemsize == 2 else a["x"].dtype
     values_saved = (K + two or int(a["keep_h"] is not None)) * H
@@ -132,10 +132,10 @@ def layer(a: Names, leaves: list[Tensor] | None, **limits: Any) -> tuple[Tensor,
         optional(a["keep_h"], "keep_h", (*rows, D * R), a["x"]),
         optional(a["keep_c"], "keep_c", (*rows, D * H), a["x"]),
     )
-    expect(cell == "lstm" or (c0 is None and noise[2] is None), "no c")
+    expect(two_states(cell) or (c0 is None and noise[2] is None), "no c")
     if leaves is not None:
         h0 = x.new_zeros(D, B, R) if h0 is None else h0
-        c0 = x.new_zeros(D, B, H) if c0 is None and cell == "lstm" else c0
+        c0 = x.new_zeros(D, B, H) if c0 is None and two_states(cell) else c0
         leaves += [t.requires_grad_() for t in (x, h0, c0, *weights) if t is not None]
     steps = op_loop(cell, x, sizes, h0, c0, weights, D, noise, **limits) if B else nothing(D, x, H, R, cell)
     return x, cell, D, steps, H, R
@@ -147,7 +147,7 @@ def backward(a: Names) -> dict[str, Any]:
     expect(a["bptt_steps"] >= 0 and 0 <= a["clip"] < math.inf, "limits")
     limits = {"bptt": a["bptt_steps"], "clip": a["clip"], "by_norm": a["clip_by_norm"]}
     x, cell, D, steps, H, R = layer(a, leaves, **limits)
-    like, two, G, N, B = a["x"], cell == "lstm", len(CELLS[cell].gates), len(steps.y), steps.h_n.shape[1]
+    like, two, G, N, B = a["x"], two_states(cell), len(CELLS[cell].gates), len(steps.y), steps.h_n.shape[1]
     rows, loss = x.shape[:-1], x.new_zeros(())
     shapes = {"dy": (*rows, D * R), "dh_n": (D, B, R), "dc_n": (D if two else 0, B, H), "dc": (*rows, D * H)}
     for name, result in (("dy", steps.y), ("dh_n", steps.h_n), ("dc_n", steps.c_n), ("dc", steps.c)):
@@ -212,9 +212,9 @@ def stack(a: Names, weights: Any, stepper: bool) -> dict[str, Any]:
         for name, width in (("h0", R), ("c0", H)):
             shape = (layers * D, B, width)
             expect(given[name] is None or tuple(given[name].shape) == shape, f"{name} is not {shape}")
-        expect(cell == "lstm" or given["c0"] is None, "no c")
+        expect(two_states(cell) or given["c0"] is None, "no c")
         h0, c0 = (None if t is None else t[k * D : (k + 1) * D] for t in given.values())
-        parts = zip(a["zoneout"], (R, H if cell == "lstm" else 0))
+        parts = zip(a["zoneout"], (R, H if two_states(cell) else 0))
         keeps = [x.new_full((T, B, D * n), p).to(like.dtype).double() if p != 0 and n else None for p, n in parts]
         done = op_loop(cell, x, None, h0, c0, own, D, (None, *keeps)) if B else nothing(D, x, H, R, cell)
         x = done.y.reshape(T, B, D * R)
@@ -224,7 +224,7 @@ def stack(a: Names, weights: Any, stepper: bool) -> dict[str, Any]:
     if one_step:
         x = x[0]
         h_n, c_n = (h_n, c_n) if stepper else (h_n.squeeze(0), c_n.squeeze(0) if len(c_n) else c_n)
-    return {"y": x, "h_n": h_n} | ({"c_n": c_n} if cell == "lstm" else {})
+    return {"y": x, "h_n": h_n} | ({"c_n": c_n} if two_states(cell) else {})
 
 
 def right(kind: str, a: Names) -> dict[str, Any]:
@@ -234,7 +234,7 @@ def right(kind: str, a: Names) -> dict[str, Any]:
         return backward(a)
     if kind == "infer":
         return stack(a, a["weights"], stepper=False)
-    two = a["cell"] == "lstm"
+    two = two_states(a["cell"])
     expect(isinstance(a["hx"], tuple) == (two and a["hx"] is not None), "hx")
     expect(not two or (a["h0"] is None) == (a["c0"] is None), "half a state")
     return stack(a, a["weights"], stepper=True)

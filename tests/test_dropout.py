@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import TWINS
+from loops import TWINS, two_states
 from parity import DEVICE
 from test_through_time import Limited
 from tolerances import assert_all_close
@@ -168,7 +168,7 @@ def test_with_a_limited_backward_pass(cell: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before", "rnn_tanh"])
 def test_dtypes(cell: str, dtype: torch.dtype) -> None:
-    proj = 3 if cell == "lstm" else 0
+    proj = 3 if CELLS[cell].projectable else 0
     for directions, sizes in ((2, (B,) * 3), (1, SIZES)):
         layer = draw(cell, directions, proj, sizes, "mhc", dtype=dtype)
         assert_all_close(ours(cell, layer, sizes, directions), expected(cell, layer, sizes, directions), dtype)
@@ -269,7 +269,7 @@ def test_one_step_twice_differentiable(cell: str) -> None:
 
     def call(x: Tensor, h0: Tensor) -> Tensor:
         torch.manual_seed(3)
-        return module(x, (h0, h0) if cell == "lstm" else h0)[0]
+        return module(x, (h0, h0) if two_states(cell) else h0)[0]
 
     assert torch.autograd.gradgradcheck(call, (x, h0))
 
@@ -387,7 +387,7 @@ def test_with_the_other_options() -> None:
 
         module.fused_options = replace(module.fused_options, bptt_steps=1)
         h0 = torch.randn(1, B, H, dtype=torch.float64, device=DEVICE, requires_grad=True)
-        given = (h0, torch.zeros_like(h0)) if cell == "lstm" else h0
+        given = (h0, torch.zeros_like(h0)) if two_states(cell) else h0
         module(x, given)[0][1:].sum().backward()
         assert h0.grad.count_nonzero() == 0
 

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from loops import TWINS
+from loops import TWINS, two_states
 from tolerances import assert_close
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
@@ -76,11 +76,11 @@ def kept_gate(cell: str, module: nn.Module) -> Tensor:
             if name.startswith("weight"):
                 parameter.zero_()
     hx = state
-    if cell == "lstm":
+    if two_states(cell):
         hx = (torch.zeros(*shape[:-1], getattr(module, "proj_size", 0) or H, **options), state)
     last = module(torch.zeros(*shape[:-1], 6, **options)[:1], hx)
     last = last if single else last[1]
-    return torch.autograd.grad((last[1] if cell == "lstm" else last).sum(), state)[0].reshape(rows, H)
+    return torch.autograd.grad((last[1] if two_states(cell) else last).sum(), state)[0].reshape(rows, H)
 
 
 @pytest.mark.parametrize("gain", [1.0, 0.7])

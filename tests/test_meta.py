@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import TWINS
+from loops import TWINS, two_states
 from torch import Tensor
 
 import fusedrnn
@@ -29,7 +29,7 @@ def arguments(cell: str, *, bidirectional: bool = False, projected: bool = False
         "x": torch.randn(T * B, I) if packed else torch.randn(T, B, I),
         "batch_sizes": torch.full((T,), B) if packed else None,
         "h0": torch.randn(D, B, R),
-        "c0": torch.randn(D, B, H) if cell == "lstm" else None,
+        "c0": torch.randn(D, B, H) if two_states(cell) else None,
         "weights": [w.detach() for w in module._flat_weights],
         "cell": cell,
         "bidirectional": bidirectional,
@@ -99,7 +99,7 @@ SIZES = {
 @pytest.mark.parametrize("options", [{}, {"bidirectional": True}, {"projected": True}, {"packed": True}], ids=str)
 @pytest.mark.parametrize("cell", CELLS)
 def test_what_does_not_fit_raises_as_the_kernel(cell: str, options: dict[str, bool], change: str) -> None:
-    if options.get("projected") and cell != "lstm":
+    if options.get("projected") and not CELLS[cell].projectable:
         options = {}
     a = arguments(cell, **options)
     CHANGES[change](a)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from loops import two_states
 from parity import DEVICE, Case
 from test_through_time import B, T, given, gradients, kinds, loop
 from tolerances import assert_close
@@ -50,7 +51,7 @@ def test_recorded_norms(cell: str) -> None:
         assert [r.direction for r in found] == ["forward", "reverse"][: len(seen["h"])]
         for d, layer in enumerate(found):
             torch.testing.assert_close(layer.h, norms(seen["h"][d]), equal_nan=True, rtol=1e-9, atol=1e-12)
-            assert (layer.c is None) == (cell != "lstm")
+            assert (layer.c is None) == (not two_states(cell))
             if layer.c is not None:
                 torch.testing.assert_close(layer.c, norms(seen["c"][d]), equal_nan=True, rtol=1e-9, atol=1e-12)
             assert list(layer.gates) == list(CELLS[cell].gates)
