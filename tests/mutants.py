@@ -1,10 +1,10 @@
-"""Shows that the tests notice a wrong sign: flips each one in the backward passes of csrc/cells, and runs gradcheck.
+"""Shows that the tests notice a wrong sign: flips each one in the backward passes of csrc/cells and in its rules.h.
 
     python tests/mutants.py [--only lstm.h] [--jobs 2]
 
 Each mutant is one changed line, compiled for the base instruction set into a package of its own beside the objects of
-the last build; it is killed if ``tests/test_gradcheck.py`` fails. Exits non-zero if one survives. Minutes, not part
-of the suite.
+the last build; it is killed if the file's tests fail, ``test_gradcheck.py`` for a cell. Exits non-zero if one
+survives. Minutes, not part of the suite.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ import torch
 from torch.utils.cpp_extension import library_paths
 
 ROOT = Path(__file__).parent.parent
+#: Whose failure kills a mutant of the file: zoneout and masks, clipping, norms, none of which is a cell's.
+TESTS = {"rules.h": ["tests/test_dropout.py", "tests/test_through_time.py", "tests/test_recording.py"]}
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,15 @@ class Mutant:
 
 
 def backward_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The statements of the functions named backward or backward_first, with their line numbers."""
-    inside = False
+    """The statements of a cell's functions named backward, backward_first or dc_of, or of all, with line numbers."""
+    every = path.name in TESTS
+    inside = every
     for number, line in enumerate(path.read_text().splitlines()):
         if re.search(r"static \w+ \w+\(", line):
-            inside = "static void backward" in line
+            inside = bool(re.search(r"static (void backward|V dc_of)", line))
         elif line == "  }":
-            inside = False
-        elif inside and re.match(r"\s+(const V|dx|drec|d)\b.* = .*;", line):
+            inside = every
+        elif inside and re.match(r"\s+(?:(const V|dx|drec|d|sum)\b.* = |return ).*;", line):
             yield number, line
 
 
@@ -58,14 +61,23 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
         if not found:
             continue  # a line that names no equation only copies values
         tag = found.group(1)
-        head, _, value = code.rstrip().rstrip(";").rpartition(" = ")
-        if value == "V(0)":
+        code = code.rstrip().rstrip(";")
+        is_result = code.lstrip().startswith("return ")
+        head, _, value = code.partition("return ") if is_result else code.rpartition(" = ")
+        if is_result:
+            head += "return"
+            yield Mutant(path.name, number, f"const auto all = {value}; return all - all - all;", tag, "negated")
+        elif value.startswith("tanh("):
+            continue  # of which only the square is used
+        elif value == "V(0)":
             yield Mutant(path.name, number, "", tag, "left out")
             continue
-        yield Mutant(path.name, number, f"{head} = V(0) - ({value});", tag, "negated")
+        else:
+            yield Mutant(path.name, number, f"{head} = V(0) - ({value});", tag, "negated")
         for sign in re.finditer(r" ([+-]) ", value):
             turned = value[: sign.start(1)] + ("-" if sign[1] == "+" else "+") + value[sign.end(1) :]
-            yield Mutant(path.name, number, f"{head} = {turned};", tag, f"'{sign[1]}' turned at {sign.start(1)}")
+            text = f"{head} {turned};" if is_result else f"{head} = {turned};"
+            yield Mutant(path.name, number, text, tag, f"'{sign[1]}' turned at {sign.start(1)}")
 
 
 def build(mutant: Mutant, workspace: Path) -> None:
@@ -95,8 +107,9 @@ def killed(mutant: Mutant) -> bool:
         workspace = Path(folder)
         build(mutant, workspace)
         environment = {**os.environ, "PYTHONPATH": str(workspace), "FUSEDRNN_CPU_ISA": "base", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "tests/test_gradcheck.py"]
-        command += ["-k", Path(mutant.file).stem]  # the cells of the changed file
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        # Of a cell's file the tests of its cells.
+        command += TESTS.get(mutant.file) or ["tests/test_gradcheck.py", "-k", Path(mutant.file).stem]
         run = subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True)
         if run.returncode not in (0, 1):
             raise RuntimeError(f"pytest ended with {run.returncode}:\n{run.stdout[-2000:]}{run.stderr[-2000:]}")
