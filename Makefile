@@ -114,7 +114,8 @@ test-avx512: $(SETUP) | check
 
 sanitize: sanitize-memory sanitize-threads
 
-# The peak is no peak here: the sanitizers slow the yardstick more than the products.
+# The peak is no peak here: the sanitizers slow the yardstick more than the products. The recipe's test would build and
+# test a package of its own, without these flags.
 UNTIMED := --deselect tests/test_benchmarks.py::test_no_product_passes_the_peak --ignore-glob '*/test_recipe.py' --timeout 1200
 
 # AddressSanitizer and UndefinedBehaviorSanitizer, and the timers' tests.

@@ -35,7 +35,7 @@ from .torch_internals import (
     whole,
 )
 
-__all__ = ["GRU", "FusedRNNBase", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell", "ResidualRNN"]
+__all__ = ["FusedRNNBase", "GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNCell", "ResidualRNN"]
 
 _LSTM = torch.nn.LSTM  # people give the name to our class
 Lengths = Tensor | Sequence[int] | None

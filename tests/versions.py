@@ -116,7 +116,7 @@ def write(readings: dict[str, dict[str, str]]) -> None:
         "",
         "What `make test-versions` printed, on Linux x86-64: each pair in an environment of its own, built there.",
         "*all*: every test; *some*: the files that depend on torch and Python more than on the kernels (`SMOKE` of",
-        "`tests/versions.py`).",
+        "`tests/versions.py`); the set has grown, so older rows have fewer.",
         "",
         "| torch | Python | tests | result | date |",
         "|---|---|---|---|---|",

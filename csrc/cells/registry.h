@@ -11,11 +11,14 @@ namespace fusedrnn {
 template <class... Cells>
 struct CellList {};
 
-using Registry = CellList<RnnTanh,          //
-                          RnnRelu,          //
-                          ResidualRnn,      //
-                          Lstm,             //
-                          Gru,              //
-                          GruResetBefore>;  //
+// clang-format off
+using Registry = CellList<
+    RnnTanh,
+    RnnRelu,
+    ResidualRnn,
+    Lstm,
+    Gru,
+    GruResetBefore>;
+// clang-format on
 
 }  // namespace fusedrnn
