@@ -46,13 +46,13 @@ test: $(BUILD)
 # Names, imports, line lengths, layout: the settings are in pyproject.toml and .clang-format.
 lint: $(SETUP)
 	@$(VENV)/bin/ruff check .
-	@$(VENV)/bin/ruff format --check --quiet . && $(VENV)/bin/clang-format --dry-run --Werror $(CSRC) || { \
+	@$(VENV)/bin/ruff format --check --quiet . && $(VENV)/bin/clang-format --dry-run --Werror $(CSRC) benchmarks/*.cpp || { \
 	  echo 'error: make format gives these files their form' >&2; exit 1; }
 
 format: $(SETUP)
 	@$(VENV)/bin/ruff check --fix --quiet .
 	@$(VENV)/bin/ruff format --quiet .
-	@$(VENV)/bin/clang-format -i $(CSRC)
+	@$(VENV)/bin/clang-format -i $(CSRC) benchmarks/*.cpp
 
 # Every torch and Python that are supported, each in an environment of its own; the table is docs/versions.md.
 test-versions:

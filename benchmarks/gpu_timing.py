@@ -167,7 +167,7 @@ def replayed(call: Call) -> Call | None:
     return graph.replay
 
 
-def road_of(call: Call) -> str:
+def path_of(call: Call) -> str:
     """What torch.nn runs: ``cudnn``, or ``native``, its own kernels, where it does not take cuDNN for the case."""
     with torch.profiler.profile() as profile:
         call()
@@ -188,13 +188,13 @@ def calls_of(point: Point, steps: int, device: torch.device) -> tuple[dict[str, 
         found, expected = (call_of(layer, argument, leaf, dy, "forward")() for layer in (ours, theirs))
     deviation = ((found.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
     calls["native"] = without_cudnn(calls["torch.nn"])
-    road = road_of(calls["torch.nn"])
+    path = path_of(calls["torch.nn"])
     if device.type == "cuda":
         for name in ("ours", "torch.nn"):
             captured = replayed(calls[name])
             if captured:
                 calls[f"{name} graph"] = captured
-    return calls, deviation, road
+    return calls, deviation, path
 
 
 @contextmanager
@@ -222,7 +222,7 @@ def measure(point: Point, device: torch.device, steps: int = STEPS, rounds: int 
 def _measure(point: Point, device: torch.device, steps: int, rounds: int) -> dict:
     clock, calls = Clock(device), {}
     for length in (steps // 2, steps):
-        calls[length], deviation, road = calls_of(point, length, device)
+        calls[length], deviation, path = calls_of(point, length, device)
         if not deviation <= TOLERANCE[point.dtype]:
             raise RuntimeError(f"{point}: our output is {deviation:.1e} of its largest value from torch.nn's")
     for _ in range(WARM_CALLS):
@@ -244,7 +244,7 @@ def _measure(point: Point, device: torch.device, steps: int, rounds: int) -> dic
         "steps": steps,
         "rounds": rounds,
         "deviation": deviation,
-        "torch_nn": road,
+        "torch_nn": path,
         "ms": {name: statistics.median(values) for name, values in whole.items()},
         "us_per_step": slope,
         "ratio": {

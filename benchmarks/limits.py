@@ -12,9 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from fusedrnn import _C
-
-from . import report
+from . import probes, report
 
 KILOBYTES = (16, 128, 256, 512, 1024, 4096, 8192, 32768)  # read by each thread
 
@@ -22,14 +20,14 @@ KILOBYTES = (16, 128, 256, 512, 1024, 4096, 8192, 32768)  # read by each thread
 def yardsticks(threads: int) -> dict[str, Callable[[], float]]:
     """Functions that take one reading each, by name and unit."""
     counts = sorted({1, threads})
-    found = {f"multiply-adds, {n} thread(s), GFLOP/s": lambda n=n: _C.peak_flops(n) / 1e9 for n in counts}
+    found = {f"multiply-adds, {n} thread(s), GFLOP/s": lambda n=n: probes.peak_flops(n) / 1e9 for n in counts}
     for kilobytes in KILOBYTES:
         for n in counts:
             found[f"reading {kilobytes} KiB a thread, {n} thread(s), GB/s"] = lambda n=n, kilobytes=kilobytes: (
-                _C.read_bandwidth(n, kilobytes) / 1e9
+                probes.read_bandwidth(n, kilobytes) / 1e9
             )
     if threads > 1:
-        found[f"a meeting of {threads}, ns"] = lambda: _C.meeting_seconds(threads) * 1e9
+        found[f"a meeting of {threads}, ns"] = lambda: probes.meeting_seconds(threads) * 1e9
     return found
 
 

@@ -24,7 +24,7 @@ import fusedrnn
 from fusedrnn import _C
 from fusedrnn.cells import CELLS
 
-from . import report
+from . import probes, report
 from .cases import CELL_NAMES, Case, cell_names
 from .measure import MIN_ROUNDS, Problem, Timer, make_layer, run_rounds
 
@@ -67,7 +67,7 @@ def model(case: Case, threads: int, one: float, meeting: float) -> tuple[float, 
     T, B, I, H = case.shape
     info = CELLS[CELL_NAMES[case.cell]]
     gates, lanes = len(info.gates), _C.vector_bytes() // 4
-    plan = _C.plan([B] * T, I, H, case.directions, gates, lanes, threads)
+    plan = probes.plan([B] * T, I, H, case.directions, gates, lanes, threads)
     teams, members, slices = plan["teams"], plan["members"], plan["slices"]
     bounds, vectors = plan["bounds"], -(-H // lanes)
     items = -(-case.directions * slices // teams)  # of the team with the most
@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         over_time, over_batch = exponents(case, args.seconds, args.rounds)
         print(f"{case.name:40} {over_time:>12.2f} {over_batch:>12.2f}", flush=True)
 
-    meeting = float(np.median([_C.meeting_seconds(2) for _ in range(15)])) if args.threads > 1 else 0.0
+    meeting = float(np.median([probes.meeting_seconds(2) for _ in range(15)])) if args.threads > 1 else 0.0
     print(f"\na meeting of two: {1e9 * meeting:.0f} ns" if meeting else "\nno second thread, no reading of a meeting")
     wide = [f"{n} threads" for n in counts] + [f"model, {n}" for n in BEYOND]
     print(f"{'speed-up over one thread (model)':40} {'1 thread':>10} " + " ".join(f"{text:>24}" for text in wide))

@@ -1,10 +1,6 @@
 // See backend.h. No other file asks what device a tensor is on.
 #include "backend.h"
 
-#if defined(FUSEDRNN_CUDA)
-#include "cuda/launch.h"
-#endif
-
 namespace fusedrnn {
 namespace {
 
@@ -18,10 +14,6 @@ void host_backward(const Layer& layer, const BackwardProblem& p) {
   check_memory(kernels().backward[layer.cell][layer.kernel_dtype()](p));
 }
 
-#if defined(FUSEDRNN_CUDA)
-const Backend kCuda = {false, true, true, [](int, int) { return true; }, cuda_forward, cuda_backward};
-#endif
-
 }  // namespace
 
 bool has_backend(const at::Tensor& x) {
@@ -33,7 +25,7 @@ bool has_backend(const at::Tensor& x) {
 
 const Backend& backend_of(const at::Tensor& x) {
 #if defined(FUSEDRNN_CUDA)
-  if (x.is_cuda()) return kCuda;
+  if (x.is_cuda()) return kCudaBackend;
 #endif
   static const Backend host = {true, kernels().even_rows, false, host_has, host_forward, host_backward};
   return host;

@@ -14,6 +14,10 @@ struct Backend {
   void (*backward)(const Layer& layer, const BackwardProblem& p);
 };
 
+#if defined(FUSEDRNN_CUDA)
+extern const Backend kCudaBackend;  // cuda/launch.cpp
+#endif
+
 bool has_backend(const at::Tensor& x);  // in this build
 const Backend& backend_of(const at::Tensor& x);
 

@@ -34,7 +34,22 @@ int64_t PackedWeights::bytes() const {
 
 namespace {
 
-#include "cpu/region.h"
+#include "cpu/order.h"
+
+// body(index) on at most `threads` threads. They meet first: only then has a sanitizer seen what the region shares.
+template <class Body>
+void on_threads(int threads, const Body& body) {
+  before_others();
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    before_others();
+#pragma omp barrier
+    after_others();
+    body(omp_get_thread_num());
+    before_others();
+  }
+  after_others();
+}
 
 // Packing costs as much as the products of a few rows. With more rows than these it is less than a hundredth of a call.
 constexpr int64_t kRowsKept = 512;
@@ -99,7 +114,7 @@ struct Work {
   Panels panels{nullptr, 0, false};
 };
 
-void lend(Work& work, const Panels& panels) {
+void use_panels(Work& work, const Panels& panels) {
   work.panels = panels;
   work.problem.panels = &work.panels;
 }
@@ -118,17 +133,17 @@ void find_panels(Work& work, size_t index, PackedWeights& kept) {
     kept.keep(index, std::make_shared<PackedWeights::Layer>(now));
     work.packed = nullptr;
   } else if (work.packed->memory.defined()) {
-    lend(work, work.packed->panels);
+    use_panels(work, work.packed->panels);
   } else {
     // Of a copy: another thread may write the weights between their digest and the packing.
     for (int d = 0; d < z.D; ++d) {
       DirectionWeights& w = work.layer.weights[d];
-      for (Tensor* t : {&w.w_ih, &w.w_hh, &w.w_hr}) *t = t->defined() ? t->clone() : *t;
-      work.problem.weights[d] = inputs(w);
+      w = w.map([](const Tensor& t) { return t.defined() ? t.clone() : t; });
+      work.problem.weights[d] = w.map(input);
     }
     work.packed = nullptr;
     work.fresh = std::make_shared<PackedWeights::Layer>(digest(work.layer), memory_for_panels(work.layer));
-    lend(work, {work.fresh->memory.mutable_data_ptr(), 0, false});
+    use_panels(work, {work.fresh->memory.mutable_data_ptr(), 0, false});
   }
 }
 
@@ -213,10 +228,9 @@ bool fits(const ModuleCall& call) {
   for (const int64_t size : {call.layers, call.I, call.H, call.R}) {
     if (size < 0 || size > kMost) return false;
   }
-  const int64_t n = call.weights.size(), each = call.parts() > 0 ? n / call.parts() : 0;
-  if (call.H == 0 || call.R == 0 || each < 2 || each > 5 || each * call.parts() != n) return false;
-  const bool projected = each % 2 == 1, bias = each >= 4;
-  if (projected ? cell.states != 2 : call.R != call.H) return false;
+  const auto order = WeightOrder::of(call.weights.size(), call.parts());
+  if (!order || call.H == 0 || call.R == 0) return false;
+  if (order->projected ? !cell.projectable : call.R != call.H) return false;
   const int64_t batch = call.one_step ? 0 : 1;  // the dimension of the samples
   if (!plain(x) || !has_backend(x) || x.dim() != batch + 2 || x.size(-1) != call.I || !is_there(x)) return false;
   if (kernel_dtype(x.scalar_type()) < 0 || !steps_fit(x)) return false;
@@ -227,14 +241,13 @@ bool fits(const ModuleCall& call) {
     const int64_t shape[] = {call.parts(), B, columns};
     if (!fits(**state, x, at::IntArrayRef(shape).slice(1 - batch))) return false;
   }
-  for (int64_t i = 0; i < n; i += each) {
-    const Tensor* const w = &call.weights[i];
-    const int64_t rows = cell.gates * call.H, columns = i / each < call.directions ? call.I : width;
-    if (!fits(w[0], x, {rows, columns}) || !fits(w[1], x, {rows, call.R})) return false;
-    if (bias && !(fits(w[2], x, {rows}) && fits(w[3], x, {rows}))) return false;
-    if (projected && !fits(w[each - 1], x, {call.R, call.H})) return false;
+  bool fit = true;
+  for (int64_t part = 0; fit && part < call.parts(); ++part) {
+    const int64_t columns = part < call.directions ? call.I : width;
+    each_weight(order->at(call.weights, part), cell.gates, columns, call.H, call.R,
+                [&](const char*, const Tensor& w, at::IntArrayRef shape) { fit = fit && fits(w, x, shape); });
   }
-  return true;
+  return fit;
 }
 
 std::optional<Inferred> infer(const ModuleCall& call, PackedWeights& kept, const Zoneout& zoneout) {
@@ -291,7 +304,7 @@ std::optional<Inferred> infer(const ModuleCall& call, PackedWeights& kept, const
       // A pipeline has no teams, and without panels of its own would pack in each chunk.
       if (work.panels.data && work.panels.members <= 1) continue;
       memory.push_back(memory_for_panels(work.layer));
-      lend(work, {memory.back().mutable_data_ptr(), 0, false});
+      use_panels(work, {memory.back().mutable_data_ptr(), 0, false});
     }
     check_memory(run_pipeline(stack, steps, threads()));
     for (int64_t l = 0; l < layers; ++l) keep_panels(stack[l], l, kept);
@@ -350,7 +363,7 @@ std::optional<Inferred> Stepper::step(const Tensor& x, const OptionalTensor& h0,
   if (!fit) return std::nullopt;
   Tensor y = at::empty({B, R}, options_), h_n = at::empty({layers, B, R}, options_);
   Tensor c_n = at::empty({two_states() ? layers : 0, B, H}, options_);
-  const size_t each = weights.size() / layers;
+  const WeightOrder order = *WeightOrder::of(weights.size(), layers);
   const auto state = [&](const OptionalTensor& t, int64_t l, int64_t width) {
     return t ? static_cast<const char*>(input(*t)) + l * B * width * t->element_size() : nullptr;
   };
@@ -358,7 +371,7 @@ std::optional<Inferred> Stepper::step(const Tensor& x, const OptionalTensor& h0,
   for (int64_t l = 0; l < layers; ++l) {
     ForwardProblem p = problems_[l];
     p.threads = threads();
-    p.weights[0] = inputs(weights.slice(l * each, each));
+    p.weights[0] = order.at(weights, l).map([](const Tensor* t) { return t ? input(*t) : nullptr; });
     p.x.data = rows_of_x;
     p.h0 = state(h0, l, R);
     p.c0 = state(c0, l, H);

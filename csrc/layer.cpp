@@ -29,6 +29,17 @@ bool few_enough(const Tensor& x) {
 
 }  // namespace
 
+std::optional<WeightOrder> WeightOrder::of(int64_t weights, int64_t directions) {
+  const int64_t each = directions > 0 ? weights / directions : 0;
+  if (each < 2 || each > 5 || each * directions != weights) return std::nullopt;
+  return WeightOrder{each, each >= 4, each % 2 == 1};
+}
+
+ListedWeights WeightOrder::at(at::TensorList weights, int64_t direction) const {
+  const Tensor* const w = weights.data() + direction * each;
+  return {w, w + 1, biases ? w + 2 : nullptr, biases ? w + 3 : nullptr, projected ? w + each - 1 : nullptr};
+}
+
 Tensor aligned(const Tensor& t) { return is_aligned(t) ? t : t.clone(); }
 
 Tensor widened_to_float(const Tensor& t) { return t.to(at::kFloat, false, false, at::MemoryFormat::Contiguous); }
@@ -114,42 +125,29 @@ void read_steps(Layer& layer, const OptionalTensor& batch_sizes) {
 }
 
 void read_weights(Layer& layer, at::TensorList weights, int directions) {
-  const int64_t each = weights.size() / directions;
-  TORCH_CHECK(each * directions == static_cast<int64_t>(weights.size()) && each >= 2 && each <= 5,
-              "weights must hold w_ih, w_hh[, b_ih, b_hh][, w_hr] for each of ", directions, " direction(s), got ",
-              weights.size(), " tensors");
-  const bool bias = each >= 4;
+  const auto order = WeightOrder::of(weights.size(), directions);
+  TORCH_CHECK(order.has_value(), "weights must hold w_ih, w_hh[, b_ih, b_hh][, w_hr] for each of ", directions,
+              " direction(s), got ", weights.size(), " tensors");
   LayerSizes& z = layer.size;
   z.D = directions;
-  z.projected = each % 2 == 1;
+  z.projected = order->projected;
   z.I = layer.x.size(-1);
   const int64_t G = layer.constants().gates;
-  TORCH_CHECK(!z.projected || layer.constants().states == 2, "cell ", layer.constants().name,
+  TORCH_CHECK(!z.projected || layer.constants().projectable, "cell ", layer.constants().name,
               " cannot be projected: w_hr given");
-  const Tensor& first = weights[1];  // w_hh: [G*H, R]
-  check_there(first, "w_hh");
-  TORCH_CHECK(first.dim() == 2 && first.size(0) % G == 0 && first.size(0) > 0, "w_hh must have shape [", G,
-              "*H, H], got ", first.sizes());
-  z.H = first.size(0) / G;
-  z.R = z.projected ? first.size(1) : z.H;
+  const Tensor& w_hh = *order->at(weights, 0).w_hh;  // [G*H, R]
+  check_there(w_hh, "w_hh");
+  TORCH_CHECK(w_hh.dim() == 2 && w_hh.size(0) % G == 0 && w_hh.size(0) > 0, "w_hh must have shape [", G, "*H, H], got ",
+              w_hh.sizes());
+  z.H = w_hh.size(0) / G;
+  z.R = z.projected ? w_hh.size(1) : z.H;
+  const auto contiguous = [](const Tensor* t) { return t ? aligned(t->contiguous()) : Tensor(); };
   for (int d = 0; d < directions; ++d) {
-    const auto at = [&](int64_t i) { return weights[d * each + i]; };
-    DirectionWeights w;
-    check_tensor(at(0), layer.x, "w_ih", {G * z.H, z.I});
-    check_tensor(at(1), layer.x, "w_hh", {G * z.H, z.R});
-    w.w_ih = aligned(at(0).contiguous());
-    w.w_hh = aligned(at(1).contiguous());
-    if (bias) {
-      check_tensor(at(2), layer.x, "b_ih", {G * z.H});
-      check_tensor(at(3), layer.x, "b_hh", {G * z.H});
-      w.b_ih = aligned(at(2).contiguous());
-      w.b_hh = aligned(at(3).contiguous());
-    }
-    if (z.projected) {
-      check_tensor(at(each - 1), layer.x, "w_hr", {z.R, z.H});
-      w.w_hr = aligned(at(each - 1).contiguous());
-    }
-    layer.weights.push_back(w);
+    const ListedWeights w = order->at(weights, d);
+    each_weight(w, G, z.I, z.H, z.R, [&](const char* name, const Tensor& t, at::IntArrayRef shape) {
+      check_tensor(t, layer.x, name, shape);
+    });
+    layer.weights.push_back(w.map(contiguous));
   }
 }
 
@@ -204,13 +202,9 @@ int kernel_dtype(at::ScalarType dtype) {
 void Layer::widen_without_kernel() {
   if (backend_of(x).has(cell, kernel_dtype())) return;
   dtype = at::kFloat;
-  const auto widen = [](Tensor& t) {
-    if (t.defined()) t = widened_to_float(t);
-  };
-  for (Tensor* t : {&x, &h0, &c0, &mask_h, &keep_h, &keep_c}) widen(*t);
-  for (DirectionWeights& w : weights) {
-    for (Tensor* t : {&w.w_ih, &w.w_hh, &w.b_ih, &w.b_hh, &w.w_hr}) widen(*t);
-  }
+  const auto widened = [](const Tensor& t) { return t.defined() ? widened_to_float(t) : t; };
+  for (Tensor* t : {&x, &h0, &c0, &mask_h, &keep_h, &keep_c}) *t = widened(*t);
+  for (DirectionWeights& w : weights) w = w.map(widened);
 }
 
 const void* input(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
@@ -222,17 +216,6 @@ void* output(const Tensor& t, std::initializer_list<int64_t> shape, int64_t part
                     t.sizes().slice(1) == one.slice(1) && t.is_contiguous() && 0 <= part && part < parts;
   TORCH_INTERNAL_ASSERT(fits, "a result of shape ", t.sizes(), ", for ", parts, " parts of shape ", one);
   return static_cast<char*>(t.mutable_data_ptr()) + part * (t.numel() / parts) * t.element_size();
-}
-
-LayerWeights inputs(const DirectionWeights& w) {
-  return {input(w.w_ih), input(w.w_hh), input(w.b_ih), input(w.b_hh), input(w.w_hr)};
-}
-
-LayerWeights inputs(at::TensorList w) {
-  const size_t n = w.size();
-  const bool bias = n >= 4;
-  return {input(w[0]), input(w[1]), bias ? input(w[2]) : nullptr, bias ? input(w[3]) : nullptr,
-          n % 2 ? input(w[n - 1]) : nullptr};
 }
 
 RowView rows(const Tensor& t, bool packed) {

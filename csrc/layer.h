@@ -18,8 +18,27 @@ using OptionalTensor = std::optional<at::Tensor>;
 
 int kernel_dtype(at::ScalarType dtype);  // its place in the kernels' tables; -1: none
 
-struct DirectionWeights {
-  at::Tensor w_ih, w_hh, b_ih, b_hh, w_hr;  // biases and projection may be undefined
+using DirectionWeights = PerWeight<at::Tensor>;      // biases and projection may be undefined
+using ListedWeights = PerWeight<const at::Tensor*>;  // in a list of the ops
+
+// Calls visit(name, weight, shape) for each that is there.
+template <class Visit>
+void each_weight(const ListedWeights& w, int64_t gates, int64_t I, int64_t H, int64_t R, const Visit& visit) {
+  visit("w_ih", *w.w_ih, at::IntArrayRef({gates * H, I}));
+  visit("w_hh", *w.w_hh, at::IntArrayRef({gates * H, R}));
+  if (w.b_ih) visit("b_ih", *w.b_ih, at::IntArrayRef({gates * H}));
+  if (w.b_hh) visit("b_hh", *w.b_hh, at::IntArrayRef({gates * H}));
+  if (w.w_hr) visit("w_hr", *w.w_hr, at::IntArrayRef({R, H}));
+}
+
+// What a list of weights holds for each direction: w_ih, w_hh[, b_ih, b_hh][, w_hr], in this order.
+struct WeightOrder {
+  int64_t each;
+  bool biases, projected;
+
+  // Of a list of so many, for so many directions (of all layers); none if there is no such list.
+  static std::optional<WeightOrder> of(int64_t weights, int64_t directions);
+  ListedWeights at(at::TensorList weights, int64_t direction) const;
 };
 
 // problem.h's StateNoise as tensors, each of which may be undefined.
@@ -80,15 +99,13 @@ const void* input(const at::Tensor& t);
 // To be written: part `part` of `parts` along the first dimension of a contiguous t, each of this shape; null if t is
 // undefined or has no element.
 void* output(const at::Tensor& t, std::initializer_list<int64_t> shape, int64_t part = 0, int64_t parts = 1);
-LayerWeights inputs(const DirectionWeights& w);
-LayerWeights inputs(at::TensorList weights);  // of one direction, in the ops' order
 RowView rows(const at::Tensor& t, bool packed);
 int threads();  // for a call made now
 
 template <class Problem>
 void fill(Problem& p, const Layer& layer) {
   p.size = layer.size;
-  for (int d = 0; d < layer.size.D; ++d) p.weights[d] = inputs(layer.weights[d]);
+  for (int d = 0; d < layer.size.D; ++d) p.weights[d] = layer.weights[d].map(input);
   p.x = rows(layer.x, layer.packed);
   p.noise = {input(layer.mask_h), rows(layer.keep_h, layer.packed), rows(layer.keep_c, layer.packed)};
   p.h0 = input(layer.h0);

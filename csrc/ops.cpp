@@ -1,4 +1,4 @@
-// The ops: schemas, allocation, the road to the backend. The checks are in layer.cpp; no torch below these.
+// The ops: schemas, allocation, the call of the backend. The checks are in layer.cpp; no torch below these.
 //
 //   layer_forward   one layer, all its directions: y, h_n, c_n and what backward needs (`saved`, empty if not asked)
 //   layer_backward  its hand-derived gradients
@@ -97,7 +97,7 @@ struct Cotangents {
   Tensor y, h_n, c_n, c;  // rows, states, states, rows
 };
 
-// Which gradients are wanted beside those of h0 and c0.
+// Which gradients are wanted besides those of h0 and c0.
 struct Needs {
   bool x, weights, gates, norms;
 };
@@ -148,13 +148,16 @@ void fill_results(BackwardProblem& p, const Layer& layer, const Gradients& g, co
   p.dh = output(g.h, {z.D, z.N, z.R});
   p.norms = output(g.norms, {z.D, z.N, 2 * cell.states + cell.gates});
   p.weight_gradients = need.weights;
-  const size_t each = g.weights.size() / z.D;
-  for (int d = 0; need.weights && d < z.D; ++d) {
-    const Tensor* w = &g.weights[d * each];
-    const bool bias = each >= 4;
-    const int64_t units = cell.gates * z.H;
-    p.dw[d] = {output(w[0], {units, z.I}), output(w[1], {units, z.R}), bias ? output(w[2], {units}) : nullptr,
-               bias ? output(w[3], {units}) : nullptr, z.projected ? output(w[each - 1], {z.R, z.H}) : nullptr};
+  if (!need.weights) return;
+  const WeightOrder order = *WeightOrder::of(g.weights.size(), z.D);
+  const int64_t units = cell.gates * z.H;
+  const auto result = [](const Tensor* t, std::initializer_list<int64_t> shape) {
+    return t ? output(*t, shape) : nullptr;
+  };
+  for (int d = 0; d < z.D; ++d) {
+    const ListedWeights dw = order.at(g.weights, d);
+    p.dw[d] = {result(dw.w_ih, {units, z.I}), result(dw.w_hh, {units, z.R}), result(dw.b_ih, {units}),
+               result(dw.b_hh, {units}), result(dw.w_hr, {z.R, z.H})};
   }
 }
 

@@ -46,13 +46,22 @@ inline bool has_even_rows(const RowView& x, const LayerSizes& z) {
   return even && row_stride(x, z) >= z.I;
 }
 
-struct LayerWeights {  // one direction, contiguous
-  const void* w_ih;    // [G*H, I]
-  const void* w_hh;    // [G*H, R]
-  const void* b_ih;    // [G*H] or null
-  const void* b_hh;    // [G*H] or null
-  const void* w_hr;    // [R, H] or null
+// Something for each weight of one direction; null or empty for one that the layer does not have.
+template <class P>
+struct PerWeight {
+  P w_ih;  // of [G*H, I]
+  P w_hh;  // of [G*H, R]
+  P b_ih;  // of [G*H]
+  P b_hh;  // of [G*H]
+  P w_hr;  // of [R, H]
+
+  template <class F>
+  auto map(const F& f) const {
+    return PerWeight<decltype(f(w_ih))>{f(w_ih), f(w_hh), f(b_ih), f(b_hh), f(w_hr)};
+  }
 };
+using LayerWeights = PerWeight<const void*>;  // contiguous
+using WeightGradients = PerWeight<void*>;     // contiguous, written in full
 
 // Packed weights of a layer that outlive a call: memory of the kernel's panel_bytes, 64-byte aligned, and the members
 // of the teams they were packed for. 0: nothing yet, and the call that gets them fills them. Packed for another number,
@@ -86,14 +95,6 @@ struct ForwardProblem {
   int64_t saved_stride;  // >= (kSaved + kStates - 1) * H, and >= H with keep_h: a cell that saves nothing saves its h
   Panels* panels = nullptr;
   int threads;
-};
-
-struct WeightGradients {  // one direction, contiguous, written in full
-  void* w_ih;             // [G*H, I]
-  void* w_hh;             // [G*H, R]
-  void* b_ih;             // [G*H] or null
-  void* b_hh;             // [G*H] or null
-  void* w_hr;             // [R, H] or null
 };
 
 struct BackwardProblem {

@@ -13,7 +13,6 @@
 #include "cpu/dispatch.h"
 #include "inference.h"
 #include "parameters.h"
-#include "probes.h"
 
 namespace py = pybind11;
 using namespace fusedrnn;
@@ -41,6 +40,7 @@ std::vector<py::dict> cell_list() {
     entry["saved"] = c.saved;
     entry["first"] = c.first;
     entry["split"] = c.split;
+    entry["projectable"] = c.projectable;
     list.push_back(entry);
   }
   return list;
@@ -67,6 +67,15 @@ py::dict build() {
 #else
   result["cuda"] = false;
 #endif
+  return result;
+}
+
+py::object phases() {
+  if (!kPhasesTimed) return py::none();
+  int64_t nanoseconds[kPhases];
+  take_phases(nanoseconds);
+  py::dict result;
+  for (int i = 0; i < kPhases; ++i) result[kPhaseNames[i]] = 1e-9 * nanoseconds[i];
   return result;
 }
 
@@ -252,5 +261,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("kept_parameters", kept_parameters, py::arg("module"), py::arg("names"), py::arg("as_torch"),
         py::arg("listed") = py::none(),
         "A module's parameters of these names, if that is what torch.nn would read by them; else None.");
-  define_probes(m);
+  m.def("phases", phases, "Seconds of all threads in each phase since the last call; None if the build has no timers.");
 }

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["CELLS", "CellInfo"]
-
 
 @dataclass(frozen=True)
 class CellInfo:
@@ -18,7 +16,7 @@ class CellInfo:
         name: registry name, the ``cell`` argument of the ops.
         gates: gate names in the order of the rows of ``weight_ih`` and ``weight_hh`` (torch.nn's order).
         states: names of the states carried through time, ``h`` first.
-        saved: values kept for the backward pass per unit, sample and step, beside the states.
+        saved: values kept for the backward pass per unit, sample and step, besides the states.
         projectable: whether ``h`` may be a projection ``W_hr m`` of the cell's output ``m``.
         keeps: the gate that multiplies the state before, for initialisers. None: there is none.
         takes: the gate that multiplies what is new, if it is another than ``keeps``. None: it is not.

@@ -24,8 +24,6 @@ from fusedrnn.cells import CELLS
 from fusedrnn.layer import differentiable
 from fusedrnn.layer.call import LayerCall
 
-__all__ = ["ENGINES", "TOLERANCE", "Problem", "main"]
-
 Array = np.ndarray
 Results = dict[str, Array]
 
@@ -46,11 +44,12 @@ class Cell:
     registry: str
     torch_class: type[nn.RNNBase] | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    projected: bool = False  # also without --proj
 
 
 CHOICES = {
     "lstm": Cell("lstm", "lstm", nn.LSTM),
-    "lstm_proj": Cell("lstm", "lstm", nn.LSTM),
+    "lstm_proj": Cell("lstm", "lstm", nn.LSTM, projected=True),
     "gru": Cell("gru", "gru", nn.GRU),
     "gru_reset_before": Cell("gru", "gru_reset_before", options={"reset_after": False}),
     "rnn": Cell("rnn", "rnn_tanh", nn.RNN),
@@ -202,32 +201,33 @@ def compare(name: str, ref: Array, torch_: Array, fused: Array, tolerance: float
     return Row(name, ref.shape, sample, largest, tolerance * max(1.0, float(np.abs(ref).max())))
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an argument."""
+
+    def integer(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        return int(text)
+
+    return integer
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m fusedrnn.compare", description=__doc__.split("\n\n")[1])
 
-    def positive(text: str) -> int:
-        if int(text) < 1:
-            raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-        return int(text)
-
-    def natural(text: str) -> int:
-        if int(text) < 0:
-            raise argparse.ArgumentTypeError(f"must not be negative, got {text}")
-        return int(text)
-
     parser.add_argument("cell", choices=CHOICES)
     for name, default in (("time", 7), ("batch", 3), ("input", 5), ("hidden", 6)):
-        parser.add_argument(f"--{name}", type=positive, default=default, metavar="N", help=f"default {default}")
-    parser.add_argument("--proj", type=positive, metavar="N", help="LSTM: size of the projected output, below --hidden")
-    parser.add_argument("--seed", type=natural, default=0, help="default 0")
+        parser.add_argument(f"--{name}", type=at_least(1), default=default, metavar="N", help=f"default {default}")
+    parser.add_argument("--proj", type=at_least(1), metavar="N", help="size of a projected output, below --hidden")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="default 0")
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCE}
     parser.add_argument("--dtype", choices=dtypes, default="float64", help="default float64")
     args = parser.parse_args(argv)
     args.dtype = dtypes[args.dtype]
-    if args.cell == "lstm_proj" and args.proj is None:
+    if CHOICES[args.cell].projected and args.proj is None:
         args.proj = max(1, args.hidden // 2)
     if args.proj and not CELLS[CHOICES[args.cell].registry].projectable:
-        parser.error("--proj is for the LSTM")
+        parser.error(f"--proj: {args.cell} has no projection")
     if args.proj and args.proj >= args.hidden:
         parser.error(f"--proj must be smaller than --hidden, got {args.proj} and {args.hidden}")
     return args

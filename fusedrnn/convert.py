@@ -20,8 +20,6 @@ from .layer.ops import KERNEL_DTYPES
 from .options import changed, of
 from .torch_internals import refer_strongly
 
-__all__ = ["ConversionEntry", "ConversionReport", "convert", "revert"]
-
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     getattr(nn, name): getattr(modules, name) for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")
 }

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["check"]
-
 BUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 

@@ -20,23 +20,13 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .cells import CELLS
 from .layer.autograd import RecurrentLayer, in_place, recurrent_layer
-from .layer.call import LayerCall, Owner
+from .layer.call import LayerCall, Owner, Weights
 from .layer.dropout import Rates, draw, drop_input, drop_weights, rates
 from .layer.ops import KERNEL_DTYPES
 from .layer.segments import Segments, cut
 from .options import check_policy
 
-__all__ = [
-    "RecurrentLayer",
-    "gru",
-    "gru_cell",
-    "lstm",
-    "lstm_cell",
-    "recurrent",
-    "recurrent_cell",
-    "rnn",
-    "rnn_cell",
-]
+__all__ = ["RecurrentLayer", "gru", "gru_cell", "lstm", "lstm_cell", "recurrent", "recurrent_cell", "rnn", "rnn_cell"]
 
 
 def _check_devices(x: Tensor, *tensors: Tensor | None) -> None:
@@ -109,10 +99,10 @@ def _check_cell_and_weights(cell: str, weights: Sequence[Tensor]) -> None:
             raise RuntimeError(f"{name} must have 2 dimensions, got {weight.dim()}")
 
 
-def _check_hidden_sizes(weights: Sequence[Tensor], each: int) -> None:
-    """One H and R for all layers and directions, whose states lie in one tensor."""
+def _check_hidden_sizes(weights: Sequence[Tensor], parts: int) -> None:
+    """One H and R for all layers and directions, ``parts`` of them, whose states lie in one tensor."""
     first = weights[1].shape
-    for layer, w_hh in enumerate(weights[1::each]):
+    for layer, (_, w_hh, *_) in enumerate(Weights.split(weights, parts)):
         if w_hh.shape != first:
             raise RuntimeError(
                 f"w_hh must have one shape in all layers and directions, {list(first)}, got {list(w_hh.shape)} in the"
@@ -181,10 +171,7 @@ def recurrent(
             Both are cuts, known to the processor before it computes: tensors on a GPU are copied to the host.
         return_states: whether to give the states of every layer at every step, too. They are differentiable.
         grad_clip: the limit c of what a step sends back to the states before it, m = dL/dh_{t-1} and, for the LSTM,
-            dL/dc_{t-1}, before the earlier step adds its own dL/dy_{t-1}. None: m as it is. Under a
-            ``torch.amp.GradScaler`` m is of the scaled loss: give ``c * scaler.get_scale()``, before each forward pass,
-            as the scale changes; or train in bfloat16, without a scaler; or clip the whole gradient, after
-            ``scaler.unscale_(optimizer)``.
+            dL/dc_{t-1}, before the earlier step adds its own dL/dy_{t-1}. None: m as it is.
         grad_clip_mode: "value": each element into [-c, c]; "norm": each sample's m times min(1, c / ||m||).
         bptt_steps: truncated back-propagation through time: from a step t > 0 that is a multiple of it, counted from
             0, no gradient passes to step t - 1 (in a reverse direction from t - 1 to t). The same gradients as of calls
@@ -192,12 +179,8 @@ def recurrent(
             With ``reset``, t counts from the last reset.
         recompute: "gates": the backward pass makes a second forward pass of each layer instead of keeping gates and
             c_t: nothing but input and output is kept, for about a third more time. "none": everything is kept.
-        input_dropout, recurrent_dropout: probabilities of variational dropout, if ``training``: on the input of every
-            layer, and on h_{t-1} in the products. One mask for all steps of a sample, resets or not.
-        zoneout: probability that a unit keeps its state at a step; a pair for the LSTM, of h and of c, where one number
-            stands for both. Outside training every state is mixed with the one before in this proportion.
-        weight_dropout: probability, on the elements of every W_hh, if ``training``; one mask for the call. Equations of
-            the four: :mod:`fusedrnn.layer.dropout`.
+        input_dropout, recurrent_dropout, zoneout, weight_dropout: as in :class:`fusedrnn.FusedOptions`, masks if
+            ``training``. Equations: :mod:`fusedrnn.layer.dropout`.
         owner: the module by which :class:`fusedrnn.record_gradients` knows the call.
 
     Returns:
@@ -220,14 +203,15 @@ def recurrent(
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout must be a probability, from 0 to 1, got {dropout}")
     directions = 2 if bidirectional else 1
-    each, rest = divmod(len(weights), num_layers * directions) if num_layers > 0 else (0, 0)
-    if rest or each not in ((2, 3, 4, 5) if CELLS[cell].projectable else (2, 4)):
+    parts = num_layers * directions
+    each, rest = divmod(len(weights), parts) if parts > 0 else (0, 0)
+    if rest or each not in Weights.counts(CELLS[cell].projectable):
         projection = "[, w_hr]" if CELLS[cell].projectable else ""
         raise ValueError(
             f"weights must hold w_ih, w_hh[, b_ih, b_hh]{projection} for each of {num_layers} layer(s) x {directions} "
             f"direction(s), got {len(weights)} tensors"
         )
-    _check_hidden_sizes(weights, each)
+    _check_hidden_sizes(weights, parts)
     packed = input if isinstance(input, PackedSequence) else None
     x = input.data if packed is not None else input
     unbatched = packed is None and x.dim() == 2
@@ -240,7 +224,7 @@ def recurrent(
         x = x.unsqueeze(1) if unbatched else x.transpose(0, 1) if batch_first else x
     if any(s is not None for s in states) and not (packed is not None and torch.compiler.is_compiling()):
         batch = () if unbatched else (int(packed.batch_sizes[0]) if packed is not None else x.size(1),)
-        _check_states(names, states, num_layers * directions, batch, weights, len(CELLS[cell].gates))
+        _check_states(names, states, parts, batch, weights, len(CELLS[cell].gates))
     if unbatched:
         states = [None if s is None else s.unsqueeze(1) for s in states]
     elif packed is not None and packed.sorted_indices is not None:

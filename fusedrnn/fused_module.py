@@ -17,8 +17,6 @@ from .layer.ops import refuse_older_exporter
 from .options import HasOptions, text
 from .torch_internals import symbolic_tracing
 
-__all__ = ["FusedModule", "as_states"]
-
 
 def _node(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Proxy | None:
     """The call as one node of a torch.fx graph, if it is traced: tracers know torch.nn's modules alone as leaves."""

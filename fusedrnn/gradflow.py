@@ -31,8 +31,7 @@ from torch.nn.functional import cross_entropy, mse_loss, one_hot
 import fusedrnn
 from fusedrnn import init
 from fusedrnn.cells import CELLS
-
-__all__ = ["CLIPS", "TASKS", "VARIANTS", "Run", "Task", "Variant", "bound", "flow", "products", "spectrum", "train"]
+from fusedrnn.compare import at_least
 
 COPIED, SYMBOLS = 5, 8  # the copy task: so many of so many different ones
 CLIPS = ("none", "norm", "step")
@@ -397,14 +396,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog="Without options it takes 19 minutes on two cores, with --quick a few seconds.",
     )
 
-    def at_least(least: int) -> Callable[[str], int]:
-        def integer(text: str) -> int:
-            if int(text) < least:
-                raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
-            return int(text)
-
-        return integer
-
     parser.add_argument("--cells", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default all")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default both")
     parser.add_argument("--lags", nargs="+", type=at_least(3), metavar="N", help="default 50 200 1000")
@@ -441,8 +432,9 @@ def experiment(args: argparse.Namespace) -> tuple[dict[Key, list[Run]], dict[Key
     runs: dict[Key, list[Run]] = {}
     flows: dict[Key, Tensor] = {}
     steps = dict(zip(args.lags, args.steps, strict=True))
-    for key in _progress([*itertools.product(args.tasks, args.cells, steps, ("none", "norm"))]):
+    for key in itertools.product(args.tasks, args.cells, steps, ("none", "norm")):
         task, cell, lag, clip = key
+        print(f"training {cell} on {task}, lag {lag}, clip {clip}", file=sys.stderr)
         runs[key] = trainings(args, key, steps[lag], partial(torch.optim.Adam, lr=RATE))
         measured = {clip: [(run.layer, run.head) for run in runs[key]], "before": [run.start for run in runs[key]]}
         for when, models in measured.items():
@@ -450,14 +442,6 @@ def experiment(args: argparse.Namespace) -> tuple[dict[Key, list[Run]], dict[Key
                 found = [flow(*model, TASKS[task], lag, batch=args.batch) for model in models]
                 flows[task, cell, lag, when] = torch.stack(found).log().mean(0).exp()
     return runs, flows
-
-
-def _progress(items: list[Key]) -> Iterable[Key]:
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:
-        return items
-    return tqdm(items, leave=False, disable=None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

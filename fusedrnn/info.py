@@ -10,8 +10,6 @@ import torch
 
 from . import _C, __version__
 
-__all__ = ["cores", "describe", "main", "processor"]
-
 
 def processor() -> str:
     """The processor's name, as the system tells it."""

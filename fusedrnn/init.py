@@ -50,7 +50,7 @@ def orthogonal_(module: _Module, gain: float = 1.0, generator: Generator | None 
 
 @torch.no_grad()
 def forget_bias_(module: _Module, value: float = 1.0) -> _Module:
-    """Set the bias of the gate that keeps the state, the LSTM's f or the GRU's z: b_ih + b_hh = value.
+    """Set the bias of the gate that keeps the state (:class:`CellInfo`; LSTM: f, GRU: z): b_ih + b_hh = value.
 
     torch.nn adds two biases of (G*H). Here the gate's H rows of bias_ih get ``value`` and those of bias_hh zero: with
     ``value`` in both the sum is twice that, and with it in one the noise of the other stays. Without input and state
@@ -73,10 +73,11 @@ def forget_bias_(module: _Module, value: float = 1.0) -> _Module:
 def chrono_(module: _Module, T_max: float, T_min: float = 2.0, generator: Generator | None = None) -> _Module:
     """Draw time scales of T_min to T_max steps, one for each unit: chrono initialisation (Tallec and Ollivier 2018).
 
-    LSTM: b_f = log(u), b_i = -b_f; GRU: b_z = log(u), z as in h_t = (1 - z) * n + z * h_{t-1}; u of (H), each layer's
-    and direction's own, is uniform on [T_min - 1, T_max - 1], by default the paper's [1, T_max - 1]. Without input
-    and state the gate is u / (1 + u), so that a unit forgets in 1 / (1 - f) = 1 + u steps. b is bias_ih + bias_hh:
-    bias_ih gets it all, those rows of bias_hh zero; the other gates stay. float16 and bfloat16 draw in float32.
+    LSTM: b_f = log(u), b_i = -b_f; GRU: b_z = log(u), z as in h_t = (1 - z) * n + z * h_{t-1}; other cells by ``keeps``
+    and ``takes`` of their :class:`CellInfo`. u of (H), each layer's and direction's own, is uniform on
+    [T_min - 1, T_max - 1], by default the paper's [1, T_max - 1]. Without input and state the gate is u / (1 + u), so
+    that a unit forgets in 1 / (1 - f) = 1 + u steps. b is bias_ih + bias_hh: bias_ih gets it all, those rows of bias_hh
+    zero; the other gates stay. float16 and bfloat16 draw in float32.
 
     Raises:
         TypeError: ``module`` is not a recurrent layer or cell, ``T_max`` or ``T_min`` not a number.

@@ -85,7 +85,7 @@ def _forward(
             raise RuntimeError(f"For {kind} input, {what} should also be {dim}-D but got {got}")
         batched = input if dim == 3 else input.unsqueeze(0 if module.batch_first else 1)
         _check_args(module, batched, None, states and [s if dim == 3 else s.unsqueeze(1) for s in states], two_states)
-    expected = _shape_of_w_hh(module, cell)
+    expected = len(CELLS[cell].gates) * module.hidden_size, module.proj_size or module.hidden_size
     if weights[1].shape != expected:
         raise RuntimeError(f"weight_hh_l0 must have shape {list(expected)}, got {list(weights[1].shape)}")
     output, finals, *steps = recurrent(
@@ -105,10 +105,6 @@ def _forward(
         **own,
     )
     return output, finals if two_states else finals[0], *steps
-
-
-def _shape_of_w_hh(module: torch.nn.RNNBase, cell: str) -> tuple[int, int]:
-    return len(CELLS[cell].gates) * module.hidden_size, module.proj_size or module.hidden_size
 
 
 def _plain(

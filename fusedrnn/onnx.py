@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from .cells import CELLS
-from .layer.call import ForwardArguments, LayerCall, layer_forward
+from .layer.call import ForwardArguments, LayerCall, Weights, layer_forward
 from .torch_internals import PACKING_OPS
 
 __all__ = ["table"]
@@ -55,24 +55,23 @@ def table() -> dict[Callable, Callable]:
 
 def _layer(op: Any, call: LayerCall) -> tuple[Any, Any, Any, Any]:
     """``layer_forward`` in ONNX's operators; ``saved`` and the c_n of cells without c are empty and go nowhere."""
-    cell, x, weights, directions = call.cell, call.x, call.weights, call.directions
-    each = len(weights) // directions
-    _check(cell, each, x.dtype)
+    cell, x, weights, directions = call.cell, call.x, call.by_direction, call.directions
+    _check(cell, weights[0], x.dtype)
     name, order, attributes = _OPERATORS[cell]
-    hidden = weights[1].shape[1]
+    hidden = weights[0].w_hh.shape[1]
     gates = CELLS[cell].gates
     rows = [gates.index(gate) * hidden + unit for gate in order for unit in range(hidden)]
 
-    def stack(first: int, last: int) -> Any:
-        """[D, (last - first) * G * H, ...]: weights first..last of each direction, gates in ONNX's order."""
-        parts = [weights[d * each + first : d * each + last] for d in range(directions)]
+    def stack(*names: str) -> Any:
+        """[D, len(names) * G * H, ...]: these weights of each direction, gates in ONNX's order."""
+        parts = [[getattr(own, name) for name in names] for own in weights]
         if all(_is_constant(part) for own in parts for part in own):
             return _stacked(parts, order, rows)
         if len(gates) > 1:
             parts = [[op.Gather(part, op.Constant(value_ints=rows), axis=0) for part in own] for own in parts]
         return op.Concat(*(op.Unsqueeze(op.Concat(*own, axis=0), [0]) for own in parts), axis=0)
 
-    w_ih, w_hh, bias = stack(0, 1), stack(1, 2), stack(2, 4) if each == 4 else None
+    w_ih, w_hh, bias = stack("w_ih"), stack("w_hh"), None if weights[0].b_ih is None else stack("b_ih", "b_hh")
     if "activations" in attributes:
         attributes = {"activations": attributes["activations"] * directions}
     lengths = active = None
@@ -132,10 +131,10 @@ def _stacked(parts: Sequence[Sequence[Any]], order: str, rows: Sequence[int]) ->
     return initializers[name]
 
 
-def _check(cell: str, each: int, dtype: Any) -> None:
+def _check(cell: str, weights: Weights, dtype: Any) -> None:
     if cell not in _OPERATORS:
         raise NotImplementedError(f"ONNX has no operator for the cell {cell}")
-    if each % 2:
+    if weights.w_hr is not None:
         raise NotImplementedError("ONNX's LSTM has no projection (proj_size)")
     if dtype.name == "BFLOAT16":
         raise NotImplementedError("ONNX's recurrent operators do not take bfloat16: export the model in float32")

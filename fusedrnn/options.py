@@ -19,21 +19,6 @@ from .cells import CELLS
 from .layer.call import Options
 from .layer.dropout import rates
 
-__all__ = [
-    "DEFAULT",
-    "FIELDS",
-    "FusedOptions",
-    "HasOptions",
-    "active",
-    "cell_of",
-    "changed",
-    "check_policy",
-    "documentation",
-    "of",
-    "tell",
-    "text",
-]
-
 
 def check_policy(grad_clip: float | None, grad_clip_mode: str, bptt_steps: int | None, recompute: str) -> Options:
     """These arguments of :func:`fusedrnn.functional.recurrent` as a layer takes them.
@@ -70,7 +55,7 @@ class FusedOptions:
 
     Attributes:
         input_dropout: 0.0; probability that an element of every layer's input is dropped in training, one mask a
-            sequence.
+            sequence, whatever resets there are in it.
         recurrent_dropout: 0.0; the same of h_{t-1} in the products.
         zoneout: 0.0; probability that a unit keeps its state at a step, in training; outside it the share of
             the old state in the new one. With two states also a pair, of h and of c.

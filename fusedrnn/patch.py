@@ -25,8 +25,6 @@ from .layer.ops import KERNEL_DTYPES
 from .torch_internals import VF as _VF  # noqa: F401  TorchScript looks up names of torch's source, by __wrapped__, here
 from .torch_internals import exporting, own_checks, transformed, whole
 
-__all__ = ["patch_torch", "unpatch_torch"]
-
 
 class patch_torch:
     """From this call on, torch.nn's RNN, LSTM, GRU, RNNCell, LSTMCell and GRUCell compute with fusedrnn's kernels.
@@ -51,7 +49,7 @@ class patch_torch:
       of torch.func inside torch.compile, a subclass with argument checks of its own. With
       ``warnings.simplefilter("error")`` it raises instead.
 
-    Packed weights, which inference keeps, are held beside the module, until it trains, goes or is patched no more.
+    Packed weights, which inference keeps, are kept outside the module, until it trains, goes or is patched no more.
 
     **Nesting**: each call counts by itself. A block that ends takes back its own call alone, so blocks may be nested
     and may overlap in several threads; the patch ends with the last of them. A second plain call changes nothing.
@@ -144,14 +142,14 @@ def _obstacle(module: nn.Module, theirs: type[nn.Module], input: Tensor | Packed
     return None
 
 
-def _rnn(self: nn.RNN, input: Tensor | PackedSequence, hx: Tensor | None) -> tuple[Tensor | PackedSequence, Tensor]:
-    output, h_n = modules.RNN.forward(self, input, hx)
-    return _writable(output), h_n
+def _to_write(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward``, ours, with an output that may be written in place."""
 
+    def copying(self: nn.RNNBase, input: Tensor | PackedSequence, hx: Tensor | None) -> tuple[Any, Tensor]:
+        output, h_n = forward(self, input, hx)
+        return _writable(output), h_n
 
-def _gru(self: nn.GRU, input: Tensor | PackedSequence, hx: Tensor | None) -> tuple[Tensor | PackedSequence, Tensor]:
-    output, h_n = modules.GRU.forward(self, input, hx)
-    return _writable(output), h_n
+    return copying
 
 
 def _writable(output: Tensor | PackedSequence) -> Tensor | PackedSequence:
@@ -165,9 +163,9 @@ def _writable(output: Tensor | PackedSequence) -> Tensor | PackedSequence:
 
 # torch.nn's classes as they were at import, and our forward for each; torch.nn's GRU has no ``reset_after``.
 _COMPUTE: dict[type[nn.Module], Callable[..., Any]] = {
-    nn.RNN: _rnn,
+    nn.RNN: _to_write(modules.RNN.forward),
     nn.LSTM: modules.LSTM.forward,
-    nn.GRU: _gru,
+    nn.GRU: _to_write(modules.GRU.forward),
     nn.RNNCell: modules.RNNCell.forward,
     nn.LSTMCell: modules.LSTMCell.forward,
     nn.GRUCell: modules.GRUCell.forward,

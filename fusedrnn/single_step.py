@@ -15,8 +15,6 @@ from .fused_module import FusedModule, as_states
 from .inference.plain_call import plain_call
 from .torch_internals import usual_weights_of_cell
 
-__all__ = ["GRUCell", "LSTMCell", "RNNCell", "forward_cell"]
-
 
 def forward_cell(
     module: torch.nn.RNNCellBase, name: str, input: Tensor, states: Sequence[Tensor] | None

@@ -19,34 +19,6 @@ from torch.nn.modules import module as _module
 
 from ._C import kept_parameters
 
-__all__ = [
-    "PACKING_OPS",
-    "VF",
-    "add_batch_dim",
-    "backward_pass",
-    "batched_by_autograd",
-    "batching_level",
-    "dual_level",
-    "exporting",
-    "flat_weights",
-    "forget_weight",
-    "functionalizing",
-    "heard",
-    "kept_weights",
-    "listed_weights",
-    "own_checks",
-    "own_parameters",
-    "refer_strongly",
-    "remove_batch_dim",
-    "runs_of_call",
-    "symbolic_tracing",
-    "transformed",
-    "usual_weights",
-    "usual_weights_of_cell",
-    "weight_names",
-    "whole",
-]
-
 _functorch = getattr(torch._C, "_functorch", None)
 _eval_frame = getattr(getattr(torch._C, "_dynamo", None), "eval_frame", None)
 
@@ -113,8 +85,7 @@ _untraced = functools.cache(torch.compiler.disable)  # not made at import: that 
 if hasattr(_eval_frame, "set_code_exec_strategy") and hasattr(_eval_frame, "_FrameExecStrategy"):
     # Dynamo begins no graph at this very function.
     _eval_frame.set_code_exec_strategy(
-        whole.__code__,
-        _eval_frame._FrameExecStrategy(_eval_frame._FrameAction.SKIP, _eval_frame._FrameAction.DEFAULT),
+        whole.__code__, _eval_frame._FrameExecStrategy(_eval_frame._FrameAction.SKIP, _eval_frame._FrameAction.DEFAULT)
     )
 
 
@@ -148,11 +119,7 @@ def add_batch_dim(t: Tensor, level: int) -> Tensor:
 
 
 #: What reading a weight runs in torch.nn, by its name in the module's class. None: the class may have none.
-_READS = (
-    ("__getattribute__", object.__getattribute__),
-    ("__getattr__", nn.Module.__getattr__),
-    ("_parameters", None),
-)
+_READS = (("__getattribute__", object.__getattribute__), ("__getattr__", nn.Module.__getattr__), ("_parameters", None))
 _READS_LISTED = (
     *_READS,
     ("_update_flat_weights", getattr(nn.RNNBase, "_update_flat_weights", None)),
@@ -187,7 +154,7 @@ def own_checks(module: nn.Module, base: type[nn.Module]) -> list[str]:
 
 
 def runs(module: nn.RNNBase) -> tuple[tuple[str, Any], ...]:
-    """What torch.nn's ``forward`` of the module runs beside the computation, by name: what reads weights, what checks.
+    """What torch.nn's ``forward`` of the module runs besides the computation, by name: what reads weights, what checks.
     None: the class may have nothing of this name.
     """
     return _RUNS[_LSTM if isinstance(module, _LSTM) else nn.RNNBase]

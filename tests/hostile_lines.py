@@ -42,7 +42,6 @@ LINES = {
     "steps of 2**62 without samples": "F(r(1, 0, 1).expand(2**62, 0, 1), one)",
     "steps of 2**33": "F(r(1, 1, 1).expand(2**33, 1, 1), one)",
     "samples whose rows overflow": "F(r(1, 1, 0).expand(4, 2**62, 0), [r(1, 0), r(1, 1)])",
-    "memory that a thread of a team does not get": "_C.read_bandwidth(8, 2**22, 0.0)",
     **{
         f"a key in {place} that empties {what}": COMPARED.format(place=place, what=what)
         for place in ("m.__dict__", "p") for what in ("names", "listed", "p")

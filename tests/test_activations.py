@@ -1,4 +1,4 @@
-"""The vector sigmoid and tanh of every instruction set, against wider arithmetic, in units of the last place.
+"""The sigmoid and tanh of the instruction set in use, against wider arithmetic, in units of the last place.
 
 float32 is compared with float64 over the whole range of float32 bit patterns (a stride of them); float64 with
 np.longdouble (80 bits on x86) on a dense grid and random points. The bounds are those stated in csrc/cpu/vec.h.
@@ -6,14 +6,23 @@ np.longdouble (80 bits on x86) on a dense grid and random points. The bounds are
 
 import numpy as np
 import pytest
+import torch
 
-from fusedrnn import _C
+import fusedrnn
 
-ISAS = _C.supported_isas()
+pytestmark = pytest.mark.isa
 WIDER = {np.float32: np.float64, np.float64: np.longdouble}
 needs_longdouble = pytest.mark.skipif(
     np.finfo(np.longdouble).eps >= np.finfo(np.float64).eps, reason="no type wider than float64 on this platform"
 )
+
+
+def activations(x: np.ndarray) -> dict[str, np.ndarray]:
+    """As an LSTM saves its gates for the backward pass: a sample for each number, one unit, weights of one."""
+    numbers = torch.from_numpy(x).reshape(1, -1, 1)
+    w_ih, w_hh = numbers.new_ones(4, 1), numbers.new_zeros(4, 1)
+    *_, saved = fusedrnn.ops.layer_forward(numbers, None, None, None, [w_ih, w_hh], "lstm", False, True)
+    return {"sigmoid": saved[0, :, 0].numpy(), "tanh": saved[0, :, 2].numpy()}
 
 
 def exact(function: str, x: np.ndarray) -> np.ndarray:
@@ -51,37 +60,38 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("dtype", "function", "limit", "bound"), CASES)
-def test_error_in_units_of_the_last_place(isa, dtype, function, limit, bound, record_property):
+def test_error_in_units_of_the_last_place(dtype, function, limit, bound, record_property):
     x = inputs(dtype, limit)
     if dtype == np.float64 and function == "tanh":
         x = np.concatenate([inputs(dtype, 25.0), [1e10, -1e300]])
-    error = ulps(_C.activation(isa, function, x), exact(function, x))
+    error = ulps(activations(x)[function], exact(function, x))
     worst = int(np.argmax(error))
     record_property("ulp", float(error[worst]))
     assert error[worst] <= bound, f"{function}({x[worst]!r}): {error[worst]:.2f} ulp"
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_limits_are_exact(isa, dtype):
-    """To the bit, at +-0, the smallest and the largest numbers and the infinities: 1e-308 times inf is inf, not NaN."""
+def test_limits_are_exact(dtype):
+    """To the bit, at 0, the smallest and the largest numbers and the infinities: 1e-308 times inf is inf, not NaN."""
     info = np.finfo(dtype)
     small = np.array([0, info.smallest_subnormal, 3 * info.smallest_subnormal, info.tiny / 4, info.tiny], dtype)
     large = np.array([np.log(info.max) * 1.01, info.max, np.inf], dtype)
-    x = np.concatenate([small, -small, large, -large])
-    sigmoid, tanh = _C.activation(isa, "sigmoid", x), _C.activation(isa, "tanh", x)
-    assert np.array_equal(sigmoid, [0.5] * 10 + [1, 1, 1, 0, 0, 0]) and not np.signbit(sigmoid).any()
-    assert np.array_equal(tanh, [*x[:10], 1, 1, 1, -1, -1, -1]) and np.array_equal(np.signbit(tanh), np.signbit(x))
-    for function in ("sigmoid", "tanh"):
-        assert np.isnan(_C.activation(isa, function, np.array([np.nan, -np.nan], dtype))).all()
+    x = np.concatenate([small, -small[1:], large, -large])
+    found = activations(x)
+    assert np.array_equal(found["sigmoid"], [0.5] * 9 + [1, 1, 1, 0, 0, 0]) and not np.signbit(found["sigmoid"]).any()
+    assert np.array_equal(found["tanh"], [*x[:9], 1, 1, 1, -1, -1, -1])
+    assert np.array_equal(np.signbit(found["tanh"]), np.signbit(x))
+    assert all(np.isnan(values).all() for values in activations(np.array([np.nan, -np.nan], dtype)).values())
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_every_length_takes_the_same_road(isa):
-    """A tail of a vector gives the same bits as the middle of one."""
-    x = np.linspace(-9, 9, 67, dtype=np.float32)
-    whole = _C.activation(isa, "tanh", x)
+def test_every_length_takes_the_same_path():
+    """A tail of a vector gives the same bits as the middle of one: units of a layer, their numbers as biases."""
+    numbers = torch.linspace(-9, 9, 67)
+    whole = activations(numbers.numpy())
     for n in range(1, 67):
-        assert np.array_equal(_C.activation(isa, "tanh", x[:n].copy()), whole[:n])
+        biases = numbers[:n].repeat(4)
+        weights = [torch.zeros(4 * n, 1), torch.zeros(4 * n, n), biases, torch.zeros(4 * n)]
+        *_, saved = fusedrnn.ops.layer_forward(torch.zeros(1, 1, 1), None, None, None, weights, "lstm", False, True)
+        assert np.array_equal(saved[0, 0, :n], whole["sigmoid"][:n])
+        assert np.array_equal(saved[0, 0, 2 * n : 3 * n], whole["tanh"][:n])

@@ -19,8 +19,9 @@ def test_python_registry_equals_the_compiled_one():
     compiled = {cell["name"]: cell for cell in _C.cells()}
     assert list(compiled) == list(fusedrnn.CELLS)
     for name, cell in fusedrnn.CELLS.items():
-        got = compiled[name]
-        assert (len(cell.gates), len(cell.states), cell.saved) == (got["gates"], got["states"], got["saved"]), name
+        expected = {"gates": len(cell.gates), "states": len(cell.states), "saved": cell.saved}
+        expected |= {"projectable": cell.projectable}
+        assert {constant: compiled[name][constant] for constant in expected} == expected, name
 
 
 def test_fake_and_real_kernels_agree_on_saved_width():

@@ -75,11 +75,11 @@ def test_fails_when_one_entry_is_wrong(
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["gru", "--proj", "2"], "--proj is for the LSTM"),
+        (["gru", "--proj", "2"], "--proj: gru has no projection"),
         (["lstm", "--proj", "6"], "--proj must be smaller than --hidden, got 6 and 6"),
         (["lstm_proj", "--hidden", "1"], "--proj must be smaller than --hidden, got 1 and 1"),
         (["lstm", "--time", "0"], "must be at least 1, got 0"),
-        (["lstm", "--seed", "-1"], "must not be negative, got -1"),
+        (["lstm", "--seed", "-1"], "must be at least 0, got -1"),
         (["elman"], "invalid choice: 'elman'"),
     ],
 )

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedrnn
-from fusedrnn import _C
+from benchmarks import probes
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 
@@ -44,7 +44,7 @@ def test_a_deep_stack_holds_two_layers_at_a_time() -> None:
 @pytest.mark.parametrize("cell", TWINS)
 def test_stacked_layers_side_by_side(cell: str, T: int, B: int, layers: int, threads: Callable) -> None:
     threads(2)
-    assert _C.pipeline_steps(T, B, 9, 4, 8, layers, 2) > 0
+    assert probes.pipeline_steps(T, B, 9, 4, 8, layers, 2) > 0
     for dtype in FLOATS:
         for h0 in (True, False):
             case = Case(cell, T=T, B=B, I=4, H=9, num_layers=layers, h0=h0, dtype=dtype)

@@ -30,7 +30,7 @@ for _cell, _twin in TWINS.items():
                 MAKERS[f"{_cell}-{_kind}-stacked"] = (_cell, partial(_maker, num_layers=3, bidirectional=True))
             if "layer" in _kind and CELLS[_cell].projectable:
                 MAKERS[f"{_cell}-{_kind}-projected"] = (_cell, partial(_maker, num_layers=2, proj_size=4))
-KEEPS = {"lstm": "f", "gru": "z", "gru_reset_before": "z"}  # written down again: the code asks the registry
+KEEPS = {name: info.keeps for name, info in CELLS.items() if info.keeps}
 GATED = [name for name, (cell, _) in MAKERS.items() if cell in KEEPS]
 INITIALISERS = {
     "orthogonal_": init.orthogonal_,
@@ -118,6 +118,13 @@ def test_the_blocks_are_those_of_torch() -> None:
     assert torch.equal(module.weight_hh_l0, torch.cat([nn.init.orthogonal_(torch.empty(H, H), 1.5) for _ in range(3)]))
 
 
+def test_the_gates_that_keep_and_take() -> None:
+    """As the papers have them: what ``kept_gate`` does not see of a gate that takes."""
+    expected = {"lstm": ("f", "i"), "gru": ("z", None), "gru_reset_before": ("z", None)}
+    for cell in ("rnn_tanh", "rnn_relu", "residual_rnn", *expected):
+        assert (CELLS[cell].keeps, CELLS[cell].takes) == expected.get(cell, (None, None))
+
+
 @pytest.mark.parametrize("value", [1.0, -2])
 @pytest.mark.parametrize("name", GATED)
 def test_the_forget_bias_is_the_sum_and_the_gate_its_sigmoid(name: str, value: float) -> None:
@@ -141,8 +148,8 @@ def test_chrono_draws_time_scales_within_its_bounds(name: str) -> None:
     assert init.chrono_(module, T_max=200, T_min=100) is module
     drawn = bias_of(cell, module, KEEPS[cell])
     for ih, hh, b in zip(named(expected, "bias_ih"), named(expected, "bias_hh"), drawn, strict=True):
-        for gate, value in {KEEPS[cell]: b, "i": -b}.items():
-            if gate in CELLS[cell].gates:
+        for gate, value in {KEEPS[cell]: b, CELLS[cell].takes: -b}.items():
+            if gate is not None:
                 ih[gate_rows(cell, gate)] = value
                 hh[gate_rows(cell, gate)] = 0
     assert same(snapshot(module), expected)

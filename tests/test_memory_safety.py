@@ -185,19 +185,3 @@ def test_nothing_of_the_extension_can_be_made_by_hand() -> None:
         _C.packed_bytes(prepared)
     with pytest.raises(TypeError):
         _C.packed_bytes(object())
-
-
-def test_sizes_that_no_layer_has() -> None:
-    for sizes in ([0, 3], [3, -1], [], [2, 3], [2**62] * 4):
-        with pytest.raises(ValueError, match="must be from 1 to"):
-            _C.plan(sizes, I, H, 1, 4, 8, 2)
-        with pytest.raises(ValueError, match="must be from 1 to"):
-            _C.projection_spans(sizes, 4)
-    for wrong in ({"I": 0}, {"H": 2**40}, {"directions": 3}, {"gates": 0}, {"lanes": -1}, {"threads": 0}):
-        sizes = {"batch_sizes": [2], "I": I, "H": H, "directions": 1, "gates": 4, "lanes": 8, "threads": 2}
-        with pytest.raises(ValueError, match="must be from 1 to"):
-            _C.plan(**(sizes | wrong))
-    with pytest.raises(ValueError, match="must be from 1 to"):
-        _C.pipeline_steps(2**50, 1, H, 4, 8, 2, 2)
-    with pytest.raises(ValueError, match="seconds must be from 0 to 60"):
-        _C.peak_flops(1, float("nan"))

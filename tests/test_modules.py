@@ -1,7 +1,7 @@
 """Every output and every gradient by name, against torch.nn with the same Parameters, or the plain loop.
 
 Fixed configurations that cover each option once, in every floating-point type; the functional entry points; and
-what must not depend on the road taken: no_grad, inference mode, stepping through time by hand, strides.
+what must not depend on the path taken: no_grad, inference mode, stepping through time by hand, strides.
 """
 
 from __future__ import annotations

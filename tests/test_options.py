@@ -29,12 +29,12 @@ T, B, I, H = 6, 4, 3, 5
 
 
 def test_what_is_not_asked_for_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outside training only zoneout is left: the short road of a plain module; limits of the backward pass are nothing
+    """Outside training only zoneout is left: the short path of a plain module; limits of the backward pass are nothing
     to inference.
     """
 
     def refuse(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("the long road")
+        raise AssertionError("the long path")
 
     options = {"input_dropout": 0.1, "recurrent_dropout": 0.1, "weight_dropout": 0.1, "grad_clip": 1.0}
     module, x = fusedrnn.GRU(I, H, **options).eval(), torch.randn(T, B, I)
@@ -43,7 +43,7 @@ def test_what_is_not_asked_for_costs_nothing(monkeypatch: pytest.MonkeyPatch) ->
     with torch.no_grad():
         assert torch.equal(module(x)[0], expected)
         module.train()
-        with pytest.raises(AssertionError, match="the long road"):
+        with pytest.raises(AssertionError, match="the long path"):
             module(x)
 
 

@@ -41,7 +41,7 @@ def states(name: str, *shape: int, hidden: int = 5, out: int | None = None):
 
 @pytest.fixture
 def taken(monkeypatch):
-    """How often the short road was taken to its end."""
+    """How often the short path was taken to its end."""
     count = {"times": 0}
 
     def counted(*args):
@@ -56,8 +56,8 @@ def taken(monkeypatch):
 
 
 @pytest.fixture
-def by_the_long_road(monkeypatch):
-    """A function that calls another with the short road closed."""
+def by_the_long_path(monkeypatch):
+    """A function that calls another with the short path closed."""
 
     def call(function, *args):
         with monkeypatch.context() as patch:
@@ -78,11 +78,11 @@ def gradients(module: nn.Module, x: Tensor, hx) -> list[Tensor]:
 
 
 @pytest.fixture
-def assert_both_roads_agree(taken, by_the_long_road):
-    """A function that compares results and gradients of both roads, bit for bit, and sees that each was taken."""
+def assert_both_paths_agree(taken, by_the_long_path):
+    """A function that compares results and gradients of both paths, bit for bit, and sees that each was taken."""
 
     def compare(module: nn.Module, x: Tensor, hx) -> None:
-        expected, derived = by_the_long_road(module, x, hx), by_the_long_road(gradients, module, x, hx)
+        expected, derived = by_the_long_path(module, x, hx), by_the_long_path(gradients, module, x, hx)
         assert taken["times"] == 0
         for mode in (torch.no_grad, torch.inference_mode):
             with mode():
@@ -99,23 +99,23 @@ def assert_both_roads_agree(taken, by_the_long_road):
 @pytest.mark.parametrize("given", [False, True], ids=["zeros", "states"])
 @pytest.mark.parametrize("options", [{}, {"batch_first": True}, {"bias": False}, {"bidirectional": True}], ids=str)
 @pytest.mark.parametrize("name", SEQUENCE)
-def test_sequences(name: str, options: dict, given: bool, T: int, B: int, assert_both_roads_agree) -> None:
+def test_sequences(name: str, options: dict, given: bool, T: int, B: int, assert_both_paths_agree) -> None:
     torch.manual_seed(0)
     module = SEQUENCE[name](4, 5, **options)
     x = torch.randn(B, T, 4) if module.batch_first else torch.randn(T, B, 4)
     hx = states(name, 1 + module.bidirectional, B, out=module.proj_size) if given else None
-    assert_both_roads_agree(module, x, hx)
+    assert_both_paths_agree(module, x, hx)
 
 
 @pytest.mark.parametrize("B", [0, 1, 3, 20])
 @pytest.mark.parametrize("given", [False, True], ids=["zeros", "states"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("name", CELLS)
-def test_cells(name: str, bias: bool, given: bool, B: int, assert_both_roads_agree) -> None:
+def test_cells(name: str, bias: bool, given: bool, B: int, assert_both_paths_agree) -> None:
     torch.manual_seed(0)
     module, x = CELLS[name](4, 5, bias=bias), torch.randn(B, 4)
     hx = states(name, B) if given else None
-    assert_both_roads_agree(module, x, hx)
+    assert_both_paths_agree(module, x, hx)
 
 
 def test_the_weights_are_those_of_the_moment() -> None:
@@ -142,7 +142,7 @@ def test_the_weights_are_those_of_the_moment() -> None:
     assert same()
 
 
-def test_what_is_not_plain_takes_the_long_road(taken) -> None:
+def test_what_is_not_plain_takes_the_long_path(taken) -> None:
     module, cell = fusedrnn.LSTM(4, 5), fusedrnn.LSTMCell(4, 5)
     h, x = torch.zeros(1, 2, 5), torch.randn(3, 2, 4)
     deep, dropping = fusedrnn.LSTM(4, 5, num_layers=2), fusedrnn.LSTM(4, 5, num_layers=2, dropout=0.5)

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusedrnn import _C
+from benchmarks import probes
 
 lengths = st.lists(st.integers(1, 200), min_size=1, max_size=40)
 
@@ -13,7 +13,7 @@ def batch_sizes(lengths: list[int]) -> list[int]:
 
 
 def plan(batch_sizes, I=64, H=64, directions=1, gates=4, lanes=8, threads=2):
-    return _C.plan(batch_sizes, I, H, directions, gates, lanes, threads)
+    return probes.plan(batch_sizes, I, H, directions, gates, lanes, threads)
 
 
 @given(lengths, st.integers(1, 300), st.integers(1, 2), st.sampled_from([2, 4, 8, 16]), st.integers(1, 300))
@@ -41,7 +41,7 @@ def test_slices_of_equal_lengths_are_equal_parts():
 
 @given(*[st.integers(1, 400)] * 3, st.integers(1, 4), st.integers(1, 9), st.integers(1, 64))
 def test_pipelines_are_for_small_stacks_and_several_threads(T, B, H, gates, layers, threads):
-    steps = _C.pipeline_steps(T, B, H, gates, 8, layers, threads)
+    steps = probes.pipeline_steps(T, B, H, gates, 8, layers, threads)
     alone = plan([B] * T, I=H, H=H, gates=gates, threads=threads)
     busy = alone["teams"] * alone["members"]
     if layers == 1 or threads == 1 or T < 16 or B * gates * 2 * H * H > 2**16 or busy > min(layers, threads):
@@ -51,9 +51,9 @@ def test_pipelines_are_for_small_stacks_and_several_threads(T, B, H, gates, laye
 
 
 def test_a_batch_that_keeps_all_threads_busy_is_no_pipeline():
-    assert _C.pipeline_steps(1000, 8, 16, 4, 8, 2, 2) > 0
-    assert _C.pipeline_steps(1000, 8, 16, 4, 8, 2, 8) == 0  # eight slices of the batch, two layers
-    assert _C.pipeline_steps(1000, 1, 16, 4, 8, 2, 8) > 0
+    assert probes.pipeline_steps(1000, 8, 16, 4, 8, 2, 2) > 0
+    assert probes.pipeline_steps(1000, 8, 16, 4, 8, 2, 8) == 0  # eight slices of the batch, two layers
+    assert probes.pipeline_steps(1000, 1, 16, 4, 8, 2, 8) > 0
 
 
 def test_rules_by_size():

@@ -1,7 +1,7 @@
-"""The module protocol of torch.nn.RNNBase: construction, saving, copying, moving, weights set by other roads.
+"""The module protocol of torch.nn.RNNBase: construction, saving, copying, moving, weights set by other paths.
 
 Where torch.nn has the class, it does the same thing beside ours and the two must not differ; a helper trains both for
-some steps, so that a weight that was changed by any road has to be seen by the next forward.
+some steps, so that a weight that was changed by any path has to be seen by the next forward.
 """
 
 from __future__ import annotations
@@ -245,8 +245,8 @@ def test_weights_set_as_attributes(name: str) -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_weights_changed_by_other_roads(cell: str) -> None:
-    """Each road ends in a forward that sees the new values: nothing about a weight may be cached."""
+def test_weights_changed_by_other_paths(cell: str) -> None:
+    """Each path ends in a forward that sees the new values: nothing about a weight may be cached."""
     module = TWINS[cell].layer(5, 5, dtype=torch.float64)
     x, seen = input_of(module), [first(module(input_of(module))).detach()]
     new = torch.randn_like(module.weight_hh_l0)

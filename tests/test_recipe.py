@@ -1,9 +1,10 @@
 """The source distribution builds, and CONTRIBUTING's recipe for a cell leaves nothing out.
 
-``recipe/mgu.patch`` adds a cell by that recipe: the minimal gated unit, with two gates, which is no number of
-torch.nn's, and two products. Here it is applied to an unpacked source distribution, which is built for the base
-instruction set, and the tests of the new cell are run there: they go through the registry. If the patch no longer
-applies, add the cell to a checkout by hand and renew it with ``git diff -U1``.
+``recipe/cells.patch`` adds two cells by that recipe: the minimal gated unit, with two gates, which is no number of
+torch.nn's, and two products; and an LSTM with coupled gates, CIFG, with two states that are not projected. Here it is
+applied to an unpacked source distribution, which is built for the base instruction set, and the tests of the new cells
+are run there: they go through the registry. If the patch no longer applies, add the cells to a checkout by hand and
+renew it with ``git diff -U1``.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PATCH = Path(__file__).parent / "recipe/mgu.patch"
+PATCH = Path(__file__).parent / "recipe/cells.patch"
 #: gradcheck, second derivatives, packed input, lengths and resets, vmap and per-sample gradients, record_gradients,
-#: compare, convert and revert; what reads the registries, the equations and their numbers.
+#: compare, convert and revert, initialisers; what reads the registries, the equations and their numbers.
 FILES = (
     "gradcheck", "second_order", "packed", "sequences", "transforms", "recording", "compare", "convert", "reference",
-    "derivations", "structure", "build", "dropout", "through_time", "step",
+    "derivations", "structure", "build", "dropout", "dropout_modules", "through_time", "step", "init", "numerics",
+    "modules",
 )  # fmt: skip
 
 
@@ -53,7 +55,7 @@ def test_a_cell_is_added_to_the_source_distribution(tmp_path: Path) -> None:
     flags = "-O1 -DFUSEDRNN_BASE_ONLY"
     run([sys.executable, "setup.py", "build_ext", "--inplace"], tree, FUSEDRNN_CXX_FLAGS=flags, MAX_JOBS="2")
     tests = [f"tests/test_{name}.py" for name in FILES]
-    chosen = "mgu or lacks or registry or every_cell or every_line or every_number"
+    chosen = "mgu or cifg or lacks or registry or every_cell or every_line or every_number"
     said = run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *tests], tree)
     passed = int(said.rpartition(" passed")[0].split()[-1])
     assert passed > 180, said[-2000:]

@@ -1,4 +1,4 @@
-"""The stepwise road of the GPU: what only it does. ``pytest -m isa`` checks the rest of it, on the CPU under
+"""The stepwise driver of the GPU: what only it does. ``pytest -m isa`` checks the rest of it, on the CPU under
 ``FUSEDRNN_CPU_ISA=stepwise`` (test_isa.py does so) and on a GPU under ``FUSEDRNN_TEST_DEVICE=cuda``.
 """
 
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from parity import DEVICE, Case, assert_parity, ragged
 
 import fusedrnn
+from benchmarks import probes
 from fusedrnn.cells import CELLS
 
 STEPWISE = DEVICE.type == "cuda" or fusedrnn._C.isa() == "stepwise"
@@ -33,7 +34,7 @@ def test_spans_of_steps_cover_every_row_once(lengths: list[int], limit: int) -> 
     """In both directions; no longer than the limit, or one step; and no shorter than it allows."""
     sizes = [sum(length > t for length in lengths) for t in range(lengths[0])]
     rows = {0: sizes, 1: sizes[::-1]}  # of each step in a direction's own order
-    spans = fusedrnn._C.projection_spans(sizes, limit)
+    spans = probes.projection_spans(sizes, limit)
     assert [begin for begin, *_ in spans] == [0, *(end for _, end, *_ in spans[:-1])] and spans[-1][1] == len(sizes)
     for begin, end, *places in spans:
         counts = [sum(rows[d][begin:end]) for d in rows]

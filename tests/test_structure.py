@@ -22,7 +22,7 @@ FILES = {
 ROWS = (
     ("_C", "extension"), ("cells", "torch_internals"), ("layer",), ("options",), ("functional",), ("inference",),
     ("insight",), ("fused_module",), ("single_step",), ("modules",), ("convert", "init", "onnx", "patch", "reference"),
-    ("__init__",), ("compare", "gradflow", "info"),
+    ("__init__",), ("compare", "info"), ("gradflow",),
 )  # fmt: skip
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
 

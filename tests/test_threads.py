@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import fusedrnn
+from benchmarks import probes
 from fusedrnn.cells import CELLS
 
 ROOT = Path(__file__).parent.parent
@@ -64,7 +65,7 @@ def test_slices_of_the_batch_each_with_a_team(cell: str, threads: Callable[[int]
             lengths = config.lengths or (config.T,) * config.B
             sizes = [sum(length > t for length in lengths) for t in range(max(lengths))]
             gates, lanes = len(CELLS[cell].gates), fusedrnn._C.vector_bytes() // 8
-            plan = fusedrnn._C.plan(sizes, 40, 70, 1 + case.bidirectional, gates, lanes, number)
+            plan = probes.plan(sizes, 40, 70, 1 + case.bidirectional, gates, lanes, number)
             assert plan["slices"] > 1 and plan["members"] > 1
             threads(number)
             assert_parity(config)
@@ -93,7 +94,7 @@ def test_one_thread_and_two_give_the_same_bits(cell: str, threads: Callable[[int
         (Case(cell, T=60, B=8, I=64, H=64, dtype=torch.float32), "slices"),
         (Case(cell, T=30, B=32, I=128, H=128, dtype=torch.float32), "slices"),
     ):
-        assert fusedrnn._C.plan([case.B] * case.T, case.I, case.H, 1, gates, 8, 2)[shared] == 2
+        assert probes.plan([case.B] * case.T, case.I, case.H, 1, gates, 8, 2)[shared] == 2
         threads(1)
         one = run_ours(case)
         threads(2)

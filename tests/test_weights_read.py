@@ -96,7 +96,7 @@ LISTED: dict[str, Callable[[nn.Module], object]] = {
     ),
 }
 #: name, options, whether it steps, whether gradients are on.
-ROADS = {
+PATHS = {
     "training": ("LSTM", {}, False, True),
     "inference": ("LSTM", {}, False, False),
     "a stack": ("GRU", {"num_layers": 2}, False, False),
@@ -108,8 +108,8 @@ ROADS = {
 
 
 CASES = [
-    (road, change, patched)
-    for road, (kind, _, stepping, _) in ROADS.items()
+    (path, change, patched)
+    for path, (kind, _, stepping, _) in PATHS.items()
     for change in ({} if kind.endswith("Cell") else LISTED) | BOTH
     for patched in ([False] if stepping else [False, True])
 ]
@@ -129,9 +129,9 @@ def results(module: nn.Module, x: Tensor, stepping: bool) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("called", [False, True], ids=["first", "after other calls"])
-@pytest.mark.parametrize("road, change, patched", CASES)
-def test_what_torch_would_read(road: str, change: str, patched: bool, called: bool) -> None:
-    kind, options, stepping, gradients = ROADS[road]
+@pytest.mark.parametrize("path, change, patched", CASES)
+def test_what_torch_would_read(path: str, change: str, patched: bool, called: bool) -> None:
+    kind, options, stepping, gradients = PATHS[path]
     single, alter = kind.endswith("Cell"), {**BOTH, **LISTED}[change]
     x = torch.randn(2, I) if single else torch.randn(1, 2, I)
 
@@ -199,9 +199,9 @@ CHECKS = ("check_input", "check_forward_args", "get_expected_hidden_size", "chec
 @pytest.mark.parametrize("called", [0, 3])
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("whose", ["class", "module"])
-@pytest.mark.parametrize("road", [road for road in ROADS if "cell" not in road])
-def test_replaced_checks_are_asked(road: str, whose: str, check: str, called: int) -> None:
-    kind, options, stepping, gradients = ROADS[road]
+@pytest.mark.parametrize("path", [path for path in PATHS if "cell" not in path])
+def test_replaced_checks_are_asked(path: str, whose: str, check: str, called: int) -> None:
+    kind, options, stepping, gradients = PATHS[path]
     module, x = getattr(fusedrnn, kind)(I, H, **options), torch.randn(1, 2, I)
     with torch.set_grad_enabled(gradients):
         for _ in range(called):
@@ -219,9 +219,9 @@ def test_replaced_checks_are_asked(road: str, whose: str, check: str, called: in
                 results(module, x, stepping)
 
 
-@pytest.mark.parametrize("road", [road for road in ROADS if "cell" not in road])
-def test_another_permutation_of_states_is_refused(road: str) -> None:
-    kind, options, stepping, gradients = ROADS[road]
+@pytest.mark.parametrize("path", [path for path in PATHS if "cell" not in path])
+def test_another_permutation_of_states_is_refused(path: str) -> None:
+    kind, options, stepping, gradients = PATHS[path]
     module = getattr(fusedrnn, kind)(I, H, **options)
     of_class(permute_hidden=lambda self, hx, permutation: hx)(module)
     with torch.set_grad_enabled(gradients), pytest.raises(NotImplementedError, match="permute_hidden would not"):

@@ -13,6 +13,8 @@
 //   kLate    values that the second half of the forward step takes from the first, kLate <= kGates. 0: there is no
 //            second half. One after the other, the halves of several units overlap in the processor; a whole step is a
 //            chain of activations too long for that.
+//   kProjectable  whether h_t may be a projection of what the cell gives. Such a cell has two states, and h_{t-1} goes
+//            into its products alone.
 //
 //   forward (x, rec, state, saved)              x[g] = (W_ih x_t + b_ih)_g, rec[g] = (W_hh h_{t-1} + b_hh)_g;
 //                                               state: in t-1, out t
@@ -30,7 +32,8 @@
 // A cell with two states adds
 //   dc_of(saved, cur, d)                        dL/dc_t by all ways, of d as it comes into backward
 //   candidate(saved, prev)                      c_t again, where the state is another (zoneout)
-// A cell that may be projected (LSTM) adds
+// and h_{t-1} goes into its products alone: a path around them is c's (the second derivative relies on it).
+// A cell with kProjectable adds
 //   output(saved, cur)                          the unprojected output again, for the weight gradient
 #pragma once
 

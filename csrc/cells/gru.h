@@ -10,6 +10,7 @@ struct Gru {
   static constexpr const char* kName = "gru";
   static constexpr int kGates = 3, kStates = 1, kSaved = 4, kFirst = 3, kSplit = 1;
   static constexpr int kLate = 2, kSavedLate = 1;
+  static constexpr bool kProjectable = false;
 
   template <class V>
   FUSEDRNN_INLINE static void forward(const Values<V, 3>& x, const Values<V, 3>& rec, Values<V, 1>& state,
@@ -44,6 +45,7 @@ struct Gru {
 struct GruResetBefore {
   static constexpr const char* kName = "gru_reset_before";
   static constexpr int kGates = 3, kStates = 1, kSaved = 3, kFirst = 2, kSplit = 0, kLate = 0;
+  static constexpr bool kProjectable = false;
 
   template <class V>
   FUSEDRNN_INLINE static void forward_first(const Values<V, 3>& x, const Values<V, 3>& rec, const Values<V, 1>& prev,

@@ -9,6 +9,7 @@ struct Lstm {
   static constexpr const char* kName = "lstm";
   static constexpr int kGates = 4, kStates = 2, kSaved = 4, kFirst = 4, kSplit = 0;
   static constexpr int kLate = 2, kSavedLate = 0;
+  static constexpr bool kProjectable = true;
 
   template <class V>
   FUSEDRNN_INLINE static void forward(const Values<V, 4>& x, const Values<V, 4>& rec, Values<V, 2>& state,

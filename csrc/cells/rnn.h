@@ -8,6 +8,7 @@ namespace fusedrnn {
 struct RnnTanh {
   static constexpr const char* kName = "rnn_tanh";
   static constexpr int kGates = 1, kStates = 1, kSaved = 0, kFirst = 1, kSplit = 0, kLate = 0;
+  static constexpr bool kProjectable = false;
 
   template <class V>
   FUSEDRNN_INLINE static void forward(const Values<V, 1>& x, const Values<V, 1>& rec, Values<V, 1>& state,
@@ -26,6 +27,7 @@ struct RnnTanh {
 struct RnnRelu {
   static constexpr const char* kName = "rnn_relu";
   static constexpr int kGates = 1, kStates = 1, kSaved = 0, kFirst = 1, kSplit = 0, kLate = 0;
+  static constexpr bool kProjectable = false;
 
   template <class V>
   FUSEDRNN_INLINE static void forward(const Values<V, 1>& x, const Values<V, 1>& rec, Values<V, 1>& state,
@@ -44,6 +46,7 @@ struct RnnRelu {
 struct ResidualRnn {
   static constexpr const char* kName = "residual_rnn";
   static constexpr int kGates = 1, kStates = 1, kSaved = 1, kFirst = 1, kSplit = 0, kLate = 0;
+  static constexpr bool kProjectable = false;
 
   template <class V>
   FUSEDRNN_INLINE static void forward(const Values<V, 1>& x, const Values<V, 1>& rec, Values<V, 1>& state,

@@ -43,8 +43,8 @@ FUSEDRNN_INLINE V clipped(V sent, V limit) {
 
 // The factor that brings the gradient sent to one sample's state, of this norm, down to the limit.
 template <class S>
-FUSEDRNN_INLINE S clip_factor(S norm, S limit) {
-  return norm > limit ? limit / norm : S(1);  // (P5)
+FUSEDRNN_INLINE S clip_factor(S length, S limit) {
+  return length > limit ? limit / length : S(1);  // (P5)
 }
 
 // The sum of squares of n values; at(j) gives the values j to j + lanes - 1.

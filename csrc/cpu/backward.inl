@@ -19,17 +19,11 @@ class BackwardPass {
   static constexpr int64_t kChunkBytes = 1 << 20;  // of dG: it stays in cache between its three uses
   static constexpr int64_t kLeastRows = 64, kMostRows = 512;
 
-  struct Shared {
-    Plan plan;
-    int64_t bounds[kMaxThreads + 1];
-    int threads;
-    char* block;
-    int64_t shared_bytes, team_bytes;
-    int64_t most_samples, chunk_rows, most_rows;
+  struct Shared : SharedPass {
+    int64_t chunk_rows;
     bool direct;  // weight gradients accumulate in the result itself
     S *w_ih[2], *w_hh[2], *w_rest[2], *w_hr[2];
     S *dw_ih, *dw_hh, *dw_hr, *db;  // [items][...], db: [items][C*H]
-    Flag* flags;
   };
   struct Row {  // where a row of the chunk finds what forward kept
     const S* saved;
@@ -71,26 +65,13 @@ class BackwardPass {
  private:
   // Plan, memory and flags for the threads that came; false: no memory.
   static bool prepare(const BackwardProblem& p, Shared& s, int threads) {
-    s.threads = threads;
-    if (threads < s.plan.teams * s.plan.members) s.plan = make_plan(p.size, G, L, threads);  // fewer than asked for
-    slice_batch(p.size, s.plan.slices, s.bounds);
-    s.most_samples = 0;
-    for (int k = 0; k < s.plan.slices; ++k) s.most_samples = max64(s.most_samples, s.bounds[k + 1] - s.bounds[k]);
+    s.share(p.size, G, L, threads);
     s.chunk_rows = kChunkBytes / (row_stride<S>(C * p.size.H) * static_cast<int64_t>(sizeof(S)));
     s.chunk_rows = min64(kMostRows, max64(kLeastRows, s.chunk_rows));
     s.most_rows = min64(p.size.N, s.chunk_rows + s.most_samples);
     s.direct = !kConvert && s.plan.slices == 1;
-    Carver shared(nullptr), team(nullptr);
-    carve_shared(p, s, shared);
-    carve_team(p, s, team);
-    s.shared_bytes = shared.used();
-    s.team_bytes = team.used();
-    s.block = static_cast<char*>(acquire_scratch(s.shared_bytes + s.plan.teams * s.team_bytes));
-    if (!s.block) return false;
-    Carver pieces(s.block);
-    carve_shared(p, s, pieces);
-    for (int i = 0; i < s.plan.teams * s.plan.members; ++i) s.flags[i].epoch = 0;
-    return true;
+    return s.allocate([&](Carver& carver) { carve_shared(p, s, carver); },
+                      [&](Carver& carver) { carve_team(p, s, carver); });
   }
 
   static void carve_shared(const BackwardProblem& p, Shared& s, Carver& carver) {

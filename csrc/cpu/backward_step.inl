@@ -38,7 +38,7 @@ void BackwardPass<Cell, T>::step(const Item& item, int64_t later_row, int64_t la
   const auto sent = [&](int64_t r, int64_t v, V acc) {
     return s.limited(with_mask(s.mask_of(r), v * L, s.R, acc) + carried(r, v * L));
   };
-  const auto arrive = [&](int64_t r, int64_t u, V dh) {  // dL/dh_t but for dy: the cell, or the projection first
+  const auto take_dh = [&](int64_t r, int64_t u, V dh) {  // dL/dh_t but for dy: the cell, or the projection first
     const Row& at = s.rows[r];
     if (s.norms) store(s.sent_dh + r * s.ldh + u, dh);
     if (at.dy) dh = dh + load<S>(at.dy + u, s.R - u);
@@ -60,7 +60,7 @@ void BackwardPass<Cell, T>::step(const Item& item, int64_t later_row, int64_t la
   const bool apart = severed > 0 || p_.clip_by_norm;
   if (!apart) {
     product<1>(packed(s_.w_hh[d]), gates, outputs_, {0, both}, dg_row, expect,
-               [&](int64_t r, int64_t v, const V* acc, int) { arrive(r, v * L, sent(r, v, acc[0])); });
+               [&](int64_t r, int64_t v, const V* acc, int) { take_dh(r, v * L, sent(r, v, acc[0])); });
   }
   product<1>(
       packed(s_.w_hh[d]), gates, outputs_, {apart ? severed : both, later}, dg_row, nothing_expected,
@@ -71,7 +71,7 @@ void BackwardPass<Cell, T>::step(const Item& item, int64_t later_row, int64_t la
     for (int64_t v = units_.begin; Z > 1 && v < units_.end; ++v) store(s.carry_c + r * s.ldm + v * L, V(0));
   }
   for (int64_t v = outputs_.begin; v < outputs_.end; ++v) {
-    for (int64_t r = apart ? 0 : both; r < now; ++r) arrive(r, v * L, carried(r, v * L));
+    for (int64_t r = apart ? 0 : both; r < now; ++r) take_dh(r, v * L, carried(r, v * L));
   }
   if (now == 0) return;
   if (s.projected) {

@@ -27,8 +27,9 @@ static_assert(kCells <= kMaxCells);
 
 template <class... Cells>
 const CellConstants* constants(CellList<Cells...>) {
-  static constexpr CellConstants table[] = {
-      {Cells::kName, Cells::kGates, Cells::kStates, Cells::kSaved, Cells::kFirst, Cells::kSplit}...};
+  static constexpr CellConstants table[] = {{Cells::kName, Cells::kGates, Cells::kStates, Cells::kSaved, Cells::kFirst,
+                                             Cells::kSplit, Cells::kProjectable}...};
+  static_assert(((!Cells::kProjectable || Cells::kStates == 2) && ...), "the drivers project cells with two states");
   return table;
 }
 

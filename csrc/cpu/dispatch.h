@@ -20,16 +20,6 @@ struct KernelTable {
   ForwardKernel forward[kMaxCells][kDTypes];  // null: not for this type
   BackwardKernel backward[kMaxCells][kDTypes];
   int64_t (*panel_bytes[kMaxCells][kDTypes])(const LayerSizes&);  // of the packed weights of a layer
-  // y[i] = f(x[i]) with the vector activations, for the accuracy tests. function: 0 sigmoid, 1 tanh.
-  void (*activation_f32)(int function, const float* x, float* y, int64_t n);
-  void (*activation_f64)(int function, const double* x, double* y, int64_t n);
-  // Multiplies and adds in registers and nothing else, `turns` times: the peak that products are held against.
-  // Returns the operations done.
-  int64_t (*multiply_adds)(int64_t turns);
-  // Other yardsticks: the sum of p[0, n), whose time is that of reading it; and `times` meetings of a team, whose flags
-  // are 64 bytes a member, cleared and aligned.
-  float (*read_all)(const float* p, int64_t n);
-  void (*meet)(void* flags, int me, int members, int64_t times);
   // A number for the contents of data: the same for others by a chance of about 2^-32 or less.
   uint64_t (*digest)(const void* data, int64_t bytes, uint64_t seed);
 };
@@ -55,6 +45,7 @@ bool forked();
 struct CellConstants {
   const char* name;
   int gates, states, saved, first, split;
+  bool projectable;
 };
 int find_cell(std::string_view name);  // -1: unknown
 const CellConstants& cell_constants(int cell);

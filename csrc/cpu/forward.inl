@@ -18,18 +18,11 @@ class ForwardPass {
   static constexpr int64_t kChunkRows = 192;  // of projected gates: they stay in the second-level cache
   static constexpr int64_t padded(int64_t n) { return ceil_div(n, L) * L; }  // to whole vectors
 
-  struct Shared {
-    Plan plan;
-    int64_t bounds[kMaxThreads + 1];
-    int threads;
-    char* block;
-    int64_t shared_bytes, team_bytes;
+  struct Shared : SharedPass {
     bool kept, ready;  // panels that outlive the call, packed before
-    int64_t most_samples, most_rows;
     bool packed;
     // panels of each direction
     S *w_ih[2], *w_hh[2], *w_rest[2], *w_hr[2], *b_ih[2], *b_hh[2];
-    Flag* flags;
   };
   struct TeamBuffers {
     S *h[2], *c, *m;  // [samples][row_stride]
@@ -68,25 +61,14 @@ class ForwardPass {
  private:
   // Plan, memory and flags for the threads that came; false: no memory.
   static bool prepare(const ForwardProblem& p, Shared& s, int threads) {
-    s.threads = threads;
-    if (threads < s.plan.teams * s.plan.members) s.plan = make_plan(p.size, G, L, threads);  // fewer than asked for
+    s.share(p.size, G, L, threads);
     s.ready = p.panels && p.panels->members == s.plan.members;
     s.kept = s.ready || (p.panels && p.panels->members == 0);
     s.packed = s.kept || p.size.N > kRowsUnpacked;
-    slice_batch(p.size, s.plan.slices, s.bounds);
-    s.most_samples = 0;
-    for (int k = 0; k < s.plan.slices; ++k) s.most_samples = max64(s.most_samples, s.bounds[k + 1] - s.bounds[k]);
     s.most_rows = min64(p.size.N, kChunkRows + s.most_samples);
-    Carver shared(nullptr), team(nullptr);
-    carve_shared(p, s, shared);
-    carve_team(p, s, team);
-    s.shared_bytes = shared.used();
-    s.team_bytes = team.used();
-    s.block = static_cast<char*>(acquire_scratch(s.shared_bytes + s.plan.teams * s.team_bytes));
-    if (!s.block) return false;
-    Carver pieces(s.block);
-    carve_shared(p, s, pieces);
-    for (int i = 0; i < s.plan.teams * s.plan.members; ++i) s.flags[i].epoch = 0;
+    const bool enough = s.allocate([&](Carver& carver) { carve_shared(p, s, carver); },
+                                   [&](Carver& carver) { carve_team(p, s, carver); });
+    if (!enough) return false;
     if (p.panels) p.panels->used = s.kept;
     if (s.kept) {
       Carver panels(static_cast<char*>(p.panels->data));
@@ -220,9 +202,9 @@ class ForwardPass {
         store(b_.h[0] + b * ldh_ + v * L, h);
         store(b_.h[1] + b * ldh_ + v * L, h);  // a sample that starts late finds it in either buffer
         if (!p_.noise.mask_h) continue;
-        const V seen = h * load<S>(static_cast<const T*>(p_.noise.mask_h) + sample * z_.R + v * L, z_.R - v * L);
-        store(b_.operand[0] + b * ldh_ + v * L, seen);
-        store(b_.operand[1] + b * ldh_ + v * L, seen);
+        const V operand = h * load<S>(static_cast<const T*>(p_.noise.mask_h) + sample * z_.R + v * L, z_.R - v * L);
+        store(b_.operand[0] + b * ldh_ + v * L, operand);
+        store(b_.operand[1] + b * ldh_ + v * L, operand);
       }
       if constexpr (Z > 1) {
         for (int64_t v = units_.begin; v < units_.end; ++v) {

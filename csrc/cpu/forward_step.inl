@@ -29,14 +29,14 @@ void ForwardPass<Cell, T>::step(const Item& item, int64_t t, int64_t row, int no
   const bool projected = z_.projected, saving = p_.saved;
   const S* bias = s_.b_hh[item.d];
   T* y = static_cast<T*>(p_.y) + (z_.offset[t] + item.first) * ldy + item.d * R;
-  const S *h_prev = b_.h[now], *seen = b_.operand[now];
-  S *h_next = b_.h[1 - now], *seen_next = b_.operand[1 - now], *c = b_.c, *m = b_.m;
+  const S *h_prev = b_.h[now], *operand = b_.operand[now];
+  S *h_next = b_.h[1 - now], *operand_next = b_.operand[1 - now], *c = b_.c, *m = b_.m;
   const T* mask = p_.noise.mask_h ? static_cast<const T*>(p_.noise.mask_h) + (item.d * z_.B + item.first) * R : nullptr;
   const StepNoise<T> noise(p_.noise, z_, item, t);
   S* const* gate_row = b_.gate_row + row;
   S* const* saved_row = b_.saved_row + row;
 
-  const auto h_row = [&](int64_t r) { return seen + r * ldh; };
+  const auto h_row = [&](int64_t r) { return operand + r * ldh; };
   const auto m_row = [&](int64_t r) { return m + r * ldm; };
   const auto expect = [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA {
     if (saving) {
@@ -70,7 +70,7 @@ void ForwardPass<Cell, T>::step(const Item& item, int64_t t, int64_t row, int no
     const RowNoise<T> own = noise.row(r);
     if (K == 0 && saving && own.changes_h()) store(saved_row[r] + u, h, H - u);
     h = own.h(u, R - u, h_prev + r * ldh, h);
-    if (mask) store(seen_next + r * ldh + u, masked(h, load<S>(mask + r * R + u, R - u)));
+    if (mask) store(operand_next + r * ldh + u, masked(h, load<S>(mask + r * R + u, R - u)));
     store(h_next + r * ldh + u, h);
     store(y + r * ldy + u, h, R - u);
   };
@@ -89,7 +89,7 @@ void ForwardPass<Cell, T>::step(const Item& item, int64_t t, int64_t row, int no
                  Values<V, Z> prev;
                  V q;
                  inputs(0, F, gates, u, acc, stride, x, rec);
-                 prev[0] = load(seen + r * ldh + u);
+                 prev[0] = load(operand + r * ldh + u);
                  Cell::forward_first(x, rec, prev, saved, q);
                  for (int k = 0; k < F; ++k) store(gates + k * pitch + u, saved[k], pitch - u);
                  store(m + r * ldm + u, q);

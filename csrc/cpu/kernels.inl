@@ -26,53 +26,6 @@ namespace {
 //
 #include "weight_gradients.inl"
 
-template <class S>
-void activation(int function, const S* x, S* y, int64_t n) {
-  constexpr int L = Vec<S>::kLanes;
-  for (int64_t i = 0; i < n; i += L) {
-    const Vec<S> v = load<S>(x + i, n - i);
-    store(y + i, function == 0 ? sigmoid(v) : tanh(v), n - i);
-  }
-}
-
-int64_t multiply_adds(int64_t turns) {
-  using V = Vec<float>;
-  constexpr int kSums = 12;  // two units with a latency of four or five
-  Raw<float>::Type sum[kSums];
-#pragma GCC unroll 12
-  for (int i = 0; i < kSums; ++i) sum[i] = V(static_cast<float>(i)).v;
-  const Raw<float>::Type factor = V(0.5f).v;
-  for (int64_t turn = 0; turn < turns; ++turn) {
-#pragma GCC unroll 12
-    for (int i = 0; i < kSums; ++i) sum[i] = sum[i] * factor + factor;
-  }
-#pragma GCC unroll 12
-  for (int i = 1; i < kSums; ++i) sum[0] += sum[i];
-  volatile float used = sum[0][0];
-  (void)used;
-  return turns * kSums * V::kLanes * 2;
-}
-
-float read_all(const float* p, int64_t n) {
-  using V = Vec<float>;
-  constexpr int kSums = 8, L = V::kLanes;
-  Raw<float>::Type sum[kSums] = {};
-  for (int64_t i = 0; i + kSums * L <= n; i += kSums * L) {
-#pragma GCC unroll 8
-    for (int j = 0; j < kSums; ++j) sum[j] += load(p + i + j * L).v;
-  }
-#pragma GCC unroll 8
-  for (int j = 1; j < kSums; ++j) sum[0] += sum[j];
-  float total = 0;
-  for (int lane = 0; lane < L; ++lane) total += sum[0][lane];
-  return total;
-}
-
-void meet(void* flags, int me, int members, int64_t times) {
-  Team team(static_cast<Flag*>(flags), me, members);
-  for (int64_t i = 0; i < times; ++i) team.meet();
-}
-
 // Each lane of several chains holds two hashes of its own words, of different making: what one does not tell apart by
 // its structure, such as the top bit of a word against a lower one of the next, the other does.
 uint64_t digest(const void* data, int64_t bytes, uint64_t seed) {
@@ -115,11 +68,6 @@ constexpr KernelTable make_table(CellList<Cells...>) {
           {{BackwardPass<Cells, float>::run, BackwardPass<Cells, double>::run, BackwardPass<Cells, BFloat16>::run}...},
           {{ForwardPass<Cells, float>::panel_bytes, ForwardPass<Cells, double>::panel_bytes,
             ForwardPass<Cells, BFloat16>::panel_bytes}...},
-          activation<float>,
-          activation<double>,
-          multiply_adds,
-          read_all,
-          meet,
           digest};
 }
 

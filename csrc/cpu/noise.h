@@ -8,21 +8,20 @@ struct RowNoise {
   using V = Vec<S>;
   const T *keep_h, *keep_c;  // [R], [H]
 
-  // The states of the n units from u on, of what the cell gives; `previous` points to the state before.
+  // zoneout (rules.h) of the n units from u on; `previous` points to the state before, `cell` is what the cell gives.
   FUSEDRNN_INLINE V h(int64_t u, int64_t n, const S* previous, V cell) const {
     return keep_h ? zoneout(load<S>(keep_h + u, n), load(previous + u), cell) : cell;
   }
   FUSEDRNN_INLINE V c(int64_t u, int64_t n, const S* previous, V cell) const {
     return keep_c ? zoneout(load<S>(keep_c + u, n), load(previous + u), cell) : cell;
   }
-  // d: in dL/d(state t), out dL/d of what the cell gives. Returns what goes past the cell to dL/d(state t-1).
+  // zoneout_backward
   FUSEDRNN_INLINE V past_h(int64_t u, int64_t n, V& d) const {
     return keep_h ? zoneout_backward(load<S>(keep_h + u, n), d) : V(0);
   }
   FUSEDRNN_INLINE V past_c(int64_t u, int64_t n, V& d) const {
     return keep_c ? zoneout_backward(load<S>(keep_c + u, n), d) : V(0);
   }
-  // Whether a state differs from the cell's output.
   FUSEDRNN_INLINE bool changes_h() const { return keep_h; }
   FUSEDRNN_INLINE bool changes_c() const { return keep_c; }
 };

@@ -69,6 +69,41 @@ class Team {
   int64_t epoch_ = 0;
 };
 
+// How the threads of a layer share it, and their memory: a block that all share, then one for each team.
+struct SharedPass {
+  Plan plan;
+  int64_t bounds[kMaxThreads + 1];  // of the slices of the batch
+  int threads;
+  char* block;
+  int64_t shared_bytes, team_bytes;
+  int64_t most_samples, most_rows;
+  Flag* flags;
+
+  // For the threads that came, which may be fewer than asked for.
+  void share(const LayerSizes& z, int gates, int lanes, int came) {
+    threads = came;
+    if (came < plan.teams * plan.members) plan = make_plan(z, gates, lanes, came);
+    slice_batch(z, plan.slices, bounds);
+    most_samples = 0;
+    for (int k = 0; k < plan.slices; ++k) most_samples = max64(most_samples, bounds[k + 1] - bounds[k]);
+  }
+  // carve_shared(carver) and carve_team(carver) take what they need; false: no memory.
+  template <class CarveShared, class CarveTeam>
+  bool allocate(const CarveShared& carve_shared, const CarveTeam& carve_team) {
+    Carver shared(nullptr), team(nullptr);
+    carve_shared(shared);
+    carve_team(team);
+    shared_bytes = shared.used();
+    team_bytes = team.used();
+    block = static_cast<char*>(acquire_scratch(shared_bytes + plan.teams * team_bytes));
+    if (!block) return false;
+    Carver pieces(block);
+    carve_shared(pieces);
+    for (int i = 0; i < plan.teams * plan.members; ++i) flags[i].epoch = 0;
+    return true;
+  }
+};
+
 #include "order.h"
 
 // All threads of the parallel region.

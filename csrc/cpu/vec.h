@@ -92,7 +92,7 @@ FUSEDRNN_INLINE void store(BFloat16* p, Vec<float> a) {  // to nearest, ties to 
   *reinterpret_cast<HalfWordsUnaligned*>(p) = h;
 }
 
-// The first n lanes only, n <= kLanes; the others load as zero. Full vectors take the fast road.
+// The first n lanes only, n <= kLanes; the others load as zero. Full vectors take the fast path.
 template <class S, class T>
 FUSEDRNN_INLINE Vec<S> load(const T* p, int64_t n) {
   if (__builtin_expect(n >= Vec<S>::kLanes, 1)) return load(p);

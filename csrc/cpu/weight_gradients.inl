@@ -102,7 +102,7 @@ FUSEDRNN_INLINE typename BackwardPass<Cell, T>::V BackwardPass<Cell, T>::second_
   if constexpr (kTwoStage) {
     state[0] = with_mask(mask, u, z_.R, previous_h(at, u, z_.R));
     return Cell::recurrent_operand(saved, state);
-  } else if constexpr (Z > 1) {
+  } else if constexpr (Cell::kProjectable) {
     state[0] = V(0);
     state[1] = candidate_c(at, saved, z_.H, u);
     return Cell::output(saved, state);

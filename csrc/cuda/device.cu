@@ -1,4 +1,4 @@
-// The stepwise road on CUDA: every body of step*.h as a kernel, one thread an element, on the stream of the call.
+// The stepwise driver on CUDA: every body of step*.h as a kernel, one thread an element, on the stream of the call.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>

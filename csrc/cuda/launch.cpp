@@ -1,10 +1,10 @@
-// See launch.h. Compiled only with a torch for CUDA (setup.py).
-#include "launch.h"
-
+// The GPU as a backend: workspace and stream from torch, products from cuBLAS, everything else from device.h. Compiled
+// only with a torch for CUDA (setup.py).
 #include <ATen/cuda/CUDAContext.h>
 #include <ATen/cuda/Exceptions.h>
 #include <c10/cuda/CUDAGuard.h>
 
+#include "../backend.h"
 #include "device.h"
 
 namespace fusedrnn {
@@ -72,14 +72,16 @@ void run(const Layer& layer, const Problem& p, const Bytes& bytes, const Pass& p
   TORCH_CHECK(!error, "fusedrnn: a CUDA kernel could not be launched: ", error);
 }
 
-}  // namespace
-
-void cuda_forward(const Layer& layer, const ForwardProblem& p) {
+void forward(const Layer& layer, const ForwardProblem& p) {
   run(layer, p, kCudaTable.forward_bytes, kCudaTable.forward);
 }
 
-void cuda_backward(const Layer& layer, const BackwardProblem& p) {
+void backward(const Layer& layer, const BackwardProblem& p) {
   run(layer, p, kCudaTable.backward_bytes, kCudaTable.backward);
 }
+
+}  // namespace
+
+const Backend kCudaBackend = {false, true, true, [](int, int) { return true; }, forward, backward};
 
 }  // namespace fusedrnn

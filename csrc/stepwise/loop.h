@@ -1,4 +1,4 @@
-// The stepwise road: one recurrent layer as matrix products and one element-wise kernel a time step, forward in
+// The stepwise driver: one recurrent layer as matrix products and one element-wise kernel a time step, forward in
 // loop_forward.h, backward in loop_backward.h; here is what both share. Written once, for any device that can
 // run a body over elements and make a product:
 //
@@ -62,10 +62,10 @@ E* typed(void* p, int64_t offset = 0) {
 
 // A weight of every slot, as the batched products read them: as it lies, or of two directions copied side by side.
 template <class Device, class T, class Problem>
-const T* beside(Device& device, const Problem& p, const void* LayerWeights::* weight, T* copies, int64_t rows,
-                int64_t columns) {
+const T* side_by_side(Device& device, const Problem& p, const void* LayerWeights::* weight, T* copies, int64_t rows,
+                      int64_t columns) {
   if (p.size.D == 1) return typed<T>(p.weights[0].*weight);
-  const Beside<T> body = {rows, columns, {typed<T>(p.weights[0].*weight), typed<T>(p.weights[1].*weight)}, copies};
+  const SideBySide<T> body = {rows, columns, {typed<T>(p.weights[0].*weight), typed<T>(p.weights[1].*weight)}, copies};
   device.each(2, rows, columns, body);
   return copies;
 }

@@ -1,4 +1,4 @@
-// The backward pass of the stepwise road (loop.h): back through the steps, which leaves dG of all of them; then the
+// The backward pass of the stepwise driver (loop.h): back through the steps, which leaves dG of all of them; then the
 // gradients that are sums over rows. `run` takes device memory of `bytes`.
 #pragma once
 
@@ -16,7 +16,7 @@ struct StepwiseBackward {
   using Problem = BackwardProblem;
   using S = Compute<T>;
   static constexpr DType kDType = Element<T>::kDType;
-  static constexpr int G = Cell::kGates, kSplit = Cell::kSplit, kBlocks = kSplit + G;
+  static constexpr int G = Cell::kGates, kSplit = Cell::kSplit, kBlocks = G + kSplit;
   static constexpr bool kTwoProducts = Cell::kFirst < G, kOneType = std::is_same_v<S, T>;
 
   // Rows that a bias gradient adds up at a time; then it adds as many such sums: short sums are exact ones.
@@ -77,10 +77,10 @@ struct StepwiseBackward {
     Arena arena(memory);
     const Work w = arrange<Device>(arena, p);
     const int64_t H = z.H, R = z.R, B = z.B, N = z.N;
-    const T* const w_hh = beside(device, p, &LayerWeights::w_hh, w.w_hh, G * H, R);
-    const T* const w_hr = z.projected ? beside(device, p, &LayerWeights::w_hr, w.w_hr, R, H) : nullptr;
+    const T* const w_hh = side_by_side(device, p, &LayerWeights::w_hh, w.w_hh, G * H, R);
+    const T* const w_hr = z.projected ? side_by_side(device, p, &LayerWeights::w_hr, w.w_hr, R, H) : nullptr;
     LoadStates<S, T> begin = {B, R, H, nullptr, w.dh, w.dc, {}, {}, {}};
-    StoreStates<S, S, T> finish = {B, R, H, w.dh, w.dc, {}, {}};
+    StoreStates<S, T> finish = {B, R, H, nullptr, w.dh, w.dc, {}, {}};
     BackwardBuffers<S, T> u = {};
     u.B = B, u.H = H, u.R = R, u.width = z.D * R;
     u.saved_stride = p.saved_stride;
@@ -119,9 +119,8 @@ struct StepwiseBackward {
       device.each(slots.count, N, NormColumns<Cell>::kCount, norms);
     }
     if (p.dgates) {
-      const int64_t width = kBlocks * H;
-      device.each(z.D, N, width, Rotated<S, T>{N, width, kSplit * H, w.dg, typed<S>(p.dgates)});
-      if (z.projected) device.each(z.D, N, R, Rotated<S, T>{N, R, 0, w.dy_rows, typed<S>(p.dh)});
+      device.each(z.D, N, kBlocks * H, Cast<T, S>{N, kBlocks * H, w.dg, typed<S>(p.dgates)});
+      if (z.projected) device.each(z.D, N, R, Cast<T, S>{N, R, w.dy_rows, typed<S>(p.dh)});
     }
   }
 
@@ -149,7 +148,7 @@ struct StepwiseBackward {
       product_of_rows(device, slots, at.rows, product);
     };
     if (z.projected) {
-      if constexpr (Cell::kStates == 2) {
+      if constexpr (Cell::kProjectable) {
         device.each(slots.count, rows, R, BackwardProjected<S, T>{element});
         multiply(u.dy_rows[0], R, 0, w_hr, R * H, R, H, u.through, false);
         device.each(slots.count, rows, H, BackwardStep<Cell, S, T, true>{element});
@@ -158,12 +157,12 @@ struct StepwiseBackward {
       device.each(slots.count, rows, H, BackwardStep<Cell, S, T, false>{element});
     }
     if constexpr (kTwoProducts) {
-      multiply(u.dg[0], width, (kSplit + Cell::kFirst) * H, w_hh + Cell::kFirst * H * R, G * H * R,
-               (G - Cell::kFirst) * H, H, u.through, false);
+      multiply(u.dg[0], width, Cell::kFirst * H, w_hh + Cell::kFirst * H * R, G * H * R, (G - Cell::kFirst) * H, H,
+               u.through, false);
       device.each(slots.count, rows, H, BackwardFirst<Cell, S, T>{element});
     }
     // The direct path to h_{t-1} is in dh already.
-    multiply(u.dg[0], width, kSplit * H, w_hh, G * H * R, Cell::kFirst * H, R, sent ? sent : u.dh, !sent);
+    multiply(u.dg[0], width, 0, w_hh, G * H * R, Cell::kFirst * H, R, sent ? sent : u.dh, !sent);
     if (sent) device.each(slots.count, rows, R, AddMasked<S, T>{element, sent});
   }
 
@@ -206,11 +205,11 @@ struct StepwiseBackward {
     const T* const x = typed<T>(p.x.data);
     const T* const xs[kMaxSlots] = {x, x};
     const int64_t own = (G - kSplit) * H;  // gates whose dx is drec
-    outer(u.dg, width, kSplit * H, own, xs, row_stride(p.x, z), I, &WeightGradients::w_ih, 0);
-    outer(u.dg, width, 0, kSplit * H, xs, row_stride(p.x, z), I, &WeightGradients::w_ih, own * I);
-    outer(u.dg, width, kSplit * H, Cell::kFirst * H, u.before, R, R, &WeightGradients::w_hh, 0);
+    outer(u.dg, width, 0, own, xs, row_stride(p.x, z), I, &WeightGradients::w_ih, 0);
+    outer(u.dg, width, G * H, kSplit * H, xs, row_stride(p.x, z), I, &WeightGradients::w_ih, own * I);
+    outer(u.dg, width, 0, Cell::kFirst * H, u.before, R, R, &WeightGradients::w_hh, 0);
     if (kTwoProducts) {
-      outer(u.dg, width, (kSplit + Cell::kFirst) * H, (G - Cell::kFirst) * H, u.q, H, H, &WeightGradients::w_hh,
+      outer(u.dg, width, Cell::kFirst * H, (G - Cell::kFirst) * H, u.q, H, H, &WeightGradients::w_hh,
             Cell::kFirst * H * R);
     }
     if (z.projected) outer(u.dy_rows, R, 0, R, u.q, H, H, &WeightGradients::w_hr, 0);
@@ -255,10 +254,10 @@ struct StepwiseBackward {
       device.product(product);
     };
     for (int s = 0; s < slots.count; ++s) {
-      add(s, kSplit * H, own, 0);
-      add(s, 0, kSplit * H, own);
+      add(s, 0, own, 0);
+      add(s, G * H, kSplit * H, own);
     }
-    if (rounded) device.each(1, z.N, z.I, Round<S, T>{z.I, typed<S>(p.dx_part[0]), typed<T>(p.dx)});
+    if (rounded) device.each(1, z.N, z.I, Cast<S, T>{z.N, z.I, typed<S>(p.dx_part[0]), typed<T>(p.dx)});
   }
 };
 

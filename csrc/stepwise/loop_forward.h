@@ -1,4 +1,4 @@
-// The forward pass of the stepwise road (loop.h): the products W_ih x of a span of steps, then step by step W_hh h
+// The forward pass of the stepwise driver (loop.h): the products W_ih x of a span of steps, then step by step W_hh h
 // and the cell. `run` takes device memory of `bytes`.
 #pragma once
 
@@ -67,11 +67,11 @@ struct StepwiseForward {
     Arena arena(memory);
     const Work w = arrange<Device>(arena, p);
     const int64_t H = z.H, R = z.R, B = z.B;
-    const Weights weights = {beside(device, p, &LayerWeights::w_ih, w.w_ih, G * H, z.I),
-                             beside(device, p, &LayerWeights::w_hh, w.w_hh, G * H, R),
-                             z.projected ? beside(device, p, &LayerWeights::w_hr, w.w_hr, R, H) : nullptr};
+    const Weights weights = {side_by_side(device, p, &LayerWeights::w_ih, w.w_ih, G * H, z.I),
+                             side_by_side(device, p, &LayerWeights::w_hh, w.w_hh, G * H, R),
+                             z.projected ? side_by_side(device, p, &LayerWeights::w_hr, w.w_hr, R, H) : nullptr};
     LoadStates<S, T> begin = {B, R, H, w.operand, w.h, w.c, {}, {}, {}};
-    StoreStates<T, S, T> finish = {B, R, H, w.operand, w.c, {}, {}};
+    StoreStates<S, T> finish = {B, R, H, w.operand, w.h, w.c, {}, {}};
     ForwardBuffers<S, T> u = {};
     u.B = B, u.H = H, u.R = R, u.width = z.D * R;
     u.saved_stride = p.saved_stride;
@@ -93,13 +93,7 @@ struct StepwiseForward {
       project(device, p, slots, w, weights, slots.span(z, i, end));
       for (; i < end; ++i) step(device, p, slots, w, weights, u, slots.span(z, chunk, end), i);
     }
-    if (p.noise.mask_h) {  // what the products read is not h
-      const StoreStates<S, S, T> unmasked = {
-          B, R, H, w.h, w.c, {finish.to_h[0], finish.to_h[1]}, {finish.to_c[0], finish.to_c[1]}};
-      device.each(slots.count, B, std::max(H, R), unmasked);
-    } else {
-      device.each(slots.count, B, std::max(H, R), finish);
-    }
+    device.each(slots.count, B, std::max(H, R), finish);
   }
 
  private:
@@ -147,7 +141,7 @@ struct StepwiseForward {
       product.c = w.rec + Cell::kFirst * H;
       product_of_rows(device, slots, at.rows, product);
     }
-    if constexpr (Cell::kStates == 2) {
+    if constexpr (Cell::kProjectable) {
       if (z.projected) {
         device.each(slots.count, rows, H, ForwardStep<Cell, S, T, true>{element});
         return project_output(device, p, slots, w, weights, element);

@@ -1,4 +1,4 @@
-// A matrix product as the stepwise road asks for it. Each device brings its own way of making one (Device::product).
+// A matrix product as the stepwise driver asks for it. Each device brings its own way of making one (Device::product).
 #pragma once
 
 #include <cstdint>

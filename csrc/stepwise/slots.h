@@ -1,4 +1,4 @@
-// Which rows each direction of a layer works on, step by step: the index arithmetic of the stepwise road. Pure.
+// Which rows each direction of a layer works on, step by step: the index arithmetic of the stepwise driver. Pure.
 #pragma once
 
 #include <algorithm>

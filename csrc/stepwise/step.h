@@ -1,4 +1,4 @@
-// The element-wise kernels of the stepwise road, as bodies: body(s, row, column) does one element of slot s (a
+// The element-wise kernels of the stepwise driver, as bodies: body(s, row, column) does one element of slot s (a
 // direction of the layer), or nothing where the slot has no such row. A device runs a body over all elements, in any
 // order: on the GPU one thread each (device.cu), in the tests a loop on the CPU (host.cpp). The equations are the
 // cells'.
@@ -27,21 +27,20 @@ template <class S, class T>
 struct StepNoise {
   PerSlot<StepView<T>> keep_h, keep_c;  // [rows, R], [rows, H]
 
-  // The states of element (b, j), of the state before and what the cell gives.
+  // zoneout (rules.h) of element (b, j); `cell` is what the cell gives.
   FUSEDRNN_INLINE S h(int s, int64_t b, int64_t j, S previous, S cell) const {
     return keep_h[s].data ? zoneout(at(keep_h[s], b, j), previous, cell) : cell;
   }
   FUSEDRNN_INLINE S c(int s, int64_t b, int64_t j, S previous, S cell) const {
     return keep_c[s].data ? zoneout(at(keep_c[s], b, j), previous, cell) : cell;
   }
-  // d: in dL/d(state t), out dL/d of what the cell gives. Returns what goes past the cell to dL/d(state t-1).
+  // zoneout_backward
   FUSEDRNN_INLINE S past_h(int s, int64_t b, int64_t j, S& d) const {
     return keep_h[s].data ? zoneout_backward(at(keep_h[s], b, j), d) : S(0);
   }
   FUSEDRNN_INLINE S past_c(int s, int64_t b, int64_t j, S& d) const {
     return keep_c[s].data ? zoneout_backward(at(keep_c[s], b, j), d) : S(0);
   }
-  // Whether a state differs from the cell's output.
   FUSEDRNN_INLINE bool changes_h(int s) const { return keep_h[s].data; }
   FUSEDRNN_INLINE bool changes_c(int s) const { return keep_c[s].data; }
 
@@ -71,7 +70,7 @@ StepNoise<S, T> noise_of_step(const StateNoise& from, const LayerSizes& z, const
 
 // One matrix of each slot, [rows][columns], side by side.
 template <class T>
-struct Beside {
+struct SideBySide {
   int64_t rows, columns;
   PerSlot<const T*> from;
   T* to;  // [slots][rows][columns]
@@ -81,16 +80,17 @@ struct Beside {
   }
 };
 
-// The matrices of all slots in the wide type, the first `shift` columns after the others.
-template <class S, class T>
-struct Rotated {
-  int64_t rows, columns, shift;
-  const T* from;  // [slots][rows][columns]
-  S* to;          // [slots][rows][columns]
+// The matrices of all slots in another type: the one that they are computed in, or back.
+template <class From, class To>
+struct Cast {
+  int64_t rows, columns;
+  const From* from;  // [slots][rows][columns]
+  To* to;            // [slots][rows][columns]
 
   FUSEDRNN_INLINE void operator()(int s, int64_t row, int64_t j) const {
-    const int64_t last = columns - shift;
-    to[(s * rows + row) * columns + j] = widen(from[(s * rows + row) * columns + (j < last ? j + shift : j - last)]);
+    const int64_t at = (s * rows + row) * columns + j;
+    if constexpr (std::is_same_v<From, Compute<To>>) to[at] = narrow<To>(from[at]);
+    else to[at] = widen(from[at]);
   }
 };
 
@@ -119,21 +119,19 @@ struct LoadStates {
   }
 };
 
-// And back. E: the type of h, T or S.
-template <class E, class S, class T>
+// And back.
+template <class S, class T>
 struct StoreStates {
   int64_t B, R, H;
-  const E* h;        // [slots][B][R]
+  const T* operand;  // [slots][B][R]: of h if there is no `h`
+  const S* h;        // [slots][B][R], or null
   const S* c;        // [slots][B][H], or null
   PerSlot<T*> to_h;  // [B, R]
   PerSlot<T*> to_c;  // [B, H]
 
   FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t j) const {
-    if (j < R) {
-      const E value = h[(s * B + b) * R + j];
-      if constexpr (std::is_same_v<E, T>) to_h[s][b * R + j] = value;
-      else to_h[s][b * R + j] = narrow<T>(value);
-    }
+    const int64_t i = (s * B + b) * R + j;
+    if (j < R) to_h[s][b * R + j] = h ? narrow<T>(h[i]) : operand[i];
     if (c && j < H) to_c[s][b * H + j] = narrow<T>(c[(s * B + b) * H + j]);
   }
 };

@@ -5,8 +5,8 @@
 
 namespace fusedrnn {
 
-// What the steps of a backward pass share. A row of dg holds first the gradients of x for the last kSplit gates, then
-// those of rec for all gates, kSplit + kGates blocks of H.
+// What the steps of a backward pass share. A row of dg holds the gradients of rec for all gates, then those of x for
+// the last kSplit gates, kGates + kSplit blocks of H.
 template <class S, class T>
 struct BackwardBuffers {
   int64_t B, H, R, width;
@@ -15,7 +15,7 @@ struct BackwardBuffers {
   PerSlot<const T*> y;      // [N, width], from the direction's first column on
   PerSlot<const S*> saved;  // [N, saved_stride]
   int64_t saved_stride;
-  PerSlot<T*> dg;          // [N, (kSplit + G)*H]
+  PerSlot<T*> dg;          // [N, (G + kSplit)*H]
   PerSlot<const T*> mask;  // [B, R] or null
   PerSlot<T*> before;      // [N, R]: mask * h_{t-1} of each row, or null
   PerSlot<T*> q;           // [N, H]: operand of the second product or output before its projection; or null
@@ -111,9 +111,9 @@ struct BackwardStep : BackwardElement<S, T> {
     }
     Values<S, Cell::kGates> dx = {}, drec = {};
     Cell::backward(saved, previous, current, d, dx, drec);
-    T* out = u.dg[s] + n * (Cell::kSplit + Cell::kGates) * H + j;
-    for (int k = 0; k < Cell::kSplit; ++k) out[k * H] = narrow<T>(dx[Cell::kGates - Cell::kSplit + k]);
-    for (int g = 0; g < Cell::kGates; ++g) out[(Cell::kSplit + g) * H] = narrow<T>(drec[g]);
+    T* out = u.dg[s] + n * (Cell::kGates + Cell::kSplit) * H + j;
+    for (int g = 0; g < Cell::kGates; ++g) out[g * H] = narrow<T>(drec[g]);
+    for (int g = Cell::kGates - Cell::kSplit; g < Cell::kGates; ++g) out[(g + Cell::kSplit) * H] = narrow<T>(dx[g]);
     if constexpr (!kProjected) u.dh[i] = d[0] + direct_h;
     if constexpr (Cell::kStates == 2) u.dc[i] = d[1] + direct_c;
   }
@@ -127,7 +127,7 @@ struct BackwardFirst : BackwardElement<S, T> {
     const auto& u = this->u;
     const int64_t H = u.H, i = (s * u.B + b) * H + j;
     const S* row = this->saved_row(s, b);
-    T* out = u.dg[s] + (this->at.first[s] + b) * (Cell::kSplit + Cell::kGates) * H + Cell::kSplit * H + j;
+    T* out = u.dg[s] + (this->at.first[s] + b) * (Cell::kGates + Cell::kSplit) * H + j;
     Values<S, Cell::kSaved> saved;
     for (int k = 0; k < Cell::kSaved; ++k) saved[k] = row[k * H + j];
     const Values<S, 1> previous = {this->previous_operand(s, b, j)};
@@ -140,7 +140,7 @@ struct BackwardFirst : BackwardElement<S, T> {
   }
 };
 
-// What the products send back to a masked h, beside the direct path.
+// What the products send back to a masked h, in addition to the direct path.
 template <class S, class T>
 struct AddMasked : BackwardElement<S, T> {
   const S* sent;  // [slots][B][R]
@@ -207,7 +207,7 @@ struct RowNorms {
   RowView dy;
   PerSlot<const S*> dh;           // [N, R]
   PerSlot<const S*> sent_dc, dc;  // [N, H]
-  PerSlot<const T*> dg;           // [N, (kSplit + G)*H]
+  PerSlot<const T*> dg;           // [N, (G + kSplit)*H]
   S* to;                          // [slots][N][columns]
 
   static constexpr int G = Cell::kGates, kSplit = Cell::kSplit;
@@ -229,7 +229,7 @@ struct RowNorms {
     return norm(sum_of_squares<S>(R, 1, [&](int64_t j) { return sent[j] + widen(more[j]); }));
   }
   FUSEDRNN_INLINE S norm_of_gate(int s, int64_t n, int64_t g) const {
-    const T* row = dg[s] + (n * (kSplit + G) + (g < G - kSplit ? g + kSplit : g - (G - kSplit))) * H;
+    const T* row = dg[s] + (n * (G + kSplit) + (g < G - kSplit ? g : g + kSplit)) * H;
     return norm(sum_of_squares<S>(H, 1, [&](int64_t j) { return widen(row[j]); }));
   }
 };
@@ -253,32 +253,17 @@ struct SumRows {
 template <class S, class T, int kGates, int kSplit>
 struct BiasGradients {
   int64_t H, parts;
-  PerSlot<const S*> part;  // [parts, (kSplit + kGates)*H]
+  PerSlot<const S*> part;  // [parts, (kGates + kSplit)*H]
   PerSlot<T*> db_ih;       // [G*H]
   PerSlot<T*> db_hh;       // [G*H]
 
   FUSEDRNN_INLINE void operator()(int s, int64_t, int64_t j) const {
-    constexpr int kBlocks = kSplit + kGates;
     S sum = S(0);
-    for (int64_t p = 0; p < parts; ++p) sum += part[s][p * kBlocks * H + j];
+    for (int64_t p = 0; p < parts; ++p) sum += part[s][p * (kGates + kSplit) * H + j];
     const T value = narrow<T>(sum);
-    if (j < kSplit * H) {
-      db_ih[s][(kGates - kSplit) * H + j] = value;
-    } else {
-      const int64_t gate = j - kSplit * H;
-      db_hh[s][gate] = value;
-      if (gate < (kGates - kSplit) * H) db_ih[s][gate] = value;
-    }
-  }
-};
-
-template <class S, class T>
-struct Round {
-  int64_t columns;
-  const S* from;
-  T* to;
-  FUSEDRNN_INLINE void operator()(int, int64_t row, int64_t j) const {
-    to[row * columns + j] = narrow<T>(from[row * columns + j]);
+    if (j < kGates * H) db_hh[s][j] = value;
+    if (j < (kGates - kSplit) * H) db_ih[s][j] = value;
+    if (j >= kGates * H) db_ih[s][j - kSplit * H] = value;
   }
 };
 

@@ -13,8 +13,6 @@ from torch import nn
 
 from .._C import packed_weights
 
-__all__ = ["Cached", "cached", "find", "forget"]
-
 
 class Cached:
     """Of one module. ``packed``: a capsule of C++; ``step``: a step that streaming has prepared, None without."""

@@ -21,8 +21,6 @@ from ..options import HasOptions
 from ..torch_internals import dual_level
 from . import cache
 
-__all__ = ["Form", "form_of", "infers", "plain_call"]
-
 _BATCH_FIRST = Options(batch_first=True)
 
 

@@ -22,8 +22,6 @@ from ..torch_internals import heard, kept_weights, runs_of_call
 from . import cache
 from .plain_call import form_of
 
-__all__ = ["Usual", "step"]
-
 
 class _Prepared(NamedTuple):
     """A step that C++ has checked, and what of the module it depends on."""
@@ -35,7 +33,7 @@ class _Prepared(NamedTuple):
 
 
 def _kind(module: torch.nn.RNNBase) -> tuple[Any, ...]:
-    """What ``forward`` reads of a module beside its weights and options."""
+    """What ``forward`` reads of a module besides its weights and options."""
     return type(module), module.mode, form_of(module, 2)
 
 

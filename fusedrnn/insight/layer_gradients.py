@@ -14,8 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["ADVICE", "LEGEND", "NEGLIGIBLE", "VERDICTS", "LayerGradients"]
-
 #: :attr:`LayerGradients.verdict` by :attr:`LayerGradients.change`, the first whose limit is not below it.
 VERDICTS = ((1e-3, "vanishing"), (0.1, "falling"), (10.0, "steady"), (1e3, "growing"), (math.inf, "exploding"))
 #: What enters from outside does not count up to this part of the gradient there, over all steps together.

@@ -15,35 +15,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..cells import CELLS
-from ..layer.call import LayerCall, OutputGradients, Owner
+from ..layer.call import NOISELESS, LayerCall, OutputGradients, Owner
 from ..layer.listeners import listening, lock
 from ..layer.segments import Segments
 from ..options import HasOptions
 from ..torch_internals import backward_pass, transformed
 from .layer_gradients import ADVICE, LEGEND, LayerGradients
 
-__all__ = ["LayerGradients", "record_gradients"]
-
-
 _RNNBase = nn.RNNBase  # people give names of torch.nn to our classes
 
 
 class _Call(NamedTuple):
-    """What a layer's backward pass has left."""
+    """What a layer's backward pass has left; ``of``: the call without its tensors."""
 
-    module: nn.Module
-    layer: int
-    layout: Segments | Sequence[Tensor | None] | None
-    cell: str
+    of: LayerCall
     norms: Tensor
     outside: list[Tensor]
     shape: torch.Size
-    batch_sizes: Tensor | None
     backward: int
     call: int
-    cut: bool
-    clip: float
 
 
 class record_gradients:
@@ -99,16 +89,12 @@ class record_gradients:
         if norms.is_meta:
             raise RuntimeError("record_gradients: gradients on the meta device have no norms")
         with lock:
-            module, layer, layout = call.owner.module(), call.owner.layer, call.owner.layout
             number = self._passes.setdefault(backward_pass(), len(self._passes))
-            index = self._calls.get((number, module, layer), 0)
-            self._calls[number, module, layer] = index + 1
+            key = number, call.owner.module(), call.owner.layer
+            index = self._calls[key] = self._calls.get(key, -1) + 1
             outside = [_norms_of(d, norms) for d in (gradients.y, gradients.c)[: len(call.states)]]
-            cut = call.options.bptt_steps > 0 or (isinstance(layout, Segments) and not layout.uncut)
-            self._raw.append(
-                _Call(module, layer, layout, call.cell, norms.detach(), outside, call.x.shape, call.batch_sizes, number,
-                      index, cut, call.options.clip)
-            )  # fmt: skip
+            of = call._replace(x=None, states=(), weights=(), noise=NOISELESS)
+            self._raw.append(_Call(of, norms.detach(), outside, call.x.shape, number, index))
             self._layers = []
 
     @property
@@ -121,15 +107,17 @@ class record_gradients:
             return self._layers
 
     def _laid_out(self, raw: _Call, several: tuple[bool, bool]) -> list[LayerGradients]:
-        info, found, states = CELLS[raw.cell], [], len(CELLS[raw.cell].states)
+        info, owner, options, found = raw.of.info, raw.of.owner, raw.of.options, []
+        states, layout = len(info.states), owner.layout
+        cut = options.bptt_steps > 0 or (isinstance(layout, Segments) and not layout.uncut)
         for d, rows in enumerate(raw.norms.cpu()):
             rows = torch.cat([rows, *(norms[d].cpu().unsqueeze(1) for norms in raw.outside)], dim=1)
             rows = rows.nan_to_num(torch.inf, torch.inf)  # NaN says that there is no step
-            values = _by_sample(rows, raw.layout, raw.shape, raw.batch_sizes).unbind(2)
+            values = _by_sample(rows, layout, raw.shape, raw.of.batch_sizes).unbind(2)
             found.append(
                 LayerGradients(
-                    self._names[raw.module],
-                    raw.layer,
+                    self._names[owner.module()],
+                    owner.layer,
                     ("forward", "reverse")[d],
                     h=values[states],
                     c=values[states + 1] if states == 2 else None,
@@ -141,8 +129,8 @@ class record_gradients:
                     backward=raw.backward,
                     call=raw.call,
                     several=several,
-                    cut=raw.cut,
-                    clip=raw.clip,
+                    cut=cut,
+                    clip=options.clip,
                 )
             )
         return found

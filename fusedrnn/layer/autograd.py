@@ -24,7 +24,7 @@ from .listeners import interested
 from .ops import KERNEL_DTYPES, refuse_older_exporter
 from .second_order import hessian_vector_product
 
-__all__ = ["RecurrentLayer", "RecurrentLayerBackward", "in_place", "recurrent_layer"]
+__all__ = ["RecurrentLayer", "RecurrentLayerBackward", "recurrent_layer"]
 
 
 def recurrent_layer(call: LayerCall) -> Outputs:
@@ -116,15 +116,8 @@ class RecurrentLayer(torch.autograd.Function):
     Returns ``y, *final states, c, saved``. Shapes as in :func:`fusedrnn.functional.recurrent` for a single layer;
     ``c`` is None if the options do not ask for it.
 
-    *Saved for backward*: the inputs, ``y`` (which holds every h_t), and one buffer ``saved`` with, for each unit,
-    sample and step, the activated gates (LSTM i, f, g, o; GRU r, z, n and, with the reset gate after the product,
-    W_hn h + b_hn; residual RNN g; RNN nothing) and c_t: 5 values for the LSTM, 4 for the GRU (3 with
-    ``reset_after=False``), 1 for the residual RNN, none for the RNN. Layers of 16-bit types save float32.
-
-    *Recomputed in backward*: tanh(c_t), the operands r * h_{t-1} (GRU with ``reset_after=False``) and
-    o * tanh(c_t) (projected LSTM). The gradients of the gates are never stored for all steps, on the CPU; on a GPU they
-    are, during the backward pass. With ``options.recompute`` everything that would be in ``saved``, by a second forward
-    pass.
+    Saved for the backward pass: the inputs, ``y``, and ``saved`` of the op, or nothing with ``options.recompute``.
+    docs/design.md says which values these are and what is computed again.
     """
 
     generate_vmap_rule = True  # from the ops' rules (batching.py)

@@ -32,8 +32,6 @@ from .call import (
 )
 from .differentiable import STEPS, previous
 
-__all__ = ["is_batched_by_autograd", "map_backward"]
-
 _CONSTANTS = {entry["name"]: entry for entry in _C.cells()}
 Dim = int | None
 
@@ -153,20 +151,18 @@ torch.library.register_vmap("fusedrnn::layer_backward", _map_backward)
 
 def _weight_gradients(call: LayerCall, count: int, y: Tensor, saved: Tensor, gradients: Gradients) -> list[Tensor]:
     """Each weight's gradients (V, *) from the rows of all samples: x (N*V, I), y (N*V, D*R), the others (D, N*V, *)."""
-    cell, rows, weights, steps = call.cell, call.x_rows, call.weights, call.rows
+    cell, rows, steps, hidden, out = call.cell, call.x_rows, call.rows, call.hidden, call.width
     x, y, h0, dgates, dh = call.x.flatten(0, rows), y.flatten(0, rows), call.states[0], gradients.gates, gradients.h
-    each, constants = len(weights) // call.directions, _CONSTANTS[cell]
-    gates, first, split, kept = (constants[name] for name in ("gates", "first", "split", "saved"))
+    gates, first, split, kept = (_CONSTANTS[cell][name] for name in ("gates", "first", "split", "saved"))
     found = []
-    for d in range(call.directions):
-        hidden, out = weights[1].size(0) // gates, weights[1].size(1)
+    for d, weights in enumerate(call.by_direction):
         mine = _unfold(dgates[d], 0, count)  # (N, V, (gates + split) * H)
         values = _unfold(saved[d], 0, count).split(hidden, dim=-1)  # those kept of the cell, then c_t
         inputs = _unfold(x, 0, count)
         start = None if h0 is None else h0[d]
         before = _unfold(previous(y[:, d * out : (d + 1) * out], start, steps, reverse=d == 1), 0, count)
 
-        def of(begin: int, end: int, mine: Tensor = mine, hidden: int = hidden) -> Tensor:
+        def of(begin: int, end: int, mine: Tensor = mine) -> Tensor:
             return mine[..., begin * hidden : end * hidden]
 
         own = gates - split  # gates whose input part has the gradient of the recurrent part
@@ -175,11 +171,11 @@ def _weight_gradients(call: LayerCall, count: int, y: Tensor, saved: Tensor, gra
         if first < gates:
             dw_hh.append(_outer(of(first, gates), STEPS[cell].operand(values[:kept], before)))
         found += [torch.cat(dw_ih, dim=1) if split else dw_ih[0], torch.cat(dw_hh, dim=1)]
-        if each >= 4:
+        if weights.b_ih is not None:
             sums = mine.sum(0)
             input_sums = torch.cat([sums[:, : own * hidden], sums[:, gates * hidden :]], dim=1)
             found += [input_sums, sums[:, : gates * hidden]]
-        if each % 2:
+        if weights.w_hr is not None:
             found.append(_outer(_unfold(dh[d], 0, count), STEPS[cell].output(values[:kept], values[kept])))
     return [g.to(x.dtype) for g in found]
 

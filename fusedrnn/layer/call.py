@@ -19,24 +19,6 @@ from torch import Tensor, nn
 from .. import _C  # noqa: F401  registers the ops
 from ..cells import CELLS, CellInfo
 
-__all__ = [
-    "NOISELESS",
-    "PLAIN",
-    "BackwardArguments",
-    "ForwardArguments",
-    "Gradients",
-    "LayerCall",
-    "Leaves",
-    "Needs",
-    "Noise",
-    "Options",
-    "OutputGradients",
-    "Outputs",
-    "Owner",
-    "layer_backward",
-    "layer_forward",
-]
-
 layer_forward = torch.ops.fusedrnn.layer_forward.default
 layer_backward = torch.ops.fusedrnn.layer_backward.default
 
@@ -76,9 +58,7 @@ class Options(NamedTuple):
     Attributes:
         states: whether c_t of every step is wanted.
         recompute: whether the backward pass computes the gates again instead of saving them.
-        bptt_steps: no gradient passes from t to t - 1 where t is a multiple of it; 0: all pass.
-        clip: the limit of what a step sends back to the states before it; 0: none.
-        clip_by_norm: whether it limits each sample's norm, not each element.
+        bptt_steps, clip, clip_by_norm: what a step sends back (csrc/problem.h); 0: all of it.
         batch_first: whether y is (B, T, D*R), laid out in memory as (T, B, D*R). Turned in the layer, where y is not
             saved yet for the backward pass: a view would refuse methods in place that torch.nn's output allows.
     """
@@ -111,13 +91,43 @@ class Owner(NamedTuple):
 NOISELESS, PLAIN = Noise(), Options()
 
 
+class Weights(NamedTuple):
+    """The weights of one direction, or as much for each: shapes, gradients. None: not there. A layer's list has those
+    that are there, in this order, of one direction after the other.
+    """
+
+    w_ih: Any  # (G*H, I)
+    w_hh: Any  # (G*H, R)
+    b_ih: Any = None  # (G*H)
+    b_hh: Any = None  # (G*H)
+    w_hr: Any = None  # (R, H)
+
+    @staticmethod
+    def counts(projectable: bool) -> tuple[int, ...]:
+        """How many a direction may have."""
+        return (2, 3, 4, 5) if projectable else (2, 4)
+
+    @classmethod
+    def split(cls, flat: Sequence[Any], directions: int) -> list[Weights]:
+        """Those of each direction, from the list of a layer, or of each layer and direction from that of a stack."""
+        each = len(flat) // directions
+        biases, projected = each >= 4, each % 2 == 1
+        parts = [flat[d * each : (d + 1) * each] for d in range(directions)]
+        return [cls(*p[: 4 if biases else 2], **{"w_hr": p[-1]} if projected else {}) for p in parts]
+
+    @property
+    def flat(self) -> list[Any]:
+        """Those that are there."""
+        return [w for w in self if w is not None]
+
+
 class Leaves(NamedTuple):
     """What a layer may be differentiated by, or as much for each: gradients, tangents. None: zero, or not there.
 
     Attributes:
         x: (T, B, I) or (N, I).
         states: h_0 (D, B, R) and, for cells with c, c_0 (D, B, H).
-        weights: of each direction w_ih (G*H, I), w_hh (G*H, R)[, b_ih (G*H), b_hh (G*H)][, w_hr (R, H)].
+        weights: a layer's list (:class:`Weights`).
     """
 
     x: Tensor | None
@@ -159,7 +169,7 @@ class OutputGradients(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients are wanted beside those of the initial states; the last two are of each row."""
+    """Which gradients are wanted besides those of the initial states; the last two are of each row."""
 
     x: bool
     weights: bool
@@ -213,6 +223,20 @@ class LayerCall(NamedTuple):
     @property
     def leaves(self) -> Leaves:
         return Leaves(self.x, self.states, self.weights)
+
+    @property
+    def by_direction(self) -> list[Weights]:
+        return Weights.split(self.weights, self.directions)
+
+    @property
+    def hidden(self) -> int:
+        """H."""
+        return self.weights[1].size(0) // len(self.info.gates)
+
+    @property
+    def width(self) -> int:
+        """R."""
+        return self.weights[1].size(1)
 
     @property
     def x_rows(self) -> int:

@@ -15,9 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..cells import CELLS
-from .call import LayerCall, Leaves, OutputGradients, Outputs
-
-__all__ = ["STEPS", "Numbered", "gradients", "layer", "numbered", "previous"]
+from .call import LayerCall, Leaves, OutputGradients, Outputs, Weights
 
 States = tuple[Tensor, ...]
 Recurrent = Callable[[Tensor, int, int], Tensor]  # (h, first, last) -> W_hh h + b_hh of these gates
@@ -81,10 +79,9 @@ def layer(call: LayerCall) -> Outputs:
     """What :meth:`LayerCall.forward` computes, without what it saves, and for cells with c all c_t, (T, B, D*H) or
     (N, D*H).
     """
-    rows, x, each = call.rows, call.x, len(call.weights) // call.directions
+    rows, x = call.rows, call.x
     noise, steps, finals = call.noise.for_op(x), [], []
-    for d in range(call.directions):
-        weights = call.weights[d * each : (d + 1) * each]
+    for d, weights in enumerate(call.by_direction):
         start = [None if s is None else s[d] for s in call.states]
         keeps = [
             None if k is None else k.flatten(0, -2).chunk(call.directions, 1)[d].split(rows)
@@ -126,16 +123,14 @@ def _direction(
     x: Tensor,
     rows: Sequence[int],
     start: Sequence[Tensor | None],
-    weights: Sequence[Tensor],
+    weights: Weights,
     mask: Tensor | None,
     keeps: Sequence[Sequence[Tensor] | None],
 ) -> tuple[States, States]:
     """One direction: each state at all steps, rows in the order of time, and at the end. ``mask`` (B, R): of h in the
     products; ``keeps``: for each state the part of the one before, by steps.
     """
-    w_ih, w_hh = weights[:2]
-    b_ih, b_hh = weights[2:4] if len(weights) >= 4 else (None, None)
-    w_hr = weights[-1] if len(weights) % 2 else None
+    w_ih, w_hh, b_ih, b_hh, w_hr = weights
     gates, step = len(CELLS[cell].gates), STEPS[cell].of
     hidden = w_hh.size(0) // gates
     projections = linear(x.reshape(-1, w_ih.size(1)), w_ih, b_ih).split(list(rows))

@@ -22,10 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .call import NOISELESS, LayerCall, Noise
+from .call import NOISELESS, LayerCall, Noise, Weights
 from .segments import Segments
-
-__all__ = ["Rates", "draw", "drop_input", "drop_weights", "kept_parts", "rates"]
 
 
 class Rates(NamedTuple):
@@ -81,19 +79,21 @@ def drop_input(x: Tensor, rate: float, batch_sizes: Tensor | None, layout: objec
 
 
 def drop_weights(weights: Sequence[Tensor], rate: float, directions: int) -> Sequence[Tensor]:
-    """Each direction's W_hh, the second of its weights, with elements dropped."""
+    """A layer's, each direction's W_hh with elements dropped."""
     if rate == 0:
         return weights
-    each = len(weights) // directions
-    return [w * _mask(w, rate, w.shape) if i % each == 1 else w for i, w in enumerate(weights)]
+    dropped = (
+        own._replace(w_hh=own.w_hh * _mask(own.w_hh, rate, own.w_hh.shape))
+        for own in Weights.split(weights, directions)
+    )
+    return [w for own in dropped for w in own.flat]
 
 
 def draw(rates: Rates, training: bool, call: LayerCall, layout: object) -> Noise:
     """Masks for the states of a layer."""
     if rates.recurrent == rates.zoneout_h == rates.zoneout_c == 0:
         return NOISELESS
-    x, batch_sizes, directions, w_hh = call.x, call.batch_sizes, call.directions, call.weights[1]
-    hidden, out, mask_h = w_hh.size(0) // len(call.info.gates), w_hh.size(1), None
+    x, batch_sizes, directions, out, mask_h = call.x, call.batch_sizes, call.directions, call.width, None
     if rates.recurrent > 0:
         segments = layout if isinstance(layout, Segments) else None
         samples = segments.samples if segments else x.size(1) if batch_sizes is None else int(batch_sizes[0])
@@ -107,7 +107,7 @@ def draw(rates: Rates, training: bool, call: LayerCall, layout: object) -> Noise
             return _bernoulli((*x.shape[:-1], width), rate, x.device)
         return x.new_full((1,) * (x.dim() - 1) + (width,), rate).expand(*x.shape[:-1], width)
 
-    return Noise(mask_h, keep(rates.zoneout_h, directions * out), keep(rates.zoneout_c, directions * hidden))
+    return Noise(mask_h, keep(rates.zoneout_h, directions * out), keep(rates.zoneout_c, directions * call.hidden))
 
 
 def _mask(x: Tensor, rate: float, shape: Sequence[int]) -> Tensor:

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from .call import LayerCall, OutputGradients, Owner
 
-__all__ = ["Listener", "interested", "listening", "lock"]
-
 
 class Listener(Protocol):
     """What a recording does."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from .. import _C
-from .call import BackwardArguments, ForwardArguments, LayerCall, layer_backward, layer_forward
+from .call import BackwardArguments, ForwardArguments, LayerCall, Weights, layer_backward, layer_forward
 
 __all__ = ["KERNEL_DTYPES", "layer_backward", "layer_forward", "refuse_older_exporter"]
 
@@ -85,23 +85,22 @@ def _check(call: LayerCall, **more: Tensor | None) -> None:
         if tensor is not None and tensor.device != x.device:
             raise RuntimeError(f"{name} must be on the device of the input, {x.device}, got {tensor.device}")
     _check_steps(x, batch_sizes)
-    each = len(weights) // call.directions
-    if each * call.directions != len(weights) or not 2 <= each <= 5:
+    each, rest = divmod(len(weights), call.directions)
+    if rest or each not in Weights.counts(projectable=True):
         raise RuntimeError(
             f"weights must hold w_ih, w_hh[, b_ih, b_hh][, w_hr] for each of {call.directions} direction(s), got"
             f" {len(weights)} tensors"
         )
-    if each % 2 and not info.projectable:
+    projected = call.by_direction[0].w_hr is not None
+    if projected and not info.projectable:
         raise RuntimeError(f"cell {cell} cannot be projected: w_hr given")
     w_hh, gates = weights[1].shape, len(info.gates)
     if len(w_hh) != 2 or w_hh[0] % gates or w_hh[0] == 0:
         raise RuntimeError(f"w_hh must have shape [{gates}*H, H], got {list(w_hh)}")
     all_gates, H = w_hh[0], w_hh[0] // gates
-    R = w_hh[1] if each % 2 else H
-    shapes = {"w_ih": (all_gates, x.size(-1)), "w_hh": (all_gates, R)}
-    shapes |= {"b_ih": (all_gates,), "b_hh": (all_gates,)} if each >= 4 else {}
-    shapes |= {"w_hr": (R, H)} if each % 2 else {}
-    sized = [(name, w, shape) for (name, shape), w in zip([*shapes.items()] * call.directions, weights)]
+    R = w_hh[1] if projected else H
+    shapes = Weights((all_gates, x.size(-1)), (all_gates, R), (all_gates,), (all_gates,), (R, H))
+    sized = [each for own in call.by_direction for each in zip(Weights._fields, own, shapes) if each[1] is not None]
     if batch_sizes is None or type(batch_sizes) is Tensor:
         given = [(name, state, size) for (name, state), size in zip(states.items(), (R, H)) if state is not None]
         samples = _samples(call._replace(states=()))
@@ -123,14 +122,10 @@ def _samples(call: LayerCall) -> int | torch.SymInt:
     return given[0] if given else torch.library.get_ctx().new_dynamic_size()
 
 
-def _hidden(call: LayerCall) -> int:
-    return call.weights[1].size(0) // len(call.info.gates)
-
-
 def _finals(call: LayerCall) -> list[Tensor]:
     """Tensors of the shapes of h_n (D, B, R) and c_n (D, B, H), which is empty for a cell without c."""
     samples, directions = _samples(call), call.directions
-    shapes = (directions, call.weights[1].size(1)), (directions if len(call.states) == 2 else 0, _hidden(call))
+    shapes = (directions, call.width), (directions if len(call.states) == 2 else 0, call.hidden)
     return [call.x.new_empty((n, samples, width)) for n, width in shapes]
 
 
@@ -138,11 +133,11 @@ def _finals(call: LayerCall) -> list[Tensor]:
 def _(*args: Any) -> tuple[Tensor, ...]:
     call, save = ForwardArguments.of(*args)
     _check(call)
-    x, info, hidden = call.x, call.info, _hidden(call)
-    y = x.new_empty((*x.shape[:-1], call.directions * call.weights[1].size(1)))
+    x, info = call.x, call.info
+    y = x.new_empty((*x.shape[:-1], call.directions * call.width))
     dtype = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
     values = info.saved + len(info.states) - 1 or int(call.noise.changes_h)
-    width = _spread_stride(values * hidden, dtype.itemsize)
+    width = _spread_stride(values * call.hidden, dtype.itemsize)
     saved = x.new_empty((call.directions, math.prod(x.shape[:-1]) if save else 0, width), dtype=dtype)
     return y, *_finals(call), saved
 
@@ -152,10 +147,10 @@ def _(*args: Any) -> tuple[Any, ...]:
     call, gradients, y, saved, needs = BackwardArguments.of(*args)
     _check(call, dy=gradients.y, dc=gradients.c, y=y, saved=saved, **dict(zip(("dh_n", "dc_n"), gradients.finals)))
     x, info, weights, D, rows = call.x, call.info, call.weights, call.directions, math.prod(call.x.shape[:-1])
-    projected = len(weights) // D % 2
+    projected = call.by_direction[0].w_hr is not None
     dx = x.new_empty(x.shape if needs.x else (0,))
-    dgates = saved.new_empty((D, rows if needs.gates else 0, (len(info.gates) + _SPLIT[call.cell]) * _hidden(call)))
-    dh = saved.new_empty((D, rows if needs.gates and projected else 0, weights[1].size(1)))
+    dgates = saved.new_empty((D, rows if needs.gates else 0, (len(info.gates) + _SPLIT[call.cell]) * call.hidden))
+    dh = saved.new_empty((D, rows if needs.gates and projected else 0, call.width))
     norms = saved.new_empty((D, rows if needs.norms else 0, 2 * len(info.states) + len(info.gates)))
     return dx, *_finals(call), [w.new_empty(w.shape) for w in weights] if needs.weights else [], dgates, dh, norms
 
@@ -174,12 +169,12 @@ def _(*args: Any, out_shape: Any = None) -> int:
 @register_flop_formula(torch.ops.fusedrnn.layer_backward)
 def _(*args: Any, out_shape: Any = None) -> int:
     call, _, _, _, needs = BackwardArguments.of(*args)
-    x, weights, each = call.x, call.weights, len(call.weights) // call.directions
-    through_time = [w for i, w in enumerate(weights) if i % each > 0]  # to the states, those of the start included
+    x, by_input = call.x, [own.w_ih for own in call.by_direction]
+    through_time = [w for own in call.by_direction for w in own.flat[1:]]  # to the states, those of the start included
     return (
         _products(x, through_time)
-        + (_products(x, weights[::each]) if needs.x else 0)
-        + (_products(x, weights) if needs.weights else 0)
+        + (_products(x, by_input) if needs.x else 0)
+        + (_products(x, call.weights) if needs.weights else 0)
     )
 
 

@@ -19,10 +19,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ..cells import CELLS
-from .call import LayerCall, Leaves, Needs, OutputGradients
+from .call import LayerCall, Leaves, Needs, OutputGradients, Weights
 from .differentiable import STEPS, previous
-
-__all__ = ["hessian_vector_product"]
 
 
 def hessian_vector_product(
@@ -42,7 +40,7 @@ def hessian_vector_product(
     Nothing is recorded for a further derivative.
     """
     x, states, rows, dtype = call.x, call.states, call.rows, saved.dtype
-    directions, each = call.directions, len(call.weights) // call.directions
+    directions = call.directions
 
     def flat(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.reshape(-1, t.size(-1)).to(dtype)
@@ -51,8 +49,9 @@ def hessian_vector_product(
         return [None if s is None else s[d].to(dtype) for s in given]
 
     def of(given: Leaves, d: int) -> Leaves:
-        weights = [None if w is None else w.to(dtype) for w in given.weights[d * each : (d + 1) * each]]
-        return Leaves(flat(given.x), of_direction(given.states, d), weights)
+        weights = Weights.split(given.weights, directions)[d]
+        wide = Weights(*(None if w is None else w.to(dtype) for w in weights))
+        return Leaves(flat(given.x), of_direction(given.states, d), wide)
 
     dots, found = [], []
     for d in range(directions):
@@ -86,10 +85,8 @@ class _Direction:
     ) -> None:
         self.reverse, self.rows, self.x = reverse, list(rows), arguments.x
         self.order = range(len(rows))[:: -1 if reverse else 1]
-        self.w_ih, self.w_hh = arguments.weights[:2]
-        self.bias = len(arguments.weights) >= 4
-        self.w_hr = arguments.weights[-1] if len(arguments.weights) % 2 else None
-        b_ih, b_hh = arguments.weights[2:4] if self.bias else (None, None)
+        self.w_ih, self.w_hh, b_ih, b_hh, self.w_hr = arguments.weights
+        self.bias = b_ih is not None
         gates, step = len(CELLS[cell].gates), STEPS[cell].of
         self.hidden, self.two_states = self.w_hh.size(0) // gates, len(CELLS[cell].states) == 2
         before = [previous(y, arguments.states[0], rows, reverse)]
@@ -110,7 +107,7 @@ class _Direction:
 
         with torch.enable_grad():  # of one step's elementwise part, all steps at once
             inputs = linear(self.x, self.w_ih, b_ih).requires_grad_()
-            before[-1] = before[-1].detach().requires_grad_()  # the one state with a path around the products
+            before[-1] = before[-1].detach().requires_grad_()  # alone has a path around the products (cell.h)
             self.outputs = [*step(inputs, product, *before), *operands[1:]]  # (T1)
         self.operands = [operand.detach() for operand in operands]
         self.leaves = [inputs, *products, before[-1]]
@@ -125,9 +122,8 @@ class _Direction:
         self, cotangents: OutputGradients, dgates: Tensor, v: Leaves, needs: Needs
     ) -> tuple[tuple[Tensor, Tensor, list[Tensor]], Leaves]:
         """J v and H v."""
-        w_ih, w_hr, v_hr = self.w_ih, self.w_hr, v.weights[-1] if self.w_hr is not None else None
-        v_ih, v_hh = v.weights[:2]
-        v_b_ih, v_b_hh = v.weights[2:4] if self.bias else (None, None)
+        w_ih, w_hr = self.w_ih, self.w_hr
+        v_ih, v_hh, v_b_ih, v_b_hh, v_hr = v.weights
         v_parts = [None if v_hh is None else v_hh[part] for part in self.parts]
 
         # The tangents, onwards in time.
@@ -179,7 +175,7 @@ class _Direction:
         ]
         y = outputs[0]
         if self.w_hr is not None:
-            y = self._sum((self.outputs[0].detach(), _turned(v.weights[-1])), size=self.w_hr.size(0))
+            y = self._sum((self.outputs[0].detach(), _turned(v.weights.w_hr)), size=self.w_hr.size(0))
         weights = [self.w_hh[part].T for part in self.parts]
         y_steps, by_state = self._steps(y), [self._steps(by) for by in self.by_state]
         by_product = [[self._steps(by) for by in part] for part in self.by_product]
@@ -245,7 +241,7 @@ class _Direction:
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Tangents of :meth:`_adjoints` and of the initial states' gradients.
 
-        Each argument has what a step adds by itself, beside what comes from the next; then all of it.
+        Each argument has what a step adds by itself, besides what comes from the next; then all of it.
         """
         dh = self._start(None, self.w_hh.size(1))
         dc = self._start(None, self.hidden)

@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-__all__ = ["Segments", "cut"]
-
 
 @dataclass(frozen=True)
 class Segments:
