@@ -164,7 +164,7 @@ void keep_panels(const Work& work, size_t index, PackedWeights& kept) {
   }
 }
 
-// A row of each state's part that stays, [2, D * max(H, R)]; undefined if none does.
+// What every step keeps of each state, as a row of zoneout's masks: [2, D * max(H, R)]; undefined if nothing.
 Tensor rows_kept(const Zoneout& zoneout, const LayerSizes& z, const at::TensorOptions& options) {
   if (zoneout.first == 0 && zoneout.second == 0) return {};
   Tensor rows = at::empty({2, z.D * std::max(z.H, z.R)}, options);
@@ -180,7 +180,7 @@ StateNoise noise_of(const Zoneout& zoneout, const Tensor& rows) {
   return noise;
 }
 
-// For inference, now: float16 not in every set.
+// Whether inference may call the kernels now. (Not every instruction set has them for float16.)
 bool has_kernels(const Tensor& x) { return backend_of(x).host && x.scalar_type() != at::kHalf && !watched(); }
 
 bool run(const Layer& layer, const ForwardProblem& problem) {

@@ -51,8 +51,8 @@ struct ModuleCall {
 // that the module says, and their memory there. It throws nothing, and what fits is not refused later.
 bool fits(const ModuleCall& call);
 
-// y, h_n, c_n, of a single step without the time, of a call that fits. None where only the ops will do: not on the CPU,
-// float16, someone listens to what torch does.
+// The results of a call that fits: y, h_n, c_n; those of a single step have no dimension of time. None where only the
+// ops will do: not on the CPU, float16, someone listens to what torch does.
 using Inferred = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 std::optional<Inferred> infer(const ModuleCall& call, PackedWeights& kept, const Zoneout& zoneout);
 

@@ -116,7 +116,7 @@ class HasOptions:
 
 
 def of(module: nn.Module) -> FusedOptions:
-    """The options of a module; those of torch.nn's have the default ones.
+    """The options of a module. A module of torch.nn has the default ones.
 
     Raises:
         TypeError, ValueError: they are no options, or not for this cell.
@@ -153,7 +153,7 @@ def cell_of(module: nn.RNNBase | nn.RNNCellBase) -> str:
     """The registry's name of the cell of a module, ours or torch.nn's. Call :func:`of` first: options are not checked.
 
     Raises:
-        AssertionError: the mode is that of no cell. RuntimeError: the nonlinearity is. Both as in torch.nn.
+        AssertionError, RuntimeError: there is no such mode, or no such nonlinearity, as in torch.nn.
     """
     if isinstance(module, _LSTMS):
         return "lstm"

@@ -146,7 +146,7 @@ _CALLS = (
 
 
 def own_checks(module: nn.Module, base: type[nn.Module]) -> list[str]:
-    """Those that its class or the module itself has replaced of ``base``'s, a class of torch.nn."""
+    """The names of :data:`_CHECKS` by which the module or its class has another method than ``base``, of torch.nn."""
     cls, own = type(module), module.__dict__  # Dynamo of torch 2.15 fails at vars() of what it left to Python
     if cls is base:
         return [name for name in _CHECKS if name in own]

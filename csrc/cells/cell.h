@@ -11,8 +11,8 @@
 //            the first gates and h_{t-1} (GRU with the reset gate applied before the product).
 //   kSplit   the last kSplit gates have drec != dx; for all others drec is dx and is not stored twice.
 //   kLate    values that the second half of the forward step takes from the first, kLate <= kGates. 0: there is no
-//            second half. One after the other, the halves of several units overlap in the processor; a whole step is a
-//            chain of activations too long for that.
+//            second half. The processor works on the halves of several units at once; a whole step is too long a chain
+//            of activations for that.
 //   kProjectable  whether h_t may be a projection of what the cell gives. Such a cell has two states, and h_{t-1} goes
 //            into its products alone.
 //

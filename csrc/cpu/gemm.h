@@ -34,7 +34,8 @@ template <int kGroup>
 constexpr int kGroupVectors = group_vectors(kGroup);
 constexpr int kPanelWidth = kTileWidth == 3 ? 12 : kTileWidth == 2 ? 6 : 4;  // the widest panel, in vectors
 
-// A row or two meet several strips at once, so that an element of theirs serves more vectors: at most these in all.
+// One or two rows are multiplied by several strips at once: each of their elements then serves more vectors. At most so
+// many sums are made at a time.
 constexpr int kFewRows = 2, kFewSums = 12;
 
 struct Range {

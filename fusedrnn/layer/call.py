@@ -77,8 +77,8 @@ class Options(NamedTuple):
 
 
 class Owner(NamedTuple):
-    """Whom a call of a layer belongs to. ``layout``: how its rows lie, if not as (T, B): :class:`segments.Segments`, or
-    a PackedSequence's sorted and unsorted indices.
+    """The module that a call of a layer belongs to. ``layout``: how its rows lie, if not as (T, B): a
+    :class:`segments.Segments`, or a PackedSequence's sorted and unsorted indices.
 
     The graph of a call holds this, so the module, which may hold an output of the call, is held weakly.
     """
@@ -92,8 +92,8 @@ NOISELESS, PLAIN = Noise(), Options()
 
 
 class Weights(NamedTuple):
-    """The weights of one direction, or as much for each: shapes, gradients. None: not there. A layer's list has those
-    that are there, in this order, of one direction after the other.
+    """The weights of one direction, or their shapes or gradients. None: the layer has no such weight. A layer's list
+    holds the others in this order, one direction after the other.
     """
 
     w_ih: Any  # (G*H, I)
@@ -109,7 +109,7 @@ class Weights(NamedTuple):
 
     @classmethod
     def split(cls, flat: Sequence[Any], directions: int) -> list[Weights]:
-        """Those of each direction, from the list of a layer, or of each layer and direction from that of a stack."""
+        """From a layer's list, those of each direction; from a stack's, of each layer and direction."""
         each = len(flat) // directions
         biases, projected = each >= 4, each % 2 == 1
         parts = [flat[d * each : (d + 1) * each] for d in range(directions)]
@@ -117,12 +117,12 @@ class Weights(NamedTuple):
 
     @property
     def flat(self) -> list[Any]:
-        """Those that are there."""
+        """What the layer has of them."""
         return [w for w in self if w is not None]
 
 
 class Leaves(NamedTuple):
-    """What a layer may be differentiated by, or as much for each: gradients, tangents. None: zero, or not there.
+    """The tensors that a layer may be differentiated by, or their gradients or tangents. None: zero, or no such tensor.
 
     Attributes:
         x: (T, B, I) or (N, I).
@@ -262,12 +262,12 @@ class LayerCall(NamedTuple):
 
     @staticmethod
     def leaves_of(flat: Sequence[Any]) -> tuple[Any, ...]:
-        """Of as much as ``flat`` has, what belongs to the leaves: ``leaves.flat``."""
+        """From a list in the order of ``flat``, what belongs to the leaves, in the order of ``leaves.flat``."""
         return (flat[_STATIC], *flat[_STATIC + 2 + _MASKS :])
 
     @staticmethod
     def with_leaves(leaves: Sequence[Any]) -> tuple[Any, ...]:
-        """The inverse: as much as ``flat`` has, None for what is no leaf."""
+        """The inverse: a list in the order of ``flat``, with None for what is no leaf."""
         return (*_NO_STATIC, leaves[0], *_NO_MASKS, *leaves[1:])
 
     def forward(self, save: bool) -> tuple[Outputs, Tensor]:
@@ -299,8 +299,8 @@ def _call_of_op(cell: str, bidirectional: bool, tensors: Sequence[Any], noise: N
 
 
 class ForwardArguments(NamedTuple):
-    """What layer_forward got, or as much for each tensor: the dimensions that are mapped, say. (torch hands all on by
-    position, and leaves out defaults at the end.)
+    """The arguments of layer_forward, or a value for each of its tensors, such as the dimension that is mapped. (torch
+    hands all on by position, and leaves out defaults at the end.)
     """
 
     call: LayerCall
@@ -314,7 +314,7 @@ class ForwardArguments(NamedTuple):
 
 
 class BackwardArguments(NamedTuple):
-    """What layer_backward got, likewise; of ``call.options`` the limits alone."""
+    """Those of layer_backward, likewise; of ``call.options`` the limits alone."""
 
     call: LayerCall
     gradients: OutputGradients

@@ -241,7 +241,7 @@ class _Direction:
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """Tangents of :meth:`_adjoints` and of the initial states' gradients.
 
-        Each argument has what a step adds by itself, besides what comes from the next; then all of it.
+        On entry each argument holds what a step adds by itself, on return also what comes from the next step.
         """
         dh = self._start(None, self.w_hh.size(1))
         dc = self._start(None, self.hidden)
