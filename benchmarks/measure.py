@@ -229,14 +229,17 @@ def run_rounds(timers: Sequence[Timer], seconds: float, min_rounds: int) -> tupl
     """
     rounds: list[list[float]] = []
     peaks: list[float] = []
+    probes.peak_flops(timers[0].threads)  # compiled at its first use
     gc.disable()
-    end = time.perf_counter() + seconds
-    while len(rounds) < min_rounds or (time.perf_counter() < end and len(rounds) < MAX_ROUNDS):
-        order = range(len(timers)) if len(rounds) % 2 == 0 else reversed(range(len(timers)))
-        times = {i: timers[i].sample() for i in order}
-        rounds.append([times[i] for i in range(len(timers))])
-        peaks.append(probes.peak_flops(timers[0].threads))
-    gc.enable()
+    try:
+        end = time.perf_counter() + seconds
+        while len(rounds) < min_rounds or (time.perf_counter() < end and len(rounds) < MAX_ROUNDS):
+            order = range(len(timers)) if len(rounds) % 2 == 0 else reversed(range(len(timers)))
+            times = {i: timers[i].sample() for i in order}
+            rounds.append([times[i] for i in range(len(timers))])
+            peaks.append(probes.peak_flops(timers[0].threads))
+    finally:
+        gc.enable()
     return np.array(rounds), peaks
 
 

@@ -38,6 +38,7 @@ struct Steps {
   LayerSizes size{};
   Steps(const std::vector<int64_t>& batch_sizes, int64_t I, int64_t H, int directions)
       : active(batch_sizes), offset(batch_sizes.size()) {
+    if (directions < 1 || directions > 2 || I < 0 || H < 1) throw py::value_error("no layer has such sizes");
     if (active.empty() || active.back() < 1 || !std::is_sorted(active.rbegin(), active.rend())) {
       throw py::value_error("batch_sizes must be positive and not increase");
     }
@@ -134,6 +135,7 @@ double peak_flops(int threads, double seconds) {
 // Each thread reads `kilobytes` of its own again and again.
 double read_bandwidth(int threads, int64_t kilobytes, double seconds) {
   constexpr int kSums = 8, L = Vec<float>::kLanes;
+  if (kilobytes < 1) throw py::value_error("kilobytes must be positive");
   const int64_t n = kilobytes * 1024 / sizeof(float);
   return rate(
       threads, seconds, [n] { return std::vector<float>(n, 1.0f); },
@@ -170,7 +172,7 @@ double meeting_seconds(int threads) {
 }  // namespace
 }  // namespace fusedrnn
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+PYBIND11_MODULE(probes, m) {
   using namespace fusedrnn;
   using Alone = py::call_guard<py::gil_scoped_release>;
   m.def("plan", plan, py::arg("batch_sizes"), py::arg("I"), py::arg("H"), py::arg("directions"), py::arg("gates"),

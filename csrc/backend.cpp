@@ -1,4 +1,4 @@
-// See backend.h. No other file asks what device a tensor is on.
+// See backend.h. No other file chooses by the device of a tensor.
 #include "backend.h"
 
 namespace fusedrnn {

@@ -65,7 +65,7 @@ class Stepper {
   size_t weights() const { return shapes_.size(); }
   bool two_states() const { return layers_[0].constants().states == 2; }
   // y [B, R], h_n [layers, B, R], c_n [layers, B, H], from x [B, I], all states, of these shapes, or none, and as many
-  // weights. None if a tensor is another than it is prepared for, or someone listens to torch.
+  // weights. None if a tensor differs from the one that it was prepared for, or someone listens to torch.
   std::optional<Inferred> step(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
                                at::TensorList weights) const;
 

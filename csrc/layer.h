@@ -85,7 +85,7 @@ inline bool is_aligned(const at::Tensor& t) {
 }
 // float32, its last dimension dense whatever lay in t.
 at::Tensor widened_to_float(const at::Tensor& t);
-// Throws if it is not, or t is undefined.
+// Throws if the memory of t is not there (is_there), or t is undefined.
 void check_there(const at::Tensor& t, const char* name);
 void check_tensor(const at::Tensor& t, const at::Tensor& x, const char* name, at::IntArrayRef shape);
 // Undefined if not given, else contiguous.

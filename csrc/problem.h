@@ -63,9 +63,9 @@ struct PerWeight {
 using LayerWeights = PerWeight<const void*>;  // contiguous
 using WeightGradients = PerWeight<void*>;     // contiguous, written in full
 
-// Packed weights of a layer that outlive a call: memory of the kernel's panel_bytes, 64-byte aligned, and the members
-// of the teams they were packed for. 0: nothing yet, and the call that gets them fills them. Packed for another number,
-// they are left alone. `used`: whether the last call did use them.
+// Packed weights of a layer that outlive a call: memory of the kernel's panel_bytes, 64-byte aligned. `members`: of the
+// teams that they were packed for; 0 until a call has packed them, which the first one does. A call whose teams have
+// another number leaves them alone. `used`: whether the last call used them.
 struct Panels {
   void* data;
   int members;
@@ -78,7 +78,7 @@ struct StateNoise {
   RowView keep_h = {nullptr, 0, 0};  // rows of D*R: h_t = keep_h * h_{t-1} + (1 - keep_h) * what the cell gives
   RowView keep_c = {nullptr, 0, 0};  // rows of D*H, cells with two states: c_t likewise; h_t is of the cell's c
 
-  bool changes_h() const { return keep_h.data; }  // whether h_t is another than what the cell gives
+  bool changes_h() const { return keep_h.data; }  // whether h_t differs from what the cell gives
 };
 
 struct ForwardProblem {

@@ -8,6 +8,7 @@ kernel, forward and backward.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,10 +22,10 @@ from torch.nn.utils.rnn import PackedSequence
 from .cells import CELLS
 from .layer.autograd import RecurrentLayer, in_place, recurrent_layer
 from .layer.call import LayerCall, Owner, Weights
-from .layer.dropout import Rates, draw, drop_input, drop_weights, rates
+from .layer.dropout import Rates, draw, drop_input, drop_weights
 from .layer.ops import KERNEL_DTYPES
 from .layer.segments import Segments, cut
-from .options import check_policy
+from .options import documentation, of_layer
 
 __all__ = ["RecurrentLayer", "gru", "gru_cell", "lstm", "lstm_cell", "recurrent", "recurrent_cell", "rnn", "rnn_cell"]
 
@@ -111,16 +112,11 @@ def _check_hidden_sizes(weights: Sequence[Tensor], parts: int) -> None:
 
 
 def _check_states(
-    names: Sequence[str],
-    states: Sequence[Tensor | None],
-    rows: int,
-    batch: tuple[int, ...],
-    weights: Sequence[Tensor],
-    gates: int,
+    cell: str, states: Sequence[Tensor | None], rows: int, batch: tuple[int, ...], weights: Sequence[Tensor]
 ) -> None:
     """The initial states' shapes, before anything is cut out of them."""
-    hidden, out = weights[1].size(0) // gates, weights[1].size(1)  # H, and R: H or P
-    for name, state in zip(names, states, strict=True):
+    hidden, out = weights[1].size(0) // len(CELLS[cell].gates), weights[1].size(1)  # H, and R: H or P
+    for name, state in zip(CELLS[cell].states, states, strict=True):
         expected = (rows, *batch, out if name == "h" else hidden)
         if state is not None and state.shape != expected:
             raise RuntimeError(f"{name}0 must have shape {list(expected)}, got {list(state.shape)}")
@@ -140,15 +136,8 @@ def recurrent(
     lengths: Tensor | Sequence[int] | None = None,
     reset: Tensor | None = None,
     return_states: bool = False,
-    grad_clip: float | None = None,
-    grad_clip_mode: str = "value",
-    bptt_steps: int | None = None,
-    recompute: str = "none",
-    input_dropout: float = 0.0,
-    recurrent_dropout: float = 0.0,
-    zoneout: float | Sequence[float] = 0.0,
-    weight_dropout: float = 0.0,
     owner: torch.nn.Module | None = None,
+    **options: Any,
 ) -> tuple[Any, ...]:
     """Stacked recurrent layers of any registered cell.
 
@@ -170,18 +159,8 @@ def recurrent(
             direction, which starts each at its own end, the last and the first.
             Both are cuts, known to the processor before it computes: tensors on a GPU are copied to the host.
         return_states: whether to give the states of every layer at every step, too. They are differentiable.
-        grad_clip: the limit c of what a step sends back to the states before it, m = dL/dh_{t-1} and, for the LSTM,
-            dL/dc_{t-1}, before the earlier step adds its own dL/dy_{t-1}. None: m as it is.
-        grad_clip_mode: "value": each element into [-c, c]; "norm": each sample's m times min(1, c / ||m||).
-        bptt_steps: truncated back-propagation through time: from a step t > 0 that is a multiple of it, counted from
-            0, no gradient passes to step t - 1 (in a reverse direction from t - 1 to t). The same gradients as of calls
-            with so many steps each, the states handed on detached; the initial states get theirs from the first call.
-            With ``reset``, t counts from the last reset.
-        recompute: "gates": the backward pass makes a second forward pass of each layer instead of keeping gates and
-            c_t: nothing but input and output is kept, for about a third more time. "none": everything is kept.
-        input_dropout, recurrent_dropout, zoneout, weight_dropout: as in :class:`fusedrnn.FusedOptions`, masks if
-            ``training``. Equations: :mod:`fusedrnn.layer.dropout`.
         owner: the module by which :class:`fusedrnn.record_gradients` knows the call.
+        options: by name, those of :class:`fusedrnn.FusedOptions` but ``reset_after``, which the name of the cell says.
 
     Returns:
         The output, (T, B, D*R) laid out as the input, and the final states, shaped as the initial ones. With
@@ -200,6 +179,8 @@ def recurrent(
     states: Sequence[Tensor | None] = (hx,) if isinstance(hx, Tensor) else (None,) * len(names) if hx is None else hx
     if len(states) != len(names):
         raise RuntimeError(f"{cell} expects {len(names)} hidden state(s) ({', '.join(names)}), got {len(states)}")
+    policy, drop = of_layer(options, len(names))
+    policy = policy._replace(states=return_states)
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout must be a probability, from 0 to 1, got {dropout}")
     directions = 2 if bidirectional else 1
@@ -224,18 +205,16 @@ def recurrent(
         x = x.unsqueeze(1) if unbatched else x.transpose(0, 1) if batch_first else x
     if any(s is not None for s in states) and not (packed is not None and torch.compiler.is_compiling()):
         batch = () if unbatched else (int(packed.batch_sizes[0]) if packed is not None else x.size(1),)
-        _check_states(names, states, parts, batch, weights, len(CELLS[cell].gates))
+        _check_states(cell, states, parts, batch, weights)
     if unbatched:
         states = [None if s is None else s.unsqueeze(1) for s in states]
     elif packed is not None and packed.sorted_indices is not None:
         states = [None if s is None else s.index_select(1, packed.sorted_indices) for s in states]
 
-    options = check_policy(grad_clip, grad_clip_mode, bptt_steps, recompute)._replace(states=return_states)
     x, *rest = _autocast(x, *states, *weights)
     states, weights = rest[: len(names)], rest[len(names) :]
-    drop = rates(input_dropout, recurrent_dropout, zoneout, weight_dropout, len(names)).at(training)
-    stack = LayerCall(cell, x, states, weights, bidirectional, options=options)
-    how = num_layers, dropout, drop, training
+    stack = LayerCall(cell, x, states, weights, bidirectional, options=policy)
+    how = num_layers, dropout, drop.at(training), training
 
     def results(y: Tensor, finals: tuple[Tensor, ...], steps: list[tuple[Tensor, ...]], laid_out: Callable) -> tuple:
         given = laid_out(y), finals
@@ -254,7 +233,7 @@ def recurrent(
             return results(y, finals, steps, lambda t: turn(segments.scatter(t)))
     sizes, layout = (None, None) if packed is None else (packed.batch_sizes, packed[2:])
     turned = batch_first and packed is None and not (unbatched or return_states)
-    stack = stack._replace(batch_sizes=sizes, options=options._replace(batch_first=turned))
+    stack = stack._replace(batch_sizes=sizes, options=policy._replace(batch_first=turned))
     y, finals, steps = _stack(stack, *how, owner, layout)
     if packed is not None:
         if packed.unsorted_indices is not None:
@@ -263,6 +242,9 @@ def recurrent(
     if unbatched:
         return results(y, tuple(s.squeeze(1) for s in finals), steps, lambda t: t.squeeze(1))
     return results(y, finals, steps, lambda t: t.transpose(0, 1) if batch_first and not turned else t)
+
+
+recurrent.__doc__ = recurrent.__doc__ and inspect.cleandoc(recurrent.__doc__) + documentation("reset_after")
 
 
 def lstm(

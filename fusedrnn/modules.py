@@ -361,7 +361,18 @@ Returns:
     output and the final states as torch.nn gives them; with return_states, third, for each layer a tuple of its
     states. :func:`fusedrnn.functional.recurrent` says more.
 """
+_ARGUMENTS = {
+    "input_size": "I, the elements of x_t", "hidden_size": "H, the elements of h_t", "num_layers": "1; stacked layers",
+    "nonlinearity": '"tanh"; or "relu"', "bias": "True; whether there are b_ih and b_hh",
+    "batch_first": "False; whether input and output are (B, T, *) instead of (T, B, *)",
+    "dropout": "0.0; probability, in training, on every element of the output of each layer but the last",
+    "bidirectional": "False; whether a second direction goes from the last step to the first",
+    "proj_size": "0; P, the elements of h_t = W_hr (o * tanh(c_t)), 0 for h_t as it is",
+    "device": "of the parameters", "dtype": "of the parameters",
+}  # fmt: skip
 for _cls in _CLASSES if __doc__ else ():  # python -OO leaves docstrings out
-    _cls.__doc__ = inspect.cleandoc(_cls.__doc__) + options.documentation(*(() if _cls is GRU else ("reset_after",)))
+    _own = [f"    {n}: {_ARGUMENTS[n]}." for n in inspect.signature(_cls.__init__).parameters if n in _ARGUMENTS]
+    _cls.__doc__ = "\n".join([inspect.cleandoc(_cls.__doc__), "", "Arguments, with their defaults:", *_own])
+    _cls.__doc__ += options.documentation(*(() if _cls is GRU else ("reset_after",)))
     _cls.__init__.__doc__ = "As torch.nn's, and the options of the class, by name."
     _cls.forward.__doc__ = _FORWARD

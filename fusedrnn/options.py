@@ -17,11 +17,11 @@ from torch import nn
 
 from .cells import CELLS
 from .layer.call import Options
-from .layer.dropout import rates
+from .layer.dropout import Rates, rates
 
 
 def check_policy(grad_clip: float | None, grad_clip_mode: str, bptt_steps: int | None, recompute: str) -> Options:
-    """These arguments of :func:`fusedrnn.functional.recurrent` as a layer takes them.
+    """These options as a layer takes them.
 
     Raises:
         ValueError: one that has no meaning.
@@ -51,7 +51,7 @@ class FusedOptions:
     ...     fused_options = fusedrnn.FusedOptions(grad_clip=1.0)     # or for all of a class
 
     What the constructor is not given, or is given as the default, is what the class says. No other attribute of a
-    module is read. :func:`fusedrnn.functional.recurrent` and :mod:`fusedrnn.layer.dropout` say more of each option.
+    module is read. Equations of the first four: :mod:`fusedrnn.layer.dropout`.
 
     Attributes:
         input_dropout: 0.0; probability that an element of every layer's input is dropped in training, one mask a
@@ -60,13 +60,17 @@ class FusedOptions:
         zoneout: 0.0; probability that a unit keeps its state at a step, in training; outside it the share of
             the old state in the new one. With two states also a pair, of h and of c.
         weight_dropout: 0.0; probability that an element of W_hh is dropped in training, one mask a call.
-        grad_clip: None; the limit of what a step of the backward pass sends back to the states before it. Under a
-            GradScaler that is scaled, and so must the limit be: ``c * scaler.get_scale()``, before each forward pass.
-            Or clip the whole gradient, after ``scaler.unscale_(optimizer)``; or train in bfloat16, without a scaler.
-        grad_clip_mode: "value"; the limit holds for each element. "norm": for the norm of each sample's vector.
-        bptt_steps: None; the steps through which a gradient passes back at most, from one multiple of it to the one
-            before.
-        recompute: "none"; what the backward pass needs is kept. "gates": computed again.
+        grad_clip: None; the limit c of what a step of the backward pass sends back to the states before it, m =
+            dL/dh_{t-1} and, with two states, dL/dc_{t-1}, before the earlier step adds its own dL/dy_{t-1}. Under a
+            GradScaler m is scaled, and so must the limit be: ``c * scaler.get_scale()``, before each forward pass. Or
+            clip the whole gradient, after ``scaler.unscale_(optimizer)``; or train in bfloat16, without a scaler.
+        grad_clip_mode: "value"; each element of m is limited to [-c, c]. "norm": each sample's m is multiplied by
+            min(1, c / ||m||).
+        bptt_steps: None; truncated back-propagation through time: from a step t > 0 that is a multiple of it no
+            gradient passes to step t - 1 (in a reverse direction from t - 1 to t). The gradients are those of calls
+            with so many steps each, the states handed on detached. With ``reset``, t counts from the last reset.
+        recompute: "none"; the forward pass saves gates and c_t for the backward pass. "gates": the backward pass
+            computes them again, which takes about a third more time.
         reset_after: True; of GRU and GRUCell alone: the reset gate after the product, as in torch.nn. False: before it,
             as first published.
 
@@ -106,6 +110,19 @@ _DROPOUT, _BACKWARD = FIELDS[:4], FIELDS[4:8]
 # torch.nn's classes as they were at import: people give their names to ours.
 _LSTMS, _GRUS, _SINGLE = (nn.LSTM, nn.LSTMCell), (nn.GRU, nn.GRUCell), nn.RNNCellBase
 _RNN, _RNN_CELL = nn.RNN, nn.RNNCell
+
+
+def of_layer(given: dict[str, Any], states: int) -> tuple[Options, Rates]:
+    """What options, by name, say of a layer whose cell has so many states; of :data:`FIELDS` all but the last.
+
+    Raises:
+        TypeError: there is no such option. ValueError: a value without meaning.
+    """
+    for name in given:
+        if name not in FIELDS[:-1]:
+            raise TypeError(f"recurrent() got an unexpected keyword argument {name!r}")
+    values = _FIELDS | given
+    return check_policy(*(values[name] for name in _BACKWARD)), rates(*(values[name] for name in _DROPOUT), states)
 
 
 class HasOptions:
@@ -197,7 +214,7 @@ def documentation(*left_out: str) -> str:
     for line in itertools.takewhile(str.strip, lines):
         name = line.split(":")[0].strip() if not line.startswith(" " * 8) else name
         found += [line] if name not in left_out else []
-    return "\n".join(["", "", "Options, by name (the module's ``fused_options``), with their defaults:", *found, ""])
+    return "\n".join(["", "", "Options, by name, with their defaults (of a module its ``fused_options``):", *found, ""])
 
 
 def active(module: nn.Module) -> dict[str, Any]:

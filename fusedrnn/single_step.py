@@ -83,7 +83,10 @@ _TorchGRUCell = torch.nn.GRUCell  # people give this name of torch.nn to our cla
 
 
 class GRUCell(FusedModule, _TorchGRUCell):
-    """One step of :class:`GRU`, in the place of :class:`torch.nn.GRUCell`: input (B, I), h (B, H) -> h (B, H)."""
+    """One step of :class:`GRU`, in the place of :class:`torch.nn.GRUCell`: input (B, I), h (B, H) -> h (B, H).
+
+    ``reset_after``: True; the reset gate after the product, as in torch.nn. False: before it, as first published.
+    """
 
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, device: torch.device | str | int | None = None,

@@ -139,7 +139,8 @@ _CHECKS = (
 
 _LSTM = nn.LSTM  # people give the name to our class
 _RUNS = {cls: (*_READS_LISTED, *((name, getattr(cls, name, None)) for name in _CHECKS)) for cls in (_LSTM, nn.RNNBase)}
-_CALLS = (
+#: What a call of a module runs besides, likewise.
+CALLS = (
     ("_call_impl", getattr(nn.Module, "_call_impl", None)),
     ("_wrapped_call_impl", getattr(nn.Module, "_wrapped_call_impl", None)),
 )
@@ -158,11 +159,6 @@ def runs(module: nn.RNNBase) -> tuple[tuple[str, Any], ...]:
     None: the class may have nothing of this name.
     """
     return _RUNS[_LSTM if isinstance(module, _LSTM) else nn.RNNBase]
-
-
-def runs_of_call(module: nn.RNNBase) -> tuple[tuple[str, Any], ...]:
-    """Of a call of the module."""
-    return (*runs(module), *_CALLS)
 
 
 def kept_weights(module: nn.RNNBase, as_torch: tuple[tuple[str, Any], ...]) -> list[Tensor] | None:

@@ -25,9 +25,10 @@ TABLES = re.findall(r"^\*\*(M\d+)\. ", DERIVATIONS, re.MULTILINE)
 SOURCES = (".py", ".h", ".inl", ".cpp", ".cu", ".md")
 # Macros that GitHub does not render, so that formulas cannot change the page.
 REFUSED = "operatorname|DeclareMathOperator|newcommand|renewcommand|def|let|require|href|class|style|cssId|unicode"
-# Lines that only name, load or keep a value.
+# Assignments and results that only name, load or keep a value.
 PLUMBING = (
-    r"constexpr|one = V\(1\)|= saved\[|^\s*(saved|late)\[\d\] = [\w\[\]]+[,;]|for \(|= at\(j\)|return (past|sum);"
+    r"\bone = V\(1\)$|\b\w+ = (saved|late)\[\d\]$|^(saved|late)\[\d\] = [\w\[\]]+$|= at\(j\)$"
+    r"|^return (past|sum)$"
 )
 
 
@@ -101,8 +102,33 @@ def test_every_line_of_the_cells_names_its_equation() -> None:
     for file in files:
         text = file.read_text(encoding="utf-8")
         for line in text[text.index("template <class V>") :].splitlines():  # what is before: the scalars' functions
-            if re.search(r" = |^ *return ", line) and not re.search(PLUMBING, line):
+            if computes(line):
                 assert re.search(r"\([A-Z]\d+\)", line), f"{file.name}: {line.strip()}"
+
+
+def computes(line: str) -> bool:
+    """Whether some assignment or result in it is more than a name, a load or a store."""
+    code = line.partition("//")[0].strip()
+    parts = (
+        [] if code.startswith(("for (", "static constexpr")) else [part.strip(" {}") for part in re.split("[;,]", code)]
+    )
+    return any(re.search(r"(?<![=<>!])=(?!=)|^return\b", part) and not re.search(PLUMBING, part) for part in parts)
+
+
+def test_what_a_line_computes_is_seen() -> None:
+    for line in (
+        "d[0] += dx[0] * saved[1];",
+        "saved[0] = r, dx[1] = d[0] * r;",
+        "const V one = V(1), a = one - r;",
+        "return a;",
+    ):
+        assert computes(line), line
+    for line in (
+        "const V i = saved[0], f = saved[1], one = V(1);",
+        "late[0] = o, late[1] = state[1];",
+        "if (a == b) {",
+    ):
+        assert not computes(line), line
 
 
 def test_what_surrounds_a_cell_is_computed_in_one_place() -> None:

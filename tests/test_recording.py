@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -253,3 +254,12 @@ def test_the_meta_device_has_no_norms() -> None:
     y, _ = module(torch.randn(5, 2, 3, device="meta"))
     with fusedrnn.record_gradients(module), pytest.raises(RuntimeError, match="on the meta device have no norms"):
         y.sum().backward()
+
+
+def test_copies_and_pickles_say_the_same() -> None:
+    module = fusedrnn.LSTM(3, 4)
+    with fusedrnn.record_gradients(module) as rec:
+        module(torch.randn(5, 2, 3), lengths=[5, 2])[0].sum().backward()
+    for other in (copy.deepcopy(rec), pickle.loads(pickle.dumps(rec))):
+        assert other.summary() == rec.summary()
+        torch.testing.assert_close(other.layers[0].h, rec.layers[0].h, rtol=0, atol=0, equal_nan=True)

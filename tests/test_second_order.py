@@ -109,6 +109,22 @@ def test_stacks_and_other_shapes(cell: str) -> None:
 
 
 @pytest.mark.parametrize("cell", CELLS)
+def test_an_input_of_no_features(cell: str) -> None:
+    """torch.nn's modules refuse it, functions do not."""
+    rows, states = 2 * len(CELLS[cell].gates), len(CELLS[cell].states)
+    own = [torch.randn(1, 3, 2, dtype=torch.float64) for _ in range(states)]
+    own += [torch.randn(shape, dtype=torch.float64) for shape in ((rows, 2), (rows,), (rows,))]
+    for T in (1, 4):
+        x, w_ih = torch.zeros(T, 3, 0, dtype=torch.float64), torch.zeros(rows, 0, dtype=torch.float64)
+
+        def layer(*own: Tensor, x: Tensor = x, w_ih: Tensor = w_ih) -> Tensor:
+            return fusedrnn.functional.recurrent(cell, x, own[:states], [w_ih, *own[states:]])[0]
+
+        assert torch.autograd.gradgradcheck(layer, [t.requires_grad_() for t in own])
+        torch.func.jvp(layer, tuple(t.detach() for t in own), tuple(map(torch.ones_like, own)))
+
+
+@pytest.mark.parametrize("cell", CELLS)
 def test_what_is_missing_is_zero(cell: str) -> None:
     """Losses of one output alone, and gradients of a few leaves."""
     case = Case(cell, T=4, B=3, proj_size=2 if CELLS[cell].projectable else 0)

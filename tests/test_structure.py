@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -71,13 +72,17 @@ def test_no_imports_run_in_a_circle() -> None:
 
 
 def functions(name: str) -> dict[str, ast.FunctionDef]:
-    """Those of a module and of its classes, by name."""
-    found = {}
-    for node in ast.parse(FILES[name].read_text(encoding="utf-8")).body:
-        inner = node.body if isinstance(node, ast.ClassDef) else [node]
-        prefix = f"{name}.{node.name}." if isinstance(node, ast.ClassDef) else f"{name}."
-        found |= {prefix + each.name: each for each in inner if isinstance(each, ast.FunctionDef)}
-    return found
+    """Those of a module, of its classes and inside others, by name."""
+
+    def below(node: ast.AST, prefix: str) -> dict[str, ast.FunctionDef]:
+        found = {}
+        for each in ast.iter_child_nodes(node):
+            inner = f"{prefix}.{each.name}" if isinstance(each, (ast.FunctionDef, ast.ClassDef)) else prefix
+            found |= {inner: each} if isinstance(each, ast.FunctionDef) else {}
+            found |= below(each, inner)
+        return found
+
+    return below(ast.parse(FILES[name].read_text(encoding="utf-8")), name)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -106,9 +111,38 @@ def arguments(text: str, begin: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: file.name)
 def test_no_function_of_csrc_is_given_more_than_eight_values(file: Path) -> None:
-    """By its definition: parentheses and a body."""
-    text = re.sub(r"//.*", "", file.read_text(encoding="utf-8"))
-    for match in re.finditer(r"\b(?!if\b|for\b|while\b|switch\b)([A-Za-z_]\w*)\s*\(", text):
+    for name, count in definitions(file.read_text(encoding="utf-8")):
+        assert count <= MOST_ARGUMENTS, f"{name}: {count}"
+
+
+def definitions(text: str) -> Iterator[tuple[str, int]]:
+    """Functions, constructors and lambdas, by parentheses and a body, and how many values they are given."""
+    text = re.sub(r"//.*", "", text)
+    for match in re.finditer(r"(\]|operator\(\)|\b(?!if\b|for\b|while\b|switch\b)[A-Za-z_]\w*)\s*\(", text):
         count, end = arguments(text, match.end())
-        if re.match(r"\s*(const\s*)?(noexcept\s*)?\{", text[end:]):
-            assert count <= MOST_ARGUMENTS, f"{match[1]}: {count}"
+        if re.match(
+            r"\s*(const\b|noexcept\b|FUSEDRNN_INLINE_LAMBDA\b|->[\w:<>*& ]+|\s)*(:[^;{}]*(\{[^{}]*\}[^;{}]*)*)?\{",
+            text[end:],
+        ):
+            yield match[1], count
+
+
+def test_every_kind_of_definition_is_seen() -> None:
+    for kind in (
+        "void f(V) {",
+        "const auto f = [&](V) {",
+        "int operator()(V) const {",
+        "A(V) : a_(a), b_{b} {",
+        "auto f(V) -> int {",
+    ):
+        assert [
+            count for _, count in definitions(kind.replace("(V)", "(int a, B<int, int> b, int c)")) if count > 1
+        ] == [3], kind
+
+
+def test_a_new_mask_touches_few_files() -> None:
+    """By CONTRIBUTING's recipe for what every step reads; the equation and the tests' loop come in addition."""
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    recipe = text.partition("Something that every step reads")[2].partition("Another weight")[0]
+    files = set(re.findall(r"`((?:fusedrnn|csrc)/[\w/]+\.(?:py|h|cpp|inl))`", recipe))
+    assert 8 < len(files) <= 12 and all((PACKAGE.parent / file).exists() for file in files)

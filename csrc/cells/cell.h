@@ -6,15 +6,14 @@
 // docs/derivations.md.
 //
 //   kName    registry name                       kGates   blocks of H rows in W_ih and W_hh, in torch.nn's order
-//   kStates  1: h, 2: h and c                    kSaved   values kept a unit for the backward pass
+//   kStates  1: h, 2: h and c (see below)        kSaved   values kept a unit for the backward pass
 //   kFirst   gates [0, kFirst) multiply h_{t-1}. If kFirst < kGates, the other gates multiply q, a function of
 //            the first gates and h_{t-1} (GRU with the reset gate applied before the product).
 //   kSplit   the last kSplit gates have drec != dx; for all others drec is dx and is not stored twice.
 //   kLate    values that the second half of the forward step takes from the first, kLate <= kGates. 0: there is no
 //            second half. The processor works on the halves of several units at once; a whole step is too long a chain
 //            of activations for that.
-//   kProjectable  whether h_t may be a projection of what the cell gives. Such a cell has two states, and h_{t-1} goes
-//            into its products alone.
+//   kProjectable  whether h_t may be a projection of what the cell gives. Such a cell has two states.
 //
 //   forward (x, rec, state, saved)              x[g] = (W_ih x_t + b_ih)_g, rec[g] = (W_hh h_{t-1} + b_hh)_g;
 //                                               state: in t-1, out t
@@ -27,12 +26,13 @@
 //   recurrent_operand(saved, prev)              q again, for the weight gradient
 // A cell with kLate > 0: forward has one more argument, late, out, and leaves state[0] at h_{t-1}. It adds
 //   kSavedLate                                  the last of the saved values, which the second half gives
-//   finish(late, state, saved)                  h_t into state[0]. It reads no other state, which zoneout may have
-//                                               mixed by then, and of saved nothing: it writes the last ones
-// A cell with two states adds
+//   finish(late, state, saved)                  h_t into state[0]. It reads no other state: c is after zoneout by
+//                                               then, so what of the cell's own c it needs is in late. Of saved it
+//                                               reads nothing and writes the last kSavedLate values
+// A cell with two states has one product (kFirst = kGates) and saves something; h_{t-1} goes into its product alone: a
+// path around it is c's, as the projection and the second derivative rely on. It adds
 //   dc_of(saved, cur, d)                        dL/dc_t by all ways, of d as it comes into backward
 //   candidate(saved, prev)                      c_t again, where the state is another (zoneout)
-// and h_{t-1} goes into its products alone: a path around them is c's (the second derivative relies on it).
 // A cell with kProjectable adds
 //   output(saved, cur)                          the unprojected output again, for the weight gradient
 #pragma once

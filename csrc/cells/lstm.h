@@ -38,7 +38,7 @@ struct Lstm {
   FUSEDRNN_INLINE static void backward(const Values<V, 4>& saved, const Values<V, 2>& prev, const Values<V, 2>& cur,
                                        Values<V, 2>& d, Values<V, 4>& dx, Values<V, 4>& drec) {
     const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
-    const V one = V(1), tanh_c = tanh(cur[1]);
+    const V one = V(1), tanh_c = tanh(cur[1]);        // (L6)
     const V dc = dc_of(saved, cur, d);                // (L8)
     dx[0] = drec[0] = dc * g * i * (one - i);         // (L9)
     dx[1] = drec[1] = dc * prev[1] * f * (one - f);   // (L10)

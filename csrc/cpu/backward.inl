@@ -63,7 +63,7 @@ class BackwardPass {
   }
 
  private:
-  // Plan, memory and flags for the threads that came; false: no memory.
+  // Plan, memory and flags for the threads that OpenMP has started; false: no memory.
   static bool prepare(const BackwardProblem& p, Shared& s, int threads) {
     s.share(p.size, G, L, threads);
     s.chunk_rows = kChunkBytes / (row_stride<S>(C * p.size.H) * static_cast<int64_t>(sizeof(S)));

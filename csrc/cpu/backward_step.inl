@@ -42,7 +42,7 @@ void BackwardPass<Cell, T>::step(const Item& item, int64_t later_row, int64_t la
     const Row& at = s.rows[r];
     if (s.norms) store(s.sent_dh + r * s.ldh + u, dh);
     if (at.dy) dh = dh + load<S>(at.dy + u, s.R - u);
-    const V direct = at.noise.past_h(u, s.R - u, dh);
+    const V direct = at.noise.h ? zoneout_backward(at.noise.h(u, s.R - u), dh) : V(0);
     if (s.projected) {
       store(s.dh + r * s.ldh + u, dh);
       store(s.carry_h + r * s.ldh + u, direct);
@@ -56,7 +56,7 @@ void BackwardPass<Cell, T>::step(const Item& item, int64_t later_row, int64_t la
     if (at.dy) prefetch_to_read(at.dy + u, n);
     if (!s.projected) expect_saved(s, at, u, n);
   };
-  // Whole rows of what is sent are looked at before the cell takes them, if their norms count or some are dropped.
+  // Rows of what is sent are complete before the cell takes them, if they are clipped by norm or some send nothing.
   const bool apart = severed > 0 || p_.clip_by_norm;
   if (!apart) {
     product<1>(packed(s_.w_hh[d]), gates, outputs_, {0, both}, dg_row, expect,
@@ -134,7 +134,7 @@ template <class Cell, class T>
 FUSEDRNN_INLINE typename BackwardPass<Cell, T>::V BackwardPass<Cell, T>::candidate_c(const Row& at,
                                                                                      const Values<V, K>& saved,
                                                                                      int64_t H, int64_t u) {
-  if (!at.noise.changes_c()) return load<S>(at.saved + K * H + u, H - u);
+  if (!at.noise.c) return load<S>(at.saved + K * H + u, H - u);
   Values<V, Z> prev;
   prev[1] = load<S>(at.c_prev + u, H - u);
   return Cell::candidate(saved, prev);
@@ -153,7 +153,7 @@ FUSEDRNN_INLINE void BackwardPass<Cell, T>::cell_backward(const Step& s, int64_t
   for (int g = 0; g < G; ++g) dx[g] = drec[g] = V(0);
   for (int k = 0; k < K; ++k) saved[k] = load<S>(at.saved + k * H + u, n);
   prev[0] = s.projected ? V(0) : previous_h(at, u, s.R);
-  if (K == 0 && at.noise.changes_h()) cur[0] = load<S>(at.saved + u, n);
+  if (K == 0 && at.noise.h) cur[0] = load<S>(at.saved + u, n);
   else cur[0] = s.projected ? V(0) : load<S>(at.y + u, n);
   d[0] = dh;
   if constexpr (Z > 1) {
@@ -162,8 +162,8 @@ FUSEDRNN_INLINE void BackwardPass<Cell, T>::cell_backward(const Step& s, int64_t
     d[1] = load(s.carry_c + r * s.ldm + u);
     if (s.norms) store(s.sent_dc + r * s.ldm + u, d[1]);
     if (at.dc) d[1] = d[1] + load<S>(at.dc + u, n);
-    if (s.norms) store(s.all_dc + r * s.ldm + u, at.noise.changes_c() ? d[1] : Cell::dc_of(saved, cur, d));
-    direct_c = at.noise.past_c(u, n, d[1]);
+    if (s.norms) store(s.all_dc + r * s.ldm + u, at.noise.c ? d[1] : Cell::dc_of(saved, cur, d));
+    if (at.noise.c) direct_c = zoneout_backward(at.noise.c(u, n), d[1]);
   }
   Cell::backward(saved, prev, cur, d, dx, drec);
   S* dg = s.dg + r * s.ldg + u;

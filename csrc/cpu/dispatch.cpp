@@ -30,6 +30,8 @@ const CellConstants* constants(CellList<Cells...>) {
   static constexpr CellConstants table[] = {{Cells::kName, Cells::kGates, Cells::kStates, Cells::kSaved, Cells::kFirst,
                                              Cells::kSplit, Cells::kProjectable}...};
   static_assert(((!Cells::kProjectable || Cells::kStates == 2) && ...), "the drivers project cells with two states");
+  static_assert(((Cells::kStates == 1 || (Cells::kFirst == Cells::kGates && Cells::kSaved > 0)) && ...),
+                "of a cell with two states the drivers make one product, and save something");
   return table;
 }
 

@@ -59,7 +59,7 @@ class ForwardPass {
   }
 
  private:
-  // Plan, memory and flags for the threads that came; false: no memory.
+  // Plan, memory and flags for the threads that OpenMP has started; false: no memory.
   static bool prepare(const ForwardProblem& p, Shared& s, int threads) {
     s.share(p.size, G, L, threads);
     s.ready = p.panels && p.panels->members == s.plan.members;
@@ -202,7 +202,8 @@ class ForwardPass {
         store(b_.h[0] + b * ldh_ + v * L, h);
         store(b_.h[1] + b * ldh_ + v * L, h);  // a sample that starts late finds it in either buffer
         if (!p_.noise.mask_h) continue;
-        const V operand = h * load<S>(static_cast<const T*>(p_.noise.mask_h) + sample * z_.R + v * L, z_.R - v * L);
+        const V mask = load<S>(static_cast<const T*>(p_.noise.mask_h) + sample * z_.R + v * L, z_.R - v * L);
+        const V operand = masked(h, mask);
         store(b_.operand[0] + b * ldh_ + v * L, operand);
         store(b_.operand[1] + b * ldh_ + v * L, operand);
       }

@@ -62,14 +62,15 @@ void ForwardPass<Cell, T>::step(const Item& item, int64_t t, int64_t row, int no
     for (int k = first; k < end; ++k) store(saved_row[r] + k * H + u, saved[k], H - u);
   };
   const auto put_c = [&](int64_t r, int64_t u, V next) {
-    next = noise.row(r).c(u, H - u, c + r * ldm, next);
+    if (const Keep<T> kept = noise.row(r).c; kept) next = zoneout(kept(u, H - u), load(c + r * ldm + u), next);
     store(c + r * ldm + u, next);
     if (saving) store(saved_row[r] + K * H + u, next, H - u);
   };
   const auto put_h = [&](int64_t r, int64_t u, V h) {
-    const RowNoise<T> own = noise.row(r);
-    if (K == 0 && saving && own.changes_h()) store(saved_row[r] + u, h, H - u);
-    h = own.h(u, R - u, h_prev + r * ldh, h);
+    if (const Keep<T> kept = noise.row(r).h; kept) {
+      if (K == 0 && saving) store(saved_row[r] + u, h, H - u);
+      h = zoneout(kept(u, R - u), load(h_prev + r * ldh + u), h);
+    }
     if (mask) store(operand_next + r * ldh + u, masked(h, load<S>(mask + r * R + u, R - u)));
     store(h_next + r * ldh + u, h);
     store(y + r * ldy + u, h, R - u);

@@ -1,29 +1,22 @@
 // What regularizes the states at each step (StateNoise of problem.h), as the CPU kernels find it. Included after
 // team.h.
 
-// Of one sample at one step, from its direction's first column on. Null: none.
+// The part of a state that one sample keeps, from its direction's first column on; false: there is none.
+template <class T>
+struct Keep {
+  const T* row;
+
+  FUSEDRNN_INLINE explicit operator bool() const { return row; }
+  // Of the n units from u on.
+  FUSEDRNN_INLINE Vec<typename ComputeType<T>::Type> operator()(int64_t u, int64_t n) const {
+    return load<typename ComputeType<T>::Type>(row + u, n);
+  }
+};
+
+// Of one sample at one step.
 template <class T>
 struct RowNoise {
-  using S = typename ComputeType<T>::Type;
-  using V = Vec<S>;
-  const T *keep_h, *keep_c;  // [R], [H]
-
-  // zoneout (rules.h) of the n units from u on; `previous` points to the state before, `cell` is what the cell gives.
-  FUSEDRNN_INLINE V h(int64_t u, int64_t n, const S* previous, V cell) const {
-    return keep_h ? zoneout(load<S>(keep_h + u, n), load(previous + u), cell) : cell;
-  }
-  FUSEDRNN_INLINE V c(int64_t u, int64_t n, const S* previous, V cell) const {
-    return keep_c ? zoneout(load<S>(keep_c + u, n), load(previous + u), cell) : cell;
-  }
-  // zoneout_backward
-  FUSEDRNN_INLINE V past_h(int64_t u, int64_t n, V& d) const {
-    return keep_h ? zoneout_backward(load<S>(keep_h + u, n), d) : V(0);
-  }
-  FUSEDRNN_INLINE V past_c(int64_t u, int64_t n, V& d) const {
-    return keep_c ? zoneout_backward(load<S>(keep_c + u, n), d) : V(0);
-  }
-  FUSEDRNN_INLINE bool changes_h() const { return keep_h; }
-  FUSEDRNN_INLINE bool changes_c() const { return keep_c; }
+  Keep<T> h, c;
 };
 
 // Of an item's samples at step t.
@@ -37,7 +30,7 @@ struct StepNoise {
         keep_h_stride(noise.keep_h.batch), keep_c_stride(noise.keep_c.batch) {}
 
   FUSEDRNN_INLINE RowNoise<T> row(int64_t r) const {
-    return {keep_h ? keep_h + r * keep_h_stride : nullptr, keep_c ? keep_c + r * keep_c_stride : nullptr};
+    return {{keep_h ? keep_h + r * keep_h_stride : nullptr}, {keep_c ? keep_c + r * keep_c_stride : nullptr}};
   }
 
  private:

@@ -79,7 +79,7 @@ struct SharedPass {
   int64_t most_samples, most_rows;
   Flag* flags;
 
-  // For the threads that came, which may be fewer than asked for.
+  // For the threads that OpenMP has started, which may be fewer than asked for.
   void share(const LayerSizes& z, int gates, int lanes, int came) {
     threads = came;
     if (came < plan.teams * plan.members) plan = make_plan(z, gates, lanes, came);

@@ -125,6 +125,10 @@ struct StepwiseBackward {
   }
 
  private:
+  struct Columns {  // [first, first + length) of a matrix whose rows have `width`
+    int64_t width, first, length;
+  };
+
   template <class Device>
   static void step(Device& device, const BackwardProblem& p, const Slots& slots, const T* w_hh, const T* w_hr,
                    const BackwardBuffers<S, T>& u, S* sent, int64_t i) {
@@ -135,13 +139,13 @@ struct StepwiseBackward {
     BackwardElement<S, T> element = {u, at, {}, {}, noise_of_step<S, T>(p.noise, z, slots, i)};
     view_step(p.dy, z, slots, i, R, element.dy);
     view_step(p.dc, z, slots, i, H, element.dc);
-    // to [slots][B][columns] = or += rows of this step, `length` elements each from column `offset` of `from`
-    // [slots][N][from_width] on, times a matrix [length, columns] at `weight`, of weights `distance` apart.
-    const auto multiply = [&](const T* from, int64_t from_width, int64_t offset, const T* weight, int64_t distance,
-                              int64_t length, int64_t columns, S* to, bool add) {
-      Product product = {0, columns, length, 0, kDType};
-      product.a = from + at.first[0] * from_width + offset, product.lda = from_width;
-      product.a_stride = (z.N + at.first[1] - at.first[0]) * from_width;
+    // to [slots][B][columns] = or += the columns `of` of this step's rows of `from`, times a matrix [of.length,
+    // columns] at `weight`, of weights `distance` apart.
+    const auto multiply = [&](const T* from, Columns of, const T* weight, int64_t distance, int64_t columns, S* to,
+                              bool add) {
+      Product product = {0, columns, of.length, 0, kDType};
+      product.a = from + at.first[0] * of.width + of.first, product.lda = of.width;
+      product.a_stride = (z.N + at.first[1] - at.first[0]) * of.width;
       product.b = weight, product.ldb = columns, product.b_stride = distance;
       product.c = to, product.ldc = columns, product.c_stride = z.B * columns;
       product.c_compute = true, product.add = add;
@@ -150,19 +154,19 @@ struct StepwiseBackward {
     if (z.projected) {
       if constexpr (Cell::kProjectable) {
         device.each(slots.count, rows, R, BackwardProjected<S, T>{element});
-        multiply(u.dy_rows[0], R, 0, w_hr, R * H, R, H, u.through, false);
+        multiply(u.dy_rows[0], {R, 0, R}, w_hr, R * H, H, u.through, false);
         device.each(slots.count, rows, H, BackwardStep<Cell, S, T, true>{element});
       }
     } else {
       device.each(slots.count, rows, H, BackwardStep<Cell, S, T, false>{element});
     }
     if constexpr (kTwoProducts) {
-      multiply(u.dg[0], width, Cell::kFirst * H, w_hh + Cell::kFirst * H * R, G * H * R, (G - Cell::kFirst) * H, H,
+      multiply(u.dg[0], {width, Cell::kFirst * H, (G - Cell::kFirst) * H}, w_hh + Cell::kFirst * H * R, G * H * R, H,
                u.through, false);
       device.each(slots.count, rows, H, BackwardFirst<Cell, S, T>{element});
     }
     // The direct path to h_{t-1} is in dh already.
-    multiply(u.dg[0], width, 0, w_hh, G * H * R, Cell::kFirst * H, R, sent ? sent : u.dh, !sent);
+    multiply(u.dg[0], {width, 0, Cell::kFirst * H}, w_hh, G * H * R, R, sent ? sent : u.dh, !sent);
     if (sent) device.each(slots.count, rows, R, AddMasked<S, T>{element, sent});
   }
 
@@ -187,17 +191,17 @@ struct StepwiseBackward {
                                const BackwardBuffers<S, T>& u) {
     const LayerSizes& z = p.size;
     const int64_t H = z.H, R = z.R, I = z.I, width = kBlocks * H;
-    // to [length, columns], from its element `at` on: columns [offset, offset + length) of `from`, transposed, times
-    // rows of `columns` elements, `stride` apart. A product a direction: they are large, and lie where torch put them.
-    const auto outer = [&](T* const* from, int64_t from_width, int64_t offset, int64_t length, const T* const* by,
-                           int64_t stride, int64_t columns, void* WeightGradients::* to, int64_t at) {
-      if (length == 0) return;
-      Product product = {length, columns, z.N, 1, kDType};
-      product.lda = from_width, product.ldb = stride, product.ldc = columns;
+    // to [of.length, by.length], from its element `at` on: the columns `of` of `from`, transposed, times those of
+    // `right`. A product a direction: they are large, and lie where torch put them.
+    const auto outer = [&](T* const* from, Columns of, const T* const* right, Columns by, void* WeightGradients::* to,
+                           int64_t at) {
+      if (of.length == 0) return;
+      Product product = {of.length, by.length, z.N, 1, kDType};
+      product.lda = of.width, product.ldb = by.width, product.ldc = by.length;
       product.a_transposed = true;
       for (int s = 0; s < slots.count; ++s) {
-        product.a = from[s] + offset;
-        product.b = by[s];
+        product.a = from[s] + of.first;
+        product.b = right[s] + by.first;
         product.c = typed<T>(p.dw[s].*to, at);
         device.product(product);
       }
@@ -205,14 +209,15 @@ struct StepwiseBackward {
     const T* const x = typed<T>(p.x.data);
     const T* const xs[kMaxSlots] = {x, x};
     const int64_t own = (G - kSplit) * H;  // gates whose dx is drec
-    outer(u.dg, width, 0, own, xs, row_stride(p.x, z), I, &WeightGradients::w_ih, 0);
-    outer(u.dg, width, G * H, kSplit * H, xs, row_stride(p.x, z), I, &WeightGradients::w_ih, own * I);
-    outer(u.dg, width, 0, Cell::kFirst * H, u.before, R, R, &WeightGradients::w_hh, 0);
+    const Columns of_x = {row_stride(p.x, z), 0, I}, of_h = {R, 0, R}, of_q = {H, 0, H};
+    outer(u.dg, {width, 0, own}, xs, of_x, &WeightGradients::w_ih, 0);
+    outer(u.dg, {width, G * H, kSplit * H}, xs, of_x, &WeightGradients::w_ih, own * I);
+    outer(u.dg, {width, 0, Cell::kFirst * H}, u.before, of_h, &WeightGradients::w_hh, 0);
     if (kTwoProducts) {
-      outer(u.dg, width, Cell::kFirst * H, (G - Cell::kFirst) * H, u.q, H, H, &WeightGradients::w_hh,
+      outer(u.dg, {width, Cell::kFirst * H, (G - Cell::kFirst) * H}, u.q, of_q, &WeightGradients::w_hh,
             Cell::kFirst * H * R);
     }
-    if (z.projected) outer(u.dy_rows, R, 0, R, u.q, H, H, &WeightGradients::w_hr, 0);
+    if (z.projected) outer(u.dy_rows, of_h, u.q, of_q, &WeightGradients::w_hr, 0);
     if (w.part) bias_gradients(device, p, slots, w, u);
   }
 

@@ -18,6 +18,7 @@ using PerSlot = T[kMaxSlots];
 // Rows of [T, B, *] or [N, *] as in problem.h: sample b of step t at data[t * time + b * batch].
 template <class T>
 struct StepView {
+  using Element = T;
   const T* data;  // of this step and slot, or null
   int64_t batch;
 };
@@ -25,46 +26,31 @@ struct StepView {
 // What regularizes the states at a step (StateNoise of problem.h), from the direction's first column on.
 template <class S, class T>
 struct StepNoise {
-  PerSlot<StepView<T>> keep_h, keep_c;  // [rows, R], [rows, H]
-
-  // zoneout (rules.h) of element (b, j); `cell` is what the cell gives.
-  FUSEDRNN_INLINE S h(int s, int64_t b, int64_t j, S previous, S cell) const {
-    return keep_h[s].data ? zoneout(at(keep_h[s], b, j), previous, cell) : cell;
-  }
-  FUSEDRNN_INLINE S c(int s, int64_t b, int64_t j, S previous, S cell) const {
-    return keep_c[s].data ? zoneout(at(keep_c[s], b, j), previous, cell) : cell;
-  }
-  // zoneout_backward
-  FUSEDRNN_INLINE S past_h(int s, int64_t b, int64_t j, S& d) const {
-    return keep_h[s].data ? zoneout_backward(at(keep_h[s], b, j), d) : S(0);
-  }
-  FUSEDRNN_INLINE S past_c(int s, int64_t b, int64_t j, S& d) const {
-    return keep_c[s].data ? zoneout_backward(at(keep_c[s], b, j), d) : S(0);
-  }
-  FUSEDRNN_INLINE bool changes_h(int s) const { return keep_h[s].data; }
-  FUSEDRNN_INLINE bool changes_c(int s) const { return keep_c[s].data; }
-
-  FUSEDRNN_INLINE static S at(const StepView<T>& view, int64_t b, int64_t j) {
-    return widen(view.data[b * view.batch + j]);
-  }
+  struct Keep : StepView<T> {  // the part of a state that is kept; false: there is none
+    FUSEDRNN_INLINE explicit operator bool() const { return this->data; }
+    FUSEDRNN_INLINE S operator()(int64_t b, int64_t j) const { return widen(this->data[b * this->batch + j]); }
+  };
+  PerSlot<Keep> h, c;  // [rows, R], [rows, H]
 };
 
 // Rows of step i, a slot's columns [slot * width, ...).
-template <class T>
+template <class View>
 void view_step(const RowView& from, const LayerSizes& z, const Slots& slots, int64_t i, int64_t width,
-               PerSlot<StepView<T>>& to) {
+               PerSlot<View>& to) {
+  using T = typename View::Element;
   for (int s = 0; from.data && s < slots.count; ++s) {
     const int64_t t = slots.time(z, s, i);
     const int64_t row = from.time < 0 ? z.offset[t] * from.batch : t * from.time;
-    to[s] = {static_cast<const T*>(from.data) + row + s * width, from.batch};
+    to[s].data = static_cast<const T*>(from.data) + row + s * width;
+    to[s].batch = from.batch;
   }
 }
 
 template <class S, class T>
 StepNoise<S, T> noise_of_step(const StateNoise& from, const LayerSizes& z, const Slots& slots, int64_t i) {
   StepNoise<S, T> noise = {};
-  view_step(from.keep_h, z, slots, i, z.R, noise.keep_h);
-  view_step(from.keep_c, z, slots, i, z.H, noise.keep_c);
+  view_step(from.keep_h, z, slots, i, z.R, noise.h);
+  view_step(from.keep_c, z, slots, i, z.H, noise.c);
   return noise;
 }
 
@@ -119,7 +105,7 @@ struct LoadStates {
   }
 };
 
-// And back.
+// From the driver's buffers into the tensors of a call.
 template <class S, class T>
 struct StoreStates {
   int64_t B, R, H;

@@ -52,6 +52,10 @@ struct BackwardElement {
     const S dh = u.dh[(s * u.B + b) * u.R + r];
     return dy[s].data ? dh + widen(dy[s].data[b * dy[s].batch + r]) : dh;
   }
+  // What goes past the cell to the state before.
+  FUSEDRNN_INLINE static S past(const typename StepNoise<S, T>::Keep& keep, int64_t b, int64_t j, S& d) {
+    return keep ? zoneout_backward(keep(b, j), d) : S(0);
+  }
   FUSEDRNN_INLINE const S* saved_row(int s, int64_t b) const { return u.saved[s] + (at.first[s] + b) * u.saved_stride; }
 };
 
@@ -63,7 +67,7 @@ struct BackwardProjected : BackwardElement<S, T> {
     const int64_t i = (this->at.first[s] + b) * this->u.R + r;
     if (this->u.dh_rows[s]) this->u.dh_rows[s][i] = this->u.dh[(s * this->u.B + b) * this->u.R + r];
     S dh = this->total_dh(s, b, r);
-    this->u.dh[(s * this->u.B + b) * this->u.R + r] = this->noise.past_h(s, b, r, dh);
+    this->u.dh[(s * this->u.B + b) * this->u.R + r] = this->past(this->noise.h[s], b, r, dh);
     this->u.dy_rows[s][i] = narrow<T>(dh);
     if (this->u.before[s]) this->u.before[s][i] = narrow<T>(this->previous_operand(s, b, r));
   }
@@ -86,21 +90,21 @@ struct BackwardStep : BackwardElement<S, T> {
     } else {
       if (u.before[s]) u.before[s][n * H + j] = narrow<T>(this->previous_operand(s, b, j));
       previous[0] = widen(this->previous_h(s, b, j));
-      current[0] = Cell::kSaved == 0 && this->noise.changes_h(s) ? row[j] : widen(u.y[s][n * u.width + j]);
+      current[0] = Cell::kSaved == 0 && this->noise.h[s] ? row[j] : widen(u.y[s][n * u.width + j]);
       if (u.dh_rows[s]) u.dh_rows[s][n * H + j] = u.dh[i];
       d[0] = this->total_dh(s, b, j);
-      direct_h = this->noise.past_h(s, b, j, d[0]);
+      direct_h = this->past(this->noise.h[s], b, j, d[0]);
     }
     if constexpr (Cell::kStates == 2) {
       const int64_t before = (this->at.previous[s] + b) * u.saved_stride + Cell::kSaved * H + j;
       previous[1] = b < this->at.carried[s] ? u.saved[s][before] : u.c0[s] ? widen(u.c0[s][b * H + j]) : S(0);
-      current[1] = this->noise.changes_c(s) ? Cell::candidate(saved, previous) : row[Cell::kSaved * H + j];
+      current[1] = this->noise.c[s] ? Cell::candidate(saved, previous) : row[Cell::kSaved * H + j];
       d[1] = u.dc[i];
       if (u.sent_dc[s]) u.sent_dc[s][n * H + j] = d[1];
       const StepView<T>& dc = this->dc[s];
       if (dc.data) d[1] += widen(dc.data[b * dc.batch + j]);
-      if (u.dc_rows[s]) u.dc_rows[s][n * H + j] = this->noise.changes_c(s) ? d[1] : Cell::dc_of(saved, current, d);
-      direct_c = this->noise.past_c(s, b, j, d[1]);
+      if (u.dc_rows[s]) u.dc_rows[s][n * H + j] = this->noise.c[s] ? d[1] : Cell::dc_of(saved, current, d);
+      direct_c = this->past(this->noise.c[s], b, j, d[1]);
     }
     if constexpr (Cell::kFirst < Cell::kGates) {
       const Values<S, 1> operand = {this->previous_operand(s, b, j)};

@@ -53,7 +53,7 @@ template <class S, class T>
 FUSEDRNN_INLINE void publish(const ForwardBuffers<S, T>& u, const StepRows& at, const StepNoise<S, T>& noise, int s,
                              int64_t b, int64_t j, S h) {
   const int64_t i = (s * u.B + b) * u.R + j;
-  if (noise.changes_h(s)) h = noise.h(s, b, j, u.h[i], h);  // without noise there may be no u.h
+  if (noise.h[s]) h = zoneout(noise.h[s](b, j), u.h[i], h);  // without noise there may be no u.h
   const T rounded = narrow<T>(h);
   u.operand[i] = u.mask[s] ? narrow<T>(masked(h, widen(u.mask[s][b * u.R + j]))) : rounded;
   if (u.h) u.h[i] = h;
@@ -106,12 +106,13 @@ struct ForwardStep : ForwardElement<Cell, S, T> {
       Cell::forward(x, rec, state, saved);
     }
     if constexpr (Cell::kStates == 2) {
-      u.c[i] = state[1] = this->noise.c(s, b, j, u.c[i], state[1]);
+      if (this->noise.c[s]) state[1] = zoneout(this->noise.c[s](b, j), u.c[i], state[1]);
+      u.c[i] = state[1];
     }
     if (u.saved[s]) {
       for (int k = 0; k < Cell::kSaved; ++k) row[k * H + j] = saved[k];
       if constexpr (Cell::kStates == 2) row[Cell::kSaved * H + j] = state[1];
-      if (Cell::kSaved == 0 && this->noise.changes_h(s)) row[j] = state[0];
+      if (Cell::kSaved == 0 && this->noise.h[s]) row[j] = state[0];
     }
     if constexpr (kProjected) u.q[i] = narrow<T>(state[0]);
     else publish(u, this->at, this->noise, s, b, j, state[0]);

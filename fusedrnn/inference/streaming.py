@@ -18,7 +18,7 @@ from .. import _C, options
 from ..cells import CELLS
 from ..layer.autograd import in_place
 from ..layer.dropout import kept_parts
-from ..torch_internals import heard, kept_weights, runs_of_call
+from ..torch_internals import CALLS, heard, kept_weights, runs
 from . import cache
 from .plain_call import form_of
 
@@ -93,7 +93,7 @@ def _by_forward(module: torch.nn.RNNBase, input: Tensor, hx: Any) -> tuple[Tenso
 def _prepare(module: torch.nn.RNNBase, input: Tensor, usual: Usual) -> None:
     """The next step of as many samples, where it would do no more than ``forward``, which has found all right."""
     given, forward = options.of(module), type(module).forward
-    calls = (*runs_of_call(module), ("__call__", usual.call), ("forward", forward))
+    calls = (*runs(module), *CALLS, ("__call__", usual.call), ("forward", forward))
     weights = kept_weights(module, calls)
     if forward not in usual.forwards or weights is None or heard(module) or _draws(module, given):
         return

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..layer.call import NOISELESS, LayerCall, OutputGradients, Owner
+from ..cells import CELLS
+from ..layer.call import LayerCall, OutputGradients, Owner
 from ..layer.listeners import listening, lock
 from ..layer.segments import Segments
 from ..options import HasOptions
@@ -26,14 +27,15 @@ _RNNBase = nn.RNNBase  # people give names of torch.nn to our classes
 
 
 class _Call(NamedTuple):
-    """What a layer's backward pass has left; ``of``: the call without its tensors."""
+    """What a layer's backward pass has left; ``fields`` of its :class:`LayerGradients`."""
 
-    of: LayerCall
+    cell: str
     norms: Tensor
     outside: list[Tensor]
+    layout: Segments | Sequence[Tensor | None] | None
     shape: torch.Size
-    backward: int
-    call: int
+    batch_sizes: Tensor | None
+    fields: dict[str, Any]
 
 
 class record_gradients:
@@ -89,12 +91,15 @@ class record_gradients:
         if norms.is_meta:
             raise RuntimeError("record_gradients: gradients on the meta device have no norms")
         with lock:
+            module, layer, layout = call.owner.module(), call.owner.layer, call.owner.layout
             number = self._passes.setdefault(backward_pass(), len(self._passes))
-            key = number, call.owner.module(), call.owner.layer
-            index = self._calls[key] = self._calls.get(key, -1) + 1
+            index = self._calls[number, module, layer] = self._calls.get((number, module, layer), -1) + 1
+            fields = {"name": self._names[module], "layer": layer, "backward": number, "call": index}
+            fields["cut"] = call.options.bptt_steps > 0 or (isinstance(layout, Segments) and not layout.uncut)
+            fields["clip"] = call.options.clip
             outside = [_norms_of(d, norms) for d in (gradients.y, gradients.c)[: len(call.states)]]
-            of = call._replace(x=None, states=(), weights=(), noise=NOISELESS)
-            self._raw.append(_Call(of, norms.detach(), outside, call.x.shape, number, index))
+            found = _Call(call.cell, norms.detach(), outside, layout, call.x.shape, call.batch_sizes, fields)
+            self._raw.append(found)
             self._layers = []
 
     @property
@@ -102,23 +107,20 @@ class record_gradients:
         """Of each backward pass, call, layer and direction, in the order in which they ran."""
         with lock:
             if not self._layers:
-                several = len(self._passes) > 1, any(raw.call for raw in self._raw)
+                several = len(self._passes) > 1, any(raw.fields["call"] for raw in self._raw)
                 self._layers = [layer for raw in self._raw for layer in self._laid_out(raw, several)]
             return self._layers
 
     def _laid_out(self, raw: _Call, several: tuple[bool, bool]) -> list[LayerGradients]:
-        info, owner, options, found = raw.of.info, raw.of.owner, raw.of.options, []
-        states, layout = len(info.states), owner.layout
-        cut = options.bptt_steps > 0 or (isinstance(layout, Segments) and not layout.uncut)
+        info, found, states = CELLS[raw.cell], [], len(CELLS[raw.cell].states)
         for d, rows in enumerate(raw.norms.cpu()):
             rows = torch.cat([rows, *(norms[d].cpu().unsqueeze(1) for norms in raw.outside)], dim=1)
             rows = rows.nan_to_num(torch.inf, torch.inf)  # NaN says that there is no step
-            values = _by_sample(rows, layout, raw.shape, raw.of.batch_sizes).unbind(2)
+            values = _by_sample(rows, raw.layout, raw.shape, raw.batch_sizes).unbind(2)
             found.append(
                 LayerGradients(
-                    self._names[owner.module()],
-                    owner.layer,
-                    ("forward", "reverse")[d],
+                    **raw.fields,
+                    direction=("forward", "reverse")[d],
                     h=values[states],
                     c=values[states + 1] if states == 2 else None,
                     gates=dict(zip(info.gates, values[2 * states : -states], strict=True)),
@@ -126,11 +128,7 @@ class record_gradients:
                     from_c=values[-1] if states == 2 else None,
                     sent_h=values[0],
                     sent_c=values[1] if states == 2 else None,
-                    backward=raw.backward,
-                    call=raw.call,
                     several=several,
-                    cut=cut,
-                    clip=options.clip,
                 )
             )
         return found

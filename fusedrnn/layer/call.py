@@ -40,11 +40,6 @@ class Noise(NamedTuple):
     def any(self) -> bool:
         return any(t is not None for t in self)
 
-    @property
-    def changes_h(self) -> bool:
-        """Whether h_t differs from the cell's output."""
-        return self.keep_h is not None
-
     def for_op(self, x: Tensor) -> Noise:
         """In the type of x, as the kernels take it; what is saved for the backward pass is not."""
         if all(t is None for t in self[1:]):

@@ -133,7 +133,7 @@ def _direction(
     w_ih, w_hh, b_ih, b_hh, w_hr = weights
     gates, step = len(CELLS[cell].gates), STEPS[cell].of
     hidden = w_hh.size(0) // gates
-    projections = linear(x.reshape(-1, w_ih.size(1)), w_ih, b_ih).split(list(rows))
+    projections = linear(x.flatten(0, -2), w_ih, b_ih).split(list(rows))
     parts: dict[int, tuple[Tensor, Tensor | None]] = {}  # cut once: the gradient of each cut has the size of the whole
 
     def recurrent(h: Tensor, first: int, last: int) -> Tensor:

@@ -26,7 +26,7 @@ lock = threading.Lock()  # of the list, and of what its members keep
 
 
 def interested(owner: Owner | None) -> Sequence[Listener]:
-    """Those that the call is for. (What Dynamo has compiled is nobody's.)"""
+    """Those that the call is for. (A call that Dynamo has compiled has no owner.)"""
     if owner is None or not listening:
         return ()
     return [listener for listener in listening if listener.wants(owner)]

@@ -43,7 +43,7 @@ def hessian_vector_product(
     directions = call.directions
 
     def flat(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.reshape(-1, t.size(-1)).to(dtype)
+        return None if t is None else t.flatten(0, -2).to(dtype)
 
     def of_direction(given: Sequence[Tensor | None], d: int) -> list[Tensor | None]:
         return [None if s is None else s[d].to(dtype) for s in given]
