@@ -1,4 +1,6 @@
 // See backend.h. No other file chooses by the device of a tensor.
+#include "target.h"
+
 #include "backend.h"
 
 namespace fusedrnn {
@@ -16,16 +18,16 @@ void host_backward(const Layer& layer, const BackwardProblem& p) {
 
 }  // namespace
 
-bool has_backend(const at::Tensor& x) {
+bool has_backend(const Tensor& x) {
 #if defined(FUSEDRNN_CUDA)
-  if (x.is_cuda()) return true;
+  if (x.device().is_cuda()) return true;
 #endif
-  return x.is_cpu();
+  return x.device().is_cpu();
 }
 
-const Backend& backend_of(const at::Tensor& x) {
+const Backend& backend_of(const Tensor& x) {
 #if defined(FUSEDRNN_CUDA)
-  if (x.is_cuda()) return kCudaBackend;
+  if (x.device().is_cuda()) return kCudaBackend;
 #endif
   static const Backend host = {true, kernels().even_rows, false, host_has, host_forward, host_backward};
   return host;

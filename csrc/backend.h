@@ -18,7 +18,7 @@ struct Backend {
 extern const Backend kCudaBackend;  // cuda/launch.cpp
 #endif
 
-bool has_backend(const at::Tensor& x);  // in this build
-const Backend& backend_of(const at::Tensor& x);
+bool has_backend(const Tensor& x);  // in this build
+const Backend& backend_of(const Tensor& x);
 
 }  // namespace fusedrnn

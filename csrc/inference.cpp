@@ -1,8 +1,8 @@
 // See inference.h.
+#include "target.h"
+
 #include "inference.h"
 
-#include <ATen/record_function.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <omp.h>
 
 #include <algorithm>
@@ -11,8 +11,6 @@
 #include "cpu/plan.h"
 
 namespace fusedrnn {
-
-using at::Tensor;
 
 std::shared_ptr<const PackedWeights::Layer> PackedWeights::find(size_t layer) const {
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -56,31 +54,14 @@ constexpr int64_t kRowsKept = 512;
 
 constexpr int kPassedOver = 3;  // calls in a row that cannot use panels before others take their place
 
-// A tensor whose data is what it seems: no subclass, no wrapper of torch.func, no view that must be resolved first.
-bool plain(const Tensor& t) {
-  using c10::DispatchKey;
-  constexpr c10::DispatchKeySet kPlain({DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU,
-                                        DispatchKey::CUDA, DispatchKey::AutogradCUDA, DispatchKey::AutocastCUDA,
-                                        DispatchKey::ADInplaceOrView});
-  return t.defined() && kPlain.has_all(t.key_set());
-}
-
-bool fits(const Tensor& t, const Tensor& x, at::IntArrayRef shape) {
-  return plain(t) && t.sizes() == shape && t.scalar_type() == x.scalar_type() && t.device() == x.device() &&
-         is_there(t);
-}
-
-// A dispatch mode, a transform of torch.func, a tracer: whatever wants to see every op.
-bool watched() {
-  return c10::impl::dispatch_mode_enabled() ||
-         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer);
+bool fits(const Tensor& t, const Tensor& x, Sizes shape) {
+  return t.defined() && t.sizes() == shape && t.elements() == x.elements() && t.device() == x.device() && is_there(t);
 }
 
 // Contents of t, 64 KiB at a time, by all threads if there are a few.
 uint64_t digest(const Tensor& t, uint64_t seed) {
   constexpr int64_t kBlock = int64_t{1} << 16, kFew = 4;
-  const char* data = static_cast<const char*>(t.const_data_ptr());
+  const char* data = static_cast<const char*>(t.data());
   const int64_t bytes = t.nbytes(), blocks = (bytes + kBlock - 1) / kBlock;
   std::vector<uint64_t> parts(blocks);
   on_threads(blocks > kFew ? threads() : 1, [&](int) {
@@ -119,9 +100,9 @@ void use_panels(Work& work, const Panels& panels) {
   work.problem.panels = &work.panels;
 }
 
-at::Tensor memory_for_panels(const Layer& layer) {
+Tensor memory_for_panels(const Layer& layer) {
   const int64_t bytes = kernels().panel_bytes[layer.cell][layer.kernel_dtype()](layer.size);
-  return at::empty({bytes}, at::TensorOptions().dtype(at::kByte));
+  return empty(Sizes({bytes}), aoti_torch_dtype_uint8(), layer.x.device());
 }
 
 void find_panels(Work& work, size_t index, PackedWeights& kept) {
@@ -138,12 +119,12 @@ void find_panels(Work& work, size_t index, PackedWeights& kept) {
     // Of a copy: another thread may write the weights between their digest and the packing.
     for (int d = 0; d < z.D; ++d) {
       DirectionWeights& w = work.layer.weights[d];
-      w = w.map([](const Tensor& t) { return t.defined() ? t.clone() : t; });
+      w = w.map([](const Tensor& t) { return t.defined() ? t.copy() : t; });
       work.problem.weights[d] = w.map(input);
     }
     work.packed = nullptr;
     work.fresh = std::make_shared<PackedWeights::Layer>(digest(work.layer), memory_for_panels(work.layer));
-    use_panels(work, {work.fresh->memory.mutable_data_ptr(), 0, false});
+    use_panels(work, {work.fresh->memory.mutable_data(), 0, false});
   }
 }
 
@@ -165,32 +146,50 @@ void keep_panels(const Work& work, size_t index, PackedWeights& kept) {
 }
 
 // What every step keeps of each state, as a row of zoneout's masks: [2, D * max(H, R)]; undefined if nothing.
-Tensor rows_kept(const Zoneout& zoneout, const LayerSizes& z, const at::TensorOptions& options) {
+Tensor rows_kept(const Zoneout& zoneout, const LayerSizes& z, const Tensor& x) {
   if (zoneout.first == 0 && zoneout.second == 0) return {};
-  Tensor rows = at::empty({2, z.D * std::max(z.H, z.R)}, options);
-  rows[0].fill_(zoneout.first);
-  rows[1].fill_(zoneout.second);
-  return rows;
+  const int64_t width = z.D * std::max(z.H, z.R);
+  std::vector<double> rows(2 * width, zoneout.first);
+  std::fill(rows.begin() + width, rows.end(), zoneout.second);
+  const Tensor wide = empty(Sizes({2, width}), DType::kFloat64, x.device());
+  std::copy(rows.begin(), rows.end(), static_cast<double*>(wide.mutable_data()));
+  return wide.to(x.elements());
 }
 
 StateNoise noise_of(const Zoneout& zoneout, const Tensor& rows) {
   StateNoise noise;  // every step and sample at the same row
-  if (zoneout.first != 0) noise.keep_h.data = rows[0].const_data_ptr();
-  if (zoneout.second != 0) noise.keep_c.data = rows[1].const_data_ptr();
+  if (zoneout.first != 0) noise.keep_h.data = input(rows);
+  if (zoneout.second != 0) noise.keep_c.data = static_cast<const char*>(input(rows)) + rows.nbytes() / 2;
   return noise;
 }
 
 // Whether inference may call the kernels now. (Not every instruction set has them for float16.)
-bool has_kernels(const Tensor& x) { return backend_of(x).host && x.scalar_type() != at::kHalf && !watched(); }
+bool has_kernels(const Tensor& x) { return backend_of(x).host && x.elements() != Elements(DType::kFloat16); }
 
 bool run(const Layer& layer, const ForwardProblem& problem) {
   return kernels().forward[layer.cell][layer.kernel_dtype()](problem);
 }
 
+// t with a dimension of one in front, and its rows [first, first + count).
+Tensor with_one(const Tensor& t) {
+  std::vector<int64_t> sizes = {1}, strides = {t.numel()};
+  sizes.insert(sizes.end(), t.sizes().begin(), t.sizes().end());
+  strides.insert(strides.end(), t.strides().begin(), t.strides().end());
+  return t.viewed(sizes, strides, 0);
+}
+Tensor part_of(const Tensor& t, int64_t first, int64_t count) {
+  std::vector<int64_t> sizes(t.sizes().begin(), t.sizes().end());
+  sizes[0] = count;
+  return t.viewed(sizes, t.strides(), first * t.stride(0));
+}
+Tensors weights_of(const Tensors& all, int64_t first, int64_t count) {
+  return {all.begin() + first, all.begin() + first + count};
+}
+
 // Steps [begin, end) of a dense batch through a layer of one direction; the states go on from h_n and c_n.
 ForwardProblem steps_of(const Work& work, int64_t begin, int64_t end) {
   ForwardProblem p = work.problem;
-  const int64_t bytes = at::elementSize(work.layer.dtype);
+  const int64_t bytes = Elements(work.layer.dtype).bytes();
   p.size.T = end - begin;
   p.size.N = p.size.T * p.size.B;
   p.x.data = static_cast<const char*>(p.x.data) + begin * p.x.time * bytes;
@@ -232,29 +231,28 @@ bool fits(const ModuleCall& call) {
   if (!order || call.H == 0 || call.R == 0) return false;
   if (order->projected ? !cell.projectable : call.R != call.H) return false;
   const int64_t batch = call.one_step ? 0 : 1;  // the dimension of the samples
-  if (!plain(x) || !has_backend(x) || x.dim() != batch + 2 || x.size(-1) != call.I || !is_there(x)) return false;
-  if (kernel_dtype(x.scalar_type()) < 0 || !steps_fit(x)) return false;
+  if (!x.defined() || !has_backend(x) || x.dim() != batch + 2 || x.size(-1) != call.I || !is_there(x)) return false;
+  if (x.elements().kernel_dtype() < 0 || !steps_fit(x)) return false;
   if (call.one_step && call.parts() > 1 && (call.h0 || call.c0)) return false;  // they have no room for several layers
   const int64_t B = x.size(batch), width = call.R * call.directions;
   for (const auto& [state, columns] : {std::pair(&call.h0, call.R), std::pair(&call.c0, call.H)}) {
     if (!state->has_value()) continue;
     const int64_t shape[] = {call.parts(), B, columns};
-    if (!fits(**state, x, at::IntArrayRef(shape).slice(1 - batch))) return false;
+    if (!fits(**state, x, Sizes(shape, 3).from(1 - batch))) return false;
   }
   bool fit = true;
   for (int64_t part = 0; fit && part < call.parts(); ++part) {
     const int64_t columns = part < call.directions ? call.I : width;
-    each_weight(order->at(call.weights, part), cell.gates, columns, call.H, call.R,
-                [&](const char*, const Tensor& w, at::IntArrayRef shape) { fit = fit && fits(w, x, shape); });
+    each_weight(order->at(call.weights.data(), part), cell.gates, columns, call.H, call.R,
+                [&](const char*, const Tensor& w, Sizes shape) { fit = fit && fits(w, x, shape); });
   }
   return fit;
 }
 
 std::optional<Inferred> infer(const ModuleCall& call, PackedWeights& kept, const Zoneout& zoneout) {
   if (!has_kernels(call.x)) return std::nullopt;
-  RECORD_FUNCTION("fusedrnn::infer", std::vector<c10::IValue>({call.x}));
   const int64_t layers = call.layers, D = call.directions, each = call.weights.size() / layers;
-  const auto with_time = [&](const OptionalTensor& t) { return t && call.one_step ? t->unsqueeze(0) : t; };
+  const auto with_time = [&](const OptionalTensor& t) { return t && call.one_step ? with_one(*t) : t; };
   const Tensor x = *with_time(call.x);
   const OptionalTensor h0 = with_time(call.h0), c0 = with_time(call.c0);
 
@@ -265,23 +263,28 @@ std::optional<Inferred> infer(const ModuleCall& call, PackedWeights& kept, const
   Tensor input = x, h_n, c_n, keep;
   for (int64_t l = 0; l < layers; ++l) {
     const auto of_layer = [&](const OptionalTensor& state) {
-      return state && layers > 1 ? OptionalTensor(state->narrow(0, l * D, D)) : state;
+      return state && layers > 1 ? part_of(*state, l * D, D) : state;
     };
     Work& work = stack[l];
-    work.layer = read_layer(input, std::nullopt, of_layer(h0), of_layer(c0),
-                            at::TensorList(call.weights).slice(l * each, each), name, D == 2);
+    work.layer = read_layer(input, std::nullopt, of_layer(h0), of_layer(c0), weights_of(call.weights, l * each, each),
+                            name, D == 2);
     const LayerSizes& z = work.layer.size;
     if (l == 0) {
       // States are rounded to the type of x between chunks: the same numbers only where that is the compute type.
       if (work.layer.dtype == work.layer.compute_type()) {
-        const int lanes = kernels().vector_bytes / static_cast<int>(at::elementSize(work.layer.dtype));
+        const int lanes = kernels().vector_bytes / static_cast<int>(Elements(work.layer.dtype).bytes());
         steps = pipeline_steps(z, work.layer.constants().gates, lanes, layers, threads());
       }
-      keep = rows_kept(zoneout, z, x.options());
-      h_n = at::empty({layers * D, z.B, z.R}, x.options());
-      c_n = at::empty({work.layer.constants().states == 2 ? layers * D : 0, z.B, z.H}, x.options());
+      keep = rows_kept(zoneout, z, x);
+      const int64_t rows_of_c = work.layer.constants().states == 2 ? layers * D : 0;
+      const auto states = [&](int64_t n, int64_t width) {  // those of a single step: the results' shape, no view of it
+        return call.one_step && n ? with_one(empty({z.B, width}, x)) : empty({n, z.B, width}, x);
+      };
+      h_n = states(layers * D, z.R);
+      c_n = states(rows_of_c, z.H);
     }
-    const Tensor y = at::empty({z.T, z.B, D * z.R}, x.options());
+    const bool bare = call.one_step && l + 1 == layers;
+    const Tensor y = bare ? with_one(empty({z.B, D * z.R}, x)) : empty({z.T, z.B, D * z.R}, x);
     fill(work.problem, work.layer);
     work.problem.noise = noise_of(zoneout, keep);
     work.problem.y = output(y, {z.T, z.B, D * z.R});
@@ -304,15 +307,10 @@ std::optional<Inferred> infer(const ModuleCall& call, PackedWeights& kept, const
       // A pipeline has no teams, and without panels of its own would pack in each chunk.
       if (work.panels.data && work.panels.members <= 1) continue;
       memory.push_back(memory_for_panels(work.layer));
-      use_panels(work, {memory.back().mutable_data_ptr(), 0, false});
+      use_panels(work, {memory.back().mutable_data(), 0, false});
     }
     check_memory(run_pipeline(stack, steps, threads()));
     for (int64_t l = 0; l < layers; ++l) keep_panels(stack[l], l, kept);
-  }
-  if (call.one_step) {
-    for (Tensor* t : {&input, &h_n, &c_n}) {
-      if (t->size(0)) t->squeeze_(0);  // no view: people call methods in place
-    }
   }
   return Inferred{input, h_n, c_n};
 }
@@ -323,15 +321,15 @@ std::unique_ptr<Stepper> Stepper::make(const ModuleCall& call, const Zoneout& zo
   for (const Tensor& w : call.weights) dense = dense && w.is_contiguous();
   if (!dense) return nullptr;
   auto stepper = std::make_unique<Stepper>();
-  stepper->options_ = x.options();
-  for (const Tensor& w : call.weights) stepper->shapes_.emplace_back(w.sizes());
+  stepper->elements_ = x.elements();
+  for (const Tensor& w : call.weights) stepper->shapes_.emplace_back(w.sizes().begin(), w.sizes().end());
   const size_t each = call.weights.size() / call.layers;
-  Tensor input = x.detach().unsqueeze(0).contiguous();
+  Tensor input = with_one(x).contiguous();
   for (int64_t l = 0; l < call.layers; ++l) {
-    Layer layer = read_layer(input, std::nullopt, std::nullopt, std::nullopt,
-                             at::TensorList(call.weights).slice(l * each, each), cell_constants(call.cell).name, false);
+    Layer layer = read_layer(input, std::nullopt, std::nullopt, std::nullopt, weights_of(call.weights, l * each, each),
+                             cell_constants(call.cell).name, false);
     const LayerSizes& z = layer.size;
-    if (l == 0) stepper->keep_ = rows_kept(zoneout, z, x.options());
+    if (l == 0) stepper->keep_ = rows_kept(zoneout, z, x);
     ForwardProblem problem;
     problem.size = z;
     problem.noise = noise_of(zoneout, stepper->keep_);
@@ -340,7 +338,7 @@ std::unique_ptr<Stepper> Stepper::make(const ModuleCall& call, const Zoneout& zo
     problem.x = rows(input, false);
     problem.x.data = nullptr;
     stepper->problems_.push_back(problem);
-    input = at::empty({1, z.B, z.R}, x.options());
+    input = empty({1, z.B, z.R}, x);
     layer.x = Tensor();
     layer.weights.clear();
     stepper->layers_.push_back(std::move(layer));
@@ -348,30 +346,30 @@ std::unique_ptr<Stepper> Stepper::make(const ModuleCall& call, const Zoneout& zo
   return stepper;
 }
 
-bool Stepper::fits(const Tensor& t, at::IntArrayRef shape) const {
-  return plain(t) && t.scalar_type() == options_.dtype().toScalarType() && t.sizes() == shape && t.is_contiguous() &&
-         is_there(t) && is_aligned(t);
+bool Stepper::fits(const Tensor& t, Sizes shape) const {
+  return t.defined() && t.elements() == elements_ && t.sizes() == shape && t.is_contiguous() && is_there(t) &&
+         is_aligned(t) && t.device().is_cpu();
 }
 
 std::optional<Inferred> Stepper::step(const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                                      at::TensorList weights) const {
+                                      const Tensors& weights) const {
   const LayerSizes& first = layers_[0].size;
   const int64_t B = first.B, H = first.H, R = first.R, layers = layers_.size();
-  bool fit = !watched() && fits(x, {B, first.I}) && (!h0 || fits(*h0, {layers, B, R})) &&
-             (!c0 || fits(*c0, {layers, B, H})) && c0.has_value() == (two_states() && h0.has_value());
+  bool fit = fits(x, {B, first.I}) && (!h0 || fits(*h0, {layers, B, R})) && (!c0 || fits(*c0, {layers, B, H})) &&
+             c0.has_value() == (two_states() && h0.has_value());
   for (size_t i = 0; i < weights.size(); ++i) fit = fit && fits(weights[i], shapes_[i]);
   if (!fit) return std::nullopt;
-  Tensor y = at::empty({B, R}, options_), h_n = at::empty({layers, B, R}, options_);
-  Tensor c_n = at::empty({two_states() ? layers : 0, B, H}, options_);
+  const Tensor y = empty({B, R}, x), h_n = empty({layers, B, R}, x);
+  const Tensor c_n = empty({two_states() ? layers : 0, B, H}, x);
   const WeightOrder order = *WeightOrder::of(weights.size(), layers);
   const auto state = [&](const OptionalTensor& t, int64_t l, int64_t width) {
-    return t ? static_cast<const char*>(input(*t)) + l * B * width * t->element_size() : nullptr;
+    return t ? static_cast<const char*>(input(*t)) + l * B * width * x.element_bytes() : nullptr;
   };
   const void* rows_of_x = input(x);
   for (int64_t l = 0; l < layers; ++l) {
     ForwardProblem p = problems_[l];
     p.threads = threads();
-    p.weights[0] = order.at(weights, l).map([](const Tensor* t) { return t ? input(*t) : nullptr; });
+    p.weights[0] = order.at(weights.data(), l).map([](const Tensor* t) { return t ? input(*t) : nullptr; });
     p.x.data = rows_of_x;
     p.h0 = state(h0, l, R);
     p.c0 = state(c0, l, H);

@@ -17,9 +17,9 @@ namespace fusedrnn {
 class PackedWeights {
  public:
   struct Layer {
-    explicit Layer(uint64_t digest, at::Tensor memory = {}) : digest(digest), memory(std::move(memory)) {}
+    explicit Layer(uint64_t digest, Tensor memory = {}) : digest(digest), memory(std::move(memory)) {}
     const uint64_t digest;
-    const at::Tensor memory;  // undefined: not packed yet
+    const Tensor memory;  // undefined: not packed yet
     Panels panels{nullptr, 0, false};
     mutable std::atomic<int> passed_over{0};  // calls in a row that shared the units otherwise and packed themselves
   };
@@ -41,9 +41,9 @@ struct ModuleCall {
   int cell;
   bool one_step;  // x [B, I] of a single step; else [T, B, I]
   int64_t layers, directions, I, H, R;
-  at::Tensor x;
+  Tensor x;
   OptionalTensor h0, c0;  // [layers * directions, B, *]; of a single step [B, *]. All of the cell's states, or none
-  c10::SmallVector<at::Tensor, 16> weights;  // of each layer and direction in turn
+  Tensors weights;        // of each layer and direction in turn
   int64_t parts() const { return layers * directions; }
 };
 
@@ -53,7 +53,7 @@ bool fits(const ModuleCall& call);
 
 // The results of a call that fits: y, h_n, c_n; those of a single step have no dimension of time. None where only the
 // ops will do: not on the CPU, float16, someone listens to what torch does.
-using Inferred = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
+using Inferred = std::tuple<Tensor, Tensor, Tensor>;
 std::optional<Inferred> infer(const ModuleCall& call, PackedWeights& kept, const Zoneout& zoneout);
 
 // One step at a time through stacked layers of one direction: the sizes are checked once, for one batch size and
@@ -66,17 +66,17 @@ class Stepper {
   bool two_states() const { return layers_[0].constants().states == 2; }
   // y [B, R], h_n [layers, B, R], c_n [layers, B, H], from x [B, I], all states, of these shapes, or none, and as many
   // weights. None if a tensor differs from the one that it was prepared for, or someone listens to torch.
-  std::optional<Inferred> step(const at::Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                               at::TensorList weights) const;
+  std::optional<Inferred> step(const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
+                               const Tensors& weights) const;
 
  private:
-  bool fits(const at::Tensor& t, at::IntArrayRef shape) const;
+  bool fits(const Tensor& t, Sizes shape) const;
 
-  at::Tensor keep_;            // what the problems' noise points to
+  Tensor keep_;                // what the problems' noise points to
   std::vector<Layer> layers_;  // without tensors
   std::vector<ForwardProblem> problems_;
-  std::vector<at::DimVector> shapes_;  // of the weights
-  at::TensorOptions options_;
+  std::vector<std::vector<int64_t>> shapes_;  // of the weights
+  Elements elements_ = DType::kFloat32;
 };
 
 }  // namespace fusedrnn

@@ -3,32 +3,29 @@
 // large as the layer's sizes say: for the ops, inference and steps alike.
 #pragma once
 
-#include <ATen/ATen.h>
-
-#include <initializer_list>
-#include <optional>
+#include <memory>
+#include <string_view>
 #include <vector>
 
 #include "cpu/dispatch.h"
 #include "problem.h"
+#include "tensor.h"
 
 namespace fusedrnn {
 
-using OptionalTensor = std::optional<at::Tensor>;
+using Tensors = std::vector<Tensor>;
 
-int kernel_dtype(at::ScalarType dtype);  // its place in the kernels' tables; -1: none
-
-using DirectionWeights = PerWeight<at::Tensor>;      // biases and projection may be undefined
-using ListedWeights = PerWeight<const at::Tensor*>;  // in a list of the ops
+using DirectionWeights = PerWeight<Tensor>;      // biases and projection may be undefined
+using ListedWeights = PerWeight<const Tensor*>;  // in a list of the ops
 
 // Calls visit(name, weight, shape) for each that is there.
 template <class Visit>
 void each_weight(const ListedWeights& w, int64_t gates, int64_t I, int64_t H, int64_t R, const Visit& visit) {
-  visit("w_ih", *w.w_ih, at::IntArrayRef({gates * H, I}));
-  visit("w_hh", *w.w_hh, at::IntArrayRef({gates * H, R}));
-  if (w.b_ih) visit("b_ih", *w.b_ih, at::IntArrayRef({gates * H}));
-  if (w.b_hh) visit("b_hh", *w.b_hh, at::IntArrayRef({gates * H}));
-  if (w.w_hr) visit("w_hr", *w.w_hr, at::IntArrayRef({R, H}));
+  visit("w_ih", *w.w_ih, Sizes({gates * H, I}));
+  visit("w_hh", *w.w_hh, Sizes({gates * H, R}));
+  if (w.b_ih) visit("b_ih", *w.b_ih, Sizes({gates * H}));
+  if (w.b_hh) visit("b_hh", *w.b_hh, Sizes({gates * H}));
+  if (w.w_hr) visit("w_hr", *w.w_hr, Sizes({R, H}));
 }
 
 // What a list of weights holds for each direction: w_ih, w_hh[, b_ih, b_hh][, w_hr], in this order.
@@ -38,7 +35,7 @@ struct WeightOrder {
 
   // Of a list of so many, for so many directions (of all layers); none if there is no such list.
   static std::optional<WeightOrder> of(int64_t weights, int64_t directions);
-  ListedWeights at(at::TensorList weights, int64_t direction) const;
+  ListedWeights at(const Tensor* weights, int64_t direction) const;
 };
 
 // problem.h's StateNoise as tensors, each of which may be undefined.
@@ -50,56 +47,55 @@ struct Noise {
 struct Layer {
   int cell;
   LayerSizes size;
-  at::ScalarType dtype;
-  at::Tensor x, h0, c0;               // h0, c0 may be undefined
-  at::Tensor mask_h, keep_h, keep_c;  // may be undefined
-  at::DataPtr steps;                  // what size.active and size.offset point to
+  DType dtype;
+  Tensor x, h0, c0;                  // h0, c0 may be undefined
+  Tensor mask_h, keep_h, keep_c;     // may be undefined
+  std::unique_ptr<int64_t[]> steps;  // what size.active and size.offset point to
   std::vector<DirectionWeights> weights;
   bool packed;
 
   const CellConstants& constants() const { return cell_constants(cell); }
-  at::ScalarType compute_type() const { return at::isReducedFloatingType(dtype) ? at::kFloat : dtype; }
+  DType compute_type() const { return dtype == DType::kFloat64 ? dtype : DType::kFloat32; }
   int64_t saved_width() const {
     const int own = constants().saved + constants().states - 1;
     const int64_t width = (own == 0 && keep_h.defined() ? 1 : own) * size.H;
-    return spread_stride(width, at::elementSize(compute_type()));
+    return spread_stride(width, Elements(compute_type()).bytes());
   }
-  int kernel_dtype() const { return fusedrnn::kernel_dtype(dtype); }
+  int kernel_dtype() const { return static_cast<int>(dtype); }
   // float32 copies where the device has no kernel of the dtype: float16 on the CPU.
   void widen_without_kernel();
 };
 
 // Throws what torch.nn would, or names the argument that does not fit.
-Layer read_layer(const at::Tensor& x, const OptionalTensor& batch_sizes, const OptionalTensor& h0,
-                 const OptionalTensor& c0, at::TensorList weights, c10::string_view cell, bool bidirectional,
-                 const Noise& noise = {});
+Layer read_layer(const Tensor& x, const OptionalTensor& batch_sizes, const OptionalTensor& h0, const OptionalTensor& c0,
+                 const Tensors& weights, std::string_view cell, bool bidirectional, const Noise& noise = {});
 
 // Whether there are steps in x [T, B, I], or [B, I] of one, and no product of its sizes overflows.
-bool steps_fit(const at::Tensor& x);
+bool steps_fit(const Tensor& x);
 // Whether the storage of t is as large as its sizes and strides say: someone may have resized or freed it.
-bool is_there(const at::Tensor& t);
+bool is_there(const Tensor& t);
 // t, or a copy of it whose elements lie at multiples of their size, as kernels read them.
-at::Tensor aligned(const at::Tensor& t);
-inline bool is_aligned(const at::Tensor& t) {
-  return t.numel() == 0 || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % t.element_size() == 0;
+Tensor aligned(const Tensor& t);
+inline bool is_aligned(const Tensor& t) {
+  return t.numel() == 0 || reinterpret_cast<uintptr_t>(t.data()) % t.element_bytes() == 0;
 }
 // float32, its last dimension dense whatever lay in t.
-at::Tensor widened_to_float(const at::Tensor& t);
+Tensor widened_to_float(const Tensor& t);
 // Throws if the memory of t is not there (is_there), or t is undefined.
-void check_there(const at::Tensor& t, const char* name);
-void check_tensor(const at::Tensor& t, const at::Tensor& x, const char* name, at::IntArrayRef shape);
+void check_there(const Tensor& t, const char* name);
+void check_tensor(const Tensor& t, const Tensor& x, const char* name, Sizes shape);
 // Undefined if not given, else contiguous.
-at::Tensor check_optional(const OptionalTensor& t, const at::Tensor& x, const char* name, at::IntArrayRef shape);
+Tensor check_optional(const OptionalTensor& t, const Tensor& x, const char* name, Sizes shape);
 // Rows of y: [T, B, D * columns] or [N, D * columns], with the last dimension dense. Undefined if not given.
-at::Tensor check_rows(const OptionalTensor& t, const Layer& layer, const char* name, int64_t columns);
+Tensor check_rows(const OptionalTensor& t, const Layer& layer, const char* name, int64_t columns);
 void check_memory(bool enough);
 
 // To be read: a checked tensor, null if undefined.
-const void* input(const at::Tensor& t);
+const void* input(const Tensor& t);
 // To be written: part `part` of `parts` along the first dimension of a contiguous t, each of this shape; null if t is
 // undefined or has no element.
-void* output(const at::Tensor& t, std::initializer_list<int64_t> shape, int64_t part = 0, int64_t parts = 1);
-RowView rows(const at::Tensor& t, bool packed);
+void* output(const Tensor& t, std::initializer_list<int64_t> shape, int64_t part = 0, int64_t parts = 1);
+RowView rows(const Tensor& t, bool packed);
 int threads();  // for a call made now
 
 template <class Problem>

@@ -1,12 +1,16 @@
 // The module fusedrnn._C: loading it registers the ops (ops.cpp); it tells what was built and what is in use.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/record_function.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/inductor/aoti_torch/utils.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include <deque>
 #include <memory>
 #include <stdexcept>
 
@@ -88,7 +92,7 @@ template <>
 constexpr const char* kCapsule<Stepper> = "fusedrnn.Stepper";
 
 template <class T>
-py::capsule held(std::shared_ptr<T> object) {
+py::capsule capsule_of(std::shared_ptr<T> object) {
   return {new std::shared_ptr<T>(std::move(object)), kCapsule<T>,
           [](void* holder) { delete static_cast<std::shared_ptr<T>*>(holder); }};
 }
@@ -111,26 +115,70 @@ T argument(const py::object& object, const char* name) {
   return py::detail::cast_op<T>(std::move(caster));
 }
 
-// An object that is a tensor or a parameter: a subclass may change what torch's functions do.
-bool read_tensor(PyObject* object, at::Tensor& into) {
-  if (!THPVariable_CheckExact(object)) return false;
-  into = THPVariable_Unpack(object);
+// A dispatch mode, a transform of torch.func, a tracer: whatever wants to see every op.
+bool watched() {
+  return c10::impl::dispatch_mode_enabled() || at::impl::torch_function_mode_enabled() ||
+         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer);
+}
+
+// A tensor whose data is what it seems: no subclass, no wrapper of torch.func, no view that must be resolved first.
+bool plain(const at::Tensor& t) {
+  using c10::DispatchKey;
+  constexpr c10::DispatchKeySet kPlain({DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU,
+                                        DispatchKey::CUDA, DispatchKey::AutogradCUDA, DispatchKey::AutocastCUDA,
+                                        DispatchKey::ADInplaceOrView});
+  return t.defined() && kPlain.has_all(t.key_set());
+}
+
+// As Tensor::lent asks for them.
+Facts facts(const at::Tensor& t) {
+  Facts f;
+  f.dim = t.dim();
+  f.numel = t.numel();
+  f.storage_offset = t.storage_offset();
+  f.storage_bytes = static_cast<int64_t>(t.storage().nbytes());
+  const int64_t known = std::min<int64_t>(f.dim, Facts::kMost);
+  std::copy_n(t.sizes().begin(), known, f.sizes);
+  std::copy_n(t.strides().begin(), known, f.strides);
+  f.elements = static_cast<int32_t>(t.scalar_type());
+  f.element_bytes = t.element_size();
+  f.device = {static_cast<int32_t>(t.device().type()), t.device().index()};
+  f.contiguous = t.is_contiguous();
+  f.data = t.storage().data() ? const_cast<void*>(t.const_data_ptr()) : nullptr;
+  return f;
+}
+
+// The tensors of a call, held until it ends: a list may lose them meanwhile.
+using Held = std::deque<at::Tensor>;
+
+// An object that is a tensor or a parameter, a plain one: a subclass may change what torch's functions do.
+bool read_tensor(PyObject* object, Tensor& into, Held& held) {
+  if (!THPVariable_CheckExact(object) || !plain(THPVariable_Unpack(object))) return false;
+  held.push_back(THPVariable_Unpack(object));
+  into = Tensor::lent(torch::aot_inductor::tensor_pointer_to_tensor_handle(&held.back()), facts(held.back()));
   return true;
 }
 
-bool read_tensor(PyObject* object, OptionalTensor& into) { return read_tensor(object, into.emplace()); }
+bool read_tensor(PyObject* object, OptionalTensor& into, Held& held) {
+  return read_tensor(object, into.emplace(), held);
+}
 
 // A list or tuple of `count` tensors; of any number if it is negative.
-template <class Vector>
-bool read_tensors(PyObject* list, Py_ssize_t count, Vector& into) {
+bool read_tensors(PyObject* list, Py_ssize_t count, Tensors& into, Held& held) {
   if (!PyList_CheckExact(list) && !PyTuple_CheckExact(list)) return false;
   const Py_ssize_t size = PySequence_Fast_GET_SIZE(list);
   if (count >= 0 && size != count) return false;
   into.resize(size);
   for (Py_ssize_t i = 0; i < size; ++i) {
-    if (!read_tensor(PySequence_Fast_GET_ITEM(list, i), into[i])) return false;
+    if (!read_tensor(PySequence_Fast_GET_ITEM(list, i), into[i], held)) return false;
   }
   return true;
+}
+
+py::object wrapped(const Tensor& t) {
+  const at::Tensor& tensor = *torch::aot_inductor::tensor_handle_to_tensor_pointer(t.handle());
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
 }
 
 bool read_size(PyObject* object, int64_t& into) {
@@ -144,7 +192,7 @@ bool read_size(PyObject* object, int64_t& into) {
 // directions, I, H, R. False where the kernels do not take it (fits), or something other than torch's own tensors is at
 // work: a subclass, a mode, autocast.
 bool read_call(const py::object& x, const py::object& states, const py::object& weights, const py::object& cell,
-               const py::object& form, ModuleCall& call) {
+               const py::object& form, ModuleCall& call, Held& held) {
   call.cell = find_cell(argument<std::string>(cell, "cell"));
   if (call.cell < 0) throw py::value_error("unknown cell '" + py::cast<std::string>(cell) + "'");
   int64_t dimensions = 0;
@@ -163,18 +211,19 @@ bool read_call(const py::object& x, const py::object& states, const py::object& 
     const int count = cell_constants(call.cell).states;
     if (!PyTuple_CheckExact(states.ptr()) || PyTuple_GET_SIZE(states.ptr()) != count) return false;
     for (int s = 0; s < count; ++s) {
-      if (!read_tensor(PyTuple_GET_ITEM(states.ptr(), s), *into[s])) return false;
+      if (!read_tensor(PyTuple_GET_ITEM(states.ptr(), s), *into[s], held)) return false;
     }
   }
-  return read_tensor(x.ptr(), call.x) && read_tensors(weights.ptr(), -1, call.weights) &&
+  return read_tensor(x.ptr(), call.x, held) && read_tensors(weights.ptr(), -1, call.weights, held) &&
          !at::impl::torch_function_mode_enabled() && fits(call) &&
-         !at::autocast::is_autocast_enabled(call.x.device().type());
+         !at::autocast::is_autocast_enabled(THPVariable_Unpack(x.ptr()).device().type());
 }
 
 bool fits_kernels(const py::object& x, const py::object& states, const py::object& weights, const py::object& cell,
                   const py::object& form) {
   ModuleCall call;
-  return read_call(x, states, weights, cell, form, call);
+  Held held;
+  return read_call(x, states, weights, cell, form, call, held);
 }
 
 // y and the cell's final states, or None: see inference.h.
@@ -184,50 +233,54 @@ py::object infer_layers(const py::object& x, const py::object& states, const py:
   const auto packed = object_in<PackedWeights>(kept);
   const auto zoneout = argument<Zoneout>(given_zoneout, "zoneout");
   ModuleCall call;
-  if (!read_call(x, states, weights, cell, form, call)) return py::none();
+  Held held;
+  if (!read_call(x, states, weights, cell, form, call, held) || watched()) return py::none();
   std::optional<Inferred> results;
   {
     const py::gil_scoped_release release;
+    RECORD_FUNCTION("fusedrnn::infer", std::vector<c10::IValue>({held.front()}));
     results = infer(call, *packed, zoneout);
   }
   if (!results) return py::none();
   const auto& [y, h_n, c_n] = *results;
-  if (cell_constants(call.cell).states == 2) return py::make_tuple(y, h_n, c_n);
-  return py::make_tuple(y, h_n);
+  if (cell_constants(call.cell).states == 2) return py::make_tuple(wrapped(y), wrapped(h_n), wrapped(c_n));
+  return py::make_tuple(wrapped(y), wrapped(h_n));
 }
 
 py::object prepare_step(const py::object& x, const py::object& weights, const py::object& cell, const py::object& form,
                         const py::object& zoneout) {
   ModuleCall call;
-  if (!read_call(x, py::none(), weights, cell, form, call)) return py::none();
+  Held held;
+  if (!read_call(x, py::none(), weights, cell, form, call, held) || watched()) return py::none();
   std::shared_ptr<Stepper> stepper = Stepper::make(call, argument<Zoneout>(zoneout, "zoneout"));
-  return stepper ? py::object(held(std::move(stepper))) : py::none();
+  return stepper ? py::object(capsule_of(std::move(stepper))) : py::none();
 }
 
 // The states of a step as a caller of a module gives them: nothing, a tensor, or a tuple of two where the cell has two.
-bool read_states(const py::object& hx, bool two, OptionalTensor& h0, OptionalTensor& c0) {
+bool read_states(const py::object& hx, bool two, OptionalTensor& h0, OptionalTensor& c0, Held& held) {
   if (hx.is_none()) return true;
-  if (!two) return read_tensor(hx.ptr(), h0);
+  if (!two) return read_tensor(hx.ptr(), h0, held);
   return PyTuple_CheckExact(hx.ptr()) && PyTuple_GET_SIZE(hx.ptr()) == 2 &&
-         read_tensor(PyTuple_GET_ITEM(hx.ptr(), 0), h0) && read_tensor(PyTuple_GET_ITEM(hx.ptr(), 1), c0);
+         read_tensor(PyTuple_GET_ITEM(hx.ptr(), 0), h0, held) && read_tensor(PyTuple_GET_ITEM(hx.ptr(), 1), c0, held);
 }
 
 // No other thread of Python runs meanwhile: a step is shorter than handing over would take.
 py::object step(const py::object& prepared, const py::object& given_x, const py::object& hx,
                 const py::object& given_weights) {
   const Stepper& stepper = *object_in<Stepper>(prepared);
-  at::Tensor x;
+  Tensor x;
   OptionalTensor h0, c0;
-  c10::SmallVector<at::Tensor, 16> weights;
-  const bool fit = read_tensor(given_x.ptr(), x) && !at::impl::torch_function_mode_enabled() &&
-                   read_states(hx, stepper.two_states(), h0, c0) &&
-                   read_tensors(given_weights.ptr(), stepper.weights(), weights);
+  Tensors weights;
+  Held held;
+  const bool fit = !watched() && read_tensor(given_x.ptr(), x, held) &&
+                   read_states(hx, stepper.two_states(), h0, c0, held) &&
+                   read_tensors(given_weights.ptr(), stepper.weights(), weights, held);
   if (!fit) return py::none();
   const auto results = stepper.step(x, h0, c0, weights);
   if (!results) return py::none();
   const auto& [y, h_n, c_n] = *results;
-  if (stepper.two_states()) return py::make_tuple(y, py::make_tuple(h_n, c_n));
-  return py::make_tuple(y, h_n);
+  if (stepper.two_states()) return py::make_tuple(wrapped(y), py::make_tuple(wrapped(h_n), wrapped(c_n)));
+  return py::make_tuple(wrapped(y), wrapped(h_n));
 }
 
 }  // namespace
@@ -242,7 +295,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build", build, "Compiler, flags and versions this library was built with.");
   m.def("cells", cell_list, "Constants of the compiled cells, in registry order.");
   m.def(
-      "packed_weights", [] { return held(std::make_shared<PackedWeights>()); },
+      "packed_weights", [] { return capsule_of(std::make_shared<PackedWeights>()); },
       "A capsule for the packed weights of a module's layers, kept between calls of infer.");
   m.def("packed_bytes", [](const py::object& kept) { return object_in<PackedWeights>(kept)->bytes(); });
   m.def(

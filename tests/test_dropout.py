@@ -265,7 +265,7 @@ def test_masks_that_do_not_fit() -> None:
             with pytest.raises(RuntimeError, match=f"{name} must have shape"):
                 mask = {name: torch.ones(wrong)}
                 fusedrnn.ops.layer_forward(x, None, None, None, weights, "gru", False, True, **mask)
-        with pytest.raises(ValueError, match=f"{name} must have the dtype"):
+        with pytest.raises(RuntimeError, match=f"{name} must have the dtype"):
             mask = {name: torch.ones(shape, dtype=torch.float64)}
             fusedrnn.ops.layer_forward(x, None, None, None, weights, "gru", False, True, **mask)
     with pytest.raises(RuntimeError, match="cell gru has no c"):

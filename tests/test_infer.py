@@ -142,7 +142,7 @@ with torch.no_grad():
     for _ in range(3):
         try:
             module(x)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
             print(error)
     print(module(small)[0].shape)
 """

@@ -1,8 +1,10 @@
 // The GPU as a backend: workspace and stream from torch, products from cuBLAS, everything else from device.h. Compiled
 // only with a torch for CUDA (setup.py).
-#include <ATen/cuda/CUDAContext.h>
-#include <ATen/cuda/Exceptions.h>
-#include <c10/cuda/CUDAGuard.h>
+#include "../target.h"
+
+#include <cublas_v2.h>
+#define USE_CUDA  // torch declares what it has for CUDA
+#include <torch/csrc/stable/accelerator.h>
 
 #include "../backend.h"
 #include "device.h"
@@ -24,6 +26,10 @@ Types types(DType dtype) {
   }
 }
 
+void check_cublas(cublasStatus_t status) {
+  check(status == CUBLAS_STATUS_SUCCESS, "fusedrnn: cuBLAS failed with status ", static_cast<int>(status));
+}
+
 // Row-major c = a b is column-major c^T = b^T a^T. Whether float32 products may round to TF32 is the handle's mode,
 // which torch sets by its own switch.
 void multiply(const Product& p, void* context) {
@@ -35,7 +41,7 @@ void multiply(const Product& p, void* context) {
   const bool wide = p.dtype == DType::kFloat64;
   const void* alpha = wide ? static_cast<const void*>(&one64) : &one32;
   const void* beta = p.add ? alpha : wide ? static_cast<const void*>(&zero64) : &zero32;
-  TORCH_CUDABLAS_CHECK(cublasGemmStridedBatchedEx_64(
+  check_cublas(cublasGemmStridedBatchedEx_64(
       static_cast<cublasHandle_t>(context), p.b_transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
       p.a_transposed ? CUBLAS_OP_T : CUBLAS_OP_N, p.n, p.m, p.k, alpha, p.b, of.storage, std::max<int64_t>(p.ldb, 1),
       p.b_stride, p.a, of.storage, std::max<int64_t>(p.lda, 1), p.a_stride, beta, p.c,
@@ -47,9 +53,9 @@ void multiply(const Product& p, void* context) {
 class WideSums {
  public:
   explicit WideSums(cublasHandle_t handle) : handle_(handle) {
-    TORCH_CUDABLAS_CHECK(cublasGetMathMode(handle_, &before_));
+    check_cublas(cublasGetMathMode(handle_, &before_));
     const int mode = before_ | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
-    TORCH_CUDABLAS_CHECK(cublasSetMathMode(handle_, static_cast<cublasMath_t>(mode)));
+    check_cublas(cublasSetMathMode(handle_, static_cast<cublasMath_t>(mode)));
   }
   ~WideSums() { cublasSetMathMode(handle_, before_); }
   WideSums(const WideSums&) = delete;
@@ -62,14 +68,17 @@ class WideSums {
 
 template <class Bytes, class Pass, class Problem>
 void run(const Layer& layer, const Problem& p, const Bytes& bytes, const Pass& pass) {
-  const c10::cuda::CUDAGuard guard(layer.x.device());
+  const Device device = layer.x.device();
+  const torch::stable::accelerator::DeviceGuard guard(device.index);
   const int dtype = layer.kernel_dtype();
-  const at::Tensor memory = at::empty({bytes[layer.cell][dtype](p)}, layer.x.options().dtype(at::kByte));
-  const cublasHandle_t handle = at::cuda::getCurrentCUDABlasHandle();
-  const WideSums wide(handle);
-  const CudaCall call = {at::cuda::getCurrentCUDAStream().stream(), memory.mutable_data_ptr(), multiply, handle};
-  const char* error = pass[layer.cell][dtype](p, call);
-  TORCH_CHECK(!error, "fusedrnn: a CUDA kernel could not be launched: ", error);
+  const Tensor memory = empty(Sizes({bytes[layer.cell][dtype](p)}), aoti_torch_dtype_uint8(), device);
+  void *stream = nullptr, *handle = nullptr;
+  const bool told = aoti_torch_get_current_cuda_stream(device.index, &stream) == AOTI_TORCH_SUCCESS &&
+                    torch_get_current_cuda_blas_handle(&handle) == AOTI_TORCH_SUCCESS;
+  check(told, "fusedrnn: torch gives no stream or no handle of cuBLAS on ", device);
+  const WideSums wide(static_cast<cublasHandle_t>(handle));
+  const char* error = pass[layer.cell][dtype](p, CudaCall{stream, memory.mutable_data(), multiply, handle});
+  check(!error, "fusedrnn: a CUDA kernel could not be launched: ", error ? error : "");
 }
 
 void forward(const Layer& layer, const ForwardProblem& p) {

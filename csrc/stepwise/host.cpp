@@ -1,7 +1,7 @@
 // The stepwise driver on the CPU, one element after the other: the same driver and bodies as on the GPU, for the tests
 // of machines without one. FUSEDRNN_CPU_ISA=stepwise puts it in the place of the CPU's own kernels. No speed is meant.
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include "../cells/registry.h"
 #include "../cpu/dispatch.h"

@@ -107,7 +107,7 @@ def _check(call: LayerCall, **more: Tensor | None) -> None:
         sized += [(name, state, (call.directions, samples, size)) for name, state, size in given]
     for name, tensor, shape in sized:
         if tensor.dtype != x.dtype:
-            raise ValueError(f"{name} must have the dtype of the input, {x.dtype}, got {tensor.dtype}")
+            raise RuntimeError(f"{name} must have the dtype of the input, {x.dtype}, got {tensor.dtype}")
         if len(tensor.shape) != len(shape) or any(map(_differ, tensor.shape, shape)):
             raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
 
