@@ -159,20 +159,20 @@ $(SETUP): requirements-dev.txt | check
 	@echo 'installing torch $(TORCH) and requirements-dev.txt'
 	@$(BIN) -m pip install --quiet --disable-pip-version-check $(PIPARGS) torch==$(TORCH) -r requirements-dev.txt
 	@echo '$(CURDIR)' > "$$($(BIN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fusedrnn-checkout.pth"
-	@rm -rf build fusedrnn/_C.*
+	@rm -rf build fusedrnn/_ops.* fusedrnn/_fast.*
 	@touch $@
 
 # build/ keeps the objects, and ninja compiles only what changed. The compiler's output is in build/log.
-$(BUILD): $(SETUP) $(SOURCES) $(if $(wildcard fusedrnn/_C*.so),,force) | check
+$(BUILD): $(SETUP) $(SOURCES) $(if $(wildcard fusedrnn/_ops*.so),,force) | check
 	@echo 'building the extension (minutes the first time)'
-	@mkdir -p build && rm -f build/stamp*
+	@mkdir -p build && rm -f build/stamp* fusedrnn/_C*.so
 	@PATH="$(abspath $(VENV)/bin):$$PATH" $(BIN) setup.py egg_info build_ext --inplace >build/log 2>&1 || { \
 	  tail -n 60 build/log; echo 'error: the build failed; all of its output is in build/log' >&2; exit 1; }
 	@grep -A 4 '$(CURDIR)/csrc/.*warning:' build/log || true
 	@touch $@
 
 clean:
-	rm -rf build dist out fusedrnn/_C.* fusedrnn.egg-info
+	rm -rf build dist out fusedrnn/_ops.* fusedrnn/_fast.* fusedrnn.egg-info
 
 distclean: clean
 	rm -rf $(VENV) $(CLIENTS)

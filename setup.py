@@ -1,4 +1,7 @@
-"""Builds the extension fusedrnn._C. No downloads, no reading of the builder's CPU: every instruction set is compiled.
+"""Builds the shared library of the ops, fusedrnn/_ops.so, and the module fusedrnn._fast.
+
+The library serves every torch from csrc/target.h's on and every Python; the module looks into their objects and is of
+the versions that it is built with. No downloads, no reading of the builder's CPU: every instruction set is compiled.
 
 FUSEDRNN_CUDA=auto|0|1: with the CUDA kernels if torch is built for CUDA and its compiler is found (auto, the default),
 never, or else an error. No GPU need be there. TORCH_CUDA_ARCH_LIST names the architectures.
@@ -29,7 +32,8 @@ from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, C
 ROOT = Path(__file__).parent
 CUDA_SOURCES = ["csrc/cuda/device.cu", "csrc/cuda/launch.cpp"]
 SOURCES = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")}
-SOURCES = sorted(SOURCES - set(CUDA_SOURCES))
+FAST = ["csrc/autograd.cpp", "csrc/parameters.cpp", "csrc/python.cpp"]
+SOURCES = sorted(SOURCES - set(CUDA_SOURCES) - set(FAST))
 # One translation unit an instruction set: the largest first, so that parallel jobs end together.
 SOURCES.sort(key=lambda name: ("isa_" not in name, name))
 
@@ -70,11 +74,11 @@ def torch_headers() -> list[str]:
 
 
 class Build(BuildExtension):
-    """Leaves the version of torch beside the extension, for fusedrnn.extension."""
+    """Leaves the version of torch beside the module, for fusedrnn.extension."""
 
     def run(self) -> None:
         super().run()
-        Path(self.get_ext_fullpath("fusedrnn._C")).with_name("_C.torch").write_text(torch.__version__ + "\n")
+        Path(self.get_ext_fullpath("fusedrnn._fast")).with_name("_fast.torch").write_text(torch.__version__ + "\n")
 
 
 CUDA = with_cuda()
@@ -83,14 +87,18 @@ if CUDA:
     FLAGS.append("-DFUSEDRNN_CUDA")
 FLAGS.append(f'-DFUSEDRNN_FLAGS="{" ".join(FLAGS)}"')  # for fusedrnn.info
 
+COMMON = {"extra_link_args": shlex.split(os.environ.get("FUSEDRNN_LD_FLAGS", ""))}
+
 setup(
     ext_modules=[
         (CUDAExtension if CUDA else CppExtension)(
-            "fusedrnn._C",
+            "fusedrnn._ops",
             SOURCES + (CUDA_SOURCES if CUDA else []),
             extra_compile_args={"cxx": FLAGS + (torch_headers() if CUDA else []), "nvcc": ["-O3"]},
-            extra_link_args=shlex.split(os.environ.get("FUSEDRNN_LD_FLAGS", "")),
-        )
+            py_limited_api=True,  # not linked to torch's part for Python
+            **COMMON,
+        ),
+        CppExtension("fusedrnn._fast", FAST, extra_compile_args={"cxx": FLAGS}, **COMMON),
     ],
     cmdclass={"build_ext": Build.with_options(no_python_abi_suffix=True)},
 )

@@ -322,6 +322,7 @@ std::unique_ptr<Stepper> Stepper::make(const ModuleCall& call, const Zoneout& zo
   if (!dense) return nullptr;
   auto stepper = std::make_unique<Stepper>();
   stepper->elements_ = x.elements();
+  stepper->two_states_ = cell_constants(call.cell).states == 2;
   for (const Tensor& w : call.weights) stepper->shapes_.emplace_back(w.sizes().begin(), w.sizes().end());
   const size_t each = call.weights.size() / call.layers;
   Tensor input = with_one(x).contiguous();

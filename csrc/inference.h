@@ -63,7 +63,7 @@ class Stepper {
   // For calls like this one, of a single step and of one direction. None where only the ops will do.
   static std::unique_ptr<Stepper> make(const ModuleCall& call, const Zoneout& zoneout);
   size_t weights() const { return shapes_.size(); }
-  bool two_states() const { return layers_[0].constants().states == 2; }
+  bool two_states() const { return two_states_; }
   // y [B, R], h_n [layers, B, R], c_n [layers, B, H], from x [B, I], all states, of these shapes, or none, and as many
   // weights. None if a tensor differs from the one that it was prepared for, or someone listens to torch.
   std::optional<Inferred> step(const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
@@ -76,7 +76,8 @@ class Stepper {
   std::vector<Layer> layers_;  // without tensors
   std::vector<ForwardProblem> problems_;
   std::vector<std::vector<int64_t>> shapes_;  // of the weights
-  Elements elements_ = DType::kFloat32;
+  Elements elements_ = 0;
+  bool two_states_ = false;
 };
 
 }  // namespace fusedrnn

@@ -1,4 +1,5 @@
-// The module fusedrnn._C: loading it registers the ops (ops.cpp); it tells what was built and what is in use.
+// The module fusedrnn._fast: inference and steps for Python, past the dispatcher. It looks into Python's objects and
+// torch's, so it is of one version of both; without it the same calls go by the ops.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/record_function.h>
@@ -8,14 +9,12 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/inductor/aoti_torch/utils.h>
 #include <torch/csrc/utils/pybind.h>
-#include <torch/version.h>
 
 #include <deque>
 #include <memory>
 #include <stdexcept>
 
-#include "cpu/dispatch.h"
-#include "inference.h"
+#include "interface.h"
 #include "parameters.h"
 
 namespace py = pybind11;
@@ -23,65 +22,7 @@ using namespace fusedrnn;
 
 namespace {
 
-const char* const kIsas[] = {"base", "avx2", "avx512"};
-
-std::vector<std::string> isas(bool on_this_cpu) {
-  std::vector<std::string> names;
-  for (const char* name : kIsas) {
-    if (find_isa(name) && (!on_this_cpu || isa_supported(name))) names.push_back(name);
-  }
-  return names;
-}
-
-std::vector<py::dict> cell_list() {
-  std::vector<py::dict> list;
-  for (int i = 0; i < cells(); ++i) {
-    const CellConstants& c = cell_constants(i);
-    py::dict entry;
-    entry["name"] = c.name;
-    entry["gates"] = c.gates;
-    entry["states"] = c.states;
-    entry["saved"] = c.saved;
-    entry["first"] = c.first;
-    entry["split"] = c.split;
-    entry["projectable"] = c.projectable;
-    list.push_back(entry);
-  }
-  return list;
-}
-
-// How this library was compiled.
-py::dict build() {
-  py::dict result;
-#if defined(__clang__)
-  result["compiler"] = "clang " __clang_version__;
-#else
-  result["compiler"] = "g++ " __VERSION__;
-#endif
-  result["flags"] = FUSEDRNN_FLAGS;  // setup.py
-#if defined(_OPENMP)
-  const std::string month = std::to_string(_OPENMP);  // yyyymm
-  result["openmp"] = "specification of " + month.substr(0, 4) + "-" + month.substr(4);
-#else
-  result["openmp"] = "none: one thread";
-#endif
-  result["torch"] = TORCH_VERSION;
-#if defined(FUSEDRNN_CUDA)
-  result["cuda"] = true;
-#else
-  result["cuda"] = false;
-#endif
-  return result;
-}
-
-py::object phases() {
-  if (!kPhasesTimed) return py::none();
-  int64_t nanoseconds[kPhases];
-  take_phases(nanoseconds);
-  py::dict result;
-  for (int i = 0; i < kPhases; ++i) result[kPhaseNames[i]] = 1e-9 * nanoseconds[i];
-  return result;
-}
+const Interface* library = nullptr;  // csrc/interface.h, in the shared library of the ops
 
 // An object of C++ as Python holds it: a capsule, which cannot be made, copied or pickled but by this module.
 template <class T>
@@ -193,7 +134,7 @@ bool read_size(PyObject* object, int64_t& into) {
 // work: a subclass, a mode, autocast.
 bool read_call(const py::object& x, const py::object& states, const py::object& weights, const py::object& cell,
                const py::object& form, ModuleCall& call, Held& held) {
-  call.cell = find_cell(argument<std::string>(cell, "cell"));
+  call.cell = library->find_cell(argument<std::string>(cell, "cell"));
   if (call.cell < 0) throw py::value_error("unknown cell '" + py::cast<std::string>(cell) + "'");
   int64_t dimensions = 0;
   if (!PyTuple_Check(form.ptr()) || PyTuple_GET_SIZE(form.ptr()) != 6) {
@@ -208,14 +149,14 @@ bool read_call(const py::object& x, const py::object& states, const py::object& 
   if (call.directions != 1 && call.directions != 2) return false;
   OptionalTensor* const into[] = {&call.h0, &call.c0};
   if (!states.is_none()) {
-    const int count = cell_constants(call.cell).states;
+    const int count = library->states(call.cell);
     if (!PyTuple_CheckExact(states.ptr()) || PyTuple_GET_SIZE(states.ptr()) != count) return false;
     for (int s = 0; s < count; ++s) {
       if (!read_tensor(PyTuple_GET_ITEM(states.ptr(), s), *into[s], held)) return false;
     }
   }
   return read_tensor(x.ptr(), call.x, held) && read_tensors(weights.ptr(), -1, call.weights, held) &&
-         !at::impl::torch_function_mode_enabled() && fits(call) &&
+         !at::impl::torch_function_mode_enabled() && library->fits(call) &&
          !at::autocast::is_autocast_enabled(THPVariable_Unpack(x.ptr()).device().type());
 }
 
@@ -239,11 +180,11 @@ py::object infer_layers(const py::object& x, const py::object& states, const py:
   {
     const py::gil_scoped_release release;
     RECORD_FUNCTION("fusedrnn::infer", std::vector<c10::IValue>({held.front()}));
-    results = infer(call, *packed, zoneout);
+    results = library->infer(call, *packed, zoneout);
   }
   if (!results) return py::none();
   const auto& [y, h_n, c_n] = *results;
-  if (cell_constants(call.cell).states == 2) return py::make_tuple(wrapped(y), wrapped(h_n), wrapped(c_n));
+  if (library->states(call.cell) == 2) return py::make_tuple(wrapped(y), wrapped(h_n), wrapped(c_n));
   return py::make_tuple(wrapped(y), wrapped(h_n));
 }
 
@@ -252,7 +193,7 @@ py::object prepare_step(const py::object& x, const py::object& weights, const py
   ModuleCall call;
   Held held;
   if (!read_call(x, py::none(), weights, cell, form, call, held) || watched()) return py::none();
-  std::shared_ptr<Stepper> stepper = Stepper::make(call, argument<Zoneout>(zoneout, "zoneout"));
+  std::shared_ptr<Stepper> stepper = library->make_stepper(call, argument<Zoneout>(zoneout, "zoneout"));
   return stepper ? py::object(capsule_of(std::move(stepper))) : py::none();
 }
 
@@ -276,7 +217,7 @@ py::object step(const py::object& prepared, const py::object& given_x, const py:
                    read_states(hx, stepper.two_states(), h0, c0, held) &&
                    read_tensors(given_weights.ptr(), stepper.weights(), weights, held);
   if (!fit) return py::none();
-  const auto results = stepper.step(x, h0, c0, weights);
+  const auto results = library->step(stepper, x, h0, c0, weights);
   if (!results) return py::none();
   const auto& [y, h_n, c_n] = *results;
   if (stepper.two_states()) return py::make_tuple(wrapped(y), py::make_tuple(wrapped(h_n), wrapped(c_n)));
@@ -285,19 +226,15 @@ py::object step(const py::object& prepared, const py::object& given_x, const py:
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
-  if (const char* error = isa_error()) throw py::import_error(error);
-  m.doc() = "Compiled part of fusedrnn: registers torch.ops.fusedrnn, tells what was built.";
-  m.def("isa", [] { return kernels().name; }, "Instruction set in use.");
-  m.def("vector_bytes", [] { return kernels().vector_bytes; });
-  m.def("built_isas", [] { return isas(false); }, "Instruction sets in this build.");
-  m.def("supported_isas", [] { return isas(true); }, "Instruction sets of this build that this CPU has.");
-  m.def("build", build, "Compiler, flags and versions this library was built with.");
-  m.def("cells", cell_list, "Constants of the compiled cells, in registry order.");
+PYBIND11_MODULE(_fast, m) {
+  m.doc() = "Inference and steps past the dispatcher, for one version of torch and Python.";
+  m.def(
+      "connect", [](uintptr_t address) { library = reinterpret_cast<const Interface*>(address); },
+      "The address that fusedrnn_interface() of the library gives: before anything else.");
   m.def(
       "packed_weights", [] { return capsule_of(std::make_shared<PackedWeights>()); },
       "A capsule for the packed weights of a module's layers, kept between calls of infer.");
-  m.def("packed_bytes", [](const py::object& kept) { return object_in<PackedWeights>(kept)->bytes(); });
+  m.def("packed_bytes", [](const py::object& kept) { return library->packed_bytes(*object_in<PackedWeights>(kept)); });
   m.def(
       "packed_uses", [](const py::object& kept) { return object_in<PackedWeights>(kept)->uses.load(); },
       "How often panels were used that an earlier call had packed.");
@@ -314,5 +251,4 @@ PYBIND11_MODULE(_C, m) {
   m.def("kept_parameters", kept_parameters, py::arg("module"), py::arg("names"), py::arg("as_torch"),
         py::arg("listed") = py::none(),
         "A module's parameters of these names, if that is what torch.nn would read by them; else None.");
-  m.def("phases", phases, "Seconds of all threads in each phase since the last call; None if the build has no timers.");
 }

@@ -69,13 +69,6 @@ Tensor Tensor::take(AtenTensorHandle handle) {
   return t;
 }
 
-Tensor Tensor::lent(AtenTensorHandle handle, const Facts& facts) {
-  Tensor t;
-  t.handle_ = handle;
-  t.facts_ = facts;
-  return t;
-}
-
 Tensor Tensor::lent(AtenTensorHandle handle) {
   bool defined = false;
   aoti_torch_is_defined(handle, &defined);

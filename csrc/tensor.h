@@ -88,7 +88,12 @@ class Tensor {
   static Tensor take(AtenTensorHandle handle);
   // The tensor is somebody else's, who holds it for longer.
   static Tensor lent(AtenTensorHandle handle);
-  static Tensor lent(AtenTensorHandle handle, const Facts& facts);
+  static Tensor lent(AtenTensorHandle handle, const Facts& facts) {
+    Tensor t;
+    t.handle_ = handle;
+    t.facts_ = facts;
+    return t;
+  }
 
   bool defined() const { return handle_ != nullptr; }
   int64_t dim() const { return facts_.dim; }

@@ -38,7 +38,7 @@ def describe() -> dict[str, str]:
     forced, build = os.environ.get("FUSEDRNN_CPU_ISA"), _C.build()
     settings = [f"{name}={os.environ[name]}" for name in sorted(os.environ) if name.startswith(("OMP_", "GOMP_"))]
     return {
-        "versions": f"fusedrnn {__version__}, torch {torch.__version__} (built with {build['torch']}),"
+        "versions": f"fusedrnn {__version__}, torch {torch.__version__},"
         f" Python {platform.python_version()}, {platform.system()} {platform.machine()}",
         "processor": f"{processor()}, {cores()} core(s) for this process",
         "instruction set": f"{_C.isa()}, {_C.vector_bytes()}-byte vectors,"
@@ -48,6 +48,9 @@ def describe() -> dict[str, str]:
         "OpenMP": build["openmp"],
         "CUDA": _describe_cuda(build["cuda"]),
         "cells": ", ".join(cell["name"] for cell in _C.cells()),
+        "short calls": f"past the dispatcher, built with torch {build['fast']}"
+        if build["fast"]
+        else "by the ops alone",
         "compiler": f"{build['compiler']}, flags {build['flags']}",
         "timers": "none" if _C.phases() is None else "in every phase: slower, for measuring only (make phases)",
     }

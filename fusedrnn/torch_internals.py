@@ -101,6 +101,11 @@ def batched_by_autograd(t: Tensor) -> bool:
     return _is_legacy_batched is not None and _is_legacy_batched(t)
 
 
+def below_autograd() -> Any:
+    """A context in which ops are not seen by autograd."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
 def batching_level() -> int:
     """The level at which autograd's map over gradients works."""
     level = torch._C._vmapmode_increment_nesting() - 1

@@ -83,7 +83,7 @@ def mutants_of(path: Path) -> Iterator[Mutant]:
 def build(mutant: Mutant, workspace: Path) -> None:
     """A copy of the package whose base instruction set holds the mutant."""
     shutil.copytree(ROOT / "csrc", workspace / "csrc")
-    ignore = shutil.ignore_patterns("_C*.so", "__pycache__")
+    ignore = shutil.ignore_patterns("_ops*.so", "__pycache__")
     shutil.copytree(ROOT / "fusedrnn", workspace / "fusedrnn", ignore=ignore)
     shutil.copytree(ROOT / "tests", workspace / "tests", ignore=ignore)
     source = workspace / "csrc" / "cells" / mutant.file
@@ -97,7 +97,7 @@ def build(mutant: Mutant, workspace: Path) -> None:
     subprocess.run([compiler, *flags, "-c", workspace / "csrc/cpu/isa_base.cpp", "-o", changed], check=True)
     objects = [path for path in built.rglob("*.o") if path.name != "isa_base.o"]
     libraries = [f"-L{path}" for path in library_paths()] + "-lc10 -ltorch -ltorch_cpu -ltorch_python".split()
-    extension = workspace / "fusedrnn" / "_C.so"
+    extension = workspace / "fusedrnn" / "_ops.so"
     subprocess.run([compiler, "-shared", changed, *objects, *libraries, "-o", extension], check=True)
 
 

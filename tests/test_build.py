@@ -1,6 +1,7 @@
 """What the build must hold: the registries agree, no symbol leaks between instruction sets, threads are honoured."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -88,25 +89,74 @@ def test_wrong_instruction_set_is_an_import_error(value, message):
     assert run.returncode == 1 and "ImportError" in run.stderr and message in run.stderr
 
 
+def python(code: str, folder: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+
+
+def package(folder: Path, *left_out: str) -> Path:
+    """A copy of the package."""
+    ignore = shutil.ignore_patterns("__pycache__", *left_out)
+    return Path(shutil.copytree(Path(fusedrnn.__file__).parent, folder / "fusedrnn", ignore=ignore))
+
+
+def test_what_is_not_built_says_so(tmp_path: Path) -> None:
+    package(tmp_path, "_ops*", "_fast*")
+    done = python("import fusedrnn", tmp_path)
+    assert done.returncode == 1 and "is not built" in done.stderr and "--no-build-isolation" in done.stderr
+
+
 @pytest.mark.parametrize("built", ["2.9.1+cu128", "1.13.0", None])
-def test_an_extension_of_another_torch_is_named(built: str | None, tmp_path: Path) -> None:
+def test_without_the_module_for_this_torch_everything_goes_by_the_ops(built: str | None, tmp_path: Path) -> None:
     """Also where the loader would stop at an undefined symbol: the file that it would load is empty here."""
-    package = tmp_path / "fusedrnn"
-    shutil.copytree(Path(fusedrnn.__file__).parent, package, ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    there = package(tmp_path, "_fast*")
     if built:
-        (package / "_C.so").touch()
-        (package / "_C.torch").write_text(built)
-    done = subprocess.run([sys.executable, "-c", "import fusedrnn"], cwd=tmp_path, capture_output=True, text=True)
-    expected = f"built with torch {built}, but torch {torch.__version__} is running" if built else "is not built"
-    assert done.returncode == 1 and expected in done.stderr and "--no-build-isolation" in done.stderr
+        (there / "_fast.so").touch()
+        (there / "_fast.torch").write_text(built)
+    code = """
+import torch, fusedrnn
+assert fusedrnn._C.build()["fast"] is None
+for name in ("RNN", "LSTM", "GRU"):
+    ours, theirs = getattr(fusedrnn, name)(3, 4), getattr(torch.nn, name)(3, 4)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(5, 2, 3)
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            torch.testing.assert_close(ours(x)[0], theirs(x)[0])
+    y, state = ours.step(x[0])
+    torch.testing.assert_close(ours.step(x[1], state)[0], theirs(x[:2])[0][1])
+    cell = getattr(fusedrnn, name + "Cell")(3, 4)
+    with torch.no_grad():
+        cell(x[0])
+"""
+    done = python(code, tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_build_leaves_its_torch() -> None:
-    assert (Path(fusedrnn.__file__).parent / "_C.torch").read_text().strip() == torch.__version__
+    assert (Path(fusedrnn.__file__).parent / "_fast.torch").read_text().strip() == torch.__version__
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs binutils' nm")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads ELF objects")
+def test_the_library_depends_on_no_version_of_torch_or_python() -> None:
+    """Of torch its stable C functions alone; of Python nothing."""
+    (library,) = Path(fusedrnn.__file__).parent.glob("_ops*.so")
+    command = ["nm", "-D", "--undefined-only", library]
+    names = [
+        line.split()[-1]
+        for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    ]
+    of_torch = [name for name in names if re.search(r"torch|aoti|c10|N2at|3ati", name)]
+    assert len(of_torch) > 20 and [name for name in of_torch if not re.match(r"(aoti_torch|torch)_\w+$", name)] == []
+    assert [name for name in names if name.startswith(("Py", "_Py", "THP"))] == []
 
 
 @pytest.mark.parametrize("running", ["2.13.0", "2.13.2+cu130", "2.13.0a0+git123"])
-def test_an_extension_of_the_same_minor_version_is_loaded(running: str, tmp_path: Path) -> None:
-    (tmp_path / "_C.so").touch()
-    (tmp_path / "_C.torch").write_text("2.13.0+cpu\n")
-    fusedrnn.extension.check(tmp_path, running)
+def test_a_module_of_the_same_minor_version_is_loaded(running: str, tmp_path: Path) -> None:
+    (tmp_path / "_fast.so").touch()
+    (tmp_path / "_fast.torch").write_text("2.13.0+cpu\n")
+    assert fusedrnn.extension.fits(tmp_path, running)
+    (tmp_path / "_ops.so").touch()
+    assert fusedrnn.extension.library(tmp_path, running) == tmp_path / "_ops.so"
+    with pytest.raises(ImportError, match="needs torch >= 2.11, got 2.10.1"):
+        fusedrnn.extension.library(tmp_path, "2.10.1")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from .. import _C
+from ..torch_internals import below_autograd
 from .call import BackwardArguments, ForwardArguments, LayerCall, Weights, layer_backward, layer_forward
 
 __all__ = ["KERNEL_DTYPES", "layer_backward", "layer_forward", "refuse_older_exporter"]
@@ -153,6 +155,38 @@ def _(*args: Any) -> tuple[Any, ...]:
     dh = saved.new_empty((D, rows if needs.gates and projected else 0, call.width))
     norms = saved.new_empty((D, rows if needs.norms else 0, 2 * len(info.states) + len(info.gates)))
     return dx, *_finals(call), [w.new_empty(w.shape) for w in weights] if needs.weights else [], dgates, dh, norms
+
+
+class _NotDifferentiable(torch.autograd.Function):
+    """The results of an op that was called by itself."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, _: Tensor, *results: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
+        ctx.name = name
+        return tuple(t.view_as(t) for t in results)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:  # noqa: D102
+        raise RuntimeError(f"derivative for {ctx.name} is not implemented")
+
+
+def _by_itself(op: Any, *args: Any) -> Any:
+    """An op under autograd. Layers are differentiated elsewhere; a trace, say, must not lose a gradient in silence."""
+    flat = [t for arg in args for t in (arg if isinstance(arg, (list, tuple)) else [arg]) if isinstance(t, Tensor)]
+    with below_autograd():
+        results = op(*args)
+    cause = next((t for t in flat if t.requires_grad), None)
+    if cause is None or not torch.is_grad_enabled():
+        return results
+    tensors = [t for r in results for t in (r if isinstance(r, (list, tuple)) else [r])]
+    found = iter(_NotDifferentiable.apply(op.name(), cause, *tensors))
+    return tuple([next(found) for _ in r] if isinstance(r, (list, tuple)) else next(found) for r in results)
+
+
+if _C.build()["fast"] is None:  # csrc/autograd.cpp does so, at less cost
+    _autograd = torch.library.Library("fusedrnn", "IMPL")
+    for _op in (layer_forward, layer_backward):
+        _autograd.impl(_op, partial(_by_itself, _op), "Autograd")
 
 
 def _products(x: Sequence[int], weights: Sequence[Sequence[int]]) -> int:

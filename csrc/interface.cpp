@@ -1,0 +1,96 @@
+// See interface.h.
+#include "target.h"
+
+#include "interface.h"
+
+#include "cpu/dispatch.h"
+
+namespace {
+
+using namespace fusedrnn;
+
+std::string quoted(const std::string& text) {
+  std::string result = "\"";
+  for (const char c : text) result += c == '"' || c == '\\' ? std::string("\\") + c : std::string(1, c);
+  return result + '"';
+}
+
+std::string names(bool on_this_cpu) {
+  std::string list;
+  for (const char* name : {"base", "avx2", "avx512"}) {
+    if (find_isa(name) && (!on_this_cpu || isa_supported(name))) list += (list.empty() ? "" : ", ") + quoted(name);
+  }
+  return '[' + list + ']';
+}
+
+std::string cell_list() {
+  std::ostringstream list;
+  for (int i = 0; i < cells(); ++i) {
+    const CellConstants& c = cell_constants(i);
+    list << (i ? ", " : "") << "{\"name\": " << quoted(c.name) << ", \"gates\": " << c.gates
+         << ", \"states\": " << c.states << ", \"saved\": " << c.saved << ", \"first\": " << c.first
+         << ", \"split\": " << c.split << ", \"projectable\": " << (c.projectable ? "true" : "false") << '}';
+  }
+  return '[' + list.str() + ']';
+}
+
+std::string phase_names() {
+  std::string list;
+  for (const char* name : kPhaseNames) list += (list.empty() ? "" : ", ") + quoted(name);
+  return '[' + list + ']';
+}
+
+std::string description() {
+  std::ostringstream text;
+  const char* error = isa_error();
+  text << "{\"error\": " << (error ? quoted(error) : "null") << ", \"isa\": " << quoted(kernels().name)
+       << ", \"vector_bytes\": " << kernels().vector_bytes << ", \"built_isas\": " << names(false)
+       << ", \"supported_isas\": " << names(true) << ", \"cells\": " << cell_list() << ", \"phases\": " << phase_names()
+       << ", \"build\": {\"flags\": " << quoted(FUSEDRNN_FLAGS) << ", \"compiler\": "
+#if defined(__clang__)
+       << quoted("clang " __clang_version__)
+#else
+       << quoted("g++ " __VERSION__)
+#endif
+       << ", \"openmp\": "
+#if defined(_OPENMP)
+       << quoted("specification of " + std::to_string(_OPENMP / 100) + '-' +
+                 std::to_string(_OPENMP % 100 + 100).substr(1))
+#else
+       << quoted("none: one thread")
+#endif
+       << ", \"cuda\": "
+#if defined(FUSEDRNN_CUDA)
+       << "true"
+#else
+       << "false"
+#endif
+       << "}}";
+  return text.str();
+}
+
+}  // namespace
+
+const Interface* fusedrnn_interface() {
+  static constexpr Interface kInterface = {
+      [](const ModuleCall& call) { return fits(call); },
+      [](const ModuleCall& call, PackedWeights& kept, const Zoneout& zoneout) { return infer(call, kept, zoneout); },
+      Stepper::make,
+      [](const Stepper& stepper, const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
+         const Tensors& weights) { return stepper.step(x, h0, c0, weights); },
+      [](const PackedWeights& kept) { return kept.bytes(); },
+      [](std::string_view name) { return find_cell(name); },
+      [](int cell) { return cell_constants(cell).states; },
+  };
+  return &kInterface;
+}
+
+const char* fusedrnn_description() {
+  static const std::string text = description();
+  return text.c_str();
+}
+
+int fusedrnn_phases(int64_t* nanoseconds) {
+  if (kPhasesTimed) take_phases(nanoseconds);
+  return kPhasesTimed;
+}

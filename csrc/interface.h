@@ -1,0 +1,31 @@
+// What the library gives to others than torch: a description for Python, as text, and a table of functions for the
+// module that looks into Python's objects. It depends on no version of torch or Python.
+#pragma once
+
+#include <string_view>
+
+#include "inference.h"
+
+#define FUSEDRNN_SHARED __attribute__((visibility("default")))
+
+namespace fusedrnn {
+
+// The two sides are built together: C++ types may cross.
+struct Interface {
+  bool (*fits)(const ModuleCall& call);
+  std::optional<Inferred> (*infer)(const ModuleCall& call, PackedWeights& kept, const Zoneout& zoneout);
+  std::unique_ptr<Stepper> (*make_stepper)(const ModuleCall& call, const Zoneout& zoneout);
+  std::optional<Inferred> (*step)(const Stepper& stepper, const Tensor& x, const OptionalTensor& h0,
+                                  const OptionalTensor& c0, const Tensors& weights);
+  int64_t (*packed_bytes)(const PackedWeights& kept);
+  int (*find_cell)(std::string_view name);  // -1: unknown
+  int (*states)(int cell);
+};
+
+}  // namespace fusedrnn
+
+extern "C" {
+FUSEDRNN_SHARED const fusedrnn::Interface* fusedrnn_interface();
+FUSEDRNN_SHARED const char* fusedrnn_description();         // JSON, the same for ever
+FUSEDRNN_SHARED int fusedrnn_phases(int64_t* nanoseconds);  // of each phase since the last call; 0: no timers
+}

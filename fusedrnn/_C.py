@@ -1,0 +1,65 @@
+"""The compiled part: what it is, and inference past the dispatcher where it is there (:mod:`fusedrnn.extension`)."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from typing import Any
+
+from .extension import FOLDER, built_with, load
+
+_library, _fast = load()
+_description: dict[str, Any] = json.loads(_library.fusedrnn_description())
+if _description["error"]:
+    raise ImportError(_description["error"])
+
+
+def isa() -> str:
+    """The instruction set in use."""
+    return _description["isa"]
+
+
+def vector_bytes() -> int:
+    """The width of its vectors."""
+    return _description["vector_bytes"]
+
+
+def built_isas() -> list[str]:
+    """The instruction sets in this build."""
+    return _description["built_isas"]
+
+
+def supported_isas() -> list[str]:
+    """Those of them that this processor has."""
+    return _description["supported_isas"]
+
+
+def build() -> dict[str, Any]:
+    """Compiler and flags of the library; ``fast``: the torch that ``_fast`` was built with, None if it is not used."""
+    return _description["build"] | {"fast": None if _fast is None else built_with(FOLDER)}
+
+
+def cells() -> list[dict[str, Any]]:
+    """Constants of the compiled cells, in registry order."""
+    return _description["cells"]
+
+
+def phases() -> dict[str, float] | None:
+    """Seconds of all threads in each phase since the last call; None if the build has no timers."""
+    names = _description["phases"]
+    nanoseconds = (ctypes.c_int64 * len(names))()
+    timed = _library.fusedrnn_phases(nanoseconds)
+    return {name: 1e-9 * n for name, n in zip(names, nanoseconds)} if timed else None
+
+
+if _fast is not None:
+    fits, infer, prepare_step, step = _fast.fits, _fast.infer, _fast.prepare_step, _fast.step
+    kept_parameters, packed_weights = _fast.kept_parameters, _fast.packed_weights
+    packed_bytes, packed_uses = _fast.packed_bytes, _fast.packed_uses
+else:
+
+    def _nothing(*args: Any, **kwargs: Any) -> None:
+        """What ``_fast`` gives where only the ops will do."""
+
+    fits = infer = prepare_step = step = kept_parameters = packed_weights = _nothing
+    packed_bytes = packed_uses = lambda kept: 0
