@@ -217,7 +217,7 @@ RowView rows(const Tensor& t, bool packed) {
 int threads() {
   if (omp_in_parallel() || forked()) return 1;
   uint32_t threads = 1;
-  check(torch_get_num_threads(&threads) == AOTI_TORCH_SUCCESS, "fusedrnn: torch does not tell its number of threads");
+  done(torch_get_num_threads(&threads), "fusedrnn: torch does not tell its number of threads");
   return static_cast<int>(threads);
 }
 

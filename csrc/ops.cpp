@@ -37,7 +37,7 @@ Tensor narrowed(const Tensor& t, Elements elements) { return t.elements() == ele
 // given up to the kernel. Then their place is for the results.
 class Stack {
  public:
-  explicit Stack(StableIValue* stack) : stack_(stack), next_(stack), result_(stack) {}
+  explicit Stack(StableIValue* stack) : next_(stack), result_(stack) {}
 
   Tensor tensor() { return Tensor::take(to<AtenTensorHandle>(*next_++)); }
   OptionalTensor optional() {
@@ -50,24 +50,24 @@ class Stack {
     const std::unique_ptr<StableListOpaque, void (*)(StableListHandle)> held(
         list, [](StableListHandle l) { torch_delete_list(l); });
     size_t size = 0;
-    torch_list_size(list, &size);
+    read(torch_list_size(list, &size));
     Tensors result(size);
     for (size_t i = 0; i < size; ++i) {
       StableIValue item = 0;
-      torch_list_get_item(list, i, &item);
+      read(torch_list_get_item(list, i, &item));
       result[i] = Tensor::take(to<AtenTensorHandle>(item));
     }
     return result;
   }
   std::string text() {
     const auto given = to<StringHandle>(*next_++);
+    const std::unique_ptr<StringOpaque, void (*)(StringHandle)> held(given,
+                                                                     [](StringHandle s) { torch_delete_string(s); });
     const char* text = "";
     size_t size = 0;
-    torch_string_length(given, &size);
-    torch_string_c_str(given, &text);
-    std::string result(text, size);
-    torch_delete_string(given);
-    return result;
+    read(torch_string_length(given, &size));
+    read(torch_string_c_str(given, &text));
+    return std::string(text, size);
   }
   bool flag() { return to<bool>(*next_++); }
   int64_t integer() { return to<int64_t>(*next_++); }
@@ -76,8 +76,9 @@ class Stack {
   void give(const Tensor& t) { *result_++ = handed_over(t); }
   void give(const Tensors& list) {
     StableListHandle made = nullptr;
-    torch_new_list_reserve_size(list.size(), &made);
-    for (const Tensor& t : list) torch_list_push_back(made, handed_over(t));
+    const auto taken = [](AOTITorchError error) { done(error, "fusedrnn: torch takes no result"); };
+    taken(torch_new_list_reserve_size(list.size(), &made));
+    for (const Tensor& t : list) taken(torch_list_push_back(made, handed_over(t)));
     *result_++ = torch::stable::detail::from(made);
   }
 
@@ -86,9 +87,9 @@ class Stack {
   static T to(StableIValue value) {
     return torch::stable::detail::to<T>(value);
   }
+  static void read(AOTITorchError error) { done(error, "fusedrnn: torch does not tell an argument"); }
   static StableIValue handed_over(const Tensor& t) { return torch::stable::detail::from(t.new_handle()); }
 
-  StableIValue* stack_;
   StableIValue *next_, *result_;
 };
 
@@ -176,8 +177,9 @@ void fill_results(BackwardProblem& p, const Layer& layer, const Gradients& g, co
   const LayerSizes& z = layer.size;
   const CellConstants& cell = layer.constants();
   p.dx = need.x ? output_rows(g.x, layer, z.I) : nullptr;
-  for (int d = 0; d < 2; ++d)
+  for (int d = 0; d < 2; ++d) {
     p.dx_part[d] = g.x_part[d].handle() == g.x.handle() ? p.dx : output(g.x_part[d], {z.N, z.I});
+  }
   p.dh0 = output(g.h0, {z.D, z.B, z.R});
   p.dc0 = output(g.c0, {z.D, z.B, z.H});
   p.dgates = output(g.gates, {z.D, z.N, (cell.gates + cell.split) * z.H});

@@ -63,39 +63,40 @@ std::ostream& operator<<(std::ostream& out, Elements elements) {
 }
 
 Tensor Tensor::take(AtenTensorHandle handle) {
-  Tensor t = handle ? lent(handle) : Tensor();
-  if (t.defined()) t.owner_ = {handle, delete_tensor};
-  else if (handle) delete_tensor(handle);
+  if (!handle) return {};
+  const decltype(owner_) held(handle, delete_tensor);
+  Tensor t = lent(handle);
+  if (t.defined()) t.owner_ = held;
   return t;
 }
 
 Tensor Tensor::lent(AtenTensorHandle handle) {
+  const auto told = [](AOTITorchError error) { done(error, "fusedrnn: torch does not tell what a tensor is"); };
   bool defined = false;
-  aoti_torch_is_defined(handle, &defined);
+  told(aoti_torch_is_defined(handle, &defined));
   if (!defined) return {};
   Facts f;
   int32_t layout = 0, type = 0;
-  bool told = aoti_torch_get_dim(handle, &f.dim) == AOTI_TORCH_SUCCESS;
-  told = told && aoti_torch_get_numel(handle, &f.numel) == AOTI_TORCH_SUCCESS;
-  told = told && aoti_torch_get_dtype(handle, &type) == AOTI_TORCH_SUCCESS;
-  told = told && aoti_torch_get_device_type(handle, &f.device.type) == AOTI_TORCH_SUCCESS;
-  told = told && aoti_torch_get_device_index(handle, &f.device.index) == AOTI_TORCH_SUCCESS;
-  told = told && aoti_torch_get_layout(handle, &layout) == AOTI_TORCH_SUCCESS;
+  told(aoti_torch_get_dim(handle, &f.dim));
+  told(aoti_torch_get_numel(handle, &f.numel));
+  told(aoti_torch_get_dtype(handle, &type));
+  told(aoti_torch_get_device_type(handle, &f.device.type));
+  told(aoti_torch_get_device_index(handle, &f.device.index));
+  told(aoti_torch_get_layout(handle, &layout));
   f.elements = type;
   f.element_bytes = f.elements.bytes();
   f.dense = layout == aoti_torch_layout_strided();
-  if (told && f.dense) {
-    int64_t *sizes = nullptr, *strides = nullptr;
-    told = aoti_torch_get_sizes(handle, &sizes) == AOTI_TORCH_SUCCESS;
-    told = told && aoti_torch_get_strides(handle, &strides) == AOTI_TORCH_SUCCESS;
-    const int64_t known = std::min<int64_t>(f.dim, Facts::kMost);
-    if (told) std::copy_n(sizes, known, f.sizes), std::copy_n(strides, known, f.strides);
-    told = told && aoti_torch_get_storage_offset(handle, &f.storage_offset) == AOTI_TORCH_SUCCESS;
-    told = told && aoti_torch_get_storage_size(handle, &f.storage_bytes) == AOTI_TORCH_SUCCESS;
-    told = told && aoti_torch_is_contiguous(handle, &f.contiguous) == AOTI_TORCH_SUCCESS;
-    told = told && aoti_torch_get_data_ptr(handle, &f.data) == AOTI_TORCH_SUCCESS;
-  }
-  check(told, "fusedrnn: torch does not tell what a tensor is");
+  if (!f.dense) return lent(handle, f);
+  int64_t *sizes = nullptr, *strides = nullptr;
+  told(aoti_torch_get_sizes(handle, &sizes));
+  told(aoti_torch_get_strides(handle, &strides));
+  const int64_t known = std::min<int64_t>(f.dim, Facts::kMost);
+  std::copy_n(sizes, known, f.sizes);
+  std::copy_n(strides, known, f.strides);
+  told(aoti_torch_get_storage_offset(handle, &f.storage_offset));
+  told(aoti_torch_get_storage_size(handle, &f.storage_bytes));
+  told(aoti_torch_is_contiguous(handle, &f.contiguous));
+  told(aoti_torch_get_data_ptr(handle, &f.data));
   return lent(handle, f);
 }
 
@@ -105,13 +106,12 @@ Tensor Tensor::to(Elements elements) const {
   Tensor held;
   if (view_) {
     AtenTensorHandle view = nullptr;
-    const AOTITorchError error =
-        aoti_torch__reinterpret_tensor(handle_, dim(), facts_.sizes, facts_.strides, facts_.storage_offset, &view);
-    check(error == AOTI_TORCH_SUCCESS, "fusedrnn: torch could not look at a tensor otherwise");
+    done(aoti_torch__reinterpret_tensor(handle_, dim(), facts_.sizes, facts_.strides, facts_.storage_offset, &view),
+         "fusedrnn: torch could not look at a tensor otherwise");
     held = take(view);
     from = view;
   }
-  check(aoti_torch_copy_(made.handle(), from, 0) == AOTI_TORCH_SUCCESS, "fusedrnn: torch could not copy a tensor");
+  done(aoti_torch_copy_(made.handle(), from, 0), "fusedrnn: torch could not copy a tensor");
   return made;
 }
 
@@ -134,13 +134,11 @@ Tensor Tensor::viewed(Sizes sizes, Sizes strides, int64_t offset) const {
   return t;
 }
 
-void Tensor::set_to_zero() const {
-  check(aoti_torch_zero_(handle_) == AOTI_TORCH_SUCCESS, "fusedrnn: torch could not clear a tensor");
-}
+void Tensor::set_to_zero() const { done(aoti_torch_zero_(handle_), "fusedrnn: torch could not clear a tensor"); }
 
 AtenTensorHandle Tensor::new_handle() const {
   AtenTensorHandle made = nullptr;
-  check(aoti_torch_new_tensor_handle(handle_, &made) == AOTI_TORCH_SUCCESS, "fusedrnn: torch takes no result");
+  done(aoti_torch_new_tensor_handle(handle_, &made), "fusedrnn: torch takes no result");
   return made;
 }
 
@@ -153,9 +151,9 @@ Tensor empty(Sizes sizes, Elements elements, Device device) {
     below *= std::max<int64_t>(sizes[i], 1);
   }
   AtenTensorHandle made = nullptr;
-  const AOTITorchError error = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
-                                                        elements.type, device.type, device.index, &made);
-  check(error == AOTI_TORCH_SUCCESS, "fusedrnn: can't allocate memory for a tensor of sizes ", sizes);
+  done(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, elements.type, device.type,
+                                device.index, &made),
+       "fusedrnn: can't allocate memory for a tensor of sizes ", sizes);
   return Tensor::take(made);
 }
 

@@ -28,6 +28,12 @@ void check(bool good, const What&... what) {
   throw std::runtime_error(text.str());
 }
 
+// The same, unless a call of torch's C functions went well.
+template <class... What>
+void done(AOTITorchError error, const What&... what) {
+  check(error == AOTI_TORCH_SUCCESS, what...);
+}
+
 // Sizes or strides that somebody else holds.
 class Sizes {
  public:
