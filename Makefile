@@ -16,14 +16,15 @@ CSRC    := $(shell find csrc -type f 2>/dev/null)
 SOURCES := setup.py pyproject.toml $(CSRC)
 
 .PHONY: help demo test bench bench-peers phases test-avx512 sanitize sanitize-memory sanitize-threads build clean distclean
-.PHONY: check force format gpu lint test-clients test-versions test-newest
+.PHONY: check force format gpu lint wheel test-clients test-versions test-newest
 .NOTPARALLEL:
 
 help:
 	@echo 'make demo       train a character model with torch.nn.LSTM, then with fusedrnn.LSTM, and compare the two'
 	@echo 'make test       run every test'
 	@echo 'make lint       check the form of the sources (make format: give it)'
-	@echo 'make test-versions  run the tests under every torch and Python that are supported (make test-newest: the newest torch)'
+	@echo 'make wheel      build one wheel for every torch and Python that are supported, and try it'
+	@echo 'make test-versions  test that wheel under each of them (make test-newest: build and test with the newest torch)'
 	@echo 'make test-clients  run other libraries unchanged on torch.nn patched: the same losses, both times'
 	@echo 'make bench      time fusedrnn against torch.nn, layer by layer (make bench-peers: ONNX Runtime and OpenVINO)'
 	@echo 'make phases     time fusedrnn with timers inside: where the time of a layer goes'
@@ -54,13 +55,22 @@ format: $(SETUP)
 	@$(VENV)/bin/ruff format --quiet .
 	@$(VENV)/bin/clang-format -i $(CSRC) benchmarks/*.cpp
 
-# Every torch and Python that are supported, each in an environment of its own; the table is docs/versions.md.
-test-versions:
-	@$(PYTHON) tests/versions.py $(ARGS)
+# One wheel for every torch and Python that are supported, in dist/.
+WHEEL := $(VENV)/stamp-wheel
+$(WHEEL): requirements-wheel.txt | $(SETUP)
+	@$(BIN) -m pip install --quiet --disable-pip-version-check $(PIPARGS) -r requirements-wheel.txt
+	@touch $@
 
-# The newest torch, with this Python and the most telling tests: what .ci/run adds to the torch named above.
+wheel: $(WHEEL) | check
+	@$(BIN) -m release.wheel --try-with $(TORCH) $(ARGS)
+
+# That wheel under every torch and Python, each in an environment of its own; the table is docs/versions.md.
+test-versions:
+	@$(PYTHON) -m release.versions $(ARGS)
+
+# Built from the sources: the newest torch, with this Python and the most telling tests. Part of .ci/run.
 test-newest:
-	@$(PYTHON) tests/versions.py --newest $(ARGS)
+	@$(PYTHON) -m release.versions --newest $(ARGS)
 
 # Third-party libraries in an environment of their own, with the same Python and torch, so the same extension.
 CLIENTS := $(VENV)-clients
@@ -114,9 +124,10 @@ test-avx512: $(SETUP) | check
 
 sanitize: sanitize-memory sanitize-threads
 
-# The peak is no peak here: the sanitizers slow the yardstick more than the products. The recipe's test would build and
-# test a package of its own, without these flags.
-UNTIMED := --deselect tests/test_benchmarks.py::test_no_product_passes_the_peak --ignore-glob '*/test_recipe.py' --timeout 1200
+# The peak is no peak here: the sanitizers slow the yardstick more than the products. Two tests would build packages of
+# their own, without these flags.
+UNTIMED := --deselect tests/test_benchmarks.py::test_no_product_passes_the_peak --timeout 1200 \
+  $(foreach name,recipe wheel,--ignore $(CURDIR)/tests/test_$(name).py)
 
 # AddressSanitizer and UndefinedBehaviorSanitizer, and the timers' tests.
 ASAN := -fsanitize=address,undefined -fno-sanitize-recover=undefined
@@ -159,7 +170,7 @@ $(SETUP): requirements-dev.txt | check
 	@echo 'installing torch $(TORCH) and requirements-dev.txt'
 	@$(BIN) -m pip install --quiet --disable-pip-version-check $(PIPARGS) torch==$(TORCH) -r requirements-dev.txt
 	@echo '$(CURDIR)' > "$$($(BIN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fusedrnn-checkout.pth"
-	@rm -rf build fusedrnn/_ops.* fusedrnn/_fast.*
+	@rm -rf build fusedrnn/_ops.* fusedrnn/_fast*
 	@touch $@
 
 # build/ keeps the objects, and ninja compiles only what changed. The compiler's output is in build/log.
@@ -172,7 +183,7 @@ $(BUILD): $(SETUP) $(SOURCES) $(if $(wildcard fusedrnn/_ops*.so),,force) | check
 	@touch $@
 
 clean:
-	rm -rf build dist out fusedrnn/_ops.* fusedrnn/_fast.* fusedrnn.egg-info
+	rm -rf build dist out fusedrnn/_ops.* fusedrnn/_fast* fusedrnn.egg-info
 
 distclean: clean
 	rm -rf $(VENV) $(CLIENTS)

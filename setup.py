@@ -1,7 +1,11 @@
 """Builds the shared library of the ops, fusedrnn/_ops.so, and the module fusedrnn._fast.
 
-The library serves every torch from csrc/target.h's on and every Python; the module looks into their objects and is of
-the versions that it is built with. No downloads, no reading of the builder's CPU: every instruction set is compiled.
+The library serves every torch from csrc/target.h's on and every Python. The module looks into their objects: it is of
+one torch and one Python, which the name of its file says, and fusedrnn/extension.py loads the one that fits. No
+downloads, no reading of the builder's CPU: every instruction set is compiled.
+
+FUSEDRNN_HEADERS: a folder of headers, from which a module is built for each torch and each Python in it, and the
+library by the oldest torch (release/wheel.py makes it). Without it: one module, of the torch and Python that build.
 
 FUSEDRNN_CUDA=auto|0|1: with the CUDA kernels if torch is built for CUDA and its compiler is found (auto, the default),
 never, or else an error. No GPU need be there. TORCH_CUDA_ARCH_LIST names the architectures.
@@ -17,10 +21,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import torch
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 if not os.environ.get("CUDA_HOME") and shutil.which("nvcc"):
     # Torch would take the folder above the one that nvcc lies in, which may be a link or a script. It knows itself.
@@ -73,12 +79,40 @@ def torch_headers() -> list[str]:
     return [flag for path in found for flag in ("-idirafter", str(path.parent))]
 
 
+def headers() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Folders of headers of each torch, oldest first, and of each Python, by the names in a module's file."""
+    folder = os.environ.get("FUSEDRNN_HEADERS")
+    if not folder:
+        major, minor = torch.__version__.split(".")[:2]
+        return {f"torch{major}_{minor}": []}, {sysconfig.get_config_var("SOABI"): []}
+    paths = {path.name: path for path in (ROOT / folder).resolve().iterdir()}
+    torches = sorted((name for name in paths if name.startswith("torch")), key=lambda name: int(name.split("_")[1]))
+    return (
+        {name: [str(paths[name]), str(paths[name] / "torch/csrc/api/include")] for name in torches},
+        {name: [str(paths[name])] for name in sorted(paths.keys() - torches)},
+    )
+
+
 class Build(BuildExtension):
-    """Leaves the version of torch beside the module, for fusedrnn.extension."""
+    """Keeps the objects of each extension apart, for they share sources; leaves no module of an earlier build."""
 
     def run(self) -> None:
         super().run()
-        Path(self.get_ext_fullpath("fusedrnn._fast")).with_name("_fast.torch").write_text(torch.__version__ + "\n")
+        paths = {Path(self.get_ext_fullpath(extension.name)) for extension in self.extensions}
+        for path in {other for built in paths for other in built.parent.glob("_fast*")} - paths:
+            path.unlink()
+
+    def build_extension(self, extension) -> None:
+        above, self.build_temp = self.build_temp, str(Path(self.build_temp) / extension.name)
+        super().build_extension(extension)
+        self.build_temp = above
+
+
+class Wheel(bdist_wheel):
+    """For every Python: where no module fits, the library alone will do."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
 
 
 CUDA = with_cuda()
@@ -87,6 +121,7 @@ if CUDA:
     FLAGS.append("-DFUSEDRNN_CUDA")
 FLAGS.append(f'-DFUSEDRNN_FLAGS="{" ".join(FLAGS)}"')  # for fusedrnn.info
 
+TORCHES, PYTHONS = headers()
 COMMON = {"extra_link_args": shlex.split(os.environ.get("FUSEDRNN_LD_FLAGS", ""))}
 
 setup(
@@ -94,11 +129,22 @@ setup(
         (CUDAExtension if CUDA else CppExtension)(
             "fusedrnn._ops",
             SOURCES + (CUDA_SOURCES if CUDA else []),
+            include_dirs=[*next(iter(TORCHES.values()))],
             extra_compile_args={"cxx": FLAGS + (torch_headers() if CUDA else []), "nvcc": ["-O3"]},
             py_limited_api=True,  # not linked to torch's part for Python
             **COMMON,
         ),
-        CppExtension("fusedrnn._fast", FAST, extra_compile_args={"cxx": FLAGS}, **COMMON),
+    ]
+    + [
+        CppExtension(
+            f"fusedrnn._fast-{of_torch}-{of_python}",
+            FAST,
+            include_dirs=[*TORCHES[of_torch], *PYTHONS[of_python]],
+            extra_compile_args={"cxx": FLAGS},
+            **COMMON,
+        )
+        for of_torch in TORCHES
+        for of_python in PYTHONS
     ],
-    cmdclass={"build_ext": Build.with_options(no_python_abi_suffix=True)},
+    cmdclass={"build_ext": Build.with_options(no_python_abi_suffix=True), "bdist_wheel": Wheel},
 )

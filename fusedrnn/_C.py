@@ -6,7 +6,7 @@ import ctypes
 import json
 from typing import Any
 
-from .extension import FOLDER, built_with, load
+from .extension import load, versions
 
 _library, _fast = load()
 _description: dict[str, Any] = json.loads(_library.fusedrnn_description())
@@ -35,8 +35,8 @@ def supported_isas() -> list[str]:
 
 
 def build() -> dict[str, Any]:
-    """Compiler and flags of the library; ``fast``: the torch that ``_fast`` was built with, None if it is not used."""
-    return _description["build"] | {"fast": None if _fast is None else built_with(FOLDER)}
+    """Compiler and flags of the library; ``fast``: those that ``_fast`` is of, None if none fits."""
+    return _description["build"] | {"fast": None if _fast is None else versions()}
 
 
 def cells() -> list[dict[str, Any]]:

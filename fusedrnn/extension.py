@@ -1,14 +1,15 @@
-"""Loads what is compiled: the shared library of the ops, and, if it is of this torch and Python, the module ``_fast``.
+"""Loads what is compiled: the shared library of the ops, and the module ``_fast`` that is of this torch and Python.
 
-The library, ``_ops``, serves every torch from 2.11 on. ``_fast``, inference past the dispatcher, serves the minor
-version of torch that it was built with; another would not load it, or fail later. Without it everything works, a short
-call in inference in more time.
+The library, ``_ops``, serves every torch from 2.11 on. A ``_fast``, inference past the dispatcher, serves the minor
+versions of torch and Python that its file's name says: ``_fast-torch2_13-cpython-311-x86_64-linux-gnu.so``. Another
+would not load, or fail later. Without one everything works, a short call in inference in more time.
 """
 
 from __future__ import annotations
 
 import ctypes
-import importlib
+import importlib.util
+import sysconfig
 from pathlib import Path
 from types import ModuleType
 
@@ -33,16 +34,20 @@ def library(folder: Path, running: str = torch.__version__) -> Path:
     return found[0]
 
 
-def built_with(folder: Path) -> str:
-    """The torch that the ``_fast`` in ``folder`` was built with; "" if there is none."""
-    record = folder / "_fast.torch"  # written by setup.py
-    there = [*folder.glob("_fast*.so"), *folder.glob("_fast*.pyd")]
-    return record.read_text().strip() if there and record.exists() else ""
+def versions(running: str = torch.__version__) -> str:
+    """What a ``_fast`` for the running torch and this Python has in its name."""
+    major, minor = running.split(".")[:2]
+    return f"torch{major}_{minor}-{sysconfig.get_config_var('SOABI')}"
 
 
-def fits(folder: Path, running: str = torch.__version__) -> bool:
-    """Whether there is one of the same minor version."""
-    return built_with(folder).split(".")[:2] == running.split(".")[:2]
+def built(folder: Path) -> list[str]:
+    """The versions of every ``_fast`` in ``folder``."""
+    return sorted(path.stem.removeprefix("_fast-") for path in folder.glob("_fast-*.*"))
+
+
+def module(folder: Path, running: str = torch.__version__) -> Path | None:
+    """The ``_fast`` that fits; None if there is none."""
+    return next(iter(folder.glob(f"_fast-{versions(running)}.*")), None)
 
 
 def load() -> tuple[ctypes.CDLL, ModuleType | None]:
@@ -52,8 +57,10 @@ def load() -> tuple[ctypes.CDLL, ModuleType | None]:
     loaded = ctypes.CDLL(str(path))
     for function, result in (("fusedrnn_description", ctypes.c_char_p), ("fusedrnn_interface", ctypes.c_void_p)):
         getattr(loaded, function).restype = result
-    if not fits(FOLDER):
+    if (fitting := module(FOLDER)) is None:
         return loaded, None
-    fast = importlib.import_module("fusedrnn._fast")
+    spec = importlib.util.spec_from_file_location("fusedrnn._fast", fitting)
+    fast = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fast)
     fast.connect(loaded.fusedrnn_interface())
     return loaded, fast

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from . import _C, __version__
+from . import _C, __version__, extension
 
 
 def processor() -> str:
@@ -33,6 +33,13 @@ def _describe_cuda(built: bool) -> str:
     return f"built for CUDA {torch.version.cuda}; {count} GPU(s), the first {name}"
 
 
+def _describe_short_calls(fast: str | None) -> str:
+    if fast:
+        return f"past the dispatcher ({fast})"
+    there = ", ".join(extension.built(extension.FOLDER)) or "for none"
+    return f"by the ops alone, in more time: not built for {extension.versions()} ({there}); {extension.BUILD}"
+
+
 def describe() -> dict[str, str]:
     """What is in use, a line of text for each subject."""
     forced, build = os.environ.get("FUSEDRNN_CPU_ISA"), _C.build()
@@ -48,9 +55,7 @@ def describe() -> dict[str, str]:
         "OpenMP": build["openmp"],
         "CUDA": _describe_cuda(build["cuda"]),
         "cells": ", ".join(cell["name"] for cell in _C.cells()),
-        "short calls": f"past the dispatcher, built with torch {build['fast']}"
-        if build["fast"]
-        else "by the ops alone",
+        "short calls": _describe_short_calls(build["fast"]),
         "compiler": f"{build['compiler']}, flags {build['flags']}",
         "timers": "none" if _C.phases() is None else "in every phase: slower, for measuring only (make phases)",
     }

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -105,13 +106,14 @@ def test_what_is_not_built_says_so(tmp_path: Path) -> None:
     assert done.returncode == 1 and "is not built" in done.stderr and "--no-build-isolation" in done.stderr
 
 
-@pytest.mark.parametrize("built", ["2.9.1+cu128", "1.13.0", None])
-def test_without_the_module_for_this_torch_everything_goes_by_the_ops(built: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("versions", ["torch2_9-{soabi}", "torch{minor}-cpython-35m-{platform}", None])
+def test_without_the_module_for_these_versions_everything_goes_by_the_ops(versions: str | None, tmp_path: Path) -> None:
     """Also where the loader would stop at an undefined symbol: the file that it would load is empty here."""
     there = package(tmp_path, "_fast*")
-    if built:
-        (there / "_fast.so").touch()
-        (there / "_fast.torch").write_text(built)
+    if versions:
+        minor, soabi = "_".join(torch.__version__.split(".")[:2]), sysconfig.get_config_var("SOABI")
+        versions = versions.format(minor=minor, soabi=soabi, platform=soabi.split("-", 2)[2])
+        (there / f"_fast-{versions}.so").touch()
     code = """
 import torch, fusedrnn
 assert fusedrnn._C.build()["fast"] is None
@@ -130,10 +132,9 @@ for name in ("RNN", "LSTM", "GRU"):
 """
     done = python(code, tmp_path)
     assert done.returncode == 0, done.stderr
-
-
-def test_the_build_leaves_its_torch() -> None:
-    assert (Path(fusedrnn.__file__).parent / "_fast.torch").read_text().strip() == torch.__version__
+    told = python("import fusedrnn.info; fusedrnn.info.main()", tmp_path).stdout
+    (line,) = (line for line in told.splitlines() if line.startswith("short calls"))
+    assert "by the ops alone" in line and f"({versions or 'for none'}); pip install" in line
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs binutils' nm")
@@ -152,11 +153,13 @@ def test_the_library_depends_on_no_version_of_torch_or_python() -> None:
 
 
 @pytest.mark.parametrize("running", ["2.13.0", "2.13.2+cu130", "2.13.0a0+git123"])
-def test_a_module_of_the_same_minor_version_is_loaded(running: str, tmp_path: Path) -> None:
-    (tmp_path / "_fast.so").touch()
-    (tmp_path / "_fast.torch").write_text("2.13.0+cpu\n")
-    assert fusedrnn.extension.fits(tmp_path, running)
-    (tmp_path / "_ops.so").touch()
+def test_a_module_of_the_same_minor_versions_is_loaded(running: str, tmp_path: Path) -> None:
+    soabi = sysconfig.get_config_var("SOABI")
+    fitting = tmp_path / f"_fast-torch2_13-{soabi}.so"
+    for name in ("_ops.so", fitting.name, f"_fast-torch2_1-{soabi}.so", "_fast-torch2_13-cpython-27mu.so"):
+        (tmp_path / name).touch()
+    assert fusedrnn.extension.module(tmp_path, running) == fitting
+    assert fusedrnn.extension.module(tmp_path, "2.12.1") is None
     assert fusedrnn.extension.library(tmp_path, running) == tmp_path / "_ops.so"
     with pytest.raises(ImportError, match="needs torch >= 2.11, got 2.10.1"):
         fusedrnn.extension.library(tmp_path, "2.10.1")

@@ -170,10 +170,17 @@ def test_lengths_on_the_meta_device() -> None:
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_more_steps_than_memory(grad: bool) -> None:
-    x = torch.zeros(1, 1, I).expand(2**40, 1, I)
-    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="can't allocate memory"):
-        fusedrnn.RNN(I, 1)(x)
+@pytest.mark.parametrize(
+    ("steps", "batch", "message"), [(2**40, 1, "can't allocate memory"), (2, 2**36, "memory for a tensor of sizes")]
+)
+def test_more_than_memory(steps: int, batch: int, message: str, grad: bool) -> None:
+    """The list of steps, which we make; the results, which torch makes, and refuses by an error code."""
+    x = torch.zeros(1, 1, I).expand(steps, batch, I)
+    layer = fusedrnn.RNN(I, 512)
+    with torch.set_grad_enabled(grad):
+        with pytest.raises(RuntimeError, match=message):
+            layer(x)
+        layer(x[:3, :1])
 
 
 def test_nothing_of_the_extension_can_be_made_by_hand() -> None:
