@@ -84,7 +84,7 @@ def run(pair: Pair, wheel: Path | None, keep: bool, tests: list[str]) -> dict[st
         return None
     tree = WORK / f"torch-{pair.torch}-python-{pair.python}"
     copy_tree(tree)
-    settings = {"FUSEDRNN_CUDA": "0", **os.environ}
+    settings = {"FUSEDRNN_CUDA": "0", **os.environ, "PYTHONPATH": str(tree)}
     if wheel is None:
         settings["FUSEDRNN_CXX_FLAGS"] = SMOKE_FLAGS
     else:

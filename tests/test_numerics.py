@@ -1,8 +1,9 @@
 """How exact the numbers are, and what becomes of numbers that are not ordinary.
 
-The error of our float32 and bfloat16 against float64 on the same values is like torch.nn's own (the plain loop's for a
-cell that torch.nn lacks), at most a fifth larger in the mean. NaN and Inf come out where torch's do; denormals,
-saturated gates and constant input give no NaN of our own. ``pytest -s`` prints the measured table.
+The error of our float32 and bfloat16 against float64 on the same values is like torch.nn's own, at most a fifth larger
+in the mean; for a cell that torch.nn lacks like a plain loop's, at most a third. NaN and Inf come out
+where torch's do; denormals, saturated gates and constant input give no NaN of our own. ``pytest -s`` prints the
+measured table.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from loops import TWINS
 from parity import DEVICE, Case, Results, module_results, ragged, reference_results, run_ours, run_twin, twin
 from tolerances import assert_all_close, assert_close
 from torch import Tensor, nn
@@ -26,7 +28,9 @@ STEPWISE = DEVICE.type == "cuda" or fusedrnn._C.isa() == "stepwise"  # rounds wh
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 SEEDS = range(8)
 MARGIN_ALL, MARGIN_EACH = 1.2, 1.5  # a mean over 8 seeds is itself random, good to 5 in a hundred, a single name to 20
-MARGINS_RESIDUAL = 1.35, 1.7  # against a loop, not torch.nn; h grows, and each step magnifies the rounding before it
+# Against a loop, where torch.nn has no such cell: torch.matmul's sums are more exact on some processors; and where h
+# grows, each step magnifies the rounding before it.
+MARGINS_LOOP = 1.35, 1.7
 ERROR_CASES = {
     "T20 B4 I16 H32": {"T": 20, "B": 4, "I": 16, "H": 32},
     "T40 B3 I24 H40, 2 layers": {"T": 40, "B": 3, "I": 24, "H": 40, "num_layers": 2},
@@ -85,7 +89,7 @@ def test_error_is_like_torch_nns(
         record_property(name, f"ours {ours:.2e} torch {theirs:.2e}")
     together = math.exp(sum(math.log(r) for r in ratio.values()) / len(ratio))
     print(f"  {'all':16} ratio {together:.2f}")
-    margin_all, margin_each = MARGINS_RESIDUAL if cell == "residual_rnn" else (MARGIN_ALL, MARGIN_EACH)
+    margin_all, margin_each = (MARGIN_ALL, MARGIN_EACH) if TWINS[cell].torch_layer else MARGINS_LOOP
     assert together <= margin_all
     assert max(ratio.values()) <= margin_each, ratio
 
