@@ -91,7 +91,8 @@ def test_wrong_instruction_set_is_an_import_error(value, message):
 
 
 def python(code: str, folder: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def package(folder: Path, *left_out: str) -> Path:
