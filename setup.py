@@ -43,8 +43,8 @@ SOURCES = sorted(SOURCES - set(CUDA_SOURCES) - set(FAST))
 # One translation unit an instruction set: the largest first, so that parallel jobs end together.
 SOURCES.sort(key=lambda name: ("isa_" not in name, name))
 
-# No -std: torch adds the one that its headers ask for, C++17 or, from 2.14 on, C++20.
-FLAGS = ["-O3", "-g0", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden"]
+# The newest torch's headers ask for C++20, the oldest's take it.
+FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-ffp-contract=fast", "-fvisibility=hidden"]
 FLAGS += ["-Wall", "-Wno-unknown-pragmas"]
 if sys.platform == "darwin":
     FLAGS.remove("-fopenmp")  # Apple's clang has none: one thread
@@ -85,7 +85,10 @@ def headers() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     if not folder:
         major, minor = torch.__version__.split(".")[:2]
         return {f"torch{major}_{minor}": []}, {sysconfig.get_config_var("SOABI"): []}
-    paths = {path.name: path for path in (ROOT / folder).resolve().iterdir()}
+    collected = (ROOT / folder).resolve()
+    paths = {path.name: path for path in collected.glob("*")}
+    if not any(name.startswith("torch") for name in paths) or not any(name.startswith("cpython") for name in paths):
+        sys.exit(f"FUSEDRNN_HEADERS: no headers in {collected}: python -m release.wheel --headers {folder}")
     torches = sorted((name for name in paths if name.startswith("torch")), key=lambda name: int(name.split("_")[1]))
     return (
         {name: [str(paths[name]), str(paths[name] / "torch/csrc/api/include")] for name in torches},

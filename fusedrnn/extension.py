@@ -2,7 +2,7 @@
 
 The library, ``_ops``, serves every torch from 2.11 on. A ``_fast``, inference past the dispatcher, serves the minor
 versions of torch and Python that its file's name says: ``_fast-torch2_13-cpython-311-x86_64-linux-gnu.so``. Another
-would not load, or fail later. Without one everything works, a short call in inference in more time.
+would not load, or fail later. Without one everything works, short calls in more time.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import sysconfig
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -26,12 +27,14 @@ def library(folder: Path, running: str = torch.__version__) -> Path:
     Raises:
         ImportError: there is none, or torch is older than it may be.
     """
-    found = sorted(folder.glob("_ops*.so")) + sorted(folder.glob("_ops*.pyd"))
-    if not found:
-        raise ImportError(f"fusedrnn is not built: no _ops in {folder}. In its source tree: {BUILD}, or make build")
+    found = folder / "_ops.so"
+    if not folder.is_dir():
+        raise ImportError(f"fusedrnn must be unpacked: a library cannot be loaded from {folder}")
+    if not found.exists():
+        raise ImportError(f"fusedrnn is not built: no _ops.so in {folder}. In its source tree: {BUILD}, or make build")
     if tuple(int(part) for part in running.split(".")[:2]) < OLDEST:
         raise ImportError(f"fusedrnn needs torch >= {'.'.join(map(str, OLDEST))}, got {running}")
-    return found[0]
+    return found
 
 
 def versions(running: str = torch.__version__) -> str:
@@ -51,13 +54,27 @@ def module(folder: Path, running: str = torch.__version__) -> Path | None:
 
 
 def load() -> tuple[ctypes.CDLL, ModuleType | None]:
-    """Both, the module connected to the library."""
+    """Both, the module connected to the library.
+
+    Raises:
+        ImportError: the library is not there, or one of its kind is there already.
+    Warns:
+        RuntimeWarning: there is no module that fits.
+    """
     path = library(FOLDER)
+    if hasattr(torch.ops.fusedrnn, "layer_forward"):  # torch would end the process
+        raise ImportError(f"the ops of fusedrnn are loaded already, by an earlier import; not again from {FOLDER}")
     torch.ops.load_library(path)
     loaded = ctypes.CDLL(str(path))
     for function, result in (("fusedrnn_description", ctypes.c_char_p), ("fusedrnn_interface", ctypes.c_void_p)):
         getattr(loaded, function).restype = result
     if (fitting := module(FOLDER)) is None:
+        warnings.warn(
+            f"fusedrnn: no _fast for {versions()} in {FOLDER}: a call of one step takes 3 to 13 times as long (see"
+            " python -m fusedrnn.info)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return loaded, None
     spec = importlib.util.spec_from_file_location("fusedrnn._fast", fitting)
     fast = importlib.util.module_from_spec(spec)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import os
 import re
@@ -101,18 +102,24 @@ def run(pair: Pair, wheel: Path | None, keep: bool, tests: list[str]) -> dict[st
     print(f"{pair}: {result}", *failed, sep="\n  ", flush=True)
     if not keep:
         shutil.rmtree(tree)
-    today = datetime.date.today().isoformat()
-    return {"tests": "some" if tests else "all", "result": result, "date": today, "ok": not code}
+    reading = {"tests": "some" if tests else "all", "result": result, "date": datetime.date.today().isoformat()}
+    return reading | {"wheel": digest(wheel) if wheel else "", "ok": not code}
 
 
-def write(readings: dict[str, dict[str, str]]) -> None:
+def digest(wheel: Path) -> str:
+    return hashlib.sha256(wheel.read_bytes()).hexdigest()[:12]
+
+
+def write(wheel: Path, readings: dict[str, dict[str, str]]) -> None:
+    """The page and its data: what was read of this wheel."""
+    readings = {pair: reading for pair, reading in readings.items() if reading["wheel"] == digest(wheel)}
     READINGS.write_text(json.dumps(readings, indent=1) + "\n")
     lines = [
         "# Versions of torch and Python",
         "",
         "What `make test-versions` printed, on Linux x86-64: one wheel, built once, each pair in an environment of",
         "its own. *all*: every test; *some*: the files that depend on torch and Python more than on the kernels",
-        "(`SMOKE` of `release/versions.py`).",
+        "(`SMOKE` of `release/versions.py`). Of macOS there is no reading; of arm64 see CONTRIBUTING.",
         "",
         "| torch | Python | tests | result | date |",
         "|---|---|---|---|---|",
@@ -144,15 +151,16 @@ def main() -> None:
     if args.newest:
         reading = run(Pair(NEWEST, "{}.{}".format(*sys.version_info)), None, args.keep, args.tests or SMOKE)
         sys.exit(reading is None or not reading["ok"])
-    wheel = args.wheel or next((ROOT / "dist").glob("fusedrnn-*.whl"), None)
-    if wheel is None:
-        sys.exit("error: no wheel in dist/: make wheel")
+    wheels = [args.wheel] if args.wheel else list((ROOT / "dist").glob("fusedrnn-*.whl"))
+    if len(wheels) != 1:
+        sys.exit(f"error: {len(wheels)} wheels in dist/, one is needed: make wheel")
+    (wheel,) = wheels
     ok = True
     for pair in pairs:
         reading = run(pair, wheel, args.keep, args.tests or ([] if pair in WHOLE else SMOKE))
         ok = ok and reading is not None and reading["ok"]
         if reading and not args.tests:  # a run may be cut short
-            write((json.loads(READINGS.read_text()) if READINGS.exists() else {}) | {str(pair): reading})
+            write(wheel, (json.loads(READINGS.read_text()) if READINGS.exists() else {}) | {str(pair): reading})
     sys.exit(not ok)
 
 

@@ -81,10 +81,13 @@ def collect_python(version: str, folder: Path) -> None:
 def collect(torches: list[str], pythons: list[str], folder: Path) -> None:
     """The headers that setup.py builds from: of these and no others."""
     folder.mkdir(parents=True, exist_ok=True)
+    there = sorted(path.name for path in folder.iterdir())
+    if strange := [name for name in there if not name.startswith(("torch", "cpython-"))]:
+        sys.exit(f"error: {folder} holds what is no header: {', '.join(strange)}")
     wanted = {f"torch{'_'.join(version.split('.')[:2])}" for version in torches}
-    for path in folder.iterdir():
-        if path.name not in wanted:
-            shutil.rmtree(path)
+    for name in there:
+        if name not in wanted:
+            shutil.rmtree(folder / name)
     for version in torches:
         collect_torch(version, folder)
     for version in pythons:
@@ -143,6 +146,8 @@ def main() -> None:
         print(repair(*args.repair))
         return
     collect(args.torch, args.python, HEADERS)
+    for old in (ROOT / "dist").glob("fusedrnn-*.whl"):
+        old.unlink()
     print("building (ten minutes the first time)", flush=True)
     wheel = repair(build(WORK / "dist", FUSEDRNN_HEADERS=str(HEADERS)), ROOT / "dist")
     print(f"{wheel.relative_to(ROOT)}: {wheel.stat().st_size / 1e6:.1f} MB", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -65,6 +66,32 @@ def test_a_module_for_each_torch_and_python_whose_headers_are_there(
     assert first["fusedrnn._fast-torch2_11-cpython-310-darwin"] == [
         str(headers), str(headers / "torch/csrc/api/include"), str(tmp_path / "cpython-310-darwin"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("made", [[], ["torch2_11"], ["cpython-311-darwin"]])
+def test_a_folder_without_headers_is_an_error(made: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in made:
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("FUSEDRNN_HEADERS", str(tmp_path))
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit, match="FUSEDRNN_HEADERS: no headers in .*: python -m release.wheel --headers"):
+        runpy.run_path("setup.py")
+
+
+def test_nothing_but_headers_is_deleted(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(SystemExit, match="holds what is no header: mine"):
+        wheel.collect([], [], tmp_path)
+    assert (tmp_path / "mine").exists()
+
+
+def test_what_the_public_ci_runs_needs_the_package_alone() -> None:
+    """It runs outside the checkout: no benchmarks there, no sources."""
+    command = re.search(r'^test-command = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    files = re.findall(r"\{project\}/(tests/\w+\.py)", command)
+    assert len(files) > 3
+    for name in files:
+        assert not re.search(r"^(from|import) (benchmarks|release)", (ROOT / name).read_text(), re.MULTILINE), name
 
 
 def test_every_supported_version_is_tried_whole_or_in_part() -> None:
