@@ -117,8 +117,8 @@ def write(wheel: Path, readings: dict[str, dict[str, str]]) -> None:
     lines = [
         "# Versions of torch and Python",
         "",
-        "What `make test-versions` printed, on Linux x86-64: one wheel, built once, each pair in an environment of",
-        "its own. *all*: every test; *some*: the files that depend on torch and Python more than on the kernels",
+        "What `make test-versions` printed, on Linux x86-64: one wheel, built once, each pair in an environment of its",
+        "own. *all*: every test; *some*: the files that depend on torch and Python more than on the kernels",
         "(`SMOKE` of `release/versions.py`). Of macOS there is no reading; of arm64 see CONTRIBUTING.",
         "",
         "| torch | Python | tests | result | date |",
