@@ -28,6 +28,8 @@ namespace {
 
 #include "../csrc/cpu/vec.h"
 //
+#include "../csrc/cpu/operand.h"
+//
 #include "../csrc/cpu/gemm.h"
 //
 #include "../csrc/cpu/team.h"

@@ -30,6 +30,7 @@ _TARGETS = {"avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "fma"), "a
 def _native() -> ModuleType:
     # AVX-512's kernels may have been compiled for AVX2 (make test-avx512).
     isa = "avx2" if "FUSEDRNN_AVX2_AS_AVX512" in _C.build()["flags"] else _C.isa()
+    isa = {"avx512_bf16": "avx512", "amx": "avx512"}.get(isa, isa)
     include = (Path(torch.__file__).parent / "include", sysconfig.get_path("include"))  # pybind11 among torch's headers
     command = [*shlex.split(os.environ.get("CXX", "c++")), "-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared"]
     command += [f"-DFUSEDRNN_VECTOR_BYTES={_C.vector_bytes()}", *(f"-m{name}" for name in _TARGETS.get(isa, ()))]

@@ -17,7 +17,7 @@ std::string quoted(const std::string& text) {
 
 std::string names(bool on_this_cpu) {
   std::string list;
-  for (const char* name : {"base", "avx2", "avx512"}) {
+  for (const char* name : {"base", "avx2", "avx512", "avx512_bf16", "amx"}) {
     if (find_isa(name) && (!on_this_cpu || isa_supported(name))) list += (list.empty() ? "" : ", ") + quoted(name);
   }
   return '[' + list + ']';

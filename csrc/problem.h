@@ -16,8 +16,9 @@ enum class DType : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
 constexpr int kDTypes = 4;
 
 // Elements between rows of n elements of `bytes` each: an odd number of cache lines, so that a column of rows
-// spreads over all cache sets. Short rows, which do not collide, stay as they are.
-constexpr int64_t spread_stride(int64_t n, int64_t bytes) {
+// spreads over all cache sets. Short rows, which do not collide, stay as they are. (Static: no set's own copy serves
+// all.)
+static constexpr int64_t spread_stride(int64_t n, int64_t bytes) {
   const int64_t line = 64 / bytes;
   return n < 4 * line ? n : ((n + line - 1) / line | 1) * line;
 }

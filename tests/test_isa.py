@@ -18,13 +18,16 @@ import pytest
 
 import fusedrnn
 
-ALL = ("base", "avx2", "avx512")
+ALL = ("base", "avx2", "avx512", "avx512_bf16", "amx")
 EMULATED = ("stepwise",)
 
 
 @pytest.mark.isa
 def test_the_set_in_use_is_the_forced_one() -> None:
-    assert fusedrnn._C.isa() == os.environ.get("FUSEDRNN_CPU_ISA", fusedrnn._C.supported_isas()[-1])
+    best = fusedrnn._C.supported_isas()
+    if best[-1] == "avx512_bf16" and fusedrnn._C.isa() == "avx512":  # an Intel processor without AMX: it does not pay
+        best.pop()
+    assert fusedrnn._C.isa() == os.environ.get("FUSEDRNN_CPU_ISA", best[-1])
 
 
 def test_the_names_are_known() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -25,6 +26,8 @@ import fusedrnn
 from fusedrnn.cells import CELLS
 
 STEPWISE = DEVICE.type == "cuda" or fusedrnn._C.isa() == "stepwise"  # rounds what a product reads to 16 bits
+# The processor's products of bfloat16 take subnormal numbers for zero.
+SUBNORMALS_ARE_ZERO = fusedrnn._C.isa() in ("avx512_bf16", "amx")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 SEEDS = range(8)
 MARGIN_ALL, MARGIN_EACH = 1.2, 1.5  # a mean over 8 seeds is itself random, good to 5 in a hundred, a single name to 20
@@ -72,7 +75,10 @@ def test_sums_over_many_rows_stay_exact(seed: int) -> None:
 def test_error_is_like_torch_nns(
     cell: str, shape: str, dtype: torch.dtype, record_property: Callable[[str, object], None]
 ) -> None:
-    """Geometric means over the seeds: of both errors, for the table, and of their ratio, which is judged."""
+    """Geometric means over the seeds of both errors, for the table; the median of their ratio, which is judged.
+
+    (By rounding a relu may let through for one of the two what it stops for the other: one seed may be far off.)
+    """
     logs: dict[str, list[tuple[float, float]]] = {}
     for seed in SEEDS:
         case = Case(cell, dtype=dtype, seed=seed, **ERROR_CASES[shape])
@@ -82,7 +88,7 @@ def test_error_is_like_torch_nns(
         for name in exact:
             logs.setdefault(name, []).append((math.log(ours[name]), math.log(theirs[name])))
     table = {name: torch.tensor(pairs).mean(dim=0).exp().tolist() for name, pairs in logs.items()}
-    ratio = {name: ours / theirs for name, (ours, theirs) in table.items()}
+    ratio = {name: math.exp(statistics.median(a - b for a, b in pairs)) for name, pairs in logs.items()}
     print(f"\n{cell}, {shape}, {dtype}: relative error against float64, {len(SEEDS)} seeds")
     for name, (ours, theirs) in table.items():
         print(f"  {name:16} ours {ours:.2e}  torch {theirs:.2e}  ratio {ratio[name]:.2f}")
@@ -218,7 +224,8 @@ def test_relu_and_rounding_of_any_bits(dtype: torch.dtype) -> None:
     expected = torch.relu(draw[0].to(wide) + second.to(wide)).to(dtype)
     y, _ = module.to(DEVICE)(torch.stack([draw[0], second], dim=2).to(DEVICE))
     assert expected.isnan().any() and expected.isinf().any() and (expected > 0).any()
-    torch.testing.assert_close(y.cpu(), expected[..., None].expand_as(y), rtol=0.0, atol=0.0, equal_nan=True)
+    zero = 2 * torch.finfo(dtype).tiny if SUBNORMALS_ARE_ZERO and dtype == torch.bfloat16 else 0.0
+    torch.testing.assert_close(y.cpu(), expected[..., None].expand_as(y), rtol=0.0, atol=zero, equal_nan=True)
 
 
 @pytest.mark.isa
@@ -324,7 +331,9 @@ def test_activations_over_their_whole_range(dtype: torch.dtype) -> None:
     h = module.to(DEVICE)(x[None, :, None].to(DEVICE))[0].flatten().cpu()
     exact = torch.tanh(x.double())
     ulp = 2.0 ** (exact.abs().clamp_min(torch.finfo(dtype).smallest_normal).log2().floor()) * torch.finfo(dtype).eps
-    assert ((h.double() - exact).abs() / ulp).max() <= 4
+    subnormal = exact.abs() < torch.finfo(dtype).smallest_normal
+    judged = ~subnormal if SUBNORMALS_ARE_ZERO and dtype == torch.bfloat16 else torch.ones_like(subnormal)
+    assert ((h.double() - exact).abs() / ulp)[judged].max() <= 4
     assert h.abs().max() <= 1
     half = len(h) // 2
     assert torch.equal(h[:half], -h[half:])

@@ -6,15 +6,18 @@
 // all rows of the chunk (weight_gradients.inl). dG of all T is never stored. Slices of the batch accumulate apart and
 // are added in a fixed order, so the same number of threads gives the same bits.
 //
-// Columns of dG: drec of all gates, then dx of the last kSplit gates; [k][H].
+// Columns of dG: drec of all gates, then dx of the last kSplit gates; [k][H]. As the products read it: [k][H rounded up
+// to whole words].
 
 template <class Cell, class T>
 class BackwardPass {
   using S = typename ComputeType<T>::Type;
+  using E = typename OperandType<T>::Type;
   using V = Vec<S>;
   static constexpr int L = V::kLanes, G = Cell::kGates, F = Cell::kFirst, K = Cell::kSaved, Z = Cell::kStates;
   static constexpr int kSplit = Cell::kSplit, C = G + kSplit;
   static constexpr bool kTwoStage = F < G, kConvert = sizeof(T) != sizeof(S);
+  static constexpr bool kRounded = sizeof(E) != sizeof(S);  // dG, before a product reads it
   static_assert(!kTwoStage || kSplit == 0, "the second stage's products read drec and dx as one");
   static constexpr int64_t kChunkBytes = 1 << 20;  // of dG: it stays in cache between its three uses
   static constexpr int64_t kLeastRows = 64, kMostRows = 512;
@@ -22,7 +25,7 @@ class BackwardPass {
   struct Shared : SharedPass {
     int64_t chunk_rows;
     bool direct;  // weight gradients accumulate in the result itself
-    S *w_ih[2], *w_hh[2], *w_rest[2], *w_hr[2];
+    E *w_ih[2], *w_hh[2], *w_rest[2], *w_hr[2];
     S *dw_ih, *dw_hh, *dw_hr, *db;  // [items][...], db: [items][C*H]
   };
   struct Row {  // where a row of the chunk finds what forward kept
@@ -36,9 +39,10 @@ class BackwardPass {
   };
   struct TeamBuffers {
     S *dg, *dh;                     // [chunk rows][C*H], [R] (projection)
+    E *dg_operand, *dh_operand;     // as the products read them: rounded, or the same
     S *sent_dh, *sent_dc, *all_dc;  // [chunk rows][R], [H], [H]: what norms are of
     S* scale;                       // [members][2][samples]: of what is sent back, clipped by its norm
-    Strips<S> x, h, m;              // [chunk rows][I], [R], [H]: right operands of the weight gradients
+    Strips<E> x, h, m;              // [chunk rows][I], [R], [H]: right operands of the weight gradients
     S *carry_h, *carry_c, *c0;      // [samples][R], [H], [H]
     Row* rows;                      // [members][chunk rows]
   };
@@ -53,6 +57,7 @@ class BackwardPass {
           BackwardPass pass(p, shared, thread);
           pass.pack();
           meet_all();
+          [[maybe_unused]] const TileUse tiles{};
           pass.run_items();
           meet_all();
           if (p.weight_gradients) pass.add_slices();
@@ -66,7 +71,8 @@ class BackwardPass {
   // Plan, memory and flags for the threads that OpenMP has started; false: no memory.
   static bool prepare(const BackwardProblem& p, Shared& s, int threads) {
     s.share(p.size, G, L, threads);
-    s.chunk_rows = kChunkBytes / (row_stride<S>(C * p.size.H) * static_cast<int64_t>(sizeof(S)));
+    s.chunk_rows = kChunkBytes / (row_stride<S>(C * p.size.H) * static_cast<int64_t>(sizeof(S)) +
+                                  (kRounded ? operand_stride(p.size) * static_cast<int64_t>(sizeof(E)) : 0));
     s.chunk_rows = min64(kMostRows, max64(kLeastRows, s.chunk_rows));
     s.most_rows = min64(p.size.N, s.chunk_rows + s.most_samples);
     s.direct = !kConvert && s.plan.slices == 1;
@@ -74,15 +80,18 @@ class BackwardPass {
                       [&](Carver& carver) { carve_team(p, s, carver); });
   }
 
+  static int64_t operand_stride(const LayerSizes& z) { return row_stride<E>(C * whole_steps<E>(z.H)); }
+
   static void carve_shared(const BackwardProblem& p, Shared& s, Carver& carver) {
     const LayerSizes& z = p.size;
+    const int64_t gate = whole_steps<E>(z.H);
     const int64_t inputs = ceil_div(z.I, L) * L, units = ceil_div(z.H, L) * L, outputs = ceil_div(z.R, L) * L;
     s.flags = carver.take<Flag>(s.plan.teams * s.plan.members);
     for (int d = 0; d < z.D; ++d) {
-      s.w_ih[d] = carver.take<S>(p.dx ? G * z.H * inputs : 0);
-      s.w_hh[d] = carver.take<S>(F * z.H * outputs);
-      s.w_rest[d] = carver.take<S>((G - F) * z.H * outputs);
-      s.w_hr[d] = carver.take<S>(z.projected ? z.R * units : 0);
+      s.w_ih[d] = carver.take<E>(p.dx ? G * gate * inputs : 0);
+      s.w_hh[d] = carver.take<E>(F * gate * outputs);
+      s.w_rest[d] = carver.take<E>((G - F) * gate * outputs);
+      s.w_hr[d] = carver.take<E>(z.projected ? whole_steps<E>(z.R) * units : 0);
     }
     const int64_t items = p.weight_gradients ? z.D * s.plan.slices : 0, own = s.direct ? 0 : items;
     s.dw_ih = carver.take<S>(own * G * z.H * z.I);
@@ -94,16 +103,23 @@ class BackwardPass {
   static TeamBuffers carve_team(const BackwardProblem& p, const Shared& s, Carver& carver) {
     const LayerSizes& z = p.size;
     const int64_t rows = s.most_rows, samples = s.most_samples;
-    const int64_t kept = p.weight_gradients ? rows : 0;
+    const int64_t kept = p.weight_gradients ? whole_steps<E>(rows) : 0;
     TeamBuffers b;
     b.dg = carver.take<S>(rows * row_stride<S>(C * z.H));
     b.dh = carver.take<S>(z.projected ? rows * row_stride<S>(z.R) : 0);
+    if constexpr (kRounded) {
+      b.dg_operand = carver.take<E>((rows + kRowsAhead) * operand_stride(z));
+      b.dh_operand = carver.take<E>(z.projected ? (rows + kRowsAhead) * row_stride<E>(z.R) : 0);
+    } else {
+      b.dg_operand = b.dg;
+      b.dh_operand = b.dh;
+    }
     b.sent_dh = carver.take<S>(p.norms ? rows * row_stride<S>(z.R) : 0);
     b.sent_dc = carver.take<S>(Z > 1 && p.norms ? rows * row_stride<S>(z.H) : 0);
     b.all_dc = carver.take<S>(Z > 1 && p.norms ? rows * row_stride<S>(z.H) : 0);
     b.scale = carver.take<S>(p.clip_by_norm ? 2 * samples * s.plan.members : 0);
     const auto strips = [&](int64_t n, int64_t most) {
-      return Strips<S>{carver.take<S>(Strips<S>::elements(n, most)), n, most};
+      return Strips<E>{carver.take<E>(Strips<E>::elements(n, most)), n, most};
     };
     b.x = strips(z.I, kept);
     b.h = strips(z.R, kept);
@@ -118,7 +134,8 @@ class BackwardPass {
   BackwardPass(const BackwardProblem& p, const Shared& shared, int thread)
       : p_(p), z_(p.size), s_(shared), thread_(thread), index_(thread / shared.plan.members),
         team_(shared.flags + index_ * shared.plan.members, thread % shared.plan.members, shared.plan.members),
-        ldg_(row_stride<S>(C * z_.H)), ldh_(row_stride<S>(z_.R)), ldm_(row_stride<S>(z_.H)) {
+        ldg_(row_stride<S>(C * z_.H)), ldh_(row_stride<S>(z_.R)), ldm_(row_stride<S>(z_.H)),
+        gate_(whole_steps<E>(z_.H)), operand_ldg_(operand_stride(z_)), operand_ldh_(row_stride<E>(z_.R)) {
     if (index_ >= s_.plan.teams) return;
     Carver carver(s_.block + s_.shared_bytes + index_ * s_.team_bytes);
     b_ = carve_team(p_, s_, carver);
@@ -131,21 +148,22 @@ class BackwardPass {
   void pack() const {
     const Timed timed(Phase::kPack);
     const Packing packing{s_.plan, thread_, s_.threads};
-    const auto own = [&](int d, const void* w, int64_t rows, int64_t n, S* panels) {
-      pack_columns(static_cast<const T*>(w), rows, n, packing.own(d, ceil_div(n, L), kGroupVectors<1>), panels);
+    const auto own = [&](int d, const void* w, int64_t blocks, int64_t rows, int64_t n, E* panels) {
+      const Range vectors = packing.own(d, ceil_div(n, L), kGroupVectors<1>);
+      pack_columns(static_cast<const T*>(w), blocks, rows, n, vectors, panels);
     };
     for (int d = 0; d < z_.D; ++d) {
       const LayerWeights& w = p_.weights[d];
-      own(d, w.w_hh, F * z_.H, z_.R, s_.w_hh[d]);
-      if (kTwoStage) own(d, static_cast<const T*>(w.w_hh) + F * z_.H * z_.R, (G - F) * z_.H, z_.R, s_.w_rest[d]);
-      if (z_.projected) own(d, w.w_hr, z_.R, z_.H, s_.w_hr[d]);
+      own(d, w.w_hh, F, z_.H, z_.R, s_.w_hh[d]);
+      if (kTwoStage) own(d, static_cast<const T*>(w.w_hh) + F * z_.H * z_.R, G - F, z_.H, z_.R, s_.w_rest[d]);
+      if (z_.projected) own(d, w.w_hr, 1, z_.R, z_.H, s_.w_hr[d]);
       if (!p_.dx) continue;  // W_ih: read by every member, for rows of its own
       const Range any = packing.any(ceil_div(z_.I, L), kGroupVectors<1>);
-      pack_columns(static_cast<const T*>(w.w_ih), G * z_.H, z_.I, any, s_.w_ih[d]);
+      pack_columns(static_cast<const T*>(w.w_ih), G, z_.H, z_.I, any, s_.w_ih[d]);
     }
   }
 
-  static Weights<S, T> packed(const S* panels) { return {panels, nullptr, 0}; }
+  static Weights<E, T> packed(const E* panels) { return {panels, nullptr, 0}; }
 
   void run_items() {
     if (index_ >= s_.plan.teams) return;
@@ -157,6 +175,7 @@ class BackwardPass {
 
   void run_item(const Item& item, int index) {
     initial_carries(item);
+    clear_ends();
     if (p_.weight_gradients) clear_weight_sums(item, index);
     team_.meet();
     for (int64_t s0 = 0, s1 = 0; s0 < item.steps; s0 = s1) {
@@ -202,6 +221,17 @@ class BackwardPass {
         store(b_.c0 + b * ldm_ + v * L, read(p_.c0, sample * z_.H, v * L, z_.H));
       }
     }
+  }
+
+  // Words end inside a row: no product may read there what is no number. Nothing is written there later.
+  void clear_ends() const {
+    if (!kRounded || (gate_ == z_.H && whole_steps<E>(z_.R) == z_.R)) return;
+    const Range own = part(s_.most_rows, team_.me, team_.members);
+    const auto clear = [&](E* rows, int64_t stride) {
+      __builtin_memset(rows + own.begin * stride, 0, own.size() * stride * sizeof(E));
+    };
+    clear(b_.dg_operand, operand_ldg_);
+    if (z_.projected) clear(b_.dh_operand, operand_ldh_);
   }
 
   // Appends the rows of step t to the chunk's list; returns the number of rows so far.
@@ -268,6 +298,7 @@ class BackwardPass {
   void clear_weight_sums(const Item& item, int index) const;
   void weight_gradients(const Item& item, int index, int64_t s0, int64_t s1, int64_t rows);
   void gather_operands(const Item& item, int64_t s0, int64_t s1, Range own);
+  void clear_operands(Range own, int64_t rows);
   V second_operand(const Row& at, const T* mask, int64_t u) const;
   V pairwise_sum(const S* column, int64_t rows) const;
   void add_slices();
@@ -326,9 +357,10 @@ class BackwardPass {
         out[first + b] = dx + (z_.offset[t] + item.first + b) * z_.I;
       }
     });
-    const Inner gates{(G - kSplit) * z_.H, kSplit * z_.H, G * z_.H};
+    const Inner gates{(G - kSplit) * gate_, kSplit * gate_, G * gate_};
     product<1>(
-        packed(s_.w_ih[item.d]), gates, {0, ceil_div(z_.I, L)}, own, [&](int64_t r) { return b_.dg + r * ldg_; },
+        packed(s_.w_ih[item.d]), gates, {0, ceil_div(z_.I, L)}, own,
+        [&](int64_t r) { return b_.dg_operand + r * operand_ldg_; },
         [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA { prefetch_to_write(out[r] + u, n); },
         [&](int64_t r, int64_t v, const V* acc, int) { store(out[r] + v * L, acc[0], z_.I - v * L); });
   }
@@ -370,4 +402,5 @@ class BackwardPass {
   TeamBuffers b_;
   Range units_, outputs_;  // own vectors of H and of R
   const int64_t ldg_, ldh_, ldm_;
+  const int64_t gate_, operand_ldg_, operand_ldh_;  // distances of gates and rows in dg_operand, of rows in dh_operand
 };

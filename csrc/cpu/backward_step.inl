@@ -4,16 +4,22 @@
 // What the cells of a step read and write, by sample. A copy: stores of vectors may alias every member of the pass.
 template <class Cell, class T>
 struct BackwardPass<Cell, T>::Step {
-  int64_t H, R, ldg, ldh, ldm;
+  int64_t H, R, ldg, ldh, ldm, gate, operand_ldg, operand_ldh;
   bool projected, norms;
   S clip;  // of each element, or 0
   const Row* rows;
   const T* mask;  // [samples][R], or null
   S *dg, *dh, *sent_dh, *sent_dc, *all_dc;
+  E *dg_operand, *dh_operand;
   S *carry_h, *carry_c;
 
   FUSEDRNN_INLINE V limited(V sent) const { return clip == 0 ? sent : clipped(sent, V(clip)); }
   FUSEDRNN_INLINE const T* mask_of(int64_t r) const { return mask ? mask + r * R : nullptr; }
+  // Column k of dG, units from u on.
+  FUSEDRNN_INLINE void put(int64_t r, int k, int64_t u, V v) const {
+    store(dg + r * ldg + k * H + u, v, H - u);
+    if constexpr (kRounded) store(dg_operand + r * operand_ldg + k * gate + u, v, H - u);
+  }
 };
 
 // Samples [0, later) have gate gradients of the step worked on before at chunk row `later_row` on, samples [0, now)
@@ -24,15 +30,16 @@ void BackwardPass<Cell, T>::step(const Item& item, int64_t later_row, int64_t la
                                  int64_t severed) {
   const Timed timed(Phase::kRecurrentProduct);
   // clang-format off
-  const Step s{z_.H, z_.R, ldg_, ldh_, ldm_, z_.projected, p_.norms != nullptr,
+  const Step s{z_.H, z_.R, ldg_, ldh_, ldm_, gate_, operand_ldg_, operand_ldh_, z_.projected, p_.norms != nullptr,
                p_.clip_by_norm ? S(0) : static_cast<S>(p_.clip), b_.rows + row, mask_of(item, 0),
                b_.dg + row * ldg_, b_.dh + row * ldh_, b_.sent_dh + row * ldh_,
-               b_.sent_dc + row * ldm_, b_.all_dc + row * ldm_, b_.carry_h, b_.carry_c};
+               b_.sent_dc + row * ldm_, b_.all_dc + row * ldm_,
+               b_.dg_operand + row * operand_ldg_, b_.dh_operand + row * operand_ldh_, b_.carry_h, b_.carry_c};
   // clang-format on
   const int d = item.d;
-  const S* later_dg = b_.dg + later_row * ldg_;
+  const E* later_dg = b_.dg_operand + later_row * operand_ldg_;
   const int64_t both = min64(later, now);
-  const auto dg_row = [&](int64_t r) { return later_dg + r * s.ldg; };
+  const auto dg_row = [&](int64_t r) { return later_dg + r * s.operand_ldg; };
   const auto carried = [&](int64_t r, int64_t u) { return load(s.carry_h + r * s.ldh + u); };
   // What the step after sends: through the products and by the direct path.
   const auto sent = [&](int64_t r, int64_t v, V acc) {
@@ -45,12 +52,13 @@ void BackwardPass<Cell, T>::step(const Item& item, int64_t later_row, int64_t la
     const V direct = at.noise.h ? zoneout_backward(at.noise.h(u, s.R - u), dh) : V(0);
     if (s.projected) {
       store(s.dh + r * s.ldh + u, dh);
+      if constexpr (kRounded) store(s.dh_operand + r * s.operand_ldh + u, dh, s.R - u);
       store(s.carry_h + r * s.ldh + u, direct);
     } else {
       cell_backward(s, r, u, dh, direct);
     }
   };
-  const Inner gates{F * s.H};
+  const Inner gates{F * s.gate};
   const auto expect = [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA {
     const Row& at = s.rows[r];
     if (at.dy) prefetch_to_read(at.dy + u, n);
@@ -77,15 +85,15 @@ void BackwardPass<Cell, T>::step(const Item& item, int64_t later_row, int64_t la
   if (s.projected) {
     team_.meet();
     product<1>(
-        packed(s_.w_hr[d]), Inner{s.R}, units_, {0, now}, [&](int64_t r) { return s.dh + r * s.ldh; },
+        packed(s_.w_hr[d]), Inner{s.R}, units_, {0, now}, [&](int64_t r) { return s.dh_operand + r * s.operand_ldh; },
         [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA { expect_saved(s, s.rows[r], u, n); },
         [&](int64_t r, int64_t v, const V* acc, int) { cell_backward(s, r, v * L, acc[0], V(0)); });
   }
   if constexpr (kTwoStage) {
     team_.meet();
     product<1>(
-        packed(s_.w_rest[d]), Inner{(G - F) * s.H}, outputs_, {0, now},
-        [&](int64_t r) { return s.dg + r * s.ldg + F * s.H; }, nothing_expected,
+        packed(s_.w_rest[d]), Inner{(G - F) * s.gate}, outputs_, {0, now},
+        [&](int64_t r) { return s.dg_operand + r * s.operand_ldg + F * s.gate; }, nothing_expected,
         [&](int64_t r, int64_t v, const V* acc, int) { first_stage_backward(s, r, v * L, acc[0]); });
   }
   team_.meet();
@@ -166,9 +174,8 @@ FUSEDRNN_INLINE void BackwardPass<Cell, T>::cell_backward(const Step& s, int64_t
     if (at.noise.c) direct_c = zoneout_backward(at.noise.c(u, n), d[1]);
   }
   Cell::backward(saved, prev, cur, d, dx, drec);
-  S* dg = s.dg + r * s.ldg + u;
-  for (int g = 0; g < G; ++g) store(dg + g * H, drec[g], n);
-  for (int g = G - kSplit; g < G; ++g) store(dg + (g + kSplit) * H, dx[g], n);
+  for (int g = 0; g < G; ++g) s.put(r, g, u, drec[g]);
+  for (int g = G - kSplit; g < G; ++g) s.put(r, g + kSplit, u, dx[g]);
   if (!s.projected) store(s.carry_h + r * s.ldh + u, d[0] + direct);
   if constexpr (Z > 1) store(s.carry_c + r * s.ldm + u, s.limited(d[1] + direct_c));
 }
@@ -177,7 +184,7 @@ template <class Cell, class T>
 FUSEDRNN_INLINE void BackwardPass<Cell, T>::first_stage_backward(const Step& s, int64_t r, int64_t u, V dq) {
   const Row& at = s.rows[r];
   const int64_t H = s.H, n = H - u;
-  S* dg = s.dg + r * s.ldg + u;
+  const S* dg = s.dg + r * s.ldg + u;
   Values<V, K> saved;
   Values<V, Z> prev, d;
   Values<V, G> dx, drec;
@@ -187,6 +194,6 @@ FUSEDRNN_INLINE void BackwardPass<Cell, T>::first_stage_backward(const Step& s, 
   prev[0] = with_mask(mask, u, s.R, previous_h(at, u, s.R));
   d[0] = V(0);
   Cell::backward_first(saved, prev, dq, d, dx, drec);
-  for (int g = 0; g < F; ++g) store(dg + g * H, drec[g], n);
+  for (int g = 0; g < F; ++g) s.put(r, g, u, drec[g]);
   store(s.carry_h + r * s.ldh + u, load(s.carry_h + r * s.ldh + u) + with_mask(mask, u, s.R, d[0]));
 }

@@ -2,21 +2,46 @@
 #include "dispatch.h"
 
 #include <pthread.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <vector>
 
 #include "../cells/registry.h"
 
 namespace fusedrnn {
 namespace {
 
-constexpr const KernelTable* kTables[] = {
+KernelTable with_pairs(const char* name, KernelTable table, const PairedTable& pairs) {
+  constexpr int kType = static_cast<int>(DType::kBFloat16);
+  table.name = name;
+  for (int cell = 0; cell < kMaxCells; ++cell) {
+    table.forward[cell][kType] = pairs.forward[cell];
+    table.backward[cell][kType] = pairs.backward[cell];
+    table.panel_bytes[cell][kType] = pairs.panel_bytes[cell];
+  }
+  return table;
+}
+
+// The best first.
+const std::vector<const KernelTable*>& tables() {
 #if defined(__x86_64__) && !defined(FUSEDRNN_BASE_ONLY)
-    &kTableAvx512, &kTableAvx2,
+  static const KernelTable avx512_bf16 = with_pairs("avx512_bf16", kTableAvx512, kTableAvx512Bf16);
+  static const KernelTable amx = with_pairs("amx", kTableAvx512, kTableAmx);
+  static const std::vector<const KernelTable*> all = {&amx, &avx512_bf16, &kTableAvx512, &kTableAvx2, &kTableBase};
+#else
+  static const std::vector<const KernelTable*> all = {&kTableBase};
 #endif
-    &kTableBase};
+  return all;
+}
 
 template <class... Cells>
 constexpr int count(CellList<Cells...>) {
@@ -35,15 +60,44 @@ const CellConstants* constants(CellList<Cells...>) {
   return table;
 }
 
+// On Intel's processors without tiles the instruction for bfloat16 products is no faster than two for float32
+// (docs/performance.md).
+bool pays(const KernelTable* table) {
+#if defined(__x86_64__)
+  return std::strcmp(table->name, "avx512_bf16") || __builtin_cpu_is("amd");
+#else
+  return true;
+#endif
+}
+
 const KernelTable* choose() {
   if (const char* forced = std::getenv("FUSEDRNN_CPU_ISA"); forced && *forced) {
     return isa_error() ? &kTableBase : find_isa(forced);
   }
-  for (const KernelTable* table : kTables) {
-    if (isa_supported(table->name)) return table;
+  for (const KernelTable* table : tables()) {
+    if (isa_supported(table->name) && pays(table)) return table;
   }
   return &kTableBase;
 }
+
+#if defined(__x86_64__)
+// Whether the processor multiplies tiles of bfloat16, and the system lets this process: their registers are large, so
+// Linux gives them to those who ask.
+bool amx_allowed() {
+#if defined(FUSEDRNN_AVX2_AS_AVX512)
+  return true;
+#elif defined(__linux__)
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;  // of edx, leaf 7
+  constexpr int kAskPermission = 0x1023, kTileData = 18;   // of arch_prctl
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTiles)) != (kBf16 | kTiles)) return false;
+  static const bool allowed = syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
+  return allowed;
+#else
+  return false;
+#endif
+}
+#endif
 
 struct Scratch {
   static constexpr int64_t kKeep = int64_t{256} << 20;  // a larger one is given back after the call
@@ -72,13 +126,20 @@ bool isa_supported(const char* name) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   }
+  if (!std::strcmp(name, "avx512_bf16")) {
+#ifdef FUSEDRNN_AVX2_AS_AVX512
+    return isa_supported("avx2");
+#endif
+    return isa_supported("avx512") && __builtin_cpu_supports("avx512bf16");
+  }
+  if (!std::strcmp(name, "amx")) return isa_supported("avx512_bf16") && amx_allowed();
   if (!std::strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
   return !std::strcmp(name, "base") || !std::strcmp(name, table_stepwise().name);
 }
 
 const KernelTable* find_isa(std::string_view name) {
-  for (const KernelTable* table : kTables) {
+  for (const KernelTable* table : tables()) {
     if (name == table->name) return table;
   }
   return name == table_stepwise().name ? &table_stepwise() : nullptr;
@@ -90,7 +151,7 @@ const char* isa_error() {
     if (!forced || !*forced) return std::string();
     if (!find_isa(forced)) {
       std::string known;
-      for (const KernelTable* table : kTables) known += std::string(table->name) + ", ";
+      for (const KernelTable* table : tables()) known += std::string(table->name) + ", ";
       known += table_stepwise().name;
       return "FUSEDRNN_CPU_ISA must be one of " + known + ", got '" + forced + "'";
     }

@@ -24,11 +24,20 @@ struct KernelTable {
   uint64_t (*digest)(const void* data, int64_t bytes, uint64_t seed);
 };
 
+// The kernels of bfloat16 of an instruction set that has the other types of another.
+struct PairedTable {
+  ForwardKernel forward[kMaxCells];
+  BackwardKernel backward[kMaxCells];
+  int64_t (*panel_bytes[kMaxCells])(const LayerSizes&);
+};
+
 // Tables compiled into this build, one per isa_*.cpp.
 extern const KernelTable kTableBase;
 #if defined(__x86_64__) && !defined(FUSEDRNN_BASE_ONLY)
 extern const KernelTable kTableAvx2;
 extern const KernelTable kTableAvx512;
+extern const PairedTable kTableAvx512Bf16;
+extern const PairedTable kTableAmx;
 #endif
 const KernelTable& table_stepwise();  // no instruction set: the GPU's time loop on the CPU (csrc/stepwise/host.cpp)
 

@@ -6,14 +6,15 @@
 // `saved`, the projection is written straight into the rows that the activated gates will overwrite.
 //
 // Layouts: gates [g][pitch]; saved rows [k][H] for k in [0, kSaved), then c; h double-buffered [2][samples][R], and so
-// is what the products read of it, if that is masked.
+// is what the products read of it, if that is masked or rounded.
 
 template <class Cell, class T>
 class ForwardPass {
   using S = typename ComputeType<T>::Type;
+  using E = typename OperandType<T>::Type;
   using V = Vec<S>;
   static constexpr int L = V::kLanes, G = Cell::kGates, F = Cell::kFirst, K = Cell::kSaved, Z = Cell::kStates;
-  static constexpr bool kTwoStage = F < G, kConvert = sizeof(T) != sizeof(S);
+  static constexpr bool kTwoStage = F < G, kRounded = sizeof(E) != sizeof(S);  // h, before a product reads it
   static_assert(K == 0 || K >= G, "the projection is written where the saved gates go");
   static constexpr int64_t kChunkRows = 192;  // of projected gates: they stay in the second-level cache
   static constexpr int64_t padded(int64_t n) { return ceil_div(n, L) * L; }  // to whole vectors
@@ -21,15 +22,18 @@ class ForwardPass {
   struct Shared : SharedPass {
     bool kept, ready;  // panels that outlive the call, packed before
     bool packed;
+    bool copies_x;  // of another type, or rows that end inside a word
     // panels of each direction
-    S *w_ih[2], *w_hh[2], *w_rest[2], *w_hr[2], *b_ih[2], *b_hh[2];
+    E *w_ih[2], *w_hh[2], *w_rest[2], *w_hr[2];
+    S *b_ih[2], *b_hh[2];
   };
   struct TeamBuffers {
-    S *h[2], *c, *m;  // [samples][row_stride]
-    S* operand[2];    // h, masked; without a mask h itself
+    S *h[2], *c;      // [samples][row_stride]
+    E* operand[2];    // h as the products read it, masked and rounded; where that changes nothing, h itself
+    E* m;             // [samples][row_stride], what the second product of a step reads
     S* gates;         // [chunk rows][row_stride of G*H], unless they live in `saved`
-    S* x;             // [chunk rows][I], if x must be converted
-    const S** x_row;  // [members][chunk rows]
+    E* x;             // [chunk rows][I], if x must be copied
+    const E** x_row;  // [members][chunk rows]
     S** gate_row;     // [members][chunk rows]
     S** saved_row;    // [members][chunk rows], null without saved
   };
@@ -52,6 +56,7 @@ class ForwardPass {
           ForwardPass pass(p, shared, thread);
           pass.pack();
           meet_all();
+          [[maybe_unused]] const TileUse tiles{};
           pass.run_items();
         });
     if (done) release_scratch();
@@ -66,6 +71,7 @@ class ForwardPass {
     s.kept = s.ready || (p.panels && p.panels->members == 0);
     s.packed = s.kept || p.size.N > kRowsUnpacked;
     s.most_rows = min64(p.size.N, kChunkRows + s.most_samples);
+    s.copies_x = !std::is_same_v<E, T> || whole_steps<E>(p.size.I) != p.size.I || kRowsAhead;
     const bool enough = s.allocate([&](Carver& carver) { carve_shared(p, s, carver); },
                                    [&](Carver& carver) { carve_team(p, s, carver); });
     if (!enough) return false;
@@ -91,10 +97,10 @@ class ForwardPass {
   static void carve_panels(const LayerSizes& z, Shared& s, Carver& carver) {
     const int64_t units = padded(z.H), outputs = padded(z.R);
     for (int d = 0; d < z.D; ++d) {
-      s.w_ih[d] = carver.take<S>(z.I * G * units);
-      s.w_hh[d] = carver.take<S>(z.R * F * units);
-      s.w_rest[d] = carver.take<S>(z.R * (G - F) * units);
-      s.w_hr[d] = carver.take<S>(z.projected ? z.H * outputs : 0);
+      s.w_ih[d] = carver.take<E>(whole_steps<E>(z.I) * G * units);
+      s.w_hh[d] = carver.take<E>(whole_steps<E>(z.R) * F * units);
+      s.w_rest[d] = carver.take<E>(whole_steps<E>(z.R) * (G - F) * units);
+      s.w_hr[d] = carver.take<E>(z.projected ? whole_steps<E>(z.H) * outputs : 0);
     }
   }
 
@@ -105,13 +111,14 @@ class ForwardPass {
     b.h[0] = carver.take<S>(samples * row_stride<S>(z.R));
     b.h[1] = carver.take<S>(samples * row_stride<S>(z.R));
     for (int i = 0; i < 2; ++i) {
-      b.operand[i] = p.noise.mask_h ? carver.take<S>(samples * row_stride<S>(z.R)) : b.h[i];
+      if constexpr (!kRounded) b.operand[i] = b.h[i];
+      if (kRounded || p.noise.mask_h) b.operand[i] = carver.take<E>((samples + kRowsAhead) * row_stride<E>(z.R));
     }
     b.c = carver.take<S>(Z > 1 ? samples * row_stride<S>(z.H) : 0);
-    b.m = carver.take<S>(kTwoStage || z.projected ? samples * row_stride<S>(z.H) : 0);
+    b.m = carver.take<E>(kTwoStage || z.projected ? (samples + kRowsAhead) * row_stride<E>(z.H) : 0);
     b.gates = carver.take<S>(p.saved && K ? 0 : rows * row_stride<S>(G * padded(z.H)));
-    b.x = carver.take<S>(kConvert ? rows * row_stride<S>(z.I) : 0);
-    b.x_row = carver.take<const S*>(rows * members);
+    b.x = carver.take<E>(s.copies_x ? (rows + kRowsAhead) * row_stride<E>(z.I) : 0);
+    b.x_row = carver.take<const E*>(rows * members);
     b.gate_row = carver.take<S*>(rows * members);
     b.saved_row = carver.take<S*>(p.saved ? rows * members : 0);
     return b;
@@ -120,7 +127,8 @@ class ForwardPass {
   ForwardPass(const ForwardProblem& p, const Shared& shared, int thread)
       : p_(p), z_(p.size), s_(shared), thread_(thread), index_(thread / shared.plan.members),
         team_(shared.flags + index_ * shared.plan.members, thread % shared.plan.members, shared.plan.members),
-        ldh_(row_stride<S>(z_.R)), ldm_(row_stride<S>(z_.H)), pitch_(p.saved && K ? z_.H : padded(z_.H)) {
+        ldh_(row_stride<S>(z_.R)), ldc_(row_stride<S>(z_.H)), ldo_(row_stride<E>(z_.R)), ldm_(row_stride<E>(z_.H)),
+        pitch_(p.saved && K ? z_.H : padded(z_.H)) {
     if (index_ >= s_.plan.teams) return;
     Carver carver(s_.block + s_.shared_bytes + index_ * s_.team_bytes);
     b_ = carve_team(p_, s_, carver);
@@ -151,7 +159,7 @@ class ForwardPass {
   }
 
   template <int kGroup>
-  void pack_weights(int d, const void* w, int64_t units, int64_t inner, S* panels) const {
+  void pack_weights(int d, const void* w, int64_t units, int64_t inner, E* panels) const {
     const Range vectors = Packing{s_.plan, thread_, s_.threads}.own(d, ceil_div(units, L), kGroupVectors<kGroup>);
     pack_rows<kGroup>(static_cast<const T*>(w), units, inner, vectors, panels);
   }
@@ -159,7 +167,7 @@ class ForwardPass {
   // The rows of W_hh that multiply q.
   const T* rest_of(const void* w_hh) const { return static_cast<const T*>(w_hh) + F * z_.H * z_.R; }
 
-  FUSEDRNN_INLINE Weights<S, T> weights(const S* panels, const void* w, int64_t units) const {
+  FUSEDRNN_INLINE Weights<E, T> weights(const E* panels, const void* w, int64_t units) const {
     return {panels, s_.packed ? nullptr : static_cast<const T*>(w), units};
   }
 
@@ -178,9 +186,9 @@ class ForwardPass {
     for (int64_t s0 = 0, s1 = 0; s0 < item.steps; s0 = s1) {
       int64_t rows = 0;
       for (; s1 < item.steps && rows < kChunkRows; ++s1) rows = list_rows(item, time_of(item, s1), rows);
-      if constexpr (kConvert) {
+      if (s_.copies_x) {
         const Range own = part(rows, team_.me, team_.members);
-        convert_x(item, s0, s1, own);
+        copy_x(item, s0, s1, own);
         team_.meet();
       }
       project(item.d, rows);
@@ -195,33 +203,46 @@ class ForwardPass {
   }
 
   void initial_states(const Item& item) {
+    if (kRounded && team_.me == 0) clear_ends(item.samples());
     for (int64_t b = 0; b < item.samples(); ++b) {
       const int64_t sample = item.d * z_.B + item.first + b;
       for (int64_t v = outputs_.begin; v < outputs_.end; ++v) {
         const V h = p_.h0 ? load<S>(static_cast<const T*>(p_.h0) + sample * z_.R + v * L, z_.R - v * L) : V(0);
         store(b_.h[0] + b * ldh_ + v * L, h);
         store(b_.h[1] + b * ldh_ + v * L, h);  // a sample that starts late finds it in either buffer
-        if (!p_.noise.mask_h) continue;
-        const V mask = load<S>(static_cast<const T*>(p_.noise.mask_h) + sample * z_.R + v * L, z_.R - v * L);
-        const V operand = masked(h, mask);
-        store(b_.operand[0] + b * ldh_ + v * L, operand);
-        store(b_.operand[1] + b * ldh_ + v * L, operand);
+        if (!kRounded && !p_.noise.mask_h) continue;
+        const T* mask = p_.noise.mask_h ? static_cast<const T*>(p_.noise.mask_h) + sample * z_.R : nullptr;
+        const V operand = with_mask(mask, v * L, h);
+        store(b_.operand[0] + b * ldo_ + v * L, operand);
+        store(b_.operand[1] + b * ldo_ + v * L, operand);
       }
-      if constexpr (Z > 1) {
-        for (int64_t v = units_.begin; v < units_.end; ++v) {
+      for (int64_t v = units_.begin; v < units_.end; ++v) {
+        if constexpr (Z > 1) {
           const V c = p_.c0 ? load<S>(static_cast<const T*>(p_.c0) + sample * z_.H + v * L, z_.H - v * L) : V(0);
-          store(b_.c + b * ldm_ + v * L, c);
+          store(b_.c + b * ldc_ + v * L, c);
         }
+        if (kRounded && (kTwoStage || z_.projected)) store(b_.m + b * ldm_ + v * L, V(0));
       }
     }
+  }
+
+  // What products read past the last vector of a row must be a number; nothing is written there later.
+  void clear_ends(int64_t samples) const {
+    const auto clear = [&](E* rows, int64_t stride, int64_t n) {
+      for (int64_t b = 0; b < samples; ++b) {
+        for (int64_t u = padded(n); u < whole_steps<E>(n); u += L) store(rows + b * stride + u, V(0));
+      }
+    };
+    for (E* operand : b_.operand) clear(operand, ldo_, z_.R);
+    if (kTwoStage || z_.projected) clear(b_.m, ldm_, z_.H);
   }
 
   // Appends the rows of step t to the chunk's lists; returns the number of rows so far.
   int64_t list_rows(const Item& item, int64_t t, int64_t rows) {
     const int64_t n = item.rows(t), gate_stride = row_stride<S>(G * pitch_);
     for (int64_t b = 0; b < n; ++b, ++rows) {
-      if constexpr (kConvert) b_.x_row[rows] = b_.x + rows * row_stride<S>(z_.I);
-      else b_.x_row[rows] = row_at<S>(p_.x, z_.offset, t, item.first + b);
+      if (s_.copies_x) b_.x_row[rows] = b_.x + rows * row_stride<E>(z_.I);
+      else b_.x_row[rows] = row_at<E>(p_.x, z_.offset, t, item.first + b);
       b_.gate_row[rows] = b_.gates + rows * gate_stride;
       if (p_.saved) {
         S* saved = static_cast<S*>(p_.saved) + (item.d * z_.N + z_.offset[t] + item.first + b) * p_.saved_stride;
@@ -232,17 +253,21 @@ class ForwardPass {
     return rows;
   }
 
-  void convert_x(const Item& item, int64_t s0, int64_t s1, Range own) {
+  void copy_x(const Item& item, int64_t s0, int64_t s1, Range own) {
     int64_t row = 0;
     for (int64_t s = s0; s < s1; ++s) {
       const int64_t t = time_of(item, s), n = item.rows(t);
       for (int64_t b = max64(0, own.begin - row); b < min64(n, own.end - row); ++b) {
         const T* from = row_at<T>(p_.x, z_.offset, t, item.first + b);
-        S* to = b_.x + (row + b) * row_stride<S>(z_.I);
-        for (int64_t i = 0; i < z_.I; i += L) store(to + i, load<S>(from + i, z_.I - i), z_.I - i);
+        E* to = b_.x + (row + b) * row_stride<E>(z_.I);
+        for (int64_t i = 0; i < whole_steps<E>(z_.I); i += L) store(to + i, load<S>(from + i, z_.I - i));
       }
       row += n;
     }
+  }
+
+  FUSEDRNN_INLINE V with_mask(const T* mask, int64_t u, V h) const {
+    return mask ? masked(h, load<S>(mask + u, z_.R - u)) : h;
   }
 
   // forward_step.inl
@@ -256,7 +281,7 @@ class ForwardPass {
       for (int64_t b = max64(next, own.begin); b < min64(item.rows(t), own.end); ++b) {
         const int64_t sample = item.d * z_.B + item.first + b, steps = item.d ? item.steps : t + 1;
         copy_row(b_.h[steps & 1] + b * ldh_, static_cast<T*>(p_.h_n) + sample * z_.R, z_.R);
-        if constexpr (Z > 1) copy_row(b_.c + b * ldm_, static_cast<T*>(p_.c_n) + sample * z_.H, z_.H);
+        if constexpr (Z > 1) copy_row(b_.c + b * ldc_, static_cast<T*>(p_.c_n) + sample * z_.H, z_.H);
       }
     }
   }
@@ -272,6 +297,6 @@ class ForwardPass {
   Team team_;
   TeamBuffers b_;
   Range units_, outputs_;  // own vectors of H and of R
-  const int64_t ldh_, ldm_;
+  const int64_t ldh_, ldc_, ldo_, ldm_;
   const int64_t pitch_;  // between the gates of a row: whole vectors, unless they live in `saved`
 };

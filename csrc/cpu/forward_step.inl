@@ -6,7 +6,7 @@ void ForwardPass<Cell, T>::project(int d, int64_t rows) const {
   const Timed timed(Phase::kInputProduct);
   const int64_t H = z_.H, pitch = pitch_;
   const S* bias = s_.b_ih[d];
-  const S* const* x_row = b_.x_row;
+  const E* const* x_row = b_.x_row;
   S* const* gate_row = b_.gate_row;
   product<G>(
       weights(s_.w_ih[d], p_.weights[d].w_ih, H), Inner{z_.I}, units_, {0, rows}, [&](int64_t r) { return x_row[r]; },
@@ -25,24 +25,32 @@ template <class Cell, class T>
 void ForwardPass<Cell, T>::step(const Item& item, int64_t t, int64_t row, int now) {
   const Timed timed(Phase::kRecurrentProduct);
   const LayerWeights& w = p_.weights[item.d];
-  const int64_t n = item.rows(t), H = z_.H, R = z_.R, ldh = ldh_, ldm = ldm_, ldy = z_.D * R, pitch = pitch_;
+  const int64_t n = item.rows(t), H = z_.H, R = z_.R, ldh = ldh_, ldc = ldc_, ldo = ldo_, ldm = ldm_, ldy = z_.D * R;
+  const int64_t pitch = pitch_;
   const bool projected = z_.projected, saving = p_.saved;
   const S* bias = s_.b_hh[item.d];
   T* y = static_cast<T*>(p_.y) + (z_.offset[t] + item.first) * ldy + item.d * R;
-  const S *h_prev = b_.h[now], *operand = b_.operand[now];
-  S *h_next = b_.h[1 - now], *operand_next = b_.operand[1 - now], *c = b_.c, *m = b_.m;
+  const S* h_prev = b_.h[now];
+  const E* operand = b_.operand[now];
+  S *h_next = b_.h[1 - now], *c = b_.c;
+  E *operand_next = b_.operand[1 - now], *m = b_.m;
   const T* mask = p_.noise.mask_h ? static_cast<const T*>(p_.noise.mask_h) + (item.d * z_.B + item.first) * R : nullptr;
   const StepNoise<T> noise(p_.noise, z_, item, t);
   S* const* gate_row = b_.gate_row + row;
   S* const* saved_row = b_.saved_row + row;
 
-  const auto h_row = [&](int64_t r) { return operand + r * ldh; };
+  const auto h_row = [&](int64_t r) { return operand + r * ldo; };
   const auto m_row = [&](int64_t r) { return m + r * ldm; };
   const auto expect = [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA {
     if (saving) {
       for (int k = G; k < K + Z - 1; ++k) prefetch_to_write(saved_row[r] + k * H + u, n);
     }
     if (!projected) prefetch_to_write(y + r * ldy + u, n);
+  };
+  // Words end inside a row: what is past it stays zero.
+  const auto put_operand = [](E* to, V v, int64_t n) {
+    if constexpr (kRounded) store(to, v, n);
+    else store(to, v);
   };
   // Gates [first, first + count) of a product, and their projections.
   const auto inputs = [&](int first, int count, const S* gates, int64_t u, const V* acc, int stride, Values<V, G>& x,
@@ -55,15 +63,15 @@ void ForwardPass<Cell, T>::step(const Item& item, int64_t t, int64_t row, int no
   // The states of a sample, and what becomes of them.
   const auto states = [&](int64_t r, int64_t u, Values<V, Z>& state) {
     state[0] = projected ? V(0) : load(h_prev + r * ldh + u);
-    if constexpr (Z > 1) state[1] = load(c + r * ldm + u);
+    if constexpr (Z > 1) state[1] = load(c + r * ldc + u);
   };
   const auto keep = [&](int64_t r, int64_t u, int first, int end, const Values<V, K>& saved) {
     if (!saving) return;
     for (int k = first; k < end; ++k) store(saved_row[r] + k * H + u, saved[k], H - u);
   };
   const auto put_c = [&](int64_t r, int64_t u, V next) {
-    if (const Keep<T> kept = noise.row(r).c; kept) next = zoneout(kept(u, H - u), load(c + r * ldm + u), next);
-    store(c + r * ldm + u, next);
+    if (const Keep<T> kept = noise.row(r).c; kept) next = zoneout(kept(u, H - u), load(c + r * ldc + u), next);
+    store(c + r * ldc + u, next);
     if (saving) store(saved_row[r] + K * H + u, next, H - u);
   };
   const auto put_h = [&](int64_t r, int64_t u, V h) {
@@ -71,12 +79,13 @@ void ForwardPass<Cell, T>::step(const Item& item, int64_t t, int64_t row, int no
       if (K == 0 && saving) store(saved_row[r] + u, h, H - u);
       h = zoneout(kept(u, R - u), load(h_prev + r * ldh + u), h);
     }
-    if (mask) store(operand_next + r * ldh + u, masked(h, load<S>(mask + r * R + u, R - u)));
+    if (kRounded || mask)
+      put_operand(operand_next + r * ldo + u, with_mask(mask ? mask + r * R : nullptr, u, h), R - u);
     store(h_next + r * ldh + u, h);
     store(y + r * ldy + u, h, R - u);
   };
   const auto put_output = [&](int64_t r, int64_t u, V h) {
-    if (projected) store(m + r * ldm + u, h);
+    if (projected) put_operand(m + r * ldm + u, h, H - u);
     else put_h(r, u, h);
   };
 
@@ -90,10 +99,10 @@ void ForwardPass<Cell, T>::step(const Item& item, int64_t t, int64_t row, int no
                  Values<V, Z> prev;
                  V q;
                  inputs(0, F, gates, u, acc, stride, x, rec);
-                 prev[0] = load(operand + r * ldh + u);
+                 prev[0] = with_mask(mask ? mask + r * R : nullptr, u, load(h_prev + r * ldh + u));
                  Cell::forward_first(x, rec, prev, saved, q);
                  for (int k = 0; k < F; ++k) store(gates + k * pitch + u, saved[k], pitch - u);
-                 store(m + r * ldm + u, q);
+                 put_operand(m + r * ldm + u, q, H - u);
                });
     team_.meet();
     product<G - F>(weights(s_.w_rest[item.d], rest_of(w.w_hh), H), Inner{R}, units_, {0, n}, m_row, expect,

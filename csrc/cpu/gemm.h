@@ -2,9 +2,10 @@
 //
 // A panel holds the weights of a few output vectors: nv vectors of units for each of kGroup gates, W = kGroup * nv
 // vectors numbered g * nv + v, nv <= kGroupVectors<kGroup>. It is cut into strips as wide as a register tile:
-//   strip [K][width][lanes], width = strip_width(W), the last one narrower where that does not divide W.
-// A panel that begins at vector v0 begins at element v0 * K * kGroup * lanes: panels of any widths follow one
-// another without a table. Lanes past the last unit are zero here; what a product leaves in such lanes is undefined.
+//   strip [steps][width][lanes], width = strip_width(W), the last one narrower where that does not divide W.
+// A step is an index of the inner dimension, or two, with bfloat16 operands (operand.h). A panel that begins at vector
+// v0 begins at word v0 * steps * kGroup * lanes: panels of any widths follow one another without a table. Lanes past
+// the last unit are zero here; what a product leaves in such lanes is undefined.
 //
 // Tile sizes: as many accumulators as the registers hold, few loads a multiply-add, no spills (docs/performance.md).
 
@@ -37,6 +38,11 @@ constexpr int kPanelWidth = kTileWidth == 3 ? 12 : kTileWidth == 2 ? 6 : 4;  // 
 // One or two rows are multiplied by several strips at once: each of their elements then serves more vectors. At most so
 // many sums are made at a time.
 constexpr int kFewRows = 2, kFewSums = 12;
+#if defined(FUSEDRNN_AMX)
+constexpr int64_t kBlockBytes = 24 << 10;  // of results, until the epilogue takes them; panels are read once a block
+#else
+constexpr int64_t kBlockBytes = 12 << 10;
+#endif
 
 struct Range {
   int64_t begin, end;
@@ -46,7 +52,6 @@ struct Range {
 // Part i of n equal parts of [0, total).
 FUSEDRNN_INLINE Range part(int64_t total, int64_t i, int64_t n) { return {total * i / n, total * (i + 1) / n}; }
 
-FUSEDRNN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FUSEDRNN_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 FUSEDRNN_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int min_int(int a, int b) { return a < b ? a : b; }
@@ -54,15 +59,15 @@ constexpr int min_int(int a, int b) { return a < b ? a : b; }
 // Of a panel of so many vectors, cut into as few strips as can be: four vectors are 2 + 2, not 3 + 1.
 FUSEDRNN_INLINE int64_t strip_width(int64_t width) { return ceil_div(width, ceil_div(width, kTileWidth)); }
 
-// out[m * ldo + v] (+)= sum_k a[m][k] * b[k][v].      b: strips [K][W] of vectors, each `pitch` elements after the last
-template <class S, int MR, int W, int kStrips>
-void row_tile(const S* const* a, int64_t K, const S* b, int64_t pitch, Vec<S>* out, int ldo, bool accumulate) {
-  using Type = typename Raw<S>::Type;
-  constexpr int L = Vec<S>::kLanes, NR = W * kStrips;
+// out[m * ldo + v] (+)= sum_k a[m][k] * b[k][v].  b: strips [steps][W] of vectors, each `pitch` elements after the last
+template <class E, int MR, int W, int kStrips>
+void row_tile(const E* const* a, int64_t steps, const E* b, int64_t pitch, Sums<E>* out, int ldo, bool accumulate) {
+  using Type = WordsOf<E>;
+  constexpr int kWords = Sums<E>::kLanes * kPair<E>, NR = W * kStrips;
   // Eight sums or so hide the latency of the FMA units: small tiles make several over k.
   constexpr int kSums = MR * NR <= 2 ? 4 : MR * NR <= 6 ? 2 : 1;
   Type acc[kSums][MR][NR];
-  const S* row[MR];
+  const E* row[MR];
 #pragma GCC unroll 12
   for (int m = 0; m < MR; ++m) {
     row[m] = a[m];
@@ -75,25 +80,25 @@ void row_tile(const S* const* a, int64_t K, const S* b, int64_t pitch, Vec<S>* o
   const auto step = [&](int64_t k, Type(&sum)[MR][NR]) FUSEDRNN_INLINE_LAMBDA {
     Type bv[NR];
 #pragma GCC unroll 12
-    for (int v = 0; v < NR; ++v) bv[v] = load(b + v / W * pitch + v % W * L).v;
+    for (int v = 0; v < NR; ++v) bv[v] = load_words(b + v / W * pitch + v % W * kWords);
 #pragma GCC unroll 12
     for (int m = 0; m < MR; ++m) {
-      const Type am = Vec<S>(row[m][k]).v;
+      const Type am = same_words(row[m] + k * kPair<E>);
 #pragma GCC unroll 12
       for (int v = 0; v < NR; ++v) {
-        if constexpr (kStrips == 1) multiply_add<S>(sum[m][v], am, bv[v]);
-        else sum[m][v] += am * bv[v];  // more vectors than registers: operands in memory
+        if constexpr (kStrips == 1) multiply_add<E>(sum[m][v], am, bv[v]);
+        else add_product<E>(sum[m][v], am, bv[v]);  // more vectors than registers: operands in memory
       }
     }
-    b += W * L;
+    b += W * kWords;
   };
   constexpr int kSteps = kSums > 1 ? kSums : 2;  // two at least: where two threads share a core, decoding is the limit
   int64_t k = 0;
-  for (; k + kSteps <= K; k += kSteps) {
+  for (; k + kSteps <= steps; k += kSteps) {
 #pragma GCC unroll 4
     for (int i = 0; i < kSteps; ++i) step(k + i, acc[i % kSums]);
   }
-  for (; k < K; ++k) step(k, acc[0]);
+  for (; k < steps; ++k) step(k, acc[0]);
 #pragma GCC unroll 12
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 12
@@ -106,11 +111,12 @@ void row_tile(const S* const* a, int64_t K, const S* b, int64_t pitch, Vec<S>* o
 }
 
 // out[m * ldo + v] += sum_k a[k][m] * b[k][v], for weight gradients: k runs over rows. `blocks` tiles, one below the
-// other: a: [blocks][K][MR]; b: [K][kTileWidth] of vectors; out: [blocks * MR][n], where n may end inside a vector.
-template <class S, int MR, int NR>
-void outer_tiles(int64_t blocks, const S* a, const S* b, int64_t K, S* out, int64_t ldo, int64_t n) {
-  using Type = typename Raw<S>::Type;
-  constexpr int L = Vec<S>::kLanes;
+// other: a: [blocks][steps][MR] words; b: [steps][kTileWidth] of vectors; out: [blocks * MR][n], where n may end inside
+// a vector.
+template <class E, int MR, int NR, class S = typename Sums<E>::Scalar>
+void outer_tiles(int64_t blocks, const E* a, const E* b, int64_t steps, S* out, int64_t ldo, int64_t n) {
+  using Type = WordsOf<E>;
+  constexpr int L = Vec<S>::kLanes, kWords = L * kPair<E>;
   for (int64_t i = 0; i < blocks; ++i, out += MR * ldo) {
     Type acc[MR][NR];
 #pragma GCC unroll 8
@@ -119,17 +125,17 @@ void outer_tiles(int64_t blocks, const S* a, const S* b, int64_t K, S* out, int6
 #pragma GCC unroll 4
       for (int v = 0; v < NR; ++v) acc[m][v] = Type{};
     }
-    const S* row = b;
+    const E* row = b;
 #pragma GCC unroll 2
-    for (int64_t k = 0; k < K; ++k, a += MR, row += kTileWidth * L) {
+    for (int64_t k = 0; k < steps; ++k, a += MR * kPair<E>, row += kTileWidth * kWords) {
       Type bv[NR];
 #pragma GCC unroll 4
-      for (int v = 0; v < NR; ++v) bv[v] = load(row + v * L).v;
+      for (int v = 0; v < NR; ++v) bv[v] = load_words(row + v * kWords);
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) {
-        const Type am = Vec<S>(a[m]).v;
+        const Type am = same_words(a + m * kPair<E>);
 #pragma GCC unroll 4
-        for (int v = 0; v < NR; ++v) multiply_add<S>(acc[m][v], am, bv[v]);
+        for (int v = 0; v < NR; ++v) multiply_add<E>(acc[m][v], am, bv[v]);
       }
     }
     if (n < NR * L) {  // the last columns
@@ -154,21 +160,31 @@ void outer_tiles(int64_t blocks, const S* a, const S* b, int64_t K, S* out, int6
   }
 }
 
-// to: [K][MR], the first MR columns of a, together. (A copy of mr columns would become a call of memcpy a row.)
-template <class S, int MR>
-void copy_columns(const S* a, int64_t lda, int64_t K, S* to) {
-  for (int64_t k = 0; k < K; ++k, a += lda, to += MR) {
+// to: [steps][MR] words, the first MR columns of a's K rows, together; a row that is missing in the last one is zero.
+// (A copy of mr columns would become a call of memcpy a row.)
+template <class E, int MR>
+void copy_columns(const E* a, int64_t lda, int64_t K, E* to) {
+  constexpr int P = kPair<E>;
+  int64_t k = 0;
+  for (; k + P <= K; k += P, a += P * lda, to += P * MR) {
 #pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m) to[m] = a[m];
+    for (int m = 0; m < MR; ++m) {
+      for (int i = 0; i < P; ++i) to[m * P + i] = a[i * lda + m];
+    }
+  }
+  for (; k < whole_steps<E>(K); k += P, a += P * lda, to += P * MR) {
+    for (int m = 0; m < MR; ++m) {
+      for (int i = 0; i < P; ++i) to[m * P + i] = k + i < K ? a[i * lda + m] : E{};
+    }
   }
 }
 
 // The tile functions, by their sizes.
-template <class S>
+template <class E>
 struct Tiles {
-  using RowTile = void (*)(const S* const*, int64_t, const S*, int64_t, Vec<S>*, int, bool);
-  using OuterTiles = void (*)(int64_t, const S*, const S*, int64_t, S*, int64_t, int64_t);
-  using Copy = void (*)(const S*, int64_t, int64_t, S*);
+  using RowTile = void (*)(const E* const*, int64_t, const E*, int64_t, Sums<E>*, int, bool);
+  using OuterTiles = void (*)(int64_t, const E*, const E*, int64_t, typename Sums<E>::Scalar*, int64_t, int64_t);
+  using Copy = void (*)(const E*, int64_t, int64_t, E*);
   template <int n>
   using Sizes = std::make_integer_sequence<int, n>;
   template <int W>  // strips in the widest panel whose strips are all of this width
@@ -199,17 +215,17 @@ struct Tiles {
  private:
   template <int W, int kStrips, int... M>
   static RowTile row_tile_of(int mr, std::integer_sequence<int, M...>) {
-    static constexpr RowTile table[] = {row_tile<S, M + 1, W, kStrips>...};
+    static constexpr RowTile table[] = {row_tile<E, M + 1, W, kStrips>...};
     return table[mr - 1];
   }
   template <int NR, int... M>
   static OuterTiles outer_tiles_of(int mr, std::integer_sequence<int, M...>) {
-    static constexpr OuterTiles table[] = {outer_tiles<S, M + 1, NR>...};
+    static constexpr OuterTiles table[] = {outer_tiles<E, M + 1, NR>...};
     return table[mr - 1];
   }
   template <int... M>
   static Copy copy_of(int mr, std::integer_sequence<int, M...>) {
-    static constexpr Copy table[] = {copy_columns<S, M + 1>...};
+    static constexpr Copy table[] = {copy_columns<E, M + 1>...};
     return table[mr - 1];
   }
 };
@@ -224,7 +240,8 @@ FUSEDRNN_INLINE void for_row_blocks(Range rows, int64_t most, const Body& body) 
   }
 }
 
-// The inner dimension of a product, in at most two runs of the left operand's columns.
+// The inner dimension of a product, in at most two runs of the left operand's columns: then the first is of whole
+// steps.
 struct Inner {
   int64_t first;       // columns [0, first)
   int64_t second = 0;  // then columns [second_at, second_at + second)
@@ -236,26 +253,26 @@ constexpr auto nothing_expected = [](int64_t, int64_t, int64_t) {};
 constexpr auto nothing_more = [](int64_t, int64_t, const auto*, int) {};
 
 // out[u] = sum_k a[k] * w[u * K + k] for L rows of w, of which `rows` exist: a product without packed weights.
-template <class S, class T>
-Vec<S> dot_rows(const S* a, int64_t K, const T* w, int64_t rows) {
-  constexpr int L = Vec<S>::kLanes, kSums = L < 8 ? 8 / L : 1;  // eight sums or more, as in row_tile
+template <class E, class T>
+Sums<E> dot_rows(const E* a, int64_t K, const T* w, int64_t rows) {
+  constexpr int L = Sums<E>::kLanes, kWords = L * kPair<E>, kSums = L < 8 ? 8 / L : 1;  // eight or more, as in row_tile
   const T* row[L];
   for (int u = 0; u < L; ++u) row[u] = w + (u < rows ? u : rows - 1) * K;
-  typename Raw<S>::Type sum[kSums][L] = {};
+  WordsOf<E> sum[kSums][L] = {};
   int64_t k = 0;
-  for (; k + kSums * L <= K; k += kSums * L) {
+  for (; k + kSums * kWords <= K; k += kSums * kWords) {
 #pragma GCC unroll 4
     for (int i = 0; i < kSums; ++i) {
-      const Vec<S> x = load(a + k + i * L);
+      const WordsOf<E> x = load_words(a + k + i * kWords);
 #pragma GCC unroll 16
-      for (int u = 0; u < L; ++u) sum[i][u] += x.v * load(row[u] + k + i * L).v;
+      for (int u = 0; u < L; ++u) add_product<E>(sum[i][u], x, words_of<E>(row[u] + k + i * kWords));
     }
   }
-  for (; k < K; k += L) {  // lanes past the end are zero in both
-    const Vec<S> x = load<S>(a + k, K - k);
-    for (int u = 0; u < L; ++u) sum[0][u] += x.v * load<S>(row[u] + k, K - k).v;
+  for (; k < K; k += kWords) {  // what is past the end is zero in both
+    const WordsOf<E> x = words_of<E>(a + k, K - k);
+    for (int u = 0; u < L; ++u) add_product<E>(sum[0][u], x, words_of<E>(row[u] + k, K - k));
   }
-  Vec<S> total[L];
+  Sums<E> total[L];
 #pragma GCC unroll 16
   for (int u = 0; u < L; ++u) {
     total[u].v = sum[0][u];
@@ -266,9 +283,9 @@ Vec<S> dot_rows(const S* a, int64_t K, const T* w, int64_t rows) {
 }
 
 // The right operand of a product: packed panels, or, for a few rows that are not worth the packing, W itself.
-template <class S, class T>
+template <class E, class T>
 struct Weights {
-  const S* panels;
+  const E* panels;
   const T* rows;  // [kGroup * units][K], null if packed
   int64_t units;
 };
@@ -279,15 +296,16 @@ struct Weights {
 // second(r, v, acc, stride), which follows for the whole block again.
 //   a(r): pointer to row r of the left operand
 //   expect(r, u, n): prefetches what the epilogue will touch of row r, elements [u, u + n); called before the product
-template <int kGroup, class S, class T, class RowPointer, class Expect, class Epilogue, class Second>
-FUSEDRNN_INLINE void product(const Weights<S, T>& weights, Inner inner, Range vectors, Range rows, const RowPointer& a,
+template <int kGroup, class E, class T, class RowPointer, class Expect, class Epilogue, class Second>
+FUSEDRNN_INLINE void product(const Weights<E, T>& weights, Inner inner, Range vectors, Range rows, const RowPointer& a,
                              const Expect& expect, const Epilogue& epilogue, const Second& second) {
-  constexpr int U = kGroupVectors<kGroup>, L = Vec<S>::kLanes;
-  constexpr int64_t kBlockRows = (12 << 10) / (kPanelWidth * FUSEDRNN_VECTOR_BYTES);
+  constexpr int U = kGroupVectors<kGroup>, L = Sums<E>::kLanes, kWords = L * kPair<E>;
+  constexpr int64_t kBlockRows = kBlockBytes / (kPanelWidth * FUSEDRNN_VECTOR_BYTES);
   static_assert(kGroup * U <= kPanelWidth, "a cell with more gates needs a wider panel");
-  Vec<S> out[kBlockRows * kPanelWidth];
-  const S* row[2][kBlockRows];
-  const int64_t K = inner.size(), blocks = ceil_div(rows.size(), kBlockRows);
+  Sums<E> out[(kBlockRows + kRowsAhead) * kPanelWidth];
+  const E* row[2][kBlockRows];
+  const int64_t first_steps = steps_of<E>(inner.first), steps = first_steps + steps_of<E>(inner.second);
+  const int64_t blocks = ceil_div(rows.size(), kBlockRows);
   const int64_t panels = max64(1, 16 / max64(1, rows.size()));  // that share a block
   for (int64_t first = vectors.begin; first < vectors.end; first += panels * U) {
     const int64_t last = min64(vectors.end, first + panels * U);
@@ -299,34 +317,51 @@ FUSEDRNN_INLINE void product(const Weights<S, T>& weights, Inner inner, Range ve
         row[1][r] = row[0][r] + inner.second_at;
         expect(r0 + r, first * L, (last - first) * L);
       }
-      Vec<S>* results = out;
+      Sums<E>* results = out;
       for (int64_t v0 = first; v0 < last; v0 += U) {
         const int nv = static_cast<int>(min64(U, last - v0)), width = kGroup * nv;
-        const S* panel = weights.rows ? nullptr : weights.panels + v0 * K * kGroup * L;
+        const E* panel = weights.rows ? nullptr : weights.panels + v0 * steps * kGroup * kWords;
         for (int w = 0; w < width && weights.rows; ++w) {
           const int64_t u = (v0 + w % nv) * L;
-          const T* own = weights.rows + (w / nv * weights.units + u) * K;
-          for (int64_t r = 0; r < n; ++r) results[r * width + w] = dot_rows(row[0][r], K, own, weights.units - u);
+          const T* own = weights.rows + (w / nv * weights.units + u) * inner.first;
+          for (int64_t r = 0; r < n; ++r) {
+            results[r * width + w] = dot_rows(row[0][r], inner.first, own, weights.units - u);
+          }
         }
-        const int64_t whole = strip_width(width), pitch = whole * K * L;
+#if defined(FUSEDRNN_AMX)
+        if (!weights.rows && n > kFewRows) {
+          static_assert(kPanelWidth == kTileWidth, "a panel is one strip");
+          const int64_t distance = (row[0][1] - row[0][0]) * static_cast<int64_t>(sizeof(E)),
+                        pitch = width * kTileBytes;
+          const auto run = [&](const E* from, const E* strip, int64_t count, bool accumulate) FUSEDRNN_INLINE_LAMBDA {
+            tile_products(n, width, tile_source(from, distance), tile_source(strip, pitch), count / kTileRows,
+                          tile_sums(results, pitch), accumulate);
+          };
+          run(row[0][0], panel, first_steps, false);
+          if (inner.second) run(row[1][0], panel + first_steps * width * kWords, steps - first_steps, true);
+          results += n * width;
+          continue;
+        }
+#endif
+        const int64_t whole = strip_width(width), pitch = whole * steps * kWords;
         for (int64_t w = 0, nr = 0; w < width && !weights.rows; w += nr) {
           const int64_t left = width - w, own = min64(left, whole);
           const int64_t strips = n > kFewRows ? 1 : max64(1, min64(left, kFewSums / n) / whole);
           nr = strips * own;
-          const S* strip = panel + w * K * L;
-          const S* rest = strip + inner.first * own * L;  // of each strip
+          const E* strip = panel + w * steps * kWords;
+          const E* rest = strip + first_steps * own * kWords;  // of each strip
           for_row_blocks({0, n}, max_rows(static_cast<int>(own)), [&](int64_t r, int mr) {
-            const auto tile = Tiles<S>::row_tile_of(static_cast<int>(strips), static_cast<int>(own), mr);
-            Vec<S>* to = results + r * width + w;
-            tile(row[0] + r, inner.first, strip, pitch, to, width, false);
-            if (inner.second) tile(row[1] + r, inner.second, rest, pitch, to, width, true);
+            const auto tile = Tiles<E>::row_tile_of(static_cast<int>(strips), static_cast<int>(own), mr);
+            Sums<E>* to = results + r * width + w;
+            tile(row[0] + r, first_steps, strip, pitch, to, width, false);
+            if (inner.second) tile(row[1] + r, steps - first_steps, rest, pitch, to, width, true);
           });
         }
         results += n * width;
       }
       const Timed timed(Phase::kCell);
       const auto each = [&](const auto& body) FUSEDRNN_INLINE_LAMBDA {
-        Vec<S>* acc = out;
+        Sums<E>* acc = out;
         for (int64_t v0 = first; v0 < last; v0 += U) {
           const int nv = static_cast<int>(min64(U, last - v0));
           for (int64_t r = 0; r < n; ++r, acc += kGroup * nv) {
@@ -340,56 +375,66 @@ FUSEDRNN_INLINE void product(const Weights<S, T>& weights, Inner inner, Range ve
   }
 }
 
-template <int kGroup, class S, class T, class RowPointer, class Expect, class Epilogue>
-FUSEDRNN_INLINE void product(const Weights<S, T>& weights, Inner inner, Range vectors, Range rows, const RowPointer& a,
+template <int kGroup, class E, class T, class RowPointer, class Expect, class Epilogue>
+FUSEDRNN_INLINE void product(const Weights<E, T>& weights, Inner inner, Range vectors, Range rows, const RowPointer& a,
                              const Expect& expect, const Epilogue& epilogue) {
   product<kGroup>(weights, inner, vectors, rows, a, expect, epilogue, nothing_more);
 }
 
-// Element of vector w of a panel of `width` vectors, at inner index k.
-template <class S>
-FUSEDRNN_INLINE S* panel_at(S* panel, int64_t K, int width, int w, int64_t k) {
+// Vector w of a panel of `width` vectors, at a step.
+template <class E>
+FUSEDRNN_INLINE E* panel_at(E* panel, int64_t steps, int width, int w, int64_t step) {
   const int64_t strip_of = strip_width(width), strip = w / strip_of * strip_of;
-  return panel + (strip * K + k * min64(strip_of, width - strip) + (w - strip)) * Vec<S>::kLanes;
+  const int64_t vector = strip * steps + step * min64(strip_of, width - strip) + (w - strip);
+  return panel + vector * Sums<E>::kLanes * kPair<E>;
 }
 
 // Panels of output units `vectors`, from W [kGroup * units, K] whose rows are the outputs:
 //   vector (g, v), lane u, inner index k  =  w[(g * units + v * lanes + u) * K + k]
-template <int kGroup, class S, class T>
-void pack_rows(const T* w, int64_t units, int64_t K, Range vectors, S* panels) {
-  constexpr int L = Vec<S>::kLanes, U = kGroupVectors<kGroup>;
+template <int kGroup, class E, class T>
+void pack_rows(const T* w, int64_t units, int64_t K, Range vectors, E* panels) {
+  constexpr int L = Sums<E>::kLanes, U = kGroupVectors<kGroup>, P = kPair<E>;
+  const int64_t steps = steps_of<E>(K);
   for (int64_t v0 = vectors.begin; v0 < vectors.end; v0 += U) {
     const int nv = static_cast<int>(min64(U, vectors.end - v0));
-    S* panel = panels + v0 * K * kGroup * L;
+    E* panel = panels + v0 * steps * kGroup * L * P;
     for (int i = 0; i < kGroup * nv; ++i) {
-      S* to = panel_at(panel, K, kGroup * nv, i, 0);
-      const int64_t pitch = panel_at(panel, K, kGroup * nv, i, 1) - to, u0 = (v0 + i % nv) * L;
+      E* to = panel_at(panel, steps, kGroup * nv, i, 0);
+      const int64_t pitch = panel_at(panel, steps, kGroup * nv, i, 1) - to, u0 = (v0 + i % nv) * L;
       const T* row = w + (i / nv * units + u0) * K;
-      for (int64_t k = 0; k < K; k += L) {
-        Vec<S> square[L];
+      for (int64_t s = 0; s < steps; s += L) {
+        const int64_t k = s * P;
+        Sums<E> square[L];
 #pragma GCC unroll 16
-        for (int u = 0; u < L; ++u) square[u] = u0 + u < units ? load<S>(row + u * K + k, K - k) : Vec<S>(0);
+        for (int u = 0; u < L; ++u) {
+          square[u].v = u0 + u < units ? words_of<E>(row + u * K + k, K - k) : WordsOf<E>{};
+        }
         transpose(square);
-        for (int j = 0; j < L && k + j < K; ++j) store(to + (k + j) * pitch, square[j]);
+        for (int j = 0; j < L && s + j < steps; ++j) store_words(to + (s + j) * pitch, square[j].v);
       }
     }
   }
 }
 
-// Panels of output columns `vectors`, from W [K, columns] whose rows are the inner dimension:
-//   vector v, lane u, inner index k  =  w[k * columns + v * lanes + u]
-template <class S, class T>
-void pack_columns(const T* w, int64_t K, int64_t columns, Range vectors, S* panels) {
-  constexpr int L = Vec<S>::kLanes, U = kGroupVectors<1>;
-  constexpr int64_t kRows = 16;  // read from end to end before the next: column by column would touch a page a row
-  for (int64_t k0 = 0; k0 < K; k0 += kRows) {
+// Panels of output columns `vectors`, from W [blocks * K, columns] whose rows are the inner dimension; each block has
+// whole steps:
+//   vector v, lane u, inner index k of block i  =  w[(i * K + k) * columns + v * lanes + u]
+template <class E, class T>
+void pack_columns(const T* w, int64_t blocks, int64_t K, int64_t columns, Range vectors, E* panels) {
+  constexpr int L = Sums<E>::kLanes, U = kGroupVectors<1>;
+  constexpr int64_t kSteps = 16;  // read from end to end before the next: column by column would touch a page a row
+  const int64_t steps = steps_of<E>(K);
+  for (int64_t s0 = 0; s0 < blocks * steps; s0 += kSteps) {
     for (int64_t v0 = vectors.begin; v0 < vectors.end; v0 += U) {
       const int nv = static_cast<int>(min64(U, vectors.end - v0));
-      S* panel = panels + v0 * K * L;
-      for (int64_t k = k0; k < min64(K, k0 + kRows); ++k) {
+      E* panel = panels + v0 * blocks * steps * L * kPair<E>;
+      for (int64_t s = s0; s < min64(blocks * steps, s0 + kSteps); ++s) {
+        const int64_t k = s % steps * kPair<E>;
+        const T* row = w + (s / steps * K + k) * columns;
         for (int v = 0; v < nv; ++v) {
           const int64_t u = (v0 + v) * L;
-          store(panel_at(panel, K, nv, v, k), load<S>(w + k * columns + u, columns - u));
+          E* to = panel_at(panel, blocks * steps, nv, v, s);
+          store_words(to, rows_as_words<E>(row + u, columns, K - k, columns - u));
         }
       }
     }

@@ -1,5 +1,6 @@
 // The CPU kernels of one instruction set: everything an isa_*.cpp holds, and the table that leads to it.
-// The file that includes this has set FUSEDRNN_VECTOR_BYTES, FUSEDRNN_TABLE, FUSEDRNN_ISA_NAME and the target.
+// The file that includes this has set FUSEDRNN_VECTOR_BYTES, the target, and FUSEDRNN_TABLE and FUSEDRNN_ISA_NAME; or
+// FUSEDRNN_PAIRED_TABLE: then bfloat16 is multiplied in pairs (operand.h), and there is no other type.
 // All of it has internal linkage: a symbol the linker could share between instruction sets would let a function
 // compiled for a newer CPU run on an older one. So no STL containers, no torch headers here.
 
@@ -7,6 +8,14 @@ namespace fusedrnn {
 namespace {
 
 #include "vec.h"
+//
+#include "operand.h"
+//
+#if defined(FUSEDRNN_AMX)
+#include "amx.h"
+#else
+struct TileUse {};  // there are none
+#endif
 //
 #include "gemm.h"
 //
@@ -25,6 +34,21 @@ namespace {
 #include "backward_step.inl"
 //
 #include "weight_gradients.inl"
+
+#if defined(FUSEDRNN_PAIRED_TABLE)
+
+template <class... Cells>
+constexpr PairedTable make_table(CellList<Cells...>) {
+  return {{ForwardPass<Cells, BFloat16>::run...},
+          {BackwardPass<Cells, BFloat16>::run...},
+          {ForwardPass<Cells, BFloat16>::panel_bytes...}};
+}
+
+}  // namespace
+
+extern const PairedTable FUSEDRNN_PAIRED_TABLE = make_table(Registry{});
+
+#else
 
 // Each lane of several chains holds two hashes of its own words, of different making: what one does not tell apart by
 // its structure, such as the top bit of a word against a lower one of the next, the other does.
@@ -74,5 +98,7 @@ constexpr KernelTable make_table(CellList<Cells...>) {
 }  // namespace
 
 extern const KernelTable FUSEDRNN_TABLE = make_table(Registry{});
+
+#endif
 
 }  // namespace fusedrnn

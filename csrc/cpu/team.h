@@ -9,6 +9,16 @@ struct ComputeType<BFloat16> {  // stored in 16 bits, computed in float32
   using Type = float;
 };
 
+// What the products of a layer of type T read (operand.h).
+template <class T>
+struct OperandType {
+#if defined(FUSEDRNN_PAIRED_TABLE)
+  using Type = T;
+#else
+  using Type = typename ComputeType<T>::Type;
+#endif
+};
+
 // Hands out pieces of one block. With a null base it only measures. Each piece starts on a cache line and may be
 // read up to a tile's width past its end.
 class Carver {

@@ -37,18 +37,6 @@ struct Vec {
   FUSEDRNN_INLINE friend Vec operator/(Vec a, Vec b) { return a.v / b.v; }
 };
 
-// sum += a * b, for loops that need all 16 registers: one instruction, on these operands in registers. Left to itself
-// g++ takes some from memory or saves others there.
-template <class S>
-FUSEDRNN_INLINE void multiply_add(typename Raw<S>::Type& sum, typename Raw<S>::Type a, typename Raw<S>::Type b) {
-#if defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 32
-  if constexpr (sizeof(S) == 4) asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
-  else asm("vfmadd231pd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
-#else
-  sum += a * b;
-#endif
-}
-
 // ---- memory -----------------------------------------------------------------------------------------------------
 
 template <class S>
@@ -84,12 +72,15 @@ FUSEDRNN_INLINE Vec<float> load(const BFloat16* p) {
   return (Raw<float>::Type)(__builtin_convertvector(h, Words) << 16);
 }
 
-FUSEDRNN_INLINE void store(BFloat16* p, Vec<float> a) {  // to nearest, ties to even; NaN stays NaN
+FUSEDRNN_INLINE Words rounded_to_bfloat16(Vec<float> a) {  // to nearest, ties to even; NaN stays NaN
   const Words bits = (Words)a.v;
   const Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const Words quiet = (bits >> 16) | 0x40u;
-  const HalfWords h = __builtin_convertvector((Words)(a.v != a.v ? quiet : rounded), HalfWords);
-  *reinterpret_cast<HalfWordsUnaligned*>(p) = h;
+  return (Words)(a.v != a.v ? quiet : rounded);
+}
+
+FUSEDRNN_INLINE void store(BFloat16* p, Vec<float> a) {
+  *reinterpret_cast<HalfWordsUnaligned*>(p) = __builtin_convertvector(rounded_to_bfloat16(a), HalfWords);
 }
 
 // The first n lanes only, n <= kLanes; the others load as zero. Full vectors take the fast path.

@@ -35,20 +35,22 @@ void BackwardPass<Cell, T>::clear_weight_sums(const Item& item, int index) const
 template <class Cell, class T>
 void BackwardPass<Cell, T>::weight_gradients(const Item& item, int index, int64_t s0, int64_t s1, int64_t rows) {
   const Timed timed(Phase::kWeightGradient);
-  gather_operands(item, s0, s1, part(rows, team_.me, team_.members));
+  const Range words = part(steps_of<E>(rows), team_.me, team_.members);
+  gather_operands(item, s0, s1, {words.begin * kPair<E>, min64(rows, words.end * kPair<E>)});
+  clear_operands({words.begin * kPair<E>, words.end * kPair<E>}, rows);
   team_.meet();
   const int64_t H = z_.H, I = z_.I, R = z_.R;
   const int64_t u0 = units_.begin * L, un = min64(H, units_.end * L) - u0;
   const WeightSums to = weight_sums(item, index);
   for (int g = 0; g < G; ++g) {
-    const S* dx = b_.dg + (g < G - kSplit ? g : g + kSplit) * H + u0;
-    const S* drec = b_.dg + g * H + u0;
-    outer_product(dx, ldg_, rows, un, b_.x, to.w_ih + (g * H + u0) * I, I);
-    outer_product(drec, ldg_, rows, un, g < F ? b_.h : b_.m, to.w_hh + (g * H + u0) * R, R);
+    const E* dx = b_.dg_operand + (g < G - kSplit ? g : g + kSplit) * gate_ + u0;
+    const E* drec = b_.dg_operand + g * gate_ + u0;
+    outer_product(dx, operand_ldg_, rows, un, b_.x, to.w_ih + (g * H + u0) * I, I);
+    outer_product(drec, operand_ldg_, rows, un, g < F ? b_.h : b_.m, to.w_hh + (g * H + u0) * R, R);
   }
   if (z_.projected) {
     const int64_t p0 = outputs_.begin * L, pn = min64(R, outputs_.end * L) - p0;
-    outer_product(b_.dh + p0, ldh_, rows, pn, b_.m, to.w_hr + p0 * H, H);
+    outer_product(b_.dh_operand + p0, operand_ldh_, rows, pn, b_.m, to.w_hr + p0 * H, H);
   }
   const Timed timed_biases(Phase::kBiasGradient);
   for (int c = 0; c < C; ++c) {
@@ -82,14 +84,27 @@ void BackwardPass<Cell, T>::gather_operands(const Item& item, int64_t s0, int64_
       const int64_t r = first + b;
       const T* x = row_at<T>(p_.x, z_.offset, t, item.first + b);
       const Row& at = b_.rows[r];
-      for (int64_t i = 0; i < z_.I; i += L) store(b_.x.at(r, i), load<S>(x + i, z_.I - i));
+      for (int64_t i = 0; i < z_.I; i += L) b_.x.put(r, i, load<S>(x + i, z_.I - i));
       const T* mask = mask_of(item, b);
-      for (int64_t u = 0; u < z_.R; u += L) store(b_.h.at(r, u), with_mask(mask, u, z_.R, previous_h(at, u, z_.R)));
+      for (int64_t u = 0; u < z_.R; u += L) b_.h.put(r, u, with_mask(mask, u, z_.R, previous_h(at, u, z_.R)));
       if (kTwoStage || z_.projected) {
-        for (int64_t u = 0; u < z_.H; u += L) store(b_.m.at(r, u), second_operand(at, mask, u));
+        for (int64_t u = 0; u < z_.H; u += L) b_.m.put(r, u, second_operand(at, mask, u));
       }
     }
   });
+}
+
+// Of these rows those past the chunk's last.
+template <class Cell, class T>
+void BackwardPass<Cell, T>::clear_operands(Range own, int64_t rows) {
+  const auto clear = [](const Strips<E>& to, int64_t r) {
+    for (int64_t i = 0; i < to.n; i += L) to.put(r, i, V(0));
+  };
+  for (int64_t r = max64(own.begin, ceil_div(rows, kPair<E>) * kPair<E>); r < own.end; r += kPair<E>) {
+    clear(b_.x, r);
+    clear(b_.h, r);
+    if (kTwoStage || z_.projected) clear(b_.m, r);
+  }
 }
 
 template <class Cell, class T>
