@@ -1,36 +1,6 @@
-// The CPU kernels of bfloat16 for AVX-512 with AMX, whose tiles multiply bfloat16. The other types are those
-// of isa_avx512.cpp. See kernels.inl.
+// The CPU kernels of bfloat16 for the tiles of AMX.
 #if defined(__x86_64__) && !defined(FUSEDRNN_BASE_ONLY)
-#include <omp.h>
-#include <sched.h>
-
-#include <cmath>
-#include <cstdint>
-#include <type_traits>
-#include <utility>
-
-#include "dispatch.h"
-#include "plan.h"
-
-#if defined(FUSEDRNN_AVX2_AS_AVX512)  // these kernels on AVX2, which does what the processor would: `make test-avx512`
-#pragma GCC target("avx2,fma")
-#elif defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma"))), \
-                             apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
-#endif
-#if !defined(FUSEDRNN_AVX2_AS_AVX512)
-#define FUSEDRNN_BF16_PRODUCTS
-#endif
-#include "../cells/registry.h"
-
 #define FUSEDRNN_AMX
-#define FUSEDRNN_VECTOR_BYTES 64
 #define FUSEDRNN_PAIRED_TABLE kTableAmx
-#include "kernels.inl"
-
-#if defined(__clang__) && !defined(FUSEDRNN_AVX2_AS_AVX512)
-#pragma clang attribute pop
-#endif
+#include "bfloat16_avx512.inl"
 #endif

@@ -19,6 +19,8 @@ struct TileUse {};  // there are none
 //
 #include "gemm.h"
 //
+#include "pack.h"
+//
 #include "outer.h"
 //
 #include "team.h"
