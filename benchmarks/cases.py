@@ -184,6 +184,7 @@ def _registry() -> Iterator[Case]:
     yield from each(three, (200, 32, 128, 128), ragged=True)
     yield from each(three, middle, dtype="bfloat16")
     yield from each(("lstm", "gru"), (50, 64, 256, 256), dtype="bfloat16")
+    yield from each(("lstm", "gru"), (30, 96, 768, 768), dtype="bfloat16")
     yield from each(three, middle, dtype="float64")
     yield from each(("lstm",), middle, projection=64)
     yield from each(("lstm",), middle, layers=2, directions=2, ragged=True)

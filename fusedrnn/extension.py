@@ -70,7 +70,7 @@ def load() -> tuple[ctypes.CDLL, ModuleType | None]:
         getattr(loaded, function).restype = result
     if (fitting := module(FOLDER)) is None:
         warnings.warn(
-            f"fusedrnn: no _fast for {versions()} in {FOLDER}: a call of one step takes 3 to 13 times as long (see"
+            f"fusedrnn: no _fast for {versions()} in {FOLDER}: a call of one step takes about 70 us more (see"
             " python -m fusedrnn.info)",
             RuntimeWarning,
             stacklevel=2,
