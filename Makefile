@@ -47,13 +47,13 @@ test: $(BUILD)
 # Names, imports, line lengths, layout: the settings are in pyproject.toml and .clang-format.
 lint: $(SETUP)
 	@$(VENV)/bin/ruff check .
-	@$(VENV)/bin/ruff format --check --quiet . && $(VENV)/bin/clang-format --dry-run --Werror $(CSRC) benchmarks/*.cpp || { \
+	@$(VENV)/bin/ruff format --check --quiet . && $(VENV)/bin/clang-format --dry-run --Werror $(CSRC) benchmarks/*.cpp tests/persistent/*.cpp || { \
 	  echo 'error: make format gives these files their form' >&2; exit 1; }
 
 format: $(SETUP)
 	@$(VENV)/bin/ruff check --fix --quiet .
 	@$(VENV)/bin/ruff format --quiet .
-	@$(VENV)/bin/clang-format -i $(CSRC) benchmarks/*.cpp
+	@$(VENV)/bin/clang-format -i $(CSRC) benchmarks/*.cpp tests/persistent/*.cpp
 
 # One wheel for every torch and Python that are supported, in dist/.
 WHEEL := $(VENV)/stamp-wheel

@@ -1,6 +1,7 @@
 """Each instruction set, forced by FUSEDRNN_CPU_ISA in a process of its own, runs the tests marked ``isa``.
 
-So does ``stepwise``, which is none: the GPU's time loop and element-wise kernels, run on the CPU.
+So do ``stepwise`` and ``persistent``, which are none: the GPU's time loop run on the CPU, by its element-wise kernels
+and by the kernels for many steps.
 Those are gradcheck on odd shapes, every output and gradient by name in float32, float64 and bfloat16, padded and
 ragged, on 1 and 2 threads.
 """
@@ -19,7 +20,7 @@ import pytest
 import fusedrnn
 
 ALL = ("base", "avx2", "avx512", "avx512_bf16", "amx")
-EMULATED = ("stepwise",)
+EMULATED = ("stepwise", "persistent")
 
 
 @pytest.mark.isa

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 import fusedrnn
 from fusedrnn.cells import CELLS
 
-STEPWISE = DEVICE.type == "cuda" or fusedrnn._C.isa() == "stepwise"  # rounds what a product reads to 16 bits
+# What a product reads is rounded to 16 bits.
+STEPWISE = DEVICE.type == "cuda" or fusedrnn._C.isa() in ("stepwise", "persistent")
 # The processor's products of bfloat16 take subnormal numbers for zero.
 SUBNORMALS_ARE_ZERO = fusedrnn._C.isa() in ("avx512_bf16", "amx")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)

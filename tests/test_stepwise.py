@@ -14,7 +14,7 @@ import fusedrnn
 from benchmarks import probes
 from fusedrnn.cells import CELLS
 
-STEPWISE = DEVICE.type == "cuda" or fusedrnn._C.isa() == "stepwise"
+STEPWISE = DEVICE.type == "cuda" or fusedrnn._C.isa() in ("stepwise", "persistent")
 stepwise = pytest.mark.skipif(not STEPWISE, reason="the CPU's own kernels are in use here: test_isa.py runs this")
 SHAPES = {
     "odd": {"T": 7, "B": 3, "I": 5, "H": 9},

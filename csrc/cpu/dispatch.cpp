@@ -10,6 +10,7 @@
 #include <unistd.h>
 #endif
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -42,6 +43,9 @@ const std::vector<const KernelTable*>& tables() {
 #endif
   return all;
 }
+
+// Never chosen but by name.
+const KernelTable& (*const kEmulated[])() = {table_stepwise, table_persistent};
 
 template <class... Cells>
 constexpr int count(CellList<Cells...>) {
@@ -135,14 +139,19 @@ bool isa_supported(const char* name) {
   if (!std::strcmp(name, "amx")) return isa_supported("avx512_bf16") && amx_allowed();
   if (!std::strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
-  return !std::strcmp(name, "base") || !std::strcmp(name, table_stepwise().name);
+  return !std::strcmp(name, "base") || std::any_of(std::begin(kEmulated), std::end(kEmulated), [&](const auto& table) {
+    return !std::strcmp(name, table().name);
+  });
 }
 
 const KernelTable* find_isa(std::string_view name) {
   for (const KernelTable* table : tables()) {
     if (name == table->name) return table;
   }
-  return name == table_stepwise().name ? &table_stepwise() : nullptr;
+  for (const auto& table : kEmulated) {
+    if (name == table().name) return &table();
+  }
+  return nullptr;
 }
 
 const char* isa_error() {
@@ -152,7 +161,7 @@ const char* isa_error() {
     if (!find_isa(forced)) {
       std::string known;
       for (const KernelTable* table : tables()) known += std::string(table->name) + ", ";
-      known += table_stepwise().name;
+      known += std::string(table_stepwise().name) + ", " + table_persistent().name;
       return "FUSEDRNN_CPU_ISA must be one of " + known + ", got '" + forced + "'";
     }
     if (!isa_supported(forced)) return "FUSEDRNN_CPU_ISA=" + std::string(forced) + ": this CPU does not have it";

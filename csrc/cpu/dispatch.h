@@ -39,7 +39,10 @@ extern const KernelTable kTableAvx512;
 extern const PairedTable kTableAvx512Bf16;
 extern const PairedTable kTableAmx;
 #endif
-const KernelTable& table_stepwise();  // no instruction set: the GPU's time loop on the CPU (csrc/stepwise/host.cpp)
+// No instruction sets: the GPU's time loop on the CPU, step by step (csrc/stepwise/host.cpp) and as the kernel for many
+// steps (csrc/persistent/host.cpp).
+const KernelTable& table_stepwise();
+const KernelTable& table_persistent();
 
 bool isa_supported(const char* name);
 const KernelTable* find_isa(std::string_view name);  // null: no such instruction set in this build

@@ -1,27 +1,13 @@
 // The stepwise driver on CUDA: every body of step*.h as a kernel, one thread an element, on the stream of the call.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include "../cells/registry.h"
 #include "../stepwise/loop_backward.h"
 #include "../stepwise/loop_forward.h"
 #include "device.h"
+#include "element.cuh"
 
 namespace fusedrnn {
-
-template <>
-struct Element<__nv_bfloat16> {
-  static constexpr DType kDType = DType::kBFloat16;
-  FUSEDRNN_INLINE static float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
-  FUSEDRNN_INLINE static __nv_bfloat16 narrow(float v) { return __float2bfloat16_rn(v); }
-};
-template <>
-struct Element<__half> {
-  static constexpr DType kDType = DType::kFloat16;
-  FUSEDRNN_INLINE static float widen(__half v) { return __half2float(v); }
-  FUSEDRNN_INLINE static __half narrow(float v) { return __float2half_rn(v); }
-};
 
 namespace {
 
@@ -50,6 +36,13 @@ struct Cuda {
     each_element<<<grid, kThreads, 0, static_cast<cudaStream_t>(call.stream)>>>(body, rows, columns);
     error = cudaGetLastError();
   }
+
+  template <class Pass>
+  bool persists(const typename Pass::Problem&) const {
+    return false;
+  }
+  template <class Cell, class Span>
+  void run_steps(const Span&) {}
 
   void product(const Product& p) {
     if (error == cudaSuccess) call.product(p, call.context);

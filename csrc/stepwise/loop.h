@@ -5,11 +5,15 @@
 //   device.each(slots, rows, columns, body)   body(s, row, column) for all of them (step.h)
 //   device.product(p)                         product.h
 //   Device::kProjectionBytes                  memory for input products of several steps
+//   device.persists<Pass>(problem)            whether it runs many steps as one kernel, where one can (persistent/)
+//   device.run_steps<Cell>(span)              that kernel (persistent/span.h)
 //
 // in this order, each after the one before. On the GPU (device.cu) both only enqueue; nothing here reads a result. The
 // input products of all steps are one product before the loop, unless they take more than kProjectionBytes; the weight
 // gradients one after it. Both directions take each step side by side: a slot is a direction.
 #pragma once
+
+#include <algorithm>
 
 #include "product.h"
 #include "slots.h"
@@ -68,6 +72,19 @@ const T* side_by_side(Device& device, const Problem& p, const void* LayerWeights
   const SideBySide<T> body = {rows, columns, {typed<T>(p.weights[0].*weight), typed<T>(p.weights[1].*weight)}, copies};
   device.each(2, rows, columns, body);
   return copies;
+}
+
+inline bool is_ragged(const LayerSizes& z) { return z.N != z.T * z.B; }
+
+// size.active where the device can read it. As arguments of kernels: nothing on the host must outlive the call.
+template <class Device>
+void write_active(Device& device, const LayerSizes& z, int32_t* to) {
+  for (int64_t begin = 0; begin < z.T; begin += Numbers::kMost) {
+    const int64_t count = std::min<int64_t>(Numbers::kMost, z.T - begin);
+    Numbers some = {{}, to + begin};
+    std::copy_n(z.active + begin, count, some.values);
+    device.each(1, 1, count, some);
+  }
 }
 
 }  // namespace fusedrnn

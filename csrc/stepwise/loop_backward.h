@@ -6,18 +6,27 @@
 #include <cmath>
 #include <type_traits>
 
+#include "../persistent/span.h"
 #include "loop.h"
 #include "step_backward.h"
 
 namespace fusedrnn {
 
-template <class Cell, class T>
+template <class CellOfLayer, class Type>
 struct StepwiseBackward {
   using Problem = BackwardProblem;
+  using Cell = CellOfLayer;
+  using T = Type;
   using S = Compute<T>;
   static constexpr DType kDType = Element<T>::kDType;
   static constexpr int G = Cell::kGates, kSplit = Cell::kSplit, kBlocks = G + kSplit;
   static constexpr bool kTwoProducts = Cell::kFirst < G, kOneType = std::is_same_v<S, T>;
+  // Whether there is a kernel for many steps (persistent/backward.h); and whether it can do those of p.
+  static constexpr bool kPersistent = !kTwoProducts && !std::is_same_v<T, double>;
+  static bool can_persist(const BackwardProblem& p) {
+    return kPersistent && !p.size.projected && !p.noise.mask_h && !p.noise.keep_h.data && !p.noise.keep_c.data &&
+           !p.norms && !p.clip_by_norm;
+  }
 
   // Rows that a bias gradient adds up at a time; then it adds as many such sums: short sums are exact ones.
   static int64_t rows_of_part(int64_t N) { return static_cast<int64_t>(std::ceil(std::sqrt(static_cast<double>(N)))); }
@@ -39,6 +48,7 @@ struct StepwiseBackward {
     S* dc_rows;  // [slots][N][H] or null
     T* w_hh;     // [2][G*H][R], of two directions
     T* w_hr;     // [2][R][H]
+    int32_t* active;  // [T] or null: what one kernel for all steps reads of size.active
   };
 
   template <class Device>
@@ -56,6 +66,7 @@ struct StepwiseBackward {
     if (z.D == 2) w.w_hh = arena.take<T>(2 * G * z.H * z.R);
     if (z.D == 2 && z.projected) w.w_hr = arena.take<T>(2 * z.R * z.H);
     if (p.weight_gradients && p.dw[0].b_ih) w.part = arena.take<S>(z.D * parts(z.N) * kBlocks * z.H);
+    if (can_persist(p) && is_ragged(z)) w.active = arena.take<int32_t>(z.T);
     if (p.clip_by_norm) w.scale = arena.take<S>(z.D * z.B * 2);
     if (p.norms) w.dh_rows = arena.take<S>(z.D * z.N * z.R);
     if (p.norms && Cell::kStates == 2) w.sent_dc = arena.take<S>(z.D * z.N * z.H);
@@ -104,7 +115,15 @@ struct StepwiseBackward {
       u.dc_rows[s] = w.dc_rows ? w.dc_rows + s * N * H : nullptr;
     }
     device.each(slots.count, B, std::max(H, R), begin);
-    for (int64_t i = z.T - 1; i >= 0; --i) {
+    int64_t steps = z.T;
+    if constexpr (kPersistent) {
+      if (can_persist(p) && device.template persists<StepwiseBackward>(p)) {
+        if (w.active) write_active(device, z, w.active);
+        device.template run_steps<Cell>(steps_as_one(p, slots, w, w_hh, u));
+        steps = 0;
+      }
+    }
+    for (int64_t i = steps - 1; i >= 0; --i) {
       step(device, p, slots, w_hh, w_hr, u, w.sent, i);
       if (p.clip > 0 || p.bptt_steps > 0) limit(device, p, slots, w, u, i);
     }
@@ -128,6 +147,15 @@ struct StepwiseBackward {
   struct Columns {  // [first, first + length) of a matrix whose rows have `width`
     int64_t width, first, length;
   };
+
+  static persistent::BackwardSpan<T> steps_as_one(const BackwardProblem& p, const Slots& slots, const Work& w,
+                                                  const T* w_hh, const BackwardBuffers<S, T>& u) {
+    const LayerSizes& z = p.size;
+    persistent::BackwardSpan<T> all = {{0, z.T, z.T, z.B, w.active, {}}, u, p.dy, p.dc, w_hh, static_cast<S>(p.clip),
+                                       p.bptt_steps};
+    for (int s = 0; s < slots.count; ++s) all.steps.first_row[s] = z.offset[slots.time(z, s, z.T - 1)];
+    return all;
+  }
 
   template <class Device>
   static void step(Device& device, const BackwardProblem& p, const Slots& slots, const T* w_hh, const T* w_hr,

@@ -5,18 +5,26 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "../persistent/span.h"
 #include "loop.h"
 #include "step_forward.h"
 
 namespace fusedrnn {
 
-template <class Cell, class T>
+template <class CellOfLayer, class Type>
 struct StepwiseForward {
   using Problem = ForwardProblem;
+  using Cell = CellOfLayer;
+  using T = Type;
   using S = Compute<T>;
   static constexpr DType kDType = Element<T>::kDType;
   static constexpr int G = Cell::kGates;
   static constexpr bool kTwoProducts = Cell::kFirst < G, kOneType = std::is_same_v<S, T>;
+  // Whether there is a kernel for many steps (persistent/forward.h); and whether it can do those of p.
+  static constexpr bool kPersistent = !kTwoProducts && !std::is_same_v<T, double>;
+  static bool can_persist(const ForwardProblem& p) {
+    return kPersistent && !p.size.projected && !p.noise.mask_h && !p.noise.keep_h.data && !p.noise.keep_c.data;
+  }
 
   struct Work {
     S* x;        // [slots][limit][G*H]
@@ -29,6 +37,7 @@ struct StepwiseForward {
     T* w_ih;     // [2][G*H][I], of two directions, as all the weights here
     T* w_hh;     // [2][G*H][R]
     T* w_hr;     // [2][R][H]
+    int32_t* active;  // [T] or null: what one kernel for many steps reads of size.active
     int64_t limit;
   };
 
@@ -50,6 +59,7 @@ struct StepwiseForward {
       w.w_hh = arena.take<T>(row * z.R);
       if (z.projected) w.w_hr = arena.take<T>(2 * z.R * z.H);
     }
+    if (can_persist(p) && is_ragged(z)) w.active = arena.take<int32_t>(z.T);
     return w;
   }
 
@@ -88,10 +98,20 @@ struct StepwiseForward {
       u.saved[s] = typed<S>(p.saved, s * z.N * p.saved_stride);
     }
     device.each(slots.count, B, std::max(H, R), begin);
+    bool persists = false;
+    if constexpr (kPersistent) persists = can_persist(p) && device.template persists<StepwiseForward>(p);
+    if (persists && w.active) write_active(device, z, w.active);
     for (int64_t i = 0; i < z.T;) {
       const int64_t chunk = i, end = slots.span_end(z, i, w.limit);
-      project(device, p, slots, w, weights, slots.span(z, i, end));
-      for (; i < end; ++i) step(device, p, slots, w, weights, u, slots.span(z, chunk, end), i);
+      const StepRows span = slots.span(z, chunk, end);
+      project(device, p, slots, w, weights, span);
+      if constexpr (kPersistent) {
+        if (persists) {
+          device.template run_steps<Cell>(steps_as_one(z, slots, w, weights, u, span, chunk, end));
+          i = end;
+        }
+      }
+      for (; i < end; ++i) step(device, p, slots, w, weights, u, span, i);
     }
     device.each(slots.count, B, std::max(H, R), finish);
   }
@@ -116,6 +136,17 @@ struct StepwiseForward {
     product.c = w.x, product.c_stride = w.limit * G * z.H;
     product.b_transposed = product.c_compute = true;
     product_of_rows(device, slots, span.rows, product);
+  }
+
+  static persistent::ForwardSpan<T> steps_as_one(const LayerSizes& z, const Slots& slots, const Work& w,
+                                                 const Weights& weights, const ForwardBuffers<S, T>& u,
+                                                 const StepRows& span, int64_t begin, int64_t end) {
+    persistent::ForwardSpan<T> all = {{begin, end, z.T, z.B, w.active, {}}, u, w.x, w.limit * G * z.H, {}, weights.w_hh};
+    for (int s = 0; s < slots.count; ++s) {
+      all.steps.first_row[s] = z.offset[slots.time(z, s, begin)];
+      all.first_x[s] = span.first[s];
+    }
+    return all;
   }
 
   template <class Device>

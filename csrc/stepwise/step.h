@@ -80,6 +80,15 @@ struct Cast {
   }
 };
 
+// Some numbers into the device's memory.
+struct Numbers {
+  static constexpr int kMost = 768;  // a kernel's arguments take 4 KiB
+  int32_t values[kMost];
+  int32_t* to;
+
+  FUSEDRNN_INLINE void operator()(int, int64_t, int64_t j) const { to[j] = values[j]; }
+};
+
 // ---- states, or their gradients ---------------------------------------------------------------------------------
 
 // From the tensors of a call into the driver's buffers; zeros where there are none.

@@ -1,0 +1,112 @@
+// FUSEDRNN_CPU_ISA=persistent: the stepwise driver with its time loops run by the persistent kernels on an emulated GPU
+// (emulator.h), for every layer that they can do. FUSEDRNN_EMULATOR_SEED draws another order of threads.
+#include "../stepwise/host.h"
+
+#include <cstdlib>
+#include <random>
+
+#include "backward.h"
+#include "emulator.h"
+#include "forward.h"
+
+namespace fusedrnn {
+namespace {
+
+using namespace persistent;
+
+uint64_t seed() {
+  static const uint64_t value = [] {
+    const char* text = std::getenv("FUSEDRNN_EMULATOR_SEED");
+    return text && *text ? std::strtoull(text, nullptr, 10) : 1;
+  }();
+  return value;
+}
+
+template <class T>
+struct ProductsOf {
+  using Type = HalfProducts<T>;
+};
+template <>
+struct ProductsOf<float> {
+  using Type = SplitProducts;
+};
+
+// A cluster for H units: which of all that there are depends on the sizes, so that tests meet each.
+template <class Products>
+Geometry some_geometry(const Steps& steps, int64_t H) {
+  const uint64_t drawn = std::minstd_rand(H * 1009 + steps.B * 31 + steps.T + seed())();
+  Geometry s = {};
+  s.blocks = 1 << drawn % 3;
+  s.parts = 1 << drawn / 3 % 3;
+  const auto parts_of = [](int64_t n, int64_t of) { return static_cast<int>((n + of - 1) / of); };
+  s.tiles = parts_of(H, kTileUnits * s.blocks);
+  s.vectors = parts_of(H, 16 * Products::kPerRegister * s.parts);
+  s.held = drawn / 9 % 2 ? s.vectors : s.vectors / 2;
+  return s;
+}
+
+// Values that nobody can take for results.
+template <class E>
+void poison(E* memory, int64_t count) {
+  std::memset(static_cast<void*>(memory), 0xff, count * sizeof(E));
+}
+
+struct Emulated : Host {
+  static constexpr int64_t kMostUnits = 256;  // beyond this the fibers take too long
+
+  template <class Pass>
+  bool persists(const typename Pass::Problem& p) const {
+    return p.size.H <= kMostUnits;
+  }
+
+  template <class Cell, class T>
+  void run_steps(const ForwardSpan<T>& p) {
+    using Products = typename ProductsOf<T>::Type;
+    const Geometry s = some_geometry<Products>(p.steps, p.u.H);
+    each_row(p, false, [&](int slot, int64_t n) {
+      poison(p.u.y[slot] + n * p.u.width, p.u.H);
+      if (p.u.saved[slot]) poison(p.u.saved[slot] + n * p.u.saved_stride, (Cell::kSaved + Cell::kStates - 1) * p.u.H);
+    });
+    run(s, p, forward_layout<Cell, Products>(s).bytes, [&](EmulatedThread& m) { forward_loop<Cell, Products>(m, s, p); });
+  }
+  template <class Cell, class T>
+  void run_steps(const BackwardSpan<T>& p) {
+    using Products = typename ProductsOf<T>::Type;
+    const Geometry s = some_geometry<Products>(p.steps, p.u.H);
+    each_row(p, true, [&](int slot, int64_t n) {
+      poison(p.u.dg[slot] + n * (Cell::kGates + Cell::kSplit) * p.u.H, (Cell::kGates + Cell::kSplit) * p.u.H);
+      if (p.u.before[slot]) poison(p.u.before[slot] + n * p.u.H, p.u.H);
+    });
+    run(s, p, backward_layout<Cell, Products>(s).bytes, [&](EmulatedThread& m) { backward_loop<Cell, Products>(m, s, p); });
+  }
+
+ private:
+  template <class Span>
+  static int slots(const Span& p) {
+    return static_cast<int>(p.u.width / p.u.H);
+  }
+  template <class Span, class Visit>
+  static void each_row(const Span& p, bool from_the_end, const Visit& visit) {
+    for (int slot = 0; slot < slots(p); ++slot) {
+      Walk walk(p.steps, slot, from_the_end);
+      for (int64_t i = p.steps.begin; i < p.steps.end; ++i) {
+        for (int64_t b = 0; b < walk.rows(); ++b) visit(slot, walk.row + b);
+        from_the_end ? walk.back() : walk.forward();
+      }
+    }
+  }
+  template <class Span, class Kernel>
+  static void run(const Geometry& s, const Span& p, int64_t shared_bytes, const Kernel& kernel) {
+    const int clusters = static_cast<int>((p.steps.B + kSamples - 1) / kSamples);
+    emulate({clusters, slots(p), s.blocks, threads(s), shared_bytes, seed()}, kernel);
+  }
+};
+
+}  // namespace
+
+const KernelTable& table_persistent() {
+  static const KernelTable table = host_table<Emulated>("persistent", Registry{});
+  return table;
+}
+
+}  // namespace fusedrnn
