@@ -126,6 +126,9 @@ FLAGS.append(f'-DFUSEDRNN_FLAGS="{" ".join(FLAGS)}"')  # for fusedrnn.info
 
 TORCHES, PYTHONS = headers()
 COMMON = {"extra_link_args": shlex.split(os.environ.get("FUSEDRNN_LD_FLAGS", ""))}
+if sys.platform.startswith("linux"):
+    # Before torch's libraries: some of them have copies of libstdc++'s functions, which others lack.
+    COMMON["libraries"] = ["stdc++"]
 
 setup(
     ext_modules=[

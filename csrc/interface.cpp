@@ -73,6 +73,7 @@ std::string description() {
 
 const Interface* fusedrnn_interface() {
   static constexpr Interface kInterface = {
+      interface_layout(),
       [](const ModuleCall& call) { return fits(call); },
       [](const ModuleCall& call, PackedWeights& kept, const Zoneout& zoneout) { return infer(call, kept, zoneout); },
       Stepper::make,

@@ -10,8 +10,9 @@
 
 namespace fusedrnn {
 
-// The two sides are built together: C++ types may cross.
+// The two sides are built together: C++ types may cross. `layout`, the first member for ever, tells them apart if not.
 struct Interface {
+  uint64_t layout;
   bool (*fits)(const ModuleCall& call);
   std::optional<Inferred> (*infer)(const ModuleCall& call, PackedWeights& kept, const Zoneout& zoneout);
   std::unique_ptr<Stepper> (*make_stepper)(const ModuleCall& call, const Zoneout& zoneout);
@@ -21,6 +22,16 @@ struct Interface {
   int (*find_cell)(std::string_view name);  // -1: unknown
   int (*states)(int cell);
 };
+
+// Of the types that cross, by their sizes.
+constexpr uint64_t interface_layout() {
+  uint64_t all = 0;
+  for (const uint64_t size : {sizeof(Interface), sizeof(ModuleCall), sizeof(PackedWeights), sizeof(Zoneout),
+                              sizeof(Stepper), sizeof(Tensor), sizeof(Facts), sizeof(Inferred)}) {
+    all = all * 1000003 + size;
+  }
+  return all;
+}
 
 }  // namespace fusedrnn
 

@@ -229,8 +229,15 @@ py::object step(const py::object& prepared, const py::object& given_x, const py:
 PYBIND11_MODULE(_fast, m) {
   m.doc() = "Inference and steps past the dispatcher, for one version of torch and Python.";
   m.def(
-      "connect", [](uintptr_t address) { library = reinterpret_cast<const Interface*>(address); },
-      "The address that fusedrnn_interface() of the library gives: before anything else.");
+      "connect",
+      [](uintptr_t address) {
+        const auto* given = reinterpret_cast<const Interface*>(address);
+        if (given->layout != interface_layout()) return false;
+        library = given;
+        return true;
+      },
+      "The address that fusedrnn_interface() of the library gives: before anything else. False if it is of another "
+      "build.");
   m.def(
       "packed_weights", [] { return capsule_of(std::make_shared<PackedWeights>()); },
       "A capsule for the packed weights of a module's layers, kept between calls of infer.");

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
+import re
 import sysconfig
 import warnings
 from pathlib import Path
@@ -43,9 +45,15 @@ def versions(running: str = torch.__version__) -> str:
     return f"torch{major}_{minor}-{sysconfig.get_config_var('SOABI')}"
 
 
-def built(folder: Path) -> list[str]:
-    """The versions of every ``_fast`` in ``folder``."""
-    return sorted(path.stem.removeprefix("_fast-") for path in folder.glob("_fast-*.*"))
+def built(folder: Path) -> str:
+    """The versions that each ``_fast`` in ``folder`` is of, in words."""
+    found = [re.match(r"_fast-torch(\d+)_(\d+)-\D+(\d)(\d+)", path.name) for path in folder.glob("_fast-*.*")]
+    if not any(found):
+        return "none"
+    of_torch = sorted({(int(m[1]), int(m[2])) for m in found if m})
+    of_python = sorted({(int(m[3]), int(m[4])) for m in found if m})
+    names = (", ".join(f"{major}.{minor}" for major, minor in each) for each in (of_torch, of_python))
+    return "torch {}; Python {}".format(*names)
 
 
 def module(folder: Path, running: str = torch.__version__) -> Path | None:
@@ -62,22 +70,27 @@ def load() -> tuple[ctypes.CDLL, ModuleType | None]:
         RuntimeWarning: there is no module that fits.
     """
     path = library(FOLDER)
-    if hasattr(torch.ops.fusedrnn, "layer_forward"):  # torch would end the process
+    again = str(path.resolve()) in map(os.path.realpath, torch.ops.loaded_libraries)  # an earlier import failed
+    if not again and hasattr(torch.ops.fusedrnn, "layer_forward"):  # torch would end the process
         raise ImportError(f"the ops of fusedrnn are loaded already, by an earlier import; not again from {FOLDER}")
     torch.ops.load_library(path)
     loaded = ctypes.CDLL(str(path))
     for function, result in (("fusedrnn_description", ctypes.c_char_p), ("fusedrnn_interface", ctypes.c_void_p)):
         getattr(loaded, function).restype = result
-    if (fitting := module(FOLDER)) is None:
+    fast, reason = None, f"no _fast for {versions()} in {FOLDER}"
+    if fitting := module(FOLDER):
+        spec = importlib.util.spec_from_file_location("fusedrnn._fast", fitting)
+        try:
+            fast = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(fast)
+        except ImportError as error:  # of a torch that is not quite this one
+            fast, reason = None, f"{fitting.name} cannot be loaded: {error}"
+        if fast is not None and not fast.connect(loaded.fusedrnn_interface()):
+            fast, reason = None, f"{fitting.name} and _ops.so are of different builds"
+    if fast is None:
         warnings.warn(
-            f"fusedrnn: no _fast for {versions()} in {FOLDER}: a call of one step takes about 70 us more (see"
-            " python -m fusedrnn.info)",
+            f"fusedrnn: {reason}: a call of one step takes about 70 us more (see python -m fusedrnn.info)",
             RuntimeWarning,
             stacklevel=2,
         )
-        return loaded, None
-    spec = importlib.util.spec_from_file_location("fusedrnn._fast", fitting)
-    fast = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fast)
-    fast.connect(loaded.fusedrnn_interface())
     return loaded, fast

@@ -36,8 +36,11 @@ def _describe_cuda(built: bool) -> str:
 def _describe_short_calls(fast: str | None) -> str:
     if fast:
         return f"past the dispatcher ({fast})"
-    there = ", ".join(extension.built(extension.FOLDER)) or "for none"
-    return f"by the ops alone, in more time: not built for {extension.versions()} ({there}); {extension.BUILD}"
+    others = extension.built(extension.FOLDER)
+    return (
+        f"by the ops alone, in more time: not built for {extension.versions()} (but for {others}); a newer fusedrnn may"
+        f" be, or in its source tree: {extension.BUILD}"
+    )
 
 
 def describe() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import re
 import shutil
@@ -39,3 +40,13 @@ def interpreter(version: str) -> str | None:
     places.append(f"/opt/python/{tag}-{tag}/bin/python")
     asked = (place for place in places if place and Path(place).exists())  # on PATH may be a shim that leads nowhere
     return next((place for place in asked if subprocess.run([place, "-V"], capture_output=True).returncode == 0), None)
+
+
+def sources() -> str:
+    """A number for all that a wheel is built from."""
+    files = [path for name in ("csrc", "fusedrnn") for path in (ROOT / name).rglob("*") if path.is_file()]
+    files += [ROOT / "setup.py", ROOT / "pyproject.toml"]
+    contents = hashlib.sha256()
+    for path in sorted(path for path in files if path.suffix not in (".so", ".pyc")):
+        contents.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return contents.hexdigest()

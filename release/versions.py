@@ -20,7 +20,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from .supported import ABSENT, NEWEST, PYTHON, ROOT, TORCH, Pair, interpreter
+from .supported import ABSENT, NEWEST, PYTHON, ROOT, TORCH, Pair, interpreter, sources
 
 WORK = ROOT / "build" / "versions"
 READINGS = ROOT / "docs" / "versions.json"
@@ -62,9 +62,10 @@ def copy_tree(to: Path) -> None:
 
 
 def lay_in(wheel: Path, tree: Path) -> None:
-    """What is compiled, as the wheel has it."""
+    """The package, as the wheel has it."""
+    shutil.rmtree(tree / "fusedrnn")
     with zipfile.ZipFile(wheel) as files:
-        files.extractall(tree, [name for name in files.namelist() if name.endswith(".so")])
+        files.extractall(tree, [name for name in files.namelist() if name.startswith("fusedrnn/")])
 
 
 def commands(pair: Pair, python: str, wheel: Path | None, tests: list[str]) -> list[list[str]]:
@@ -117,8 +118,9 @@ def write(wheel: Path, readings: dict[str, dict[str, str]]) -> None:
     lines = [
         "# Versions of torch and Python",
         "",
-        "What `make test-versions` printed, on Linux x86-64: one wheel, built once, each pair in an environment of its",
-        "own. *all*: every test; *some*: the files that depend on torch and Python more than on the kernels",
+        "What `make test-versions` printed, on Linux x86-64: one wheel, built once, each pair in an environment of",
+        f"its own. (The SHA-256 of the wheel begins with {digest(wheel)}.) *all*: every test; *some*: the files that",
+        "depend on torch and Python more than on the kernels",
         "(`SMOKE` of `release/versions.py`). Of macOS there is no reading; of arm64 see CONTRIBUTING.",
         "",
         "| torch | Python | tests | result | date |",
@@ -155,6 +157,8 @@ def main() -> None:
     if len(wheels) != 1:
         sys.exit(f"error: {len(wheels)} wheels in dist/, one is needed: make wheel")
     (wheel,) = wheels
+    if wheel.with_suffix(".sources").read_text() != sources():
+        sys.exit(f"error: {wheel.name} was built from other sources: make wheel")
     ok = True
     for pair in pairs:
         reading = run(pair, wheel, args.keep, args.tests or ([] if pair in WHOLE else SMOKE))

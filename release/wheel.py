@@ -18,7 +18,7 @@ import venv
 import zipfile
 from pathlib import Path
 
-from .supported import PYTHON, ROOT, TORCH, interpreter
+from .supported import PYTHON, ROOT, TORCH, interpreter, sources
 
 WORK = ROOT / "build" / "wheel"
 HEADERS = WORK / "headers"
@@ -146,10 +146,12 @@ def main() -> None:
         print(repair(*args.repair))
         return
     collect(args.torch, args.python, HEADERS)
-    for old in (ROOT / "dist").glob("fusedrnn-*.whl"):
+    for old in (ROOT / "dist").glob("fusedrnn-*"):
         old.unlink()
+    of = sources()
     print("building (ten minutes the first time)", flush=True)
     wheel = repair(build(WORK / "dist", FUSEDRNN_HEADERS=str(HEADERS)), ROOT / "dist")
+    wheel.with_suffix(".sources").write_text(of)
     print(f"{wheel.relative_to(ROOT)}: {wheel.stat().st_size / 1e6:.1f} MB", flush=True)
     torch = args.try_with or args.torch[-1]
     print(f"trying it with torch {torch} in an empty environment", flush=True)

@@ -139,9 +139,8 @@ bool isa_supported(const char* name) {
   if (!std::strcmp(name, "amx")) return isa_supported("avx512_bf16") && amx_allowed();
   if (!std::strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
-  return !std::strcmp(name, "base") || std::any_of(std::begin(kEmulated), std::end(kEmulated), [&](const auto& table) {
-    return !std::strcmp(name, table().name);
-  });
+  return !std::strcmp(name, "base") || std::any_of(std::begin(kEmulated), std::end(kEmulated),
+                                                   [&](const auto& table) { return !std::strcmp(name, table().name); });
 }
 
 const KernelTable* find_isa(std::string_view name) {

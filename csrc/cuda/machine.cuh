@@ -1,4 +1,5 @@
-// The GPU as the persistent kernels see it: each member a line of CUDA or PTX. What each promises: persistent/emulator.h.
+// The GPU as the persistent kernels see it: each member a line of CUDA or PTX. What each promises:
+// persistent/emulator.h.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -67,8 +68,7 @@ class GpuThread {
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
-  FUSEDRNN_KERNEL void multiply_halves(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                                       __half) const {
+  FUSEDRNN_KERNEL void multiply_halves(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half) const {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])

@@ -1,5 +1,5 @@
-// The backward time loop of a span of steps as one kernel: what step_backward.h does between dL/dy and dG, for cells with
-// one product a step, without projection, masks, zoneout, norms and limits on a norm.
+// The backward time loop of a span of steps as one kernel: what step_backward.h does between dL/dy and dG, for cells
+// with one product a step, without projection, masks, zoneout, norms and limits on a norm.
 //
 // A step: dL/dh and dL/dc of a lane's pairs are in its registers; the cell; dG into the buffer of every block of the
 // cluster; dG to memory, on the way to the barrier; then each block multiplies its own columns of W_hh, so that no sum
@@ -58,14 +58,18 @@ FUSEDRNN_KERNEL void backward_loop(M& m, const Shape& s, const BackwardSpan<type
   const auto load = [&] {
     const int active = here.active(walk.rows()), carried = here.active(walk.carried());
     const int64_t first = walk.row + here.first_sample, before = walk.previous_row() + here.first_sample;
-    const T *const y = p.u.y[slot] + first * width + here.first_unit, *y_before = p.u.y[slot] + before * width + here.first_unit;
-    const float *const kept = p.u.saved[slot] + first * saved_stride + here.first_unit,
-                *const kept_before = p.u.saved[slot] + before * saved_stride + here.first_unit;
+    const T *const y = p.u.y[slot] + first * width + here.first_unit,
+                   *y_before = p.u.y[slot] + before * width + here.first_unit;
+    const float *const kept = p.u.saved[slot] + first * saved_stride + here.first_unit, *const kept_before =
+                                                                                            p.u.saved[slot] +
+                                                                                            before * saved_stride +
+                                                                                            here.first_unit;
     const int64_t begin = here.first_sample * H + here.first_unit;
     const auto given = [&](const RowView& from, int sample, int unit) {
       if (!from.data) return 0.0f;
-      const int64_t at_row = from.time < 0 ? (first + sample) * from.batch
-                                           : walk.time(walk.step) * from.time + (here.first_sample + sample) * from.batch;
+      const int64_t at_row = from.time < 0
+                                 ? (first + sample) * from.batch
+                                 : walk.time(walk.step) * from.time + (here.first_sample + sample) * from.batch;
       return static_cast<float>(widen(static_cast<const T*>(from.data)[at_row + slot * H + here.first_unit + unit]));
     };
 #pragma unroll

@@ -18,8 +18,8 @@ namespace {
 
 constexpr int64_t kWord = 2, kStackBytes = 64 << 10;
 
-// What a thread had passed when it made an access. It comes before what another thread does later if a barrier is between
-// them: one that this thread has reached since, and the other has left.
+// What a thread had passed when it made an access. It comes before what another thread does later if a barrier is
+// between them: one that this thread has reached since, and the other has left.
 struct Access {
   int rank, thread;
   int64_t block_syncs, group_syncs, arrivals;
@@ -216,8 +216,8 @@ class EmulatedCluster {
     std::abort();  // not reached
   }
   [[noreturn]] void race(int64_t word, const char* does, const Access& other, const char* did) {
-    fail(said() << does << " byte " << word * kWord << " of shared memory, which thread " << other.thread << " of block "
-                << other.rank << " " << did << ", with no barrier between them");
+    fail(said() << does << " byte " << word * kWord << " of shared memory, which thread " << other.thread
+                << " of block " << other.rank << " " << did << ", with no barrier between them");
   }
   std::string deadlock() const {
     std::ostringstream text;

@@ -13,10 +13,9 @@
 //   cluster_arrive, cluster_wait     the two halves of a barrier of the whole cluster; of one block, wait is all of it
 //
 // It stops a kernel, with a message, at the first
-//   race: an access to a word of shared memory that another thread has accessed, one of the two to write, with no barrier
-//   between them; a barrier orders just those threads that pass it;
-//   read of shared memory that nobody has written, or beyond its end;
-//   collective that not all lanes of a warp come to, barrier that not all threads come to.
+//   race: an access to a word of shared memory that another thread has accessed, one of the two to write, with no
+//   barrier between them; a barrier orders just those threads that pass it; read of shared memory that nobody has
+//   written, or beyond its end; collective that not all lanes of a warp come to, barrier that not all threads come to.
 //
 // What it does not have: time, memory order within a thread's own accesses, more than one cluster at a time, and the
 // rounding of a tensor core's sums, which here are those of double, rounded to float once a product.
@@ -42,9 +41,7 @@ struct EmulatedGrid {
 template <class E>
 struct SharedPlace {
   int64_t byte;
-  SharedPlace operator+(int64_t elements) const {
-    return {byte + elements * static_cast<int64_t>(sizeof(E))};
-  }
+  SharedPlace operator+(int64_t elements) const { return {byte + elements * static_cast<int64_t>(sizeof(E))}; }
 };
 
 // A thread, as the kernel sees it.

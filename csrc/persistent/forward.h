@@ -3,8 +3,9 @@
 // thread, on the host (machine.h).
 //
 // A step: h_{t-1} of the tile is in each block's shared memory; the product; the parts' sums; the cell, its states in
-// registers; h_t into the other buffer of every block; y and what is saved, on the way to the barrier that ends the step.
-// Two buffers are enough: who writes one in step t+1 has passed the barrier of step t, before which all have read it.
+// registers; h_t into the other buffer of every block; y and what is saved, on the way to the barrier that ends the
+// step. Two buffers are enough: who writes one in step t+1 has passed the barrier of step t, before which all have read
+// it.
 #pragma once
 
 #include "../stepwise/step_forward.h"

@@ -5,8 +5,8 @@
 // with all their gates, times one of `parts` of the sum over k. So after the product (and the sum of the parts) a lane
 // holds every gate of its (unit, sample) pairs, and the cell needs nothing of another lane.
 //
-// The product is c [16 units, 8 samples] += a [16, k] b [k, 8], a the weights, in the fragments of mma.sync (products.h).
-// k is cut in vectors, as many elements as 4 lanes hold in 4 registers each: 64 bytes of a sample's row.
+// The product is c [16 units, 8 samples] += a [16, k] b [k, 8], a the weights, in the fragments of mma.sync
+// (products.h). k is cut in vectors, as many elements as 4 lanes hold in 4 registers each: 64 bytes of a sample's row.
 #pragma once
 
 #include <cstdint>
@@ -57,7 +57,8 @@ FUSEDRNN_INLINE constexpr int row_vectors(const Shape& s, int gates) {
   return (gates * s.parts * s.vectors) | 1;
 }
 
-// Places in a block's shared memory, in bytes. An operand row has one k (forward: h) or one for each gate (backward: dG).
+// Places in a block's shared memory, in bytes. An operand row has one k (forward: h) or one for each gate (backward:
+// dG).
 template <class Shape>
 struct Layout {
   int operand;   // [2][kSamples][row]: the buffer that a step reads, the buffer that it writes
@@ -67,8 +68,7 @@ struct Layout {
 
   // operand_gates: rows of k in the operand; sums: what a part hands to another, of each lane.
   FUSEDRNN_INLINE constexpr Layout(const Shape& s, int gates, int operand_gates, int sums)
-      : operand(0),
-        exchange(2 * kSamples * row_vectors(s, operand_gates) * kVectorBytes),
+      : operand(0), exchange(2 * kSamples * row_vectors(s, operand_gates) * kVectorBytes),
         weights(exchange + (s.parts > 1 ? s.parts * s.parts * s.tiles * sums * kLanes * 4 : 0)),
         bytes(weights + s.tiles * s.parts * gates * (s.vectors - s.held) * 2 * kLanes * 16) {}
 };
@@ -80,17 +80,14 @@ struct Place {
 
   template <class Shape>
   FUSEDRNN_KERNEL Place(const Shape& s, int thread)
-      : lane(thread % kLanes),
-        g(lane / 4),
-        t(lane % 4),
-        warp(thread / kLanes),
-        tile(warp % s.tiles),
+      : lane(thread % kLanes), g(lane / 4), t(lane % 4), warp(thread / kLanes), tile(warp % s.tiles),
         part(warp / s.tiles) {}
   template <class Shape>
   FUSEDRNN_KERNEL static constexpr int pairs(const Shape& s) {
     return 4 / s.parts;
   }
-  // Of the part's pair p: the sample of the tile, the unit of the block. Units are two if there is one part: unit_index.
+  // Of the part's pair p: the sample of the tile, the unit of the block. Units are two if there is one part:
+  // unit_index.
   template <class Shape>
   FUSEDRNN_KERNEL int sample(const Shape& s, int p) const {
     return 2 * t + (s.parts == 4 ? part & 1 : p & 1);

@@ -67,7 +67,8 @@ struct Emulated : Host {
       poison(p.u.y[slot] + n * p.u.width, p.u.H);
       if (p.u.saved[slot]) poison(p.u.saved[slot] + n * p.u.saved_stride, (Cell::kSaved + Cell::kStates - 1) * p.u.H);
     });
-    run(s, p, forward_layout<Cell, Products>(s).bytes, [&](EmulatedThread& m) { forward_loop<Cell, Products>(m, s, p); });
+    run(s, p, forward_layout<Cell, Products>(s).bytes,
+        [&](EmulatedThread& m) { forward_loop<Cell, Products>(m, s, p); });
   }
   template <class Cell, class T>
   void run_steps(const BackwardSpan<T>& p) {
@@ -77,7 +78,8 @@ struct Emulated : Host {
       poison(p.u.dg[slot] + n * (Cell::kGates + Cell::kSplit) * p.u.H, (Cell::kGates + Cell::kSplit) * p.u.H);
       if (p.u.before[slot]) poison(p.u.before[slot] + n * p.u.H, p.u.H);
     });
-    run(s, p, backward_layout<Cell, Products>(s).bytes, [&](EmulatedThread& m) { backward_loop<Cell, Products>(m, s, p); });
+    run(s, p, backward_layout<Cell, Products>(s).bytes,
+        [&](EmulatedThread& m) { backward_loop<Cell, Products>(m, s, p); });
   }
 
  private:

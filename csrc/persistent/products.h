@@ -82,9 +82,9 @@ struct Tf32Products {
   }
 };
 
-// float32 as it is: each factor is the sum of two of TF32, of which the product of the small parts is left out, 2^-22 of
-// the whole. The small parts first, so that they are not lost in the sum. They have the sign of the whole, and are 0 or
-// infinite only where it is (2^-30 of it at least): so the three products of an infinity are one.
+// float32 as it is: each factor is the sum of two of TF32, of which the product of the small parts is left out, 2^-22
+// of the whole. The small parts first, so that they are not lost in the sum. They have the sign of the whole, and are 0
+// or infinite only where it is (2^-30 of it at least): so the three products of an infinity are one.
 struct SplitProducts {
   using T = float;
   using Operand = float;
@@ -119,8 +119,8 @@ struct SplitProducts {
   }
 };
 
-// A warp's share of the recurrent weights: of each gate 16 rows, and the columns of its part of k. A lane's registers of
-// product j of vector v are the elements 2j and 2j + 1 (each of kPerRegister) of its 16 bytes.
+// A warp's share of the recurrent weights: of each gate 16 rows, and the columns of its part of k. A lane's registers
+// of product j of vector v are the elements 2j and 2j + 1 (each of kPerRegister) of its 16 bytes.
 template <class Products, class Shape, int kGates, class M>
 class Weights {
  public:
@@ -245,8 +245,9 @@ FUSEDRNN_KERNEL void sum_parts(M& m, const Shape& s, const Place& at, int exchan
   }
 }
 
-// A value for each of the part's pairs, stored as operands of the units in every block of the cluster: row(sample) is the
-// place of a sample's first unit of this block. Two units' 16-bit values go together. `units`: how many the block has.
+// A value for each of the part's pairs, stored as operands of the units in every block of the cluster: row(sample) is
+// the place of a sample's first unit of this block. Two units' 16-bit values go together. `units`: how many the block
+// has.
 template <class Products, class Shape, class M, class At>
 FUSEDRNN_KERNEL void publish(M& m, const Shape& s, const Place& at, int units, const At& row,
                              const float (&values)[4]) {
@@ -258,7 +259,8 @@ FUSEDRNN_KERNEL void publish(M& m, const Shape& s, const Place& at, int units, c
       m.store_everywhere(row(at.sample(s, p)) + at.unit(s, p), Products::operand(values[p]));
     }
   } else {
-    // Lanes of units g and g ^ 1 change places: the even one gets both units of the even sample, the odd one of the odd.
+    // Lanes of units g and g ^ 1 change places: the even one gets both units of the even sample, the odd one of the
+    // odd.
     const bool odd = at.g & 1;
 #pragma unroll
     for (int p = 0; p < pairs; p += 2) {

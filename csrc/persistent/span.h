@@ -1,5 +1,5 @@
-// What a persistent kernel gets: a run of steps of all directions, between the states in the driver's buffers before and
-// after it.
+// What a persistent kernel gets: a run of steps of all directions, between the states in the driver's buffers before
+// and after it.
 #pragma once
 
 #include "../stepwise/step_backward.h"
@@ -12,8 +12,8 @@ namespace fusedrnn::persistent {
 struct Steps {
   int64_t begin, end;
   int64_t T, B;
-  const int32_t* active;             // [T], where the kernel can read it; null: B samples in every step
-  int64_t first_row[kMaxSlots];      // of step `begin`, or of end - 1 if the loop goes back
+  const int32_t* active;         // [T], where the kernel can read it; null: B samples in every step
+  int64_t first_row[kMaxSlots];  // of step `begin`, or of end - 1 if the loop goes back
 };
 
 // The rows of a step, found from those of its neighbour.
@@ -51,10 +51,10 @@ struct ForwardSpan {
   using S = Compute<T>;
   Steps steps;
   ForwardBuffers<S, T> u;
-  const S* x;                  // [slots][x_stride]: rows [G*H] of W_ih x, from row first_x on
+  const S* x;  // [slots][x_stride]: rows [G*H] of W_ih x, from row first_x on
   int64_t x_stride;
   int64_t first_x[kMaxSlots];
-  const T* w_hh;               // [slots][G*H][H]
+  const T* w_hh;  // [slots][G*H][H]
 };
 
 template <class T>
@@ -62,10 +62,10 @@ struct BackwardSpan {
   using S = Compute<T>;
   Steps steps;
   BackwardBuffers<S, T> u;
-  RowView dy, dc;              // as in problem.h
-  const T* w_hh;               // [slots][G*H][H]
-  S clip;                      // of what a step sends, element by element; 0: as it is
-  int64_t bptt_steps;          // 0: everything is sent
+  RowView dy, dc;      // as in problem.h
+  const T* w_hh;       // [slots][G*H][H]
+  S clip;              // of what a step sends, element by element; 0: as it is
+  int64_t bptt_steps;  // 0: everything is sent
 };
 
 }  // namespace fusedrnn::persistent

@@ -1,6 +1,6 @@
-// The values that the persistent kernels compute a cell on (cells/cell.h), with activations short enough for a loop whose
-// time they are: a float, where tanh takes one instruction of the GPU, or a dozen that are right to a few units in the
-// last place.
+// The values that the persistent kernels compute a cell on (cells/cell.h), with activations short enough for a loop
+// whose time they are: a float, where tanh takes one instruction of the GPU, or a dozen that are right to a few units
+// in the last place.
 #pragma once
 
 #include <cmath>

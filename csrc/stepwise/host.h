@@ -94,8 +94,8 @@ template <class Device, class... Cells>
 KernelTable host_table(const char* name, CellList<Cells...>) {
   using c10::BFloat16, c10::Half;
   constexpr ForwardKernel kForward[][kDTypes] = {
-      {run_on_host<Device, StepwiseForward<Cells, float>>, run_on_host<Device, StepwiseForward<Cells, double>>, run_on_host<Device, StepwiseForward<Cells, BFloat16>>,
-       run_on_host<Device, StepwiseForward<Cells, Half>>}...};
+      {run_on_host<Device, StepwiseForward<Cells, float>>, run_on_host<Device, StepwiseForward<Cells, double>>,
+       run_on_host<Device, StepwiseForward<Cells, BFloat16>>, run_on_host<Device, StepwiseForward<Cells, Half>>}...};
   constexpr BackwardKernel kBackward[][kDTypes] = {
       {run_on_host<Device, StepwiseBackward<Cells, float>>, run_on_host<Device, StepwiseBackward<Cells, double>>,
        run_on_host<Device, StepwiseBackward<Cells, BFloat16>>, run_on_host<Device, StepwiseBackward<Cells, Half>>}...};

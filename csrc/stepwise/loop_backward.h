@@ -33,21 +33,21 @@ struct StepwiseBackward {
   static int64_t parts(int64_t N) { return (N + rows_of_part(N) - 1) / rows_of_part(N); }
 
   struct Work {
-    S* dh;       // [slots][B][R]
-    S* sent;     // [slots][B][R] or null: what the products send back to a masked h
-    S* dc;       // [slots][B][H] or null
-    S* through;  // [slots][B][H] or null
-    T* dg;       // [slots][N][kBlocks*H]
-    T* before;   // [slots][N][R] or null
-    T* q;        // [slots][N][H] or null
-    T* dy_rows;  // [slots][N][R] or null
-    S* part;     // [slots][parts][kBlocks*H] or null
-    S* scale;    // [slots][B][2] or null
-    S* dh_rows;  // [slots][N][R] or null
-    S* sent_dc;  // [slots][N][H] or null
-    S* dc_rows;  // [slots][N][H] or null
-    T* w_hh;     // [2][G*H][R], of two directions
-    T* w_hr;     // [2][R][H]
+    S* dh;            // [slots][B][R]
+    S* sent;          // [slots][B][R] or null: what the products send back to a masked h
+    S* dc;            // [slots][B][H] or null
+    S* through;       // [slots][B][H] or null
+    T* dg;            // [slots][N][kBlocks*H]
+    T* before;        // [slots][N][R] or null
+    T* q;             // [slots][N][H] or null
+    T* dy_rows;       // [slots][N][R] or null
+    S* part;          // [slots][parts][kBlocks*H] or null
+    S* scale;         // [slots][B][2] or null
+    S* dh_rows;       // [slots][N][R] or null
+    S* sent_dc;       // [slots][N][H] or null
+    S* dc_rows;       // [slots][N][H] or null
+    T* w_hh;          // [2][G*H][R], of two directions
+    T* w_hr;          // [2][R][H]
     int32_t* active;  // [T] or null: what one kernel for all steps reads of size.active
   };
 
@@ -151,8 +151,8 @@ struct StepwiseBackward {
   static persistent::BackwardSpan<T> steps_as_one(const BackwardProblem& p, const Slots& slots, const Work& w,
                                                   const T* w_hh, const BackwardBuffers<S, T>& u) {
     const LayerSizes& z = p.size;
-    persistent::BackwardSpan<T> all = {{0, z.T, z.T, z.B, w.active, {}}, u, p.dy, p.dc, w_hh, static_cast<S>(p.clip),
-                                       p.bptt_steps};
+    persistent::BackwardSpan<T> all = {{0, z.T, z.T, z.B, w.active, {}}, u,           p.dy, p.dc, w_hh,
+                                       static_cast<S>(p.clip),           p.bptt_steps};
     for (int s = 0; s < slots.count; ++s) all.steps.first_row[s] = z.offset[slots.time(z, s, z.T - 1)];
     return all;
   }

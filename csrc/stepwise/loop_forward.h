@@ -27,16 +27,16 @@ struct StepwiseForward {
   }
 
   struct Work {
-    S* x;        // [slots][limit][G*H]
-    S* rec;      // [slots][B][G*H]
-    T* operand;  // [slots][B][R]
-    S* h;        // [slots][B][R], or null: `operand` is all there is to know of it
-    S* c;        // [slots][B][H] or null
-    T* q;        // [slots][B][H] or null
-    S* kept;     // [slots][B][kSaved*H] or null
-    T* w_ih;     // [2][G*H][I], of two directions, as all the weights here
-    T* w_hh;     // [2][G*H][R]
-    T* w_hr;     // [2][R][H]
+    S* x;             // [slots][limit][G*H]
+    S* rec;           // [slots][B][G*H]
+    T* operand;       // [slots][B][R]
+    S* h;             // [slots][B][R], or null: `operand` is all there is to know of it
+    S* c;             // [slots][B][H] or null
+    T* q;             // [slots][B][H] or null
+    S* kept;          // [slots][B][kSaved*H] or null
+    T* w_ih;          // [2][G*H][I], of two directions, as all the weights here
+    T* w_hh;          // [2][G*H][R]
+    T* w_hr;          // [2][R][H]
     int32_t* active;  // [T] or null: what one kernel for many steps reads of size.active
     int64_t limit;
   };
@@ -141,7 +141,8 @@ struct StepwiseForward {
   static persistent::ForwardSpan<T> steps_as_one(const LayerSizes& z, const Slots& slots, const Work& w,
                                                  const Weights& weights, const ForwardBuffers<S, T>& u,
                                                  const StepRows& span, int64_t begin, int64_t end) {
-    persistent::ForwardSpan<T> all = {{begin, end, z.T, z.B, w.active, {}}, u, w.x, w.limit * G * z.H, {}, weights.w_hh};
+    persistent::ForwardSpan<T> all = {
+        {begin, end, z.T, z.B, w.active, {}}, u, w.x, w.limit * G * z.H, {}, weights.w_hh};
     for (int s = 0; s < slots.count; ++s) {
       all.steps.first_row[s] = z.offset[slots.time(z, s, begin)];
       all.first_x[s] = span.first[s];

@@ -4,8 +4,8 @@
 //   check fragments          the emulated mma.sync against CUTLASS's layouts of its fragments
 //   check fault NAME         a kernel with that fault; prints what the emulator says of it
 //
-// The exit status is 1 if something differs. FEW, defined, leaves cells and types out and stops at the first difference,
-// for mutants.
+// The exit status is 1 if something differs. FEW, defined, leaves cells and types out and stops at the first
+// difference, for mutants.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -151,7 +151,8 @@ bool run_loops(const Case& c, uint64_t seed, double tolerance) {
   for (int s = 0; s < D; ++s) {
     for (int b = 0; b < B; ++b) {
       std::vector<double> now(H), cell(H);
-      for (int j = 0; j < H; ++j) now[j] = as_double(h0[(s * B + b) * H + j]), cell[j] = as_double(c0[(s * B + b) * H + j]);
+      for (int j = 0; j < H; ++j)
+        now[j] = as_double(h0[(s * B + b) * H + j]), cell[j] = as_double(c0[(s * B + b) * H + j]);
       for (int i = 0; i < c.T; ++i) {
         const int t = time(s, i);
         if (b >= rows.active[t]) continue;
@@ -163,7 +164,8 @@ bool run_loops(const Case& c, uint64_t seed, double tolerance) {
             of_x[g] = x[(s * N + n) * G * H + g * H + j] + (c.bias ? as_double(b_ih[s * G * H + g * H + j]) : 0);
             of_h[g] = c.bias ? as_double(b_hh[s * G * H + g * H + j]) : 0;
             for (int k = 0; k < H; ++k) {
-              of_h[g] += as_double(w[(int64_t{s} * G * H + g * H + j) * H + k]) * as_double(narrow<T>(static_cast<float>(now[k])));
+              of_h[g] += as_double(w[(int64_t{s} * G * H + g * H + j) * H + k]) *
+                         as_double(narrow<T>(static_cast<float>(now[k])));
             }
           }
           Values<V, Cell::kStates> state;
@@ -242,7 +244,8 @@ bool run_loops(const Case& c, uint64_t seed, double tolerance) {
           Values<V, G> dx, drec;
           Cell::backward(values, previous, current, gradient, dx, drec);
           double* const to = &want_dg[(s * N + n) * kBlocks * H + j];
-          for (int k = 0; k < G; ++k) to[k * H] = drec[k], gates[k * H + j] = as_double(narrow<T>(static_cast<float>(drec[k])));
+          for (int k = 0; k < G; ++k)
+            to[k * H] = drec[k], gates[k * H + j] = as_double(narrow<T>(static_cast<float>(drec[k])));
           for (int k = 0; k < Cell::kSplit; ++k) to[(G + k) * H] = dx[G - Cell::kSplit + k];
           direct[j] = gradient[0];
           if constexpr (Cell::kStates == 2) e[j] = gradient[1];
@@ -250,9 +253,7 @@ bool run_loops(const Case& c, uint64_t seed, double tolerance) {
         }
         const bool severed = carried && g.bptt_steps > 0 && std::max(t, time(s, i - 1)) % g.bptt_steps == 0;
         const double limit = g.clip;
-        const auto sent = [&](double v) {
-          return severed ? 0 : limit == 0 ? v : std::min(std::max(v, -limit), limit);
-        };
+        const auto sent = [&](double v) { return severed ? 0 : limit == 0 ? v : std::min(std::max(v, -limit), limit); };
         for (int j = 0; j < H; ++j) {
           double sum = direct[j];
           for (int k = 0; k < G * H; ++k) sum += gates[k] * as_double(w[(int64_t{s} * G * H + k) * H + j]);
@@ -289,8 +290,8 @@ int run_cases(const char* type, double tolerance, uint64_t seed) {
     } catch (const std::exception& error) {
       std::printf("  %s\n", error.what());
     }
-    std::printf("%s %s H %d B %d T %d blocks %d tiles %d parts %d vectors %d held %d seed %d\n", Cell::kName, type, c.H, c.B,
-                c.T, c.s.blocks, c.s.tiles, c.s.parts, c.s.vectors, c.s.held, static_cast<int>(seed));
+    std::printf("%s %s H %d B %d T %d blocks %d tiles %d parts %d vectors %d held %d seed %d\n", Cell::kName, type, c.H,
+                c.B, c.T, c.s.blocks, c.s.tiles, c.s.parts, c.s.vectors, c.s.held, static_cast<int>(seed));
     ++bad;
 #if defined(FEW)
     std::fflush(stdout);
