@@ -36,7 +36,8 @@ if not os.environ.get("CUDA_HOME") and shutil.which("nvcc"):
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
 ROOT = Path(__file__).parent
-CUDA_SOURCES = ["csrc/cuda/device.cu", "csrc/cuda/launch.cpp"]
+OF_CUDA = (ROOT / "csrc/cuda").glob
+CUDA_SOURCES = sorted(str(path.relative_to(ROOT)) for path in [*OF_CUDA("*.cu"), *OF_CUDA("*.cpp")])
 SOURCES = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")}
 FAST = ["csrc/autograd.cpp", "csrc/parameters.cpp", "csrc/python.cpp"]
 SOURCES = sorted(SOURCES - set(CUDA_SOURCES) - set(FAST))

@@ -18,6 +18,7 @@
 #include "../csrc/cells/registry.h"
 #include "../csrc/cpu/dispatch.h"
 #include "../csrc/cpu/plan.h"
+#include "../csrc/persistent/plan.h"
 #include "../csrc/stepwise/slots.h"
 
 namespace py = pybind11;
@@ -83,6 +84,43 @@ std::vector<std::vector<int64_t>> projection_spans(const std::vector<int64_t>& b
     begin = end;
   }
   return spans;
+}
+
+// A persistent loop of a cell on a GPU: why there is none, or its cluster, the shared memory of a block in bytes, and
+// an estimate of a step's cycles.
+py::dict persistent_plan(const std::string& cell, const std::string& multiplier, int64_t H, bool backward, int major,
+                         int shared_bytes) {
+  using namespace persistent;
+  const auto constants_of = [&]<class... Cells>(CellList<Cells...>) {
+    Loop loop = {};
+    const auto take = [&](auto c) {
+      using Cell = decltype(c);
+      if (cell == Cell::kName) {
+        loop.gates = Cell::kGates, loop.split = Cell::kSplit, loop.states = Cell::kStates, loop.saved = Cell::kSaved;
+      }
+    };
+    (take(Cells()), ...);
+    return loop;
+  };
+  Loop loop = constants_of(Registry{});
+  if (loop.gates == 0 || H < 1) throw py::value_error("no such layer");
+  loop.multiplier = multiplier == "tf32"      ? Multiplier::kTf32
+                    : multiplier == "float32" ? Multiplier::kSplit
+                                              : Multiplier::kHalves;
+  loop.units = units_for(H), loop.backward = backward;
+  const Gpu gpu = {major, 0, shared_bytes};
+  py::dict result;
+  if (const char* why = refusal(loop, gpu)) {
+    result["refusal"] = why;
+    return result;
+  }
+  const Geometry s = choose(loop, most_blocks(gpu));
+  result["refusal"] = py::none();
+  result["blocks"] = s.blocks, result["tiles"] = s.tiles, result["parts"] = s.parts;
+  result["vectors"] = s.vectors, result["held"] = s.held;
+  result["shared_bytes"] = persistent::shared_bytes(loop, s);
+  result["cycles"] = estimated_cycles(loop, s);
+  return result;
 }
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
@@ -184,6 +222,8 @@ PYBIND11_MODULE(probes, m) {
         "Steps of a chunk in which stacked layers run side by side; 0: they do not.");
   m.def("projection_spans", projection_spans, py::arg("batch_sizes"), py::arg("limit"),
         "Steps whose input products are made at once on a GPU, and their rows in both directions.");
+  m.def("persistent_plan", persistent_plan, py::arg("cell"), py::arg("multiplier"), py::arg("H"), py::arg("backward"),
+        py::arg("major"), py::arg("shared_bytes"), "The cluster that a layer gets on a GPU, or why it gets none.");
   m.def("peak_flops", peak_flops, py::arg("threads"), py::arg("seconds") = 0.02, Alone(),
         "float32 operations a second, multiplying and adding in registers.");
   m.def("read_bandwidth", read_bandwidth, py::arg("threads"), py::arg("kilobytes"), py::arg("seconds") = 0.02, Alone(),

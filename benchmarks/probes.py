@@ -32,7 +32,7 @@ def _native() -> ModuleType:
     isa = "avx2" if "FUSEDRNN_AVX2_AS_AVX512" in _C.build()["flags"] else _C.isa()
     isa = {"avx512_bf16": "avx512", "amx": "avx512"}.get(isa, isa)
     include = (Path(torch.__file__).parent / "include", sysconfig.get_path("include"))  # pybind11 among torch's headers
-    command = [*shlex.split(os.environ.get("CXX", "c++")), "-std=c++17", "-O3", "-fopenmp", "-fPIC", "-shared"]
+    command = [*shlex.split(os.environ.get("CXX", "c++")), "-std=c++20", "-O3", "-fopenmp", "-fPIC", "-shared"]
     command += [f"-DFUSEDRNN_VECTOR_BYTES={_C.vector_bytes()}", *(f"-m{name}" for name in _TARGETS.get(isa, ()))]
     command += [*(f"-I{folder}" for folder in include), "benchmarks/probes.cpp", "csrc/cpu/plan.cpp"]
     sources = sorted(path for path in (_ROOT / "csrc").rglob("*") if path.suffix in (".h", ".inl", ".cpp"))

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["ARCHITECTURES", "Kernel", "compile_kernels", "table"]
+__all__ = ["ARCHITECTURES", "Kernel", "Products", "compile_kernels", "products", "table"]
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
@@ -43,7 +43,8 @@ class Kernel:
 def _readable(names: Sequence[str]) -> list[str]:
     """Names without the mangling, the namespaces and the arguments."""
     done = subprocess.run(["c++filt", *names], capture_output=True, text=True, check=True)
-    short = (re.sub(r"fusedrnn::|\(anonymous namespace\)::|void ", "", name) for name in done.stdout.splitlines())
+    left_out = r"fusedrnn::|persistent::|\(anonymous namespace\)::|void "
+    short = (re.sub(left_out, "", name) for name in done.stdout.splitlines())
     return [re.sub(r"\(.*", "", name).replace(" >", ">") for name in short]
 
 
@@ -77,6 +78,42 @@ def compile_kernels(architectures: Sequence[str] = ARCHITECTURES) -> list[Kernel
                 )
             )  # fmt: skip
     return kernels
+
+
+@dataclass(frozen=True)
+class Products:
+    """How many matrix products the time loop of a persistent kernel has, for which way of multiplying and geometry."""
+
+    products: str
+    vectors: int
+    count: int
+
+
+def products(source: str, architecture: str = "sm_90a") -> list[Products]:
+    """The persistent kernels of a file in csrc/cuda, as the compiler hands them to ptxas.
+
+    Raises:
+        FileNotFoundError: no nvcc.
+        RuntimeError: nvcc failed; with what it printed.
+    """
+    nvcc = shutil.which("nvcc")
+    if not nvcc:
+        raise FileNotFoundError("nvcc is not on the PATH")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [nvcc, *FLAGS, f"-arch={architecture}", "-ptx", ROOT / "csrc/cuda" / source, "-o", f"{folder}/ptx"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        text = Path(folder, "ptx").read_text()
+    found = []
+    for part in re.split(r"(?=\.entry )", text)[1:]:
+        (name,) = _readable([re.match(r"\.entry (\w+)", part)[1]])
+        count = len(re.findall(r"mma\.sync", part))
+        if count:  # one of another architecture is empty
+            way = re.search(r"\w+Products", name)[0]
+            geometry = re.search(r"FixedGeometry<(\d+), (\d+), (\d+), (\d+), (\d+)>", name)
+            found.append(Products(way, int(geometry[4]), count))
+    return found
 
 
 def table(kernels: Sequence[Kernel]) -> str:

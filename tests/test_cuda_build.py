@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+import fusedrnn
 from benchmarks import ptxas
 from fusedrnn.cells import CELLS
 
@@ -18,6 +19,20 @@ def test_kernels_compile_and_do_not_spill() -> None:
     print(ptxas.table(kernels))
     assert {kernel.architecture for kernel in kernels} == set(ptxas.ARCHITECTURES)
     assert sum("ForwardStep" in kernel.name for kernel in kernels) >= len(CELLS) * 4 * len(ptxas.ARCHITECTURES)
+    persistent = [kernel for kernel in kernels if kernel.name.startswith("persistent_loop")]
+    one_product = sum(cell["first"] == cell["gates"] for cell in fusedrnn._C.cells())
+    # At least two sizes of each direction and way of multiplying, for each architecture.
+    assert len(persistent) >= one_product * 2 * 4 * 2 * len(ptxas.ARCHITECTURES)
     for kernel in kernels:
         assert (kernel.stack, kernel.spills) == (0, 0), kernel
-        assert kernel.registers <= 64, kernel  # so that an SM holds as many threads as it can
+        if kernel not in persistent:
+            assert kernel.registers <= 64, kernel  # so that an SM holds as many threads as it can
+
+
+def test_the_time_loop_has_the_products_that_its_plan_says() -> None:
+    """Each is unrolled, none is missing: mma.sync of the loop, in the compiler's intermediate code."""
+    found = ptxas.products("persistent_gru.cu")
+    assert len(found) > 20
+    for kernel in found:
+        gates, parts = 3, {"HalfProducts": 1, "Tf32Products": 1, "SplitProducts": 3}[kernel.products]
+        assert kernel.count == 2 * kernel.vectors * gates * parts, kernel

@@ -18,6 +18,9 @@ from pathlib import Path
 
 import pytest
 
+import fusedrnn
+from benchmarks import probes
+
 ROOT = Path(__file__).parent.parent
 COMPILER = shlex.split(os.environ.get("CXX", "c++"))
 FLAGS = ("-std=c++20", "-O1", "-Wall", "-Werror", "-Wno-unknown-pragmas")
@@ -78,6 +81,54 @@ FAULTS = {
 def test_the_emulator_stops(check: Path, fault: str) -> None:
     done = run(check, "fault", fault)
     assert done.returncode == 0 and FAULTS[fault] in done.stdout, done.stdout + done.stderr
+
+
+# ---- the plan ------------------------------------------------------------------------------------------------------
+
+KIB = 1024
+#: Compute capability, shared memory that a block may have.
+GPUS = {"T4": (7, 64 * KIB), "A100": (8, 163 * KIB), "RTX 4090": (8, 99 * KIB), "H100": (9, 227 * KIB)}
+#: Cells with one product a step.
+PERSISTENT = [cell["name"] for cell in fusedrnn._C.cells() if cell["first"] == cell["gates"]]
+MULTIPLIERS = ("bfloat16", "tf32", "float32")
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("multiplier", MULTIPLIERS)
+@pytest.mark.parametrize("cell", PERSISTENT)
+def test_a_plan_fits_the_gpu(cell: str, multiplier: str, gpu: str) -> None:
+    """Every unit has a place, every weight too; threads, shared memory and blocks are no more than there are."""
+    major, shared_bytes = GPUS[gpu]
+    vector = 32 if multiplier == "bfloat16" else 16
+    refused = []
+    for H in [*range(1, 70), 100, 127, 128, 129, 200, 256, 257, 512, 513, 700, 1024, 1025, 2048, 1 << 40]:
+        for backward in (False, True):
+            plan = probes.persistent_plan(cell, multiplier, H, backward, major, shared_bytes)
+            if plan["refusal"]:
+                refused.append(H)
+                continue
+            blocks, parts, vectors = plan["blocks"], plan["parts"], plan["vectors"]
+            assert blocks in ((1, 2, 4, 8) if major >= 9 else (1,))
+            assert blocks * plan["tiles"] * 16 >= H and parts * vectors * vector >= H and 0 <= plan["held"] <= vectors
+            assert 32 <= plan["tiles"] * parts * 32 <= 512 and parts in (1, 2, 4)
+            assert plan["shared_bytes"] <= shared_bytes
+            assert 100 < plan["cycles"] < 10_000
+    assert all(H in refused for H in (1025, 2048, 1 << 40))
+    if major < 8:
+        assert 1 in refused
+    else:
+        assert min(refused) > (128 if multiplier == "bfloat16" and gpu != "RTX 4090" else 64)
+
+
+def test_a_refusal_says_why() -> None:
+    def why(H: int, major: int, shared_bytes: int) -> str:
+        return probes.persistent_plan("lstm", "bfloat16", H, False, major, shared_bytes)["refusal"]
+
+    assert "compute capability 8.0" in why(64, *GPUS["T4"])
+    assert why(2000, *GPUS["H100"]) == "too many units"
+    assert "no clusters" in why(512, *GPUS["A100"])
+    assert why(128, 9, 1 * KIB) == "too little shared memory"
+    assert why(512, *GPUS["H100"]) is None
 
 
 # ---- mutants -------------------------------------------------------------------------------------------------------

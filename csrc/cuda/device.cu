@@ -6,6 +6,7 @@
 #include "../stepwise/loop_forward.h"
 #include "device.h"
 #include "element.cuh"
+#include "persistent.h"
 
 namespace fusedrnn {
 
@@ -37,12 +38,22 @@ struct Cuda {
     error = cudaGetLastError();
   }
 
-  template <class Pass>
-  bool persists(const typename Pass::Problem&) const {
-    return false;
+  template <class T>
+  persistent::Multiplier multiplier() const {
+    using persistent::Multiplier;
+    return sizeof(T) == 2 ? Multiplier::kHalves : call.tf32 ? Multiplier::kTf32 : Multiplier::kSplit;
   }
-  template <class Cell, class Span>
-  void run_steps(const Span&) {}
+  template <class Pass>
+  bool persists(const typename Pass::Problem& p) const {
+    constexpr bool kBackward = std::is_same_v<typename Pass::Problem, BackwardProblem>;
+    const auto loop = persistent::loop_of<typename Pass::Cell>(multiplier<typename Pass::T>(), p.size.H, kBackward);
+    return call.persistent && !persistent::refusal(loop, call.gpu);
+  }
+  template <class Cell, template <class> class Span, class T>
+  void run_steps(const Span<T>& span) {
+    const persistent::Launch where = {static_cast<cudaStream_t>(call.stream), multiplier<T>(), call.gpu};
+    if (error == cudaSuccess) error = persistent::launch<Cell, T>(span, where);
+  }
 
   void product(const Product& p) {
     if (error == cudaSuccess) call.product(p, call.context);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../cpu/dispatch.h"
+#include "../persistent/plan.h"
 #include "../stepwise/product.h"
 
 namespace fusedrnn {
@@ -13,6 +14,9 @@ struct CudaCall {
   void* memory;  // device memory of the problem's `bytes`
   void (*product)(const Product& p, void* context);
   void* context;
+  persistent::Gpu gpu;
+  bool persistent;  // kernels for many steps, where there is one
+  bool tf32;        // float32 products may round to TF32
 };
 
 struct CudaTable {

@@ -3,8 +3,12 @@
 #include "../target.h"
 
 #include <cublas_v2.h>
+#include <cuda_runtime.h>
 #define USE_CUDA  // torch declares what it has for CUDA
 #include <torch/csrc/stable/accelerator.h>
+
+#include <cstdlib>
+#include <string_view>
 
 #include "../backend.h"
 #include "device.h"
@@ -66,6 +70,32 @@ class WideSums {
   cublasMath_t before_;
 };
 
+persistent::Gpu gpu_of(int device) {
+  persistent::Gpu gpu = {};
+  const auto ask = [&](int& value, cudaDeviceAttr attribute) {
+    const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, device);
+    check(error == cudaSuccess, "fusedrnn: CUDA does not tell what GPU it is: ", cudaGetErrorString(error));
+  };
+  ask(gpu.major, cudaDevAttrComputeCapabilityMajor);
+  ask(gpu.minor, cudaDevAttrComputeCapabilityMinor);
+  ask(gpu.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  return gpu;
+}
+
+bool persistent_wanted() {
+  const char* plan = std::getenv("FUSEDRNN_CUDA_PLAN");
+  const std::string_view wish = plan && *plan ? plan : "stepwise";
+  check(wish == "stepwise" || wish == "persistent", "FUSEDRNN_CUDA_PLAN must be stepwise or persistent, got '", wish,
+        "'");
+  return wish == "persistent";
+}
+
+bool rounds_to_tf32(cublasHandle_t handle) {
+  cublasMath_t mode;
+  check_cublas(cublasGetMathMode(handle, &mode));
+  return mode & CUBLAS_TF32_TENSOR_OP_MATH;
+}
+
 template <class Bytes, class Pass, class Problem>
 void run(const Layer& layer, const Problem& p, const Bytes& bytes, const Pass& pass) {
   const Device device = layer.x.device();
@@ -76,8 +106,11 @@ void run(const Layer& layer, const Problem& p, const Bytes& bytes, const Pass& p
   const bool told = aoti_torch_get_current_cuda_stream(device.index, &stream) == AOTI_TORCH_SUCCESS &&
                     torch_get_current_cuda_blas_handle(&handle) == AOTI_TORCH_SUCCESS;
   check(told, "fusedrnn: torch gives no stream or no handle of cuBLAS on ", device);
+  const bool tf32 = rounds_to_tf32(static_cast<cublasHandle_t>(handle));
   const WideSums wide(static_cast<cublasHandle_t>(handle));
-  const char* error = pass[layer.cell][dtype](p, CudaCall{stream, memory.mutable_data(), multiply, handle});
+  const CudaCall call = {stream, memory.mutable_data(), multiply, handle, gpu_of(device.index), persistent_wanted(),
+                         tf32};
+  const char* error = pass[layer.cell][dtype](p, call);
   check(!error, "fusedrnn: a CUDA kernel could not be launched: ", error ? error : "");
 }
 

@@ -81,14 +81,15 @@ class GpuThread {
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
 
+  FUSEDRNN_KERNEL void converge() const { __syncwarp(); }
   FUSEDRNN_KERNEL void group_sync(int group, int threads) const {
-    asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "r"(threads) : "memory");  // 0 is __syncthreads
+    asm volatile("barrier.sync %0, %1;" ::"r"(group + 1), "r"(threads) : "memory");  // 0 is __syncthreads
   }
   FUSEDRNN_KERNEL void cluster_arrive() const {
-    if constexpr (kBlocks > 1) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    if constexpr (kBlocks > 1) asm volatile("barrier.cluster.arrive.release;" ::: "memory");
   }
   FUSEDRNN_KERNEL void cluster_wait() const {
-    if constexpr (kBlocks > 1) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    if constexpr (kBlocks > 1) asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
     else __syncthreads();
   }
 

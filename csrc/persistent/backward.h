@@ -34,7 +34,7 @@ FUSEDRNN_KERNEL void backward_loop(M& m, const Shape& s, const BackwardSpan<type
 
   const T* const w = p.w_hh + int64_t{slot} * G * H * H;  // its columns: dL/dh of a unit is of W[gate * H + k, unit]
   const Weights<Products, Shape, G, M> weights(m, s, at, layout.weights, [&](int gate, int row, int k) {
-    return row < here.units && k < H ? w + (int64_t{gate} * H + k) * H + here.first_unit + row : nullptr;
+    return row < here.units && k < H ? w + ((gate * H + k) * H + here.first_unit + row) : nullptr;
   });
 
   // Elements of a row of the operand, and of one gate in it. Zeros wherever no gradient will be.
@@ -126,7 +126,6 @@ FUSEDRNN_KERNEL void backward_loop(M& m, const Shape& s, const BackwardSpan<type
     }
     walk.back();
     const bool last = walk.step < p.steps.begin || walk.rows() <= here.first_sample;
-    if (!last) load();
     m.cluster_arrive();
     T* const dg = p.u.dg[slot] + first * kBlocks * H + here.first_unit;
     T* const before = p.u.before[slot] + first * H + here.first_unit;
@@ -140,6 +139,7 @@ FUSEDRNN_KERNEL void backward_loop(M& m, const Shape& s, const BackwardSpan<type
       for (int k = 0; k < kSplit; ++k) dg[(sample * kBlocks + G + k) * H + unit] = narrow<T>(dx[k][i]);
       if (p.u.before[slot]) before[sample * H + unit] = narrow<T>(operand_of_dw[i]);
     }
+    if (!last) load();
     m.cluster_wait();
     float sums[G][4] = {}, total[1][4], sent[1][4];
     weights.template multiply<true>(m, s, operand + buffer * kSamples * row, sums);

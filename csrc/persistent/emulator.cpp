@@ -1,6 +1,8 @@
 // See emulator.h.
+#undef _FORTIFY_SOURCE  // its longjmp refuses to go from one stack to another
 #include "emulator.h"
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -48,8 +50,16 @@ struct Barrier {
   std::vector<int> waiting;
 };
 
-struct Fiber {
+// Where a fiber, or `run`, goes on: at first by its context, then, as that asks the system for the signals each time,
+// by a jump.
+struct Point {
   ucontext_t context;
+  jmp_buf jump;
+  bool begun = false;
+};
+
+struct Fiber {
+  Point place;
   std::optional<EmulatedThread> thread;
   int group = -1;
   int64_t block_syncs = 0, group_syncs = 0, arrivals = 0, waits = 0;
@@ -96,14 +106,15 @@ class EmulatedCluster {
     EmulatedCluster* const outer = current_;
     current_ = this;
     for (size_t i = 0; i < fibers_.size(); ++i) {
-      ucontext_t& context = fibers_[i].context;
+      ucontext_t& context = fibers_[i].place.context;
       getcontext(&context);
       context.uc_stack.ss_sp = stacks_.get() + i * kStackBytes;
       context.uc_stack.ss_size = kStackBytes;
       context.uc_link = nullptr;
       makecontext(&context, enter, 0);
     }
-    go_on(&main_);
+    main_.begun = true;
+    go_on(main_);
     current_ = outer;
     if (error_.empty()) {
       for (const Fiber& fiber : fibers_) {
@@ -212,8 +223,7 @@ class EmulatedCluster {
   }
   [[noreturn]] void fail(const std::ostream& text) {
     error_ = static_cast<const std::ostringstream&>(text).str();
-    setcontext(&main_);
-    std::abort();  // not reached
+    _longjmp(main_.jump, 1);
   }
   [[noreturn]] void race(int64_t word, const char* does, const Access& other, const char* did) {
     fail(said() << does << " byte " << word * kWord << " of shared memory, which thread " << other.thread
@@ -256,27 +266,29 @@ class EmulatedCluster {
   }
   void wait(const char* name) {
     fibers_[running_].waits_for = name;
-    go_on(&fibers_[running_].context);
+    go_on(fibers_[running_].place);
   }
   // To a thread that can go on, drawn by chance; to `run` where there is none.
-  void go_on(ucontext_t* from) {
-    if (ready_.empty()) {
-      if (from != &main_) swapcontext(from, &main_);
-      return;
+  void go_on(Point& from) {
+    Point* to = &main_;
+    if (!ready_.empty()) {
+      const size_t i = random_() % ready_.size();
+      running_ = ready_[i];
+      ready_[i] = ready_.back();
+      ready_.pop_back();
+      to = &fibers_[running_].place;
     }
-    const size_t i = random_() % ready_.size();
-    const int next = ready_[i];
-    ready_[i] = ready_.back();
-    ready_.pop_back();
-    running_ = next;
-    swapcontext(from, &fibers_[next].context);
+    if (to == &from || _setjmp(from.jump)) return;  // gone on with
+    if (to->begun) _longjmp(to->jump, 1);
+    to->begun = true;
+    setcontext(&to->context);
   }
   static void enter() {
     EmulatedCluster& self = *current_;
     const int own = self.running_;
     self.kernel_(*self.fibers_[own].thread);
     self.fibers_[own].done = true;
-    self.go_on(&self.fibers_[own].context);
+    self.go_on(self.fibers_[own].place);
     std::abort();  // not reached: nobody goes on with it
   }
 
@@ -289,7 +301,7 @@ class EmulatedCluster {
   std::unique_ptr<char[]> stacks_;
   std::vector<int> ready_;
   int running_ = 0;
-  ucontext_t main_;
+  Point main_;
   std::string error_;
   std::vector<std::vector<unsigned char>> memory_;
   std::vector<std::vector<Word>> words_;

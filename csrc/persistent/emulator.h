@@ -9,6 +9,7 @@
 //   store_everywhere(p, v)           at the same place of every block of the cluster
 //   shuffle_xor(v, mask)             between the lanes of a warp, all of which must take part; so must they in
 //   multiply_halves, multiply_tf32   mma.sync.m16n8k16 (bf16 or fp16) and m16n8k8 (tf32), c += a b
+//   converge()                       before these: brings the lanes of a warp together, and orders no memory
 //   group_sync(group, threads)       a barrier of some warps of a block
 //   cluster_arrive, cluster_wait     the two halves of a barrier of the whole cluster; of one block, wait is all of it
 //
@@ -96,6 +97,7 @@ class EmulatedThread {
   }
   void multiply_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { multiply(c, a, b0, b1, 8, {}); }
 
+  void converge() const {}
   void group_sync(int group, int threads);
   void cluster_arrive();
   void cluster_wait();

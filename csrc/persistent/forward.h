@@ -36,7 +36,7 @@ FUSEDRNN_KERNEL void forward_loop(M& m, const Shape& s, const ForwardSpan<typena
 
   const T* const w = p.w_hh + int64_t{slot} * G * H * H;
   const Weights<Products, Shape, G, M> weights(m, s, at, layout.weights, [&](int gate, int row, int k) {
-    return row < here.units && k < H ? w + (int64_t{gate} * H + here.first_unit + row) * H + k : nullptr;
+    return row < here.units && k < H ? w + ((gate * H + here.first_unit + row) * H + k) : nullptr;
   });
 
   // h_{t-1} of all units into the first buffer; zeros after it, and into the second.

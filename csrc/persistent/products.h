@@ -13,7 +13,7 @@
 
 #include "../problem.h"
 #include "../stepwise/element.h"
-#include "geometry.h"
+#include "plan.h"
 #include "value.h"
 
 namespace fusedrnn::persistent {
@@ -40,6 +40,7 @@ struct HalfProducts {
   using T = Type;        // of the layer
   using Operand = Type;  // in shared memory
   using Value = Approximate;
+  static constexpr Multiplier kMultiplier = Multiplier::kHalves;
   static constexpr int kPerRegister = 2;
 
   FUSEDRNN_KERNEL static Operand operand(float v) { return narrow<T>(v); }
@@ -63,6 +64,7 @@ struct Tf32Products {
   using T = float;
   using Operand = float;
   using Value = Exact;
+  static constexpr Multiplier kMultiplier = Multiplier::kTf32;
   static constexpr int kPerRegister = 1;
 
   // To nearest, ties away from zero (cvt.rna.tf32.f32): infinities stay, and NaN.
@@ -89,6 +91,7 @@ struct SplitProducts {
   using T = float;
   using Operand = float;
   using Value = Exact;
+  static constexpr Multiplier kMultiplier = Multiplier::kSplit;
   static constexpr int kPerRegister = 1;
 
   FUSEDRNN_KERNEL static Operand operand(float v) { return v; }
@@ -157,6 +160,7 @@ class Weights {
   // Each gate has its own part of a row (kEach, side by side, for dG), or all have the same (h).
   template <bool kEach, class Operand>
   FUSEDRNN_KERNEL void multiply(M& m, const Shape& s, Operand operand, float (&c)[kGates][4]) const {
+    m.converge();
     const int k = s.parts * s.vectors, first = at_.part * s.vectors;
     const auto row = m.template as<uint32_t>(operand) +
                      (at_.g * row_vectors(s, kEach ? kGates : 1) + first) * (kVectorBytes / 4) + at_.t * 4;
