@@ -7,11 +7,13 @@ and spills. The exit status is 1 if one spills or has a stack.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,26 +60,28 @@ def compile_kernels(architectures: Sequence[str] = ARCHITECTURES) -> list[Kernel
     nvcc = shutil.which("nvcc")
     if not nvcc:
         raise FileNotFoundError("nvcc is not on the PATH")
-    kernels = []
     targets = [f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in architectures]
-    for source in SOURCES:
+
+    def compiled(source: Path) -> list[Kernel]:
         with tempfile.TemporaryDirectory() as folder:
-            command = [nvcc, *FLAGS, *targets, "--threads", "2", "-Xptxas", "-v", "-c", source, "-o", f"{folder}/out"]
+            command = [nvcc, *FLAGS, *targets, "-Xptxas", "-v", "-c", source, "-o", f"{folder}/out"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(done.stderr)
         _, *entries = re.split(r"(?=Compiling entry function)", done.stderr)
         names = _readable([ENTRY.search(entry)[1] for entry in entries])
-        for name, entry in zip(names, entries, strict=True):
-            stack, stores, loads = map(int, MEMORY.search(entry).groups())
-            shared = SHARED.search(entry)
-            kernels.append(
-                Kernel(
-                    name, ENTRY.search(entry)[2], int(USED.search(entry)[1]), int(shared[1]) if shared else 0, stack,
-                    stores + loads,
-                )
-            )  # fmt: skip
-    return kernels
+        return [_kernel(name, entry) for name, entry in zip(names, entries, strict=True)]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [kernel for kernels in pool.map(compiled, SOURCES) for kernel in kernels]
+
+
+def _kernel(name: str, entry: str) -> Kernel:
+    stack, stores, loads = map(int, MEMORY.search(entry).groups())
+    shared = SHARED.search(entry)
+    return Kernel(
+        name, ENTRY.search(entry)[2], int(USED.search(entry)[1]), int(shared[1]) if shared else 0, stack, stores + loads
+    )
 
 
 @dataclass(frozen=True)
