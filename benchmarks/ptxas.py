@@ -50,25 +50,35 @@ def _readable(names: Sequence[str]) -> list[str]:
     return [re.sub(r"\(.*", "", name).replace(" >", ">") for name in short]
 
 
-def compile_kernels(architectures: Sequence[str] = ARCHITECTURES) -> list[Kernel]:
-    """Compile every kernel and read what ptxas says of it.
+def _nvcc(*arguments: str | Path) -> tuple[str, bytes]:
+    """What nvcc prints and what it makes.
 
     Raises:
         FileNotFoundError: no nvcc.
-        RuntimeError: nvcc failed; with what it printed.
+        RuntimeError: it failed; with what it printed.
     """
     nvcc = shutil.which("nvcc")
     if not nvcc:
         raise FileNotFoundError("nvcc is not on the PATH")
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder, "made")
+        done = subprocess.run([nvcc, *FLAGS, *arguments, "-o", made], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        return done.stderr, made.read_bytes()
+
+
+def compile_kernels(architectures: Sequence[str] = ARCHITECTURES) -> list[Kernel]:
+    """Compile every kernel and read what ptxas says of it.
+
+    Raises:
+        FileNotFoundError, RuntimeError: as _nvcc.
+    """
     targets = [f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in architectures]
 
     def compiled(source: Path) -> list[Kernel]:
-        with tempfile.TemporaryDirectory() as folder:
-            command = [nvcc, *FLAGS, *targets, "-Xptxas", "-v", "-c", source, "-o", f"{folder}/out"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(done.stderr)
-        _, *entries = re.split(r"(?=Compiling entry function)", done.stderr)
+        told, _ = _nvcc(*targets, "-Xptxas", "-v", "-c", source)
+        _, *entries = re.split(r"(?=Compiling entry function)", told)
         names = _readable([ENTRY.search(entry)[1] for entry in entries])
         return [_kernel(name, entry) for name, entry in zip(names, entries, strict=True)]
 
@@ -88,6 +98,7 @@ def _kernel(name: str, entry: str) -> Kernel:
 class Products:
     """How many matrix products the time loop of a persistent kernel has, for which way of multiplying and geometry."""
 
+    cell: str
     products: str
     vectors: int
     count: int
@@ -97,26 +108,18 @@ def products(source: str, architecture: str = "sm_90a") -> list[Products]:
     """The persistent kernels of a file in csrc/cuda, as the compiler hands them to ptxas.
 
     Raises:
-        FileNotFoundError: no nvcc.
-        RuntimeError: nvcc failed; with what it printed.
+        FileNotFoundError, RuntimeError: as _nvcc.
     """
-    nvcc = shutil.which("nvcc")
-    if not nvcc:
-        raise FileNotFoundError("nvcc is not on the PATH")
-    with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, *FLAGS, f"-arch={architecture}", "-ptx", ROOT / "csrc/cuda" / source, "-o", f"{folder}/ptx"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(done.stderr)
-        text = Path(folder, "ptx").read_text()
+    _, made = _nvcc(f"-arch={architecture}", "-ptx", ROOT / "csrc/cuda" / source)
     found = []
-    for part in re.split(r"(?=\.entry )", text)[1:]:
+    for part in re.split(r"(?=\.entry )", made.decode())[1:]:
         (name,) = _readable([re.match(r"\.entry (\w+)", part)[1]])
         count = len(re.findall(r"mma\.sync", part))
         if count:  # one of another architecture is empty
             way = re.search(r"\w+Products", name)[0]
             geometry = re.search(r"FixedGeometry<(\d+), (\d+), (\d+), (\d+), (\d+)>", name)
-            found.append(Products(way, int(geometry[4]), count))
+            cell = re.search(r"persistent_loop<(\w+)", name)[1]
+            found.append(Products(cell, way, int(geometry[4]), count))
     return found
 
 

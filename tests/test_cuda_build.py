@@ -31,8 +31,9 @@ def test_kernels_compile_and_do_not_spill() -> None:
 
 def test_the_time_loop_has_the_products_that_its_plan_says() -> None:
     """Each is unrolled, none is missing: mma.sync of the loop, in the compiler's intermediate code."""
-    found = ptxas.products("persistent_gru.cu")
-    assert len(found) > 20
+    found = ptxas.products("persistent_float32.cu")
+    gates = {"".join(map(str.capitalize, cell["name"].split("_"))): cell["gates"] for cell in fusedrnn._C.cells()}
+    assert len(found) > 50 and {kernel.products for kernel in found} == {"Tf32Products", "SplitProducts"}
     for kernel in found:
-        gates, parts = 3, {"HalfProducts": 1, "Tf32Products": 1, "SplitProducts": 3}[kernel.products]
-        assert kernel.count == 2 * kernel.vectors * gates * parts, kernel
+        times = 3 if kernel.products == "SplitProducts" else 1
+        assert kernel.count == 2 * kernel.vectors * gates[kernel.cell] * times, kernel

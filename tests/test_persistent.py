@@ -158,6 +158,11 @@ CHANGES = {
     "first row": (r"reverse \? -rows\(\) : own", "reverse ? -own : own"),
     "row before": (r"reverse \? row \+ rows\(\)", "reverse ? row - rows()"),
     "carried samples": (r"reverse \? rows_of\(step - 1\) : rows\(\)", "rows()"),
+    "sign of dy": (r"dh\[i\] \+ dy\[i\]", "dh[i] - dy[i]"),
+    "sign of dc": (r"dc\[i\] \+ dc_given\[i\]", "dc[i] - dc_given[i]"),
+    "sign of what is sent": (r"dh\[i\] \+ sent\[0\]\[i\]", "dh[i] - sent[0][i]"),
+    "sign of a gate": (r"total\[0\]\[i\] \+= sums", "total[0][i] -= sums"),
+    "sign of a bias": (r"x\[gate\]\[i\] \+ bias", "x[gate][i] - bias"),
     "severed step": (r"time\(reverse \? step - 1 : step\)", "time(step)"),
 }
 

@@ -1,4 +1,4 @@
-// Compiles the persistent kernels of one cell: each file of them defines FUSEDRNN_CELL and includes this.
+// Compiles the persistent kernels of one type: each file of them defines FUSEDRNN_TYPE and includes this.
 #include "../cells/registry.h"
 #include "../persistent/backward.h"
 #include "../persistent/forward.h"
@@ -86,29 +86,31 @@ cudaError_t launch_products(const Span& span, const Launch& where) {
   return cudaErrorNotSupported;
 }
 
-template <class Cell, class T, class Span>
-cudaError_t launch_type(const Span& span, const Launch& where) {
+template <class Cell, template <class> class Span, class T>
+cudaError_t launch_type(const Span<T>& span, const Launch& where) {
   if constexpr (!std::is_same_v<T, float>) return launch_products<Cell, HalfProducts<T>>(span, where);
   else if (where.multiplier == Multiplier::kTf32) return launch_products<Cell, Tf32Products>(span, where);
   else return launch_products<Cell, SplitProducts>(span, where);
 }
 
+template <class Cell, class Span>
+constexpr auto launcher() -> cudaError_t (*)(const Span&, const Launch&) {
+  if constexpr (Cell::kFirst == Cell::kGates) return launch_type<Cell>;
+  else return nullptr;
+}
+
+template <class T, class... Cells>
+constexpr Launchers<T> make_launchers(CellList<Cells...>) {
+  return {{launcher<Cells, ForwardSpan<T>>()...}, {launcher<Cells, BackwardSpan<T>>()...}};
+}
+
 }  // namespace
 
-template <class Cell, class T>
-cudaError_t launch(const ForwardSpan<T>& span, const Launch& where) {
-  return launch_type<Cell, T>(span, where);
+template <class T>
+const Launchers<T>& launchers() {
+  static constexpr Launchers<T> kLaunchers = make_launchers<T>(Registry{});
+  return kLaunchers;
 }
-template <class Cell, class T>
-cudaError_t launch(const BackwardSpan<T>& span, const Launch& where) {
-  return launch_type<Cell, T>(span, where);
-}
-
-#define FUSEDRNN_LAUNCH(T)                                                                        \
-  template cudaError_t launch<FUSEDRNN_CELL, T>(const ForwardSpan<T>& span, const Launch& where); \
-  template cudaError_t launch<FUSEDRNN_CELL, T>(const BackwardSpan<T>& span, const Launch& where);
-FUSEDRNN_LAUNCH(float)
-FUSEDRNN_LAUNCH(__nv_bfloat16)
-FUSEDRNN_LAUNCH(__half)
+template const Launchers<FUSEDRNN_TYPE>& launchers<FUSEDRNN_TYPE>();
 
 }  // namespace fusedrnn::persistent

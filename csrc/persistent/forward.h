@@ -107,13 +107,7 @@ FUSEDRNN_KERNEL void forward_loop(M& m, const Shape& s, const ForwardSpan<typena
       state[0] = V(h[i]);
       if constexpr (kTwoStates) state[1] = V(c[i]);
       Values<V, kSaved> values;
-      if constexpr (Cell::kLate > 0) {
-        Values<V, Cell::kLate> late;
-        Cell::forward(of_x, of_h, state, values, late);
-        Cell::finish(late, state, values);
-      } else {
-        Cell::forward(of_x, of_h, state, values);
-      }
+      forward_step<Cell>(of_x, of_h, state, values);
       const bool steps = at.sample(s, i) < active && at.unit(s, i) < here.units;
       h[i] = steps ? state[0].v : h[i];
       if constexpr (kTwoStates) c[i] = steps ? state[1].v : c[i];

@@ -8,6 +8,7 @@
 // registers of a vector, two products' worth of b, are 16 bytes that lie together in a sample's row: one load.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 #include <utility>
 
@@ -59,13 +60,16 @@ struct HalfProducts {
   }
 };
 
-// float32, rounded to TF32's 11 bits, as torch.backends.cudnn.allow_tf32 permits.
-struct Tf32Products {
+struct Float32Products {
   using T = float;
   using Operand = float;
   using Value = Exact;
-  static constexpr Multiplier kMultiplier = Multiplier::kTf32;
   static constexpr int kPerRegister = 1;
+};
+
+// float32, rounded to TF32's 11 bits, where the caller permits it.
+struct Tf32Products : Float32Products {
+  static constexpr Multiplier kMultiplier = Multiplier::kTf32;
 
   // To nearest, ties away from zero (cvt.rna.tf32.f32): infinities stay, and NaN.
   FUSEDRNN_INLINE static float rounded(float v) {
@@ -87,12 +91,8 @@ struct Tf32Products {
 // float32 as it is: each factor is the sum of two of TF32, of which the product of the small parts is left out, 2^-22
 // of the whole. The small parts first, so that they are not lost in the sum. They have the sign of the whole, and are 0
 // or infinite only where it is (2^-30 of it at least): so the three products of an infinity are one.
-struct SplitProducts {
-  using T = float;
-  using Operand = float;
-  using Value = Exact;
+struct SplitProducts : Float32Products {
   static constexpr Multiplier kMultiplier = Multiplier::kSplit;
-  static constexpr int kPerRegister = 1;
 
   FUSEDRNN_KERNEL static Operand operand(float v) { return v; }
   template <class Place>

@@ -78,6 +78,19 @@ struct ForwardFirst : ForwardElement<Cell, S, T> {
   }
 };
 
+// A cell's step, both halves of it.
+template <class Cell, class V>
+FUSEDRNN_INLINE void forward_step(const Values<V, Cell::kGates>& x, const Values<V, Cell::kGates>& rec,
+                                  Values<V, Cell::kStates>& state, Values<V, Cell::kSaved>& saved) {
+  if constexpr (Cell::kLate > 0) {
+    Values<V, Cell::kLate> late;
+    Cell::forward(x, rec, state, saved, late);
+    Cell::finish(late, state, saved);
+  } else {
+    Cell::forward(x, rec, state, saved);
+  }
+}
+
 template <class Cell, class S, class T, bool kProjected>
 struct ForwardStep : ForwardElement<Cell, S, T> {
   FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t j) const {
@@ -98,13 +111,7 @@ struct ForwardStep : ForwardElement<Cell, S, T> {
     Values<S, Cell::kStates> state;
     state[0] = kProjected ? S(0) : this->previous_h(i);  // no cell that is projected reads it
     if constexpr (Cell::kStates == 2) state[1] = u.c[i];
-    if constexpr (Cell::kLate > 0) {
-      Values<S, Cell::kLate> late;
-      Cell::forward(x, rec, state, saved, late);
-      Cell::finish(late, state, saved);
-    } else {
-      Cell::forward(x, rec, state, saved);
-    }
+    forward_step<Cell>(x, rec, state, saved);
     if constexpr (Cell::kStates == 2) {
       if (this->noise.c[s]) state[1] = zoneout(this->noise.c[s](b, j), u.c[i], state[1]);
       u.c[i] = state[1];

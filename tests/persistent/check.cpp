@@ -172,13 +172,7 @@ bool run_loops(const Case& c, uint64_t seed, double tolerance) {
           state[0] = now[j];
           if constexpr (Cell::kStates == 2) state[1] = cell[j];
           Values<V, Cell::kSaved> values;
-          if constexpr (Cell::kLate > 0) {
-            Values<V, Cell::kLate> late;
-            Cell::forward(of_x, of_h, state, values, late);
-            Cell::finish(late, state, values);
-          } else {
-            Cell::forward(of_x, of_h, state, values);
-          }
+          forward_step<Cell>(of_x, of_h, state, values);
           next[j] = state[0];
           double* const kept = &want_saved[(s * N + n) * stride + j];
           for (int k = 0; k < Cell::kSaved; ++k) kept[k * H] = values[k];

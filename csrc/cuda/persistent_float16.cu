@@ -1,0 +1,3 @@
+// The persistent kernels of a type, for every cell.
+#define FUSEDRNN_TYPE __half
+#include "persistent.inl"

@@ -1,3 +1,0 @@
-// The persistent kernels of a cell.
-#define FUSEDRNN_CELL Lstm
-#include "persistent.inl"
