@@ -163,20 +163,15 @@ StateNoise noise_of(const Zoneout& zoneout, const Tensor& rows) {
   return noise;
 }
 
-// Whether inference may call the kernels now. (Not every instruction set has them for float16.)
-bool has_kernels(const Tensor& x) { return backend_of(x).host && x.elements() != Elements(DType::kFloat16); }
-
 bool run(const Layer& layer, const ForwardProblem& problem) {
   return kernels().forward[layer.cell][layer.kernel_dtype()](problem);
 }
 
-// t with a dimension of one in front, and its rows [first, first + count).
-Tensor with_one(const Tensor& t) {
-  std::vector<int64_t> sizes = {1}, strides = {t.numel()};
-  sizes.insert(sizes.end(), t.sizes().begin(), t.sizes().end());
-  strides.insert(strides.end(), t.strides().begin(), t.strides().end());
-  return t.viewed(sizes, strides, 0);
+// As the kernels take a tensor of the call: one of a single step has no dimension of time, or of direction.
+OptionalTensor with_time(const ModuleCall& call, const OptionalTensor& t) {
+  return t && call.one_step ? OptionalTensor(with_one(*t)) : t;
 }
+// Rows [first, first + count) of t.
 Tensor part_of(const Tensor& t, int64_t first, int64_t count) {
   std::vector<int64_t> sizes(t.sizes().begin(), t.sizes().end());
   sizes[0] = count;
@@ -220,6 +215,19 @@ bool run_pipeline(const std::vector<Work>& stack, int64_t steps, int threads) {
 
 }  // namespace
 
+bool has_kernels(const Tensor& x) { return backend_of(x).host && x.elements() != Elements(DType::kFloat16); }
+
+LayerArguments arguments_of(const ModuleCall& call) {
+  return {*with_time(call, call.x),
+          std::nullopt,
+          with_time(call, call.h0),
+          with_time(call, call.c0),
+          call.weights,
+          cell_constants(call.cell).name,
+          call.directions == 2,
+          {}};
+}
+
 bool fits(const ModuleCall& call) {
   const Tensor& x = call.x;
   const CellConstants& cell = cell_constants(call.cell);
@@ -252,9 +260,8 @@ bool fits(const ModuleCall& call) {
 std::optional<Inferred> infer(const ModuleCall& call, PackedWeights& kept, const Zoneout& zoneout) {
   if (!has_kernels(call.x)) return std::nullopt;
   const int64_t layers = call.layers, D = call.directions, each = call.weights.size() / layers;
-  const auto with_time = [&](const OptionalTensor& t) { return t && call.one_step ? with_one(*t) : t; };
-  const Tensor x = *with_time(call.x);
-  const OptionalTensor h0 = with_time(call.h0), c0 = with_time(call.c0);
+  const Tensor x = *with_time(call, call.x);
+  const OptionalTensor h0 = with_time(call, call.h0), c0 = with_time(call, call.c0);
 
   const char* const name = cell_constants(call.cell).name;
   std::vector<Work> stack(layers);
@@ -266,8 +273,8 @@ std::optional<Inferred> infer(const ModuleCall& call, PackedWeights& kept, const
       return state && layers > 1 ? part_of(*state, l * D, D) : state;
     };
     Work& work = stack[l];
-    work.layer = read_layer(input, std::nullopt, of_layer(h0), of_layer(c0), weights_of(call.weights, l * each, each),
-                            name, D == 2);
+    work.layer = read_layer(
+        {input, std::nullopt, of_layer(h0), of_layer(c0), weights_of(call.weights, l * each, each), name, D == 2, {}});
     const LayerSizes& z = work.layer.size;
     if (l == 0) {
       // States are rounded to the type of x between chunks: the same numbers only where that is the compute type.
@@ -327,8 +334,14 @@ std::unique_ptr<Stepper> Stepper::make(const ModuleCall& call, const Zoneout& zo
   const size_t each = call.weights.size() / call.layers;
   Tensor input = with_one(x).contiguous();
   for (int64_t l = 0; l < call.layers; ++l) {
-    Layer layer = read_layer(input, std::nullopt, std::nullopt, std::nullopt, weights_of(call.weights, l * each, each),
-                             cell_constants(call.cell).name, false);
+    Layer layer = read_layer({input,
+                              std::nullopt,
+                              std::nullopt,
+                              std::nullopt,
+                              weights_of(call.weights, l * each, each),
+                              cell_constants(call.cell).name,
+                              false,
+                              {}});
     const LayerSizes& z = layer.size;
     if (l == 0) stepper->keep_ = rows_kept(zoneout, z, x);
     ForwardProblem problem;

@@ -51,6 +51,12 @@ struct ModuleCall {
 // that the module says, and their memory there. It throws nothing, and what fits is not refused later.
 bool fits(const ModuleCall& call);
 
+// Whether inference and steps may call the kernels: on the CPU, and not for float16, which some sets widen.
+bool has_kernels(const Tensor& x);
+
+// A call of one layer as the ops have it: those of a single step with a dimension of time, which is one.
+LayerArguments arguments_of(const ModuleCall& call);
+
 // The results of a call that fits: y, h_n, c_n; those of a single step have no dimension of time. None where only the
 // ops will do: not on the CPU, float16, someone listens to what torch does.
 using Inferred = std::tuple<Tensor, Tensor, Tensor>;

@@ -81,7 +81,14 @@ const Interface* fusedrnn_interface() {
          const Tensors& weights) { return stepper.step(x, h0, c0, weights); },
       [](const PackedWeights& kept) { return kept.bytes(); },
       [](std::string_view name) { return find_cell(name); },
-      [](int cell) { return cell_constants(cell).states; },
+      cell_constants,
+      [](const ModuleCall& call) { return has_kernels(call.x); },
+      [](const ModuleCall& call) { return forward_pass(arguments_of(call), true); },
+      [](const ModuleCall& call, const OptionalTensor& dh, const OptionalTensor& dc, const Tensor& h,
+         const Tensor& saved, const Needs& need) {
+        const auto with_time = [](const OptionalTensor& t) { return t ? OptionalTensor(with_one(*t)) : t; };
+        return backward_pass(arguments_of(call), {with_time(dh), {}, with_time(dc), {}}, with_one(h), saved, need, {});
+      },
   };
   return &kInterface;
 }

@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include "inference.h"
+#include "passes.h"
 
 #define FUSEDRNN_SHARED __attribute__((visibility("default")))
 
@@ -20,14 +21,20 @@ struct Interface {
                                   const OptionalTensor& c0, const Tensors& weights);
   int64_t (*packed_bytes)(const PackedWeights& kept);
   int (*find_cell)(std::string_view name);  // -1: unknown
-  int (*states)(int cell);
+  const CellConstants& (*constants)(int cell);
+  // A single step whose backward pass is to come, on the CPU.
+  bool (*trains)(const ModuleCall& call);
+  LayerOutputs (*forward)(const ModuleCall& call);
+  LayerGradients (*backward)(const ModuleCall& call, const OptionalTensor& dh, const OptionalTensor& dc,
+                             const Tensor& h, const Tensor& saved, const Needs& need);
 };
 
 // Of the types that cross, by their sizes.
 constexpr uint64_t interface_layout() {
   uint64_t all = 0;
   for (const uint64_t size : {sizeof(Interface), sizeof(ModuleCall), sizeof(PackedWeights), sizeof(Zoneout),
-                              sizeof(Stepper), sizeof(Tensor), sizeof(Facts), sizeof(Inferred)}) {
+                              sizeof(Stepper), sizeof(Tensor), sizeof(Facts), sizeof(Inferred), sizeof(CellConstants),
+                              sizeof(LayerOutputs), sizeof(LayerGradients), sizeof(Needs)}) {
     all = all * 1000003 + size;
   }
   return all;

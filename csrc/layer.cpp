@@ -154,29 +154,29 @@ void read_weights(Layer& layer, const Tensors& weights, int directions) {
 
 }  // namespace
 
-Layer read_layer(const Tensor& x, const OptionalTensor& batch_sizes, const OptionalTensor& h0, const OptionalTensor& c0,
-                 const Tensors& weights, std::string_view cell, bool bidirectional, const Noise& noise) {
+Layer read_layer(const LayerArguments& given) {
+  const Tensor& x = given.x;
   check_there(x, "input");
   Layer layer;
-  layer.cell = find_cell(cell);
-  check(layer.cell >= 0, "unknown cell '", cell, "'");
+  layer.cell = find_cell(given.cell);
+  check(layer.cell >= 0, "unknown cell '", given.cell, "'");
   const int dtype = x.elements().kernel_dtype();
   check(dtype >= 0, "fusedrnn supports float32, float64, bfloat16 and float16, got ", x.elements());
   layer.dtype = static_cast<DType>(dtype);
   layer.x = aligned(x.dim() > 0 && x.stride(-1) == 1 ? x : x.contiguous());
-  read_steps(layer, batch_sizes);
-  const int directions = bidirectional ? 2 : 1;
-  read_weights(layer, weights, directions);
+  read_steps(layer, given.batch_sizes);
+  const int directions = given.bidirectional ? 2 : 1;
+  read_weights(layer, given.weights, directions);
   const LayerSizes& z = layer.size;
   if (backend_of(x).even_rows && !has_even_rows(rows(layer.x, layer.packed), z)) {
     layer.x = layer.x.contiguous();
   }
-  layer.h0 = check_optional(h0, x, "h0", {directions, z.B, z.R});
-  layer.c0 = check_optional(c0, x, "c0", {directions, z.B, z.H});
+  layer.h0 = check_optional(given.h0, x, "h0", {directions, z.B, z.R});
+  layer.c0 = check_optional(given.c0, x, "c0", {directions, z.B, z.H});
   check(layer.constants().states == 2 || !layer.c0.defined(), "cell ", layer.constants().name, " has no c0");
-  layer.mask_h = check_optional(noise.mask_h, x, "mask_h", {directions, z.B, z.R});
-  layer.keep_h = check_rows(noise.keep_h, layer, "keep_h", z.R);
-  layer.keep_c = check_rows(noise.keep_c, layer, "keep_c", z.H);
+  layer.mask_h = check_optional(given.noise.mask_h, x, "mask_h", {directions, z.B, z.R});
+  layer.keep_h = check_rows(given.noise.keep_h, layer, "keep_h", z.R);
+  layer.keep_c = check_rows(given.noise.keep_c, layer, "keep_c", z.H);
   check(layer.constants().states == 2 || !layer.keep_c.defined(), "cell ", layer.constants().name, " has no c");
   return layer;
 }

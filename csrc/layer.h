@@ -43,6 +43,16 @@ struct Noise {
   OptionalTensor mask_h, keep_h, keep_c;
 };
 
+// What a layer is given, as the ops name it. x: [T, B, I], or [N, I] with batch_sizes (a PackedSequence's).
+struct LayerArguments {
+  Tensor x;
+  OptionalTensor batch_sizes, h0, c0;
+  Tensors weights;  // for each direction (WeightOrder)
+  std::string_view cell;
+  bool bidirectional = false;
+  Noise noise;
+};
+
 // Arguments that fit one another, with contiguous weights and states; owns what a problem points to.
 struct Layer {
   int cell;
@@ -67,8 +77,7 @@ struct Layer {
 };
 
 // Throws what torch.nn would, or names the argument that does not fit.
-Layer read_layer(const Tensor& x, const OptionalTensor& batch_sizes, const OptionalTensor& h0, const OptionalTensor& c0,
-                 const Tensors& weights, std::string_view cell, bool bidirectional, const Noise& noise = {});
+Layer read_layer(const LayerArguments& given);
 
 // Whether there are steps in x [T, B, I], or [B, I] of one, and no product of its sizes overflows.
 bool steps_fit(const Tensor& x);

@@ -3,19 +3,19 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/record_function.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/inductor/aoti_torch/utils.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <deque>
 #include <memory>
 #include <stdexcept>
 
+#include "borrowed.h"
 #include "interface.h"
 #include "parameters.h"
+#include "training.h"
 
 namespace py = pybind11;
 using namespace fusedrnn;
@@ -31,6 +31,8 @@ template <>
 constexpr const char* kCapsule<PackedWeights> = "fusedrnn.PackedWeights";
 template <>
 constexpr const char* kCapsule<Stepper> = "fusedrnn.Stepper";
+template <>
+constexpr const char* kCapsule<KeptSums> = "fusedrnn.KeptSums";
 
 template <class T>
 py::capsule capsule_of(std::shared_ptr<T> object) {
@@ -56,40 +58,6 @@ T argument(const py::object& object, const char* name) {
   return py::detail::cast_op<T>(std::move(caster));
 }
 
-// A dispatch mode, a transform of torch.func, a tracer: whatever wants to see every op.
-bool watched() {
-  return c10::impl::dispatch_mode_enabled() || at::impl::torch_function_mode_enabled() ||
-         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer);
-}
-
-// A tensor whose data is what it seems: no subclass, no wrapper of torch.func, no view that must be resolved first.
-bool plain(const at::Tensor& t) {
-  using c10::DispatchKey;
-  constexpr c10::DispatchKeySet kPlain({DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU,
-                                        DispatchKey::CUDA, DispatchKey::AutogradCUDA, DispatchKey::AutocastCUDA,
-                                        DispatchKey::ADInplaceOrView});
-  return t.defined() && kPlain.has_all(t.key_set());
-}
-
-// As Tensor::lent asks for them.
-Facts facts(const at::Tensor& t) {
-  Facts f;
-  f.dim = t.dim();
-  f.numel = t.numel();
-  f.storage_offset = t.storage_offset();
-  f.storage_bytes = static_cast<int64_t>(t.storage().nbytes());
-  const int64_t known = std::min<int64_t>(f.dim, Facts::kMost);
-  std::copy_n(t.sizes().begin(), known, f.sizes);
-  std::copy_n(t.strides().begin(), known, f.strides);
-  f.elements = static_cast<int32_t>(t.scalar_type());
-  f.element_bytes = t.element_size();
-  f.device = {static_cast<int32_t>(t.device().type()), t.device().index()};
-  f.contiguous = t.is_contiguous();
-  f.data = t.storage().data() ? const_cast<void*>(t.const_data_ptr()) : nullptr;
-  return f;
-}
-
 // The tensors of a call, held until it ends: a list may lose them meanwhile.
 using Held = std::deque<at::Tensor>;
 
@@ -97,7 +65,7 @@ using Held = std::deque<at::Tensor>;
 bool read_tensor(PyObject* object, Tensor& into, Held& held) {
   if (!THPVariable_CheckExact(object) || !plain(THPVariable_Unpack(object))) return false;
   held.push_back(THPVariable_Unpack(object));
-  into = Tensor::lent(torch::aot_inductor::tensor_pointer_to_tensor_handle(&held.back()), facts(held.back()));
+  into = borrowed(held.back());
   return true;
 }
 
@@ -117,10 +85,8 @@ bool read_tensors(PyObject* list, Py_ssize_t count, Tensors& into, Held& held) {
   return true;
 }
 
-py::object wrapped(const Tensor& t) {
-  const at::Tensor& tensor = *torch::aot_inductor::tensor_handle_to_tensor_pointer(t.handle());
-  return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
-}
+py::object wrapped(const at::Tensor& t) { return py::reinterpret_steal<py::object>(THPVariable_Wrap(t)); }
+py::object wrapped(const Tensor& t) { return wrapped(as_torch(t)); }
 
 bool read_size(PyObject* object, int64_t& into) {
   if (!PyLong_Check(object)) return false;
@@ -149,7 +115,7 @@ bool read_call(const py::object& x, const py::object& states, const py::object& 
   if (call.directions != 1 && call.directions != 2) return false;
   OptionalTensor* const into[] = {&call.h0, &call.c0};
   if (!states.is_none()) {
-    const int count = library->states(call.cell);
+    const int count = library->constants(call.cell).states;
     if (!PyTuple_CheckExact(states.ptr()) || PyTuple_GET_SIZE(states.ptr()) != count) return false;
     for (int s = 0; s < count; ++s) {
       if (!read_tensor(PyTuple_GET_ITEM(states.ptr(), s), *into[s], held)) return false;
@@ -184,8 +150,47 @@ py::object infer_layers(const py::object& x, const py::object& states, const py:
   }
   if (!results) return py::none();
   const auto& [y, h_n, c_n] = *results;
-  if (library->states(call.cell) == 2) return py::make_tuple(wrapped(y), wrapped(h_n), wrapped(c_n));
+  if (library->constants(call.cell).states == 2) return py::make_tuple(wrapped(y), wrapped(h_n), wrapped(c_n));
   return py::make_tuple(wrapped(y), wrapped(h_n));
+}
+
+PyObject* backward_of_step = nullptr;  // of fusedrnn.layer.autograd
+
+std::vector<at::Tensor> by_python(const StepGradients& of) {
+  const py::gil_scoped_acquire gil;
+  const auto list = [](const std::vector<at::Tensor>& tensors) {
+    py::list result;
+    for (const at::Tensor& t : tensors) result.append(wrapped(t));
+    return result;
+  };
+  const py::object found = py::reinterpret_borrow<py::object>(backward_of_step)(
+      library->constants(of.step.cell).name, wrapped(of.step.x), list(of.step.states), list(of.step.weights),
+      wrapped(of.h), wrapped(of.saved), list(of.from), of.wanted);
+  std::vector<at::Tensor> result;
+  for (const py::handle t : found) result.push_back(t.is_none() ? at::Tensor() : THPVariable_Unpack(t.ptr()));
+  return result;
+}
+
+// The next states of a module's cell, with their graph, or None: see training.h.
+py::object train_cell(const py::object& x, const py::object& states, const py::object& weights, const py::object& cell,
+                      const py::object& form, const py::object& kept) {
+  const auto sums = object_in<KeptSums>(kept);
+  ModuleCall call;
+  Held held;
+  const bool fit = at::GradMode::is_enabled() && read_call(x, states, weights, cell, form, call, held) &&
+                   call.one_step && call.parts() == 1 && library->trains(call) && !watched();
+  if (!fit || std::none_of(held.begin(), held.end(), [](const at::Tensor& t) { return t.requires_grad(); })) {
+    return py::none();
+  }
+  const auto first_weight = held.end() - static_cast<int64_t>(call.weights.size());
+  CellStep step{call.cell, *(first_weight - 1), {held.begin(), first_weight - 1}, {first_weight, held.end()}};
+  std::vector<at::Tensor> next;
+  {
+    const py::gil_scoped_release release;
+    next = train(std::move(step), *sums);
+  }
+  if (next.size() == 2) return py::make_tuple(wrapped(next[0]), wrapped(next[1]));
+  return py::make_tuple(wrapped(next[0]));
 }
 
 py::object prepare_step(const py::object& x, const py::object& weights, const py::object& cell, const py::object& form,
@@ -234,6 +239,7 @@ PYBIND11_MODULE(_fast, m) {
         const auto* given = reinterpret_cast<const Interface*>(address);
         if (given->layout != interface_layout()) return false;
         library = given;
+        connect_training(given, by_python);
         return true;
       },
       "The address that fusedrnn_interface() of the library gives: before anything else. False if it is of another "
@@ -250,6 +256,14 @@ PYBIND11_MODULE(_fast, m) {
   m.def("infer", infer_layers, py::arg("x"), py::arg("states"), py::arg("weights"), py::arg("cell"), py::arg("form"),
         py::arg("kept"), py::arg("zoneout") = Zoneout(0, 0),
         "Stacked layers on a dense batch, without gradients: y and the final states; None where only the ops will do.");
+  m.def(
+      "kept_sums", [] { return capsule_of(std::make_shared<KeptSums>()); },
+      "A capsule for what the steps of a module's cell share when they train.");
+  m.def("train_cell", train_cell, py::arg("x"), py::arg("states"), py::arg("weights"), py::arg("cell"), py::arg("form"),
+        py::arg("kept"), "One step of a cell with its graph: the next states; None where only the ops will do.");
+  m.def(
+      "set_long_way", [](const py::object& function) { backward_of_step = py::object(function).release().ptr(); },
+      "What computes the gradients of a step where the kernels alone will not do.");
   m.def("prepare_step", prepare_step, py::arg("x"), py::arg("weights"), py::arg("cell"), py::arg("form"),
         py::arg("zoneout") = Zoneout(0, 0),
         "A capsule with stacked layers of one direction, prepared for one batch size; None where there can be none.");

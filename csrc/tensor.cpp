@@ -142,6 +142,13 @@ AtenTensorHandle Tensor::new_handle() const {
   return made;
 }
 
+Tensor with_one(const Tensor& t) {
+  std::vector<int64_t> sizes = {1}, strides = {t.numel()};
+  sizes.insert(sizes.end(), t.sizes().begin(), t.sizes().end());
+  strides.insert(strides.end(), t.strides().begin(), t.strides().end());
+  return t.viewed(sizes, strides, 0);
+}
+
 Tensor empty(Sizes sizes, Elements elements, Device device) {
   check(sizes.size() <= Facts::kMost, "fusedrnn: too many dimensions");
   int64_t strides[Facts::kMost] = {};

@@ -140,6 +140,9 @@ class Tensor {
 };
 using OptionalTensor = std::optional<Tensor>;
 
+// The same with a dimension of one in front.
+Tensor with_one(const Tensor& t);
+
 // Contiguous, of contents nobody has written.
 Tensor empty(Sizes sizes, Elements elements, Device device);
 inline Tensor empty(std::initializer_list<int64_t> sizes, const Tensor& like) {

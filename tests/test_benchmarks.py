@@ -27,6 +27,7 @@ from benchmarks import (
     scaling,
     second_order,
     sequences,
+    single_steps,
     streaming,
     through_time,
     works_with,
@@ -352,6 +353,18 @@ def test_streams_are_compared_before_they_are_timed(capsys, monkeypatch):
     monkeypatch.setattr(fusedrnn.GRU, "step", lambda self, x, state: (x, state))
     with pytest.raises(measure.Disagreement, match="GRU, B 2, H 8: step deviates"):
         streaming.measure("GRU", 2, 8, 0.01)
+
+
+def test_cells_are_compared_before_they_are_timed(capsys, monkeypatch):
+    monkeypatch.setattr(single_steps, "SHAPES", ((2, 8),))
+    assert single_steps.main(["--seconds", "0.01"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    cells = [cell for cell in single_steps.CELLS for _ in single_steps.MODES]
+    assert [row[0] for row in rows[:-2]] == cells and all(float(row[7]) > 0 for row in rows[:-2])
+    assert [row[0] for row in rows[-2:]] == ["infer:", "train:"]
+    monkeypatch.setattr(fusedrnn.GRUCell, "forward", lambda self, x, state=None: x * self.weight_hh.sum())
+    with pytest.raises(measure.Disagreement, match="GRUCell B2 H8: result 0 deviates"):
+        list(single_steps.rows(0.01))
 
 
 def test_options_of_the_backward_pass_are_timed(capsys, monkeypatch):

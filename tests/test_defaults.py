@@ -185,7 +185,7 @@ def test_cells(name: str, other_default: Callable[[], None]) -> None:
     expected = results(module, lambda m, x: m(x), x)
     other_default()
     for a, b in zip(results(module, lambda m, x: m(x), x), expected, strict=True):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b)  # a mode sees the op: other sums for the weights
 
 
 @pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])

@@ -1,7 +1,9 @@
-"""What inference keeps of modules from call to call: packed weights, and the next step of a stream.
+"""What is kept of modules from call to call: packed weights, the next step of a stream, what a training cell's steps
+share.
 
 Not in the modules: using one changes neither its pickle nor its state. What is kept is compared before it is used:
-packed weights by a digest of those they were made of (``csrc/inference.h``), a step by ``streaming.py``.
+packed weights by a digest of those they were made of (``csrc/inference.h``), a step by ``streaming.py``, what steps
+share by the weights (``csrc/training.h``).
 """
 
 from __future__ import annotations
@@ -11,17 +13,23 @@ from typing import Any
 
 from torch import nn
 
-from .._C import packed_weights
+from .._C import kept_sums, packed_bytes, packed_weights
 
 
 class Cached:
-    """Of one module. ``packed``: a capsule of C++; ``step``: a step that streaming has prepared, None without."""
+    """Of one module. ``packed``, ``sums``: capsules of C++; ``step``: what streaming has prepared, or None."""
 
-    __slots__ = ("packed", "step")
+    __slots__ = ("packed", "step", "sums")
 
     def __init__(self) -> None:
         self.packed: Any = packed_weights()
         self.step: Any = None
+        self.sums: Any = kept_sums()
+
+    def forget_packed(self) -> None:
+        """No packed weights any more."""
+        if packed_bytes(self.packed):
+            self.packed = packed_weights()
 
 
 cached: weakref.WeakKeyDictionary[nn.Module, Cached] = weakref.WeakKeyDictionary()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._C import fits, infer
+from .._C import fits, infer, train_cell
 from ..cells import CELLS
 from ..layer.autograd import in_place, recurrent_layer
 from ..layer.call import PLAIN, LayerCall, Options, Owner
@@ -73,7 +73,14 @@ def plain_call(
             return found
         if any(parts):
             return None
-    elif cache.cached and not isinstance(module, HasOptions):  # torch.nn's, patched: it trains
+    elif dim == 2 and not torch.compiler.is_compiling():
+        kept = cache.find(module)
+        if not isinstance(module, HasOptions):  # torch.nn's, patched: it trains
+            kept.forget_packed()
+        found = train_cell(input, states, weights, cell, form, kept.sums)
+        if found is not None:
+            return found[0], *found
+    elif cache.cached and not isinstance(module, HasOptions):
         cache.forget(module)
     if layers > 1 or not fits(input, states, weights, cell, form):
         return None

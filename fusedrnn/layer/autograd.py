@@ -5,16 +5,17 @@ One call of the fused kernel forward, one backward; :mod:`fusedrnn.functional` s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
+from .. import _C
 from ..cells import CELLS
 from ..torch_internals import dual_level, exporting, functionalizing, transformed
 from . import differentiable
@@ -167,6 +168,35 @@ class RecurrentLayer(torch.autograd.Function):
             _, *result = RecurrentLayerBackward.apply(*needs[:2], y, saved, *call.flat, *gradients.flat)
             result += [None] * (len(wanted) - len(result))
         return LayerCall.with_leaves([d if need else None for d, need in zip(result, wanted, strict=True)])
+
+
+class _Context(NamedTuple):
+    """What ``RecurrentLayer.backward`` reads of a call."""
+
+    static: Sequence[Any]
+    saved_tensors: Sequence[Tensor | None]
+    needs_input_grad: Sequence[Any]
+
+
+def backward_of_step(
+    cell: str, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], h: Tensor, saved: Tensor,
+    gradients: Sequence[Tensor | None], wanted: Sequence[bool],
+) -> Sequence[Tensor | None]:  # fmt: skip
+    """``RecurrentLayer.backward`` for a step whose forward pass was made by C++ (``csrc/training.h``): the gradients of
+    x (B, I), the states (B, H) that were given and the weights, from those of the next states.
+    """
+    given = [*(s.unsqueeze(0) for s in states), None, None][: len(CELLS[cell].states)]
+    call = LayerCall(cell, x.unsqueeze(0), given, weights)
+    of_states = [*wanted[1 : 1 + len(states)], False, False][: len(given)]
+    needs = LayerCall.with_leaves([wanted[0], *of_states, *wanted[1 + len(states) :]])
+    context = _Context(call.flat[:4], (h.unsqueeze(0), saved, *call.flat[4:]), needs)
+    finals = [None if d is None else d.unsqueeze(0) for d in gradients]
+    found = LayerCall.leaves_of(RecurrentLayer.backward(context, None, *finals, None, None))
+    dx, dstates, dweights = found[0], found[1 : 1 + len(states)], found[1 + len(given) :]
+    return [None if d is None else d.squeeze(0) for d in (dx, *dstates)] + list(dweights)
+
+
+_C.set_long_way(backward_of_step)
 
 
 def _is_one_step(call: LayerCall) -> bool:
