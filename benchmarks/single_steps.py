@@ -1,7 +1,7 @@
 """The command ``python -m benchmarks.single_steps``: cells in a loop of Python, as attention decoders use them.
 
 *infer*: STEPS steps in inference mode. *train*: STEPS steps, the sum of all h, and its gradients with respect to the
-parameters and the inputs. Microseconds a step, medians of interleaved rounds; results were compared first. torch.nn
+parameters and the inputs. *once*: the same of a single step. Microseconds a step, medians of interleaved rounds; results were compared first. torch.nn
 runs with one thread or with all, whichever is faster for it; fusedrnn with all.
 """
 
@@ -41,7 +41,7 @@ def infer(cell: nn.Module, x: Tensor) -> Call:
 
 def train(cell: nn.Module, x: Tensor) -> Call:
     def call() -> list[Tensor]:
-        state, outputs = None, []
+        state, outputs = before, []
         for x_t in inputs:
             state = cell(x_t, state)
             outputs.append(state[0] if isinstance(state, tuple) else state)
@@ -49,10 +49,16 @@ def train(cell: nn.Module, x: Tensor) -> Call:
 
     inputs = [x_t.requires_grad_() for x_t in x.clone()]
     leaves = [*inputs, *cell.parameters()]
+    with torch.no_grad():
+        before = cell(x[0])
     return call
 
 
-MODES = {"infer": infer, "train": train}
+def once(cell: nn.Module, x: Tensor) -> Call:
+    return train(cell, x[:1])
+
+
+MODES = {"infer": infer, "train": train, "once": once}
 
 
 def contenders(name: str, mode: str, B: int, H: int) -> tuple[Call, Call]:
@@ -82,7 +88,7 @@ def rows(seconds: float, min_rounds: int = MIN_ROUNDS) -> Iterator[str]:
                 choices = [Timer(calls[1], n) for n in sorted({1, threads})]
                 best = min(choices, key=lambda timer: min(timer.sample() for _ in range(3)))
                 rounds, _ = run_rounds([Timer(calls[0], threads), best], seconds, min_rounds)
-                us = 1e6 / STEPS * np.median(rounds, axis=0)
+                us = 1e6 / (1 if mode == "once" else STEPS) * np.median(rounds, axis=0)
                 low, ratio, high = np.quantile(rounds[:, 1] / rounds[:, 0], [0.25, 0.5, 0.75])
                 ratios[mode].append(ratio)
                 times = f"{us[1]:10.1f} ({best.threads}t) {us[0]:9.1f}"

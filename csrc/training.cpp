@@ -187,37 +187,45 @@ struct WeightSums : torch::autograd::Function<WeightSums> {
 struct Sums {
   Sums(const CellConstants& cell, const List& weights) : rows(std::make_shared<WaitingRows>(cell)) {
     for (const at::Tensor& w : weights) {
-      identities.push_back(w.unsafeGetTensorImpl());
-      differentiated.push_back(w.requires_grad());
+      seen.push_back({w.unsafeGetTensorImpl(), w.requires_grad(), w.sizes().vec(), w.options()});
     }
-    stands = WeightSums::apply(at::TensorList(weights), rows);
   }
-  // The node holds the weights: where one was, there is no other. Its data may be.
+  // A graph holds the weights that it differentiates: where one was, there is no other. Its data may be.
   bool serve(const List& weights) const {
-    bool same = weights.size() == stands.size();
+    bool same = weights.size() == seen.size();
     for (size_t i = 0; same && i < weights.size(); ++i) {
-      const at::Tensor &w = weights[i], &stand = stands[i];
-      same = w.unsafeGetTensorImpl() == identities[i] && w.requires_grad() == differentiated[i] &&
-             w.sizes() == stand.sizes() && w.scalar_type() == stand.scalar_type() && w.device() == stand.device();
+      const at::Tensor& w = weights[i];
+      same = w.unsafeGetTensorImpl() == seen[i].identity && w.requires_grad() == seen[i].differentiated &&
+             w.sizes() == seen[i].sizes && w.dtype() == seen[i].options.dtype() &&
+             w.device() == seen[i].options.device();
     }
     return same;
   }
 
+  struct Weight {
+    const c10::TensorImpl* identity;
+    bool differentiated;
+    std::vector<int64_t> sizes;
+    at::TensorOptions options;
+  };
   const SharedRows rows;
-  std::vector<const c10::TensorImpl*> identities;
-  std::vector<bool> differentiated;
-  List stands;
+  std::vector<Weight> seen;
+  List stands;  // from the second step on
 };
 
-at::Tensor KeptSums::find(const CellConstants& cell, const List& weights) {
+KeptSums::Found KeptSums::find(const CellConstants& cell, const List& weights) {
   const std::lock_guard<std::mutex> lock(mutex_);
   if (const auto kept = sums_.lock()) {
-    at::Tensor found{kept};
-    if (Boxed<Sums>::in(found)->serve(weights)) return found;
+    const at::Tensor found{kept};
+    Sums& sums = *Boxed<Sums>::in(found);
+    if (sums.serve(weights)) {
+      if (sums.stands.empty()) sums.stands = WeightSums::apply(at::TensorList(weights), sums.rows);
+      return {found, sums.stands};
+    }
   }
-  at::Tensor made = Boxed<Sums>::make(std::make_unique<Sums>(cell, weights));
+  const at::Tensor made = Boxed<Sums>::make(std::make_unique<Sums>(cell, weights));
   sums_ = made.getIntrusivePtr();
-  return made;
+  return {made, {}};
 }
 
 namespace {
@@ -275,8 +283,8 @@ bool needs_long_way(const List& from, const List& saved) {
 }
 
 struct CellGradient : torch::autograd::Function<CellGradient> {
-  // weights: themselves, or what stands for them. sums: a tensor of KeptSums::find, or an undefined one.
-  static List forward(AutogradContext* ctx, CellStep& step, const at::Tensor* sums, const at::Tensor& x,
+  // weights: themselves, or what stands for them.
+  static List forward(AutogradContext* ctx, CellStep& step, const KeptSums::Found& kept, const at::Tensor& x,
                       const std::optional<at::Tensor>& h, const std::optional<at::Tensor>& c, at::TensorList weights) {
     const CellConstants& cell = library->constants(step.cell);
     ctx->set_materialize_grads(false);
@@ -288,7 +296,8 @@ struct CellGradient : torch::autograd::Function<CellGradient> {
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["cell"] = std::string(cell.name);
     ctx->saved_data["states"] = !step.states.empty();
-    if (sums->defined()) ctx->saved_data["sums"] = *sums;
+    if (kept.sums.defined()) ctx->saved_data["sums"] = kept.sums;
+    ctx->saved_data["waits"] = !kept.stands.empty();
     if (cell.states == 1) return {without_first(found.h_n)};
     return {without_first(found.h_n), without_first(found.c_n)};
   }
@@ -302,8 +311,8 @@ struct CellGradient : torch::autograd::Function<CellGradient> {
     at::Tensor &h = last[0], &of_pass = last[1];
     std::vector<bool> wanted;  // edges: x, the states that are given, the weights
     for (int64_t i = 0; i < last - saved.begin(); ++i) wanted.push_back(ctx->needs_input_grad(i));
-    const auto kept = ctx->saved_data.find("sums");
-    Sums* const sums = kept == ctx->saved_data.end() ? nullptr : Boxed<Sums>::in(kept->second.toTensor());
+    const bool waits = ctx->saved_data["waits"].toBool();
+    Sums* const sums = waits ? Boxed<Sums>::in(ctx->saved_data["sums"].toTensor()) : nullptr;
     List found = needs_long_way(from, saved)
                      ? long_way({step, h, of_pass, from, wanted})
                      : by_kernel(step, h, of_pass, from, wanted, sums, task_of<CellGradient>(ctx));
@@ -330,13 +339,13 @@ List train(CellStep step, KeptSums& kept) {
   const bool one_product = cell.first == cell.gates;
   const bool adds_up = one_product && step.x.size(0) <= kFewRows &&
                        std::any_of(step.weights.begin(), step.weights.end(), differentiated);
-  const at::Tensor sums = adds_up ? kept.find(cell, step.weights) : at::Tensor();
+  const KeptSums::Found found = adds_up ? kept.find(cell, step.weights) : KeptSums::Found();
   const auto state = [&](size_t i) {
     return i < step.states.size() ? std::optional<at::Tensor>(step.states[i]) : std::nullopt;
   };
   RECORD_FUNCTION("fusedrnn::cell", std::vector<c10::IValue>({step.x}));
-  const List& weights = adds_up ? Boxed<Sums>::in(sums)->stands : step.weights;
-  return CellGradient::apply(step, &sums, step.x, state(0), state(1), at::TensorList(weights));
+  const List& weights = found.stands.empty() ? step.weights : found.stands;
+  return CellGradient::apply(step, found, step.x, state(0), state(1), at::TensorList(weights));
 }
 
 }  // namespace fusedrnn

@@ -30,8 +30,12 @@ struct Sums;  // the node of some graphs, and what stands for the weights in the
 // What is kept for a module between its steps: the way to their node, for as long as a graph has it.
 class KeptSums {
  public:
-  // For these weights, the one there is or a new one: in a tensor (training.cpp), which the graph is to hold.
-  at::Tensor find(const CellConstants& cell, const std::vector<at::Tensor>& weights);
+  struct Found {
+    at::Tensor sums;                 // Sums, in a tensor (training.cpp): the graph is to hold it
+    std::vector<at::Tensor> stands;  // for the weights; none: a first step, which may be the only one
+  };
+  // For these weights, those of the graphs there are, or new ones.
+  Found find(const CellConstants& cell, const std::vector<at::Tensor>& weights);
 
  private:
   std::mutex mutex_;
