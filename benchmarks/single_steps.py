@@ -1,8 +1,8 @@
 """The command ``python -m benchmarks.single_steps``: cells in a loop of Python, as attention decoders use them.
 
 *infer*: STEPS steps in inference mode. *train*: STEPS steps, the sum of all h, and its gradients with respect to the
-parameters and the inputs. *once*: the same of a single step. Microseconds a step, medians of interleaved rounds; results were compared first. torch.nn
-runs with one thread or with all, whichever is faster for it; fusedrnn with all.
+parameters and the inputs. *once*: the same of a single step. Microseconds a step, medians of interleaved rounds;
+results were compared first. torch.nn runs with one thread or with all, whichever is faster for it; fusedrnn with all.
 """
 
 from __future__ import annotations
