@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import platform
 import re
 import sysconfig
 import warnings
@@ -61,11 +62,30 @@ def module(folder: Path, running: str = torch.__version__) -> Path | None:
     return next(iter(folder.glob(f"_fast-{versions(running)}.*")), None)
 
 
+def reason(told: str, running: str = torch.__version__, cuda: str | None = torch.version.cuda) -> str:
+    """Why a library does not load, and what to do, from what the system has told."""
+    if found := re.search(r"libcu\w+\.so\.(\d+)\S*: cannot open shared object", told):
+        has = f"CUDA {cuda}" if cuda else "no CUDA"
+        return (
+            f"built for CUDA {found[1]}, running torch {running}, which has {has}: install a torch for CUDA {found[1]},"
+            f" or build again: {BUILD}"
+        )
+    if found := re.search(r"(\S+): cannot open shared object", told):
+        return f"{found[1]} is missing on this system: install it, or build again: {BUILD}"
+    if found := re.search(r"version `GLIBC_([\d.]+)' not found", told):
+        return f"built for glibc {found[1]} or newer, running {platform.libc_ver()[1]}: build it here: {BUILD}"
+    if found := re.search(r"undefined symbol: (\w+)", told):
+        return f"built for another torch, running {running}, which has no {found[1]}: build again with it: {BUILD}"
+    if re.search(r"ELF header|ELF class|file too short|Exec format|not a mach-o|incompatible architecture", told):
+        return f"damaged, or built for another machine, running {platform.machine()}: build it here: {BUILD}"
+    return told
+
+
 def load() -> tuple[ctypes.CDLL, ModuleType | None]:
     """Both, the module connected to the library.
 
     Raises:
-        ImportError: the library is not there, or one of its kind is there already.
+        ImportError: the library is not there, does not load, or one of its kind is there already.
     Warns:
         RuntimeWarning: there is no module that fits.
     """
@@ -73,23 +93,26 @@ def load() -> tuple[ctypes.CDLL, ModuleType | None]:
     again = str(path.resolve()) in map(os.path.realpath, torch.ops.loaded_libraries)  # an earlier import failed
     if not again and hasattr(torch.ops.fusedrnn, "layer_forward"):  # torch would end the process
         raise ImportError(f"the ops of fusedrnn are loaded already, by an earlier import; not again from {FOLDER}")
-    torch.ops.load_library(path)
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        raise ImportError(f"fusedrnn: {path.name} cannot be loaded: {reason(str(error.__cause__ or error))}") from error
     loaded = ctypes.CDLL(str(path))
     for function, result in (("fusedrnn_description", ctypes.c_char_p), ("fusedrnn_interface", ctypes.c_void_p)):
         getattr(loaded, function).restype = result
-    fast, reason = None, f"no _fast for {versions()} in {FOLDER}"
+    fast, why = None, f"no _fast for {versions()} in {FOLDER}"
     if fitting := module(FOLDER):
         spec = importlib.util.spec_from_file_location("fusedrnn._fast", fitting)
         try:
             fast = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(fast)
         except ImportError as error:  # of a torch that is not quite this one
-            fast, reason = None, f"{fitting.name} cannot be loaded: {error}"
+            fast, why = None, f"{fitting.name} cannot be loaded: {reason(str(error))}"
         if fast is not None and not fast.connect(loaded.fusedrnn_interface()):
-            fast, reason = None, f"{fitting.name} and _ops.so are of different builds"
+            fast, why = None, f"{fitting.name} and _ops.so are of different builds"
     if fast is None:
         warnings.warn(
-            f"fusedrnn: {reason}: a call of one step takes about 70 us more (see python -m fusedrnn.info)",
+            f"fusedrnn: {why}: a call of one step takes about 70 us more (see python -m fusedrnn.info)",
             RuntimeWarning,
             stacklevel=2,
         )

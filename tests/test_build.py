@@ -50,6 +50,32 @@ def test_a_module_that_does_not_load_is_done_without(tmp_path: Path) -> None:
     assert f"RuntimeWarning: fusedrnn: {module.name} cannot be loaded: " in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ("libcublas.so.13: cannot open shared object file", "built for CUDA 13, running torch 2.13.0+cpu, which has"),
+        ("libcudart.so.12.8: cannot open shared object file", "CUDA: install a torch for CUDA 12, or build again"),
+        ("libgomp.so.1: cannot open shared object file", "libgomp.so.1 is missing on this system: install it, or"),
+        ("libc.so.6: version `GLIBC_2.99' not found (required by x)", "built for glibc 2.99 or newer, running "),
+        ("_ops.so: undefined symbol: torch_new", "running 2.13.0+cpu, which has no torch_new: build again with it"),
+        ("_ops.so: wrong ELF class: ELFCLASS32", "built for another machine, running "),
+        ("something else", "something else"),
+    ],
+)  # fmt: skip
+def test_why_a_library_does_not_load(told: str, says: str) -> None:
+    """One sentence: built for what, running what, what to do."""
+    found = fusedrnn.extension.reason(told, "2.13.0+cpu", None)
+    assert says in found and ("pip install" in found) == (told != says) and "\n" not in found
+
+
+def test_a_library_that_does_not_load_is_an_import_error(tmp_path: Path) -> None:
+    there = package(tmp_path)
+    (there / "_ops.so").unlink()
+    (there / "_ops.so").write_text("not a library")
+    done = python("import fusedrnn", tmp_path)
+    assert "ImportError: fusedrnn: _ops.so cannot be loaded: damaged, or built for another machine" in done.stderr
+
+
 def test_a_module_of_another_build_is_not_connected() -> None:
     if fusedrnn._C.build()["fast"] is None:
         pytest.skip("no _fast here")
