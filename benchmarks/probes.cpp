@@ -19,6 +19,7 @@
 #include "../csrc/cpu/dispatch.h"
 #include "../csrc/cpu/plan.h"
 #include "../csrc/persistent/plan.h"
+#include "../csrc/stepwise/choice.h"
 #include "../csrc/stepwise/slots.h"
 
 namespace py = pybind11;
@@ -123,6 +124,36 @@ py::dict persistent_plan(const std::string& cell, const std::string& multiplier,
   return result;
 }
 
+// choose() of csrc/stepwise/choice.h, with a trial by functions of Python, or None.
+std::string choose(Choices& choices, const std::string& kind, const py::object& trial) {
+  const char* const names[] = {"stepwise", "persistent"};
+  const auto name = [&](Way way) { return names[static_cast<int>(way)]; };
+  Trial asked;
+  if (!trial.is_none()) {
+    asked.run = [&](Way way) {
+      const py::gil_scoped_acquire gil;
+      return py::cast<std::string>(trial.attr("run")(name(way)));
+    };
+    asked.seconds = [&](Way way) {
+      const py::gil_scoped_acquire gil;
+      return py::cast<double>(trial.attr("seconds")(name(way)));
+    };
+    asked.deviation = [&] {
+      const py::gil_scoped_acquire gil;
+      return py::cast<double>(trial.attr("deviation")());
+    };
+  }
+  const py::gil_scoped_release release;
+  return name(choices.choose(kind, trial.is_none() ? nullptr : &asked));
+}
+
+std::string call_kind(const std::string& cell, int dtype, bool tf32, int64_t T, int64_t B, int64_t H, int64_t N, int D,
+                      const std::string& what) {
+  LayerSizes z = {};
+  z.T = T, z.B = B, z.H = H, z.N = N, z.D = D;
+  return kind_of(cell.c_str(), static_cast<DType>(dtype), tf32, z, what.c_str());
+}
+
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
 // What `threads` threads do a second, together: each repeats work(own), which returns how much it did, for about
@@ -224,6 +255,22 @@ PYBIND11_MODULE(probes, m) {
         "Steps whose input products are made at once on a GPU, and their rows in both directions.");
   m.def("persistent_plan", persistent_plan, py::arg("cell"), py::arg("multiplier"), py::arg("H"), py::arg("backward"),
         py::arg("major"), py::arg("shared_bytes"), "The cluster that a layer gets on a GPU, or why it gets none.");
+  py::class_<Choices>(m, "Choices", "The ways of a GPU that were measured (csrc/stepwise/choice.h).")
+      .def(py::init<std::string, std::string>(), py::arg("file"), py::arg("machine"))
+      .def("choose", choose, py::arg("kind"), py::arg("trial"))
+      .def("known",
+           [](const Choices& choices) {
+             py::dict result;
+             for (const auto& [kind, choice] : choices.known()) {
+               result[py::str(kind)] = py::make_tuple(choice.way == Way::kPersistent ? "persistent" : "stepwise",
+                                                      choice.seconds[0], choice.seconds[1], choice.failure);
+             }
+             return result;
+           })
+      .def("take_remarks", &Choices::take_remarks);
+  m.def("choices_file", choices_file);
+  m.def("call_kind", call_kind, py::arg("cell"), py::arg("dtype"), py::arg("tf32"), py::arg("T"), py::arg("B"),
+        py::arg("H"), py::arg("N"), py::arg("D"), py::arg("what"), "The kind of a call; dtype by its number.");
   m.def("peak_flops", peak_flops, py::arg("threads"), py::arg("seconds") = 0.02, Alone(),
         "float32 operations a second, multiplying and adding in registers.");
   m.def("read_bandwidth", read_bandwidth, py::arg("threads"), py::arg("kilobytes"), py::arg("seconds") = 0.02, Alone(),

@@ -34,7 +34,8 @@ def _native() -> ModuleType:
     include = (Path(torch.__file__).parent / "include", sysconfig.get_path("include"))  # pybind11 among torch's headers
     command = [*shlex.split(os.environ.get("CXX", "c++")), "-std=c++20", "-O3", "-fopenmp", "-fPIC", "-shared"]
     command += [f"-DFUSEDRNN_VECTOR_BYTES={_C.vector_bytes()}", *(f"-m{name}" for name in _TARGETS.get(isa, ()))]
-    command += [*(f"-I{folder}" for folder in include), "benchmarks/probes.cpp", "csrc/cpu/plan.cpp"]
+    command += [*(f"-I{folder}" for folder in include), "benchmarks/probes.cpp"]
+    command += ["csrc/cpu/plan.cpp", "csrc/stepwise/choice.cpp"]
     sources = sorted(path for path in (_ROOT / "csrc").rglob("*") if path.suffix in (".h", ".inl", ".cpp"))
     contents = [path.read_bytes() for path in (*sources, _ROOT / "benchmarks/probes.cpp")]
     digest = hashlib.sha256(b"\0".join([*contents, " ".join([*command, sys.version]).encode()])).hexdigest()

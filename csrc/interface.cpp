@@ -4,6 +4,7 @@
 #include "interface.h"
 
 #include "cpu/dispatch.h"
+#include "stepwise/choice.h"
 
 namespace {
 
@@ -11,7 +12,10 @@ using namespace fusedrnn;
 
 std::string quoted(const std::string& text) {
   std::string result = "\"";
-  for (const char c : text) result += c == '"' || c == '\\' ? std::string("\\") + c : std::string(1, c);
+  for (const char c : text) {
+    if (c == '"' || c == '\\') result += '\\';
+    result += static_cast<unsigned char>(c) < ' ' ? '?' : c;
+  }
   return result + '"';
 }
 
@@ -46,7 +50,8 @@ std::string description() {
   text << "{\"error\": " << (error ? quoted(error) : "null") << ", \"isa\": " << quoted(kernels().name)
        << ", \"vector_bytes\": " << kernels().vector_bytes << ", \"built_isas\": " << names(false)
        << ", \"supported_isas\": " << names(true) << ", \"cells\": " << cell_list() << ", \"phases\": " << phase_names()
-       << ", \"build\": {\"flags\": " << quoted(FUSEDRNN_FLAGS) << ", \"compiler\": "
+       << ", \"choices\": " << quoted(choices_file()) << ", \"build\": {\"flags\": " << quoted(FUSEDRNN_FLAGS)
+       << ", \"compiler\": "
 #if defined(__clang__)
        << quoted("clang " __clang_version__)
 #else
@@ -102,3 +107,5 @@ int fusedrnn_phases(int64_t* nanoseconds) {
   if (kPhasesTimed) take_phases(nanoseconds);
   return kPhasesTimed;
 }
+
+void fusedrnn_may_measure(int may) { may_measure = may != 0; }

@@ -167,7 +167,10 @@ std::vector<at::Tensor> by_python(const StepGradients& of) {
       library->constants(of.step.cell).name, wrapped(of.step.x), list(of.step.states), list(of.step.weights),
       wrapped(of.h), wrapped(of.saved), list(of.from), of.wanted);
   std::vector<at::Tensor> result;
-  for (const py::handle t : found) result.push_back(t.is_none() ? at::Tensor() : THPVariable_Unpack(t.ptr()));
+  for (const py::handle t : found) {
+    if (!t.is_none() && !THPVariable_Check(t.ptr())) throw py::type_error("a gradient must be a tensor or None");
+    result.push_back(t.is_none() ? at::Tensor() : THPVariable_Unpack(t.ptr()));
+  }
   return result;
 }
 
@@ -262,7 +265,12 @@ PYBIND11_MODULE(_fast, m) {
   m.def("train_cell", train_cell, py::arg("x"), py::arg("states"), py::arg("weights"), py::arg("cell"), py::arg("form"),
         py::arg("kept"), "One step of a cell with its graph: the next states; None where only the ops will do.");
   m.def(
-      "set_long_way", [](const py::object& function) { backward_of_step = py::object(function).release().ptr(); },
+      "set_long_way",
+      [](const py::object& function) {
+        PyObject* const before = backward_of_step;
+        backward_of_step = py::object(function).release().ptr();
+        Py_XDECREF(before);
+      },
       "What computes the gradients of a step where the kernels alone will not do.");
   m.def("prepare_step", prepare_step, py::arg("x"), py::arg("weights"), py::arg("cell"), py::arg("form"),
         py::arg("zoneout") = Zoneout(0, 0),

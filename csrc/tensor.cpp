@@ -106,7 +106,7 @@ Tensor Tensor::to(Elements elements) const {
   Tensor held;
   if (view_) {
     AtenTensorHandle view = nullptr;
-    done(aoti_torch__reinterpret_tensor(handle_, dim(), facts_.sizes, facts_.strides, facts_.storage_offset, &view),
+    done(aoti_torch__reinterpret_tensor(handle_, dim(), facts_.sizes, facts_.strides, moved_, &view),
          "fusedrnn: torch could not look at a tensor otherwise");
     held = take(view);
     from = view;
@@ -118,6 +118,7 @@ Tensor Tensor::to(Elements elements) const {
 Tensor Tensor::viewed(Sizes sizes, Sizes strides, int64_t offset) const {
   Tensor t = *this;
   t.view_ = true;
+  t.moved_ += offset;
   Facts& f = t.facts_;
   f.dim = static_cast<int64_t>(sizes.size());
   std::copy(sizes.begin(), sizes.end(), f.sizes);

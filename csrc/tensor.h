@@ -137,6 +137,7 @@ class Tensor {
   std::shared_ptr<AtenTensorOpaque> owner_;  // null if it is lent
   Facts facts_;
   bool view_ = false;
+  int64_t moved_ = 0;  // elements from the handle's first one to that of a view
 };
 using OptionalTensor = std::optional<Tensor>;
 

@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/graph_task.h>
 
 #include <algorithm>
+#include <atomic>
 #include <unordered_map>
 
 #include "borrowed.h"
@@ -59,12 +60,12 @@ struct Boxed {
   static void destroy(void* object) { delete static_cast<T*>(object); }
 };
 
-// What a step leaves to the gradients of the weights.
+// What a step leaves to the gradients of the weights. What may be written before they are computed is copied.
 class Rows {
  public:
   // [B, *]; gates as BackwardProblem::dgates.
   Rows(at::Tensor of_gates, const at::Tensor& x, const at::Tensor& h)
-      : gates(std::move(of_gates)), x(x), h(h), before_{state_of(x), state_of(h)} {}
+      : gates(std::move(of_gates)), x(alone(x)), h(alone(h)), before_{state_of(x), state_of(h)} {}
   void check_unchanged() const {
     TORCH_CHECK(state_of(x) == before_[0] && state_of(h) == before_[1],
                 "fusedrnn: the input or the state of a cell has been modified by an inplace operation during backward, "
@@ -73,6 +74,11 @@ class Rows {
   at::Tensor gates, x, h;
 
  private:
+  // Without its graph, which holds the node that holds the rows; of the same version.
+  static at::Tensor alone(const at::Tensor& t) {
+    const c10::TensorImpl& impl = *t.unsafeGetTensorImpl();
+    return at::Tensor(impl.shallow_copy_and_detach(impl.version_counter(), false));
+  }
   using State = std::pair<uint32_t, size_t>;  // version, bytes
   static State state_of(const at::Tensor& t) {
     return {t.unsafeGetTensorImpl()->version_counter().current_version(), t.storage().nbytes()};
@@ -135,6 +141,8 @@ class WaitingRows {
     waiting.rows.push_back(std::move(rows));
     if (waiting.count >= kMostRows) waiting.add_up(cell_);
   }
+  bool used() const { return used_; }  // by a backward pass
+  void use() { used_ = true; }
   List sums(int task) {  // and no more of this backward pass
     Waiting waiting = std::move(of(task));
     {
@@ -152,6 +160,7 @@ class WaitingRows {
   }
 
   const CellConstants& cell_;
+  std::atomic<bool> used_{false};
   std::mutex mutex_;
   std::unordered_map<int, Waiting> tasks_;
 };
@@ -171,6 +180,7 @@ struct WeightSums : torch::autograd::Function<WeightSums> {
 
   static List backward(AutogradContext* ctx, const List& from) {
     const SharedRows* const rows = Boxed<SharedRows>::in(ctx->saved_data["rows"].toTensor());
+    if (rows) (*rows)->use();
     const std::optional<int> task = task_of<WeightSums>(ctx);
     const List sums = rows && task ? (*rows)->sums(*task) : List();
     List result = from;
@@ -190,9 +200,11 @@ struct Sums {
       seen.push_back({w.unsafeGetTensorImpl(), w.requires_grad(), w.sizes().vec(), w.options()});
     }
   }
-  // A graph holds the weights that it differentiates: where one was, there is no other. Its data may be.
+  // A graph holds the weights that it differentiates, which are leaves: where one was, there is no other. Its data may
+  // be. What a backward pass has used is done with: later steps have a node that autograd calls after them and not
+  // after all that was computed before.
   bool serve(const List& weights) const {
-    bool same = weights.size() == seen.size();
+    bool same = weights.size() == seen.size() && !rows->used();
     for (size_t i = 0; same && i < weights.size(); ++i) {
       const at::Tensor& w = weights[i];
       same = w.unsafeGetTensorImpl() == seen[i].identity && w.requires_grad() == seen[i].differentiated &&
@@ -208,24 +220,34 @@ struct Sums {
     std::vector<int64_t> sizes;
     at::TensorOptions options;
   };
+  List stands_for(const List& weights) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (stands.empty()) stands = WeightSums::apply(at::TensorList(weights), rows);
+    return stands;
+  }
+
   const SharedRows rows;
   std::vector<Weight> seen;
+  std::mutex mutex;
   List stands;  // from the second step on
 };
 
-KeptSums::Found KeptSums::find(const CellConstants& cell, const List& weights) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  if (const auto kept = sums_.lock()) {
-    const at::Tensor found{kept};
-    Sums& sums = *Boxed<Sums>::in(found);
-    if (sums.serve(weights)) {
-      if (sums.stands.empty()) sums.stands = WeightSums::apply(at::TensorList(weights), sums.rows);
-      return {found, sums.stands};
-    }
+KeptSums::Found KeptSums::find(const CellConstants& cell, const CellStep& step) {
+  const bool begins =
+      std::none_of(step.states.begin(), step.states.end(), [](const at::Tensor& s) { return s.requires_grad(); });
+  Found found;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (const auto kept = sums_.lock()) found.sums = at::Tensor(kept);
   }
-  const at::Tensor made = Boxed<Sums>::make(std::make_unique<Sums>(cell, weights));
-  sums_ = made.getIntrusivePtr();
-  return {made, {}};
+  if (Sums* const sums = Boxed<Sums>::in(found.sums); !begins && sums && sums->serve(step.weights)) {
+    found.stands = sums->stands_for(step.weights);
+    return found;
+  }
+  found.sums = Boxed<Sums>::make(std::make_unique<Sums>(cell, step.weights));
+  const std::lock_guard<std::mutex> lock(mutex_);
+  sums_ = found.sums.getIntrusivePtr();
+  return found;
 }
 
 namespace {
@@ -251,9 +273,18 @@ at::Tensor without_first(const Tensor& t) {
   return result;
 }
 
+// Whether x and h are parameters of somebody's, or views of one, which an optimizer may write in the backward pass.
+struct Copies {
+  bool x, h;
+};
+bool is_parameter(const at::Tensor& t) {
+  const auto differentiated = [](const at::TensorBase& leaf) { return leaf.is_leaf() && leaf.requires_grad(); };
+  return differentiated(t) || (t.is_view() && differentiated(t._base()));
+}
+
 // The backward pass of a step as it is computed: see StepGradients.
 List by_kernel(CellStep& step, at::Tensor& h, at::Tensor& saved, List& from, const std::vector<bool>& wanted,
-               Sums* sums, std::optional<int> task) {
+               Sums* sums, std::optional<int> task, Copies copies) {
   List result(wanted.size());
   const auto given = [](const at::Tensor& t) { return t.defined(); };
   if (std::none_of(from.begin(), from.end(), given)) return result;
@@ -271,7 +302,11 @@ List by_kernel(CellStep& step, at::Tensor& h, at::Tensor& saved, List& from, con
   if (states > 0) result[1] = without_first(g.h0);
   if (states > 1) result[2] = without_first(g.c0);
   for (size_t i = 0; i < g.weights.size(); ++i) result[first_weight + i] = as_torch(g.weights[i]);
-  if (wait) sums->rows->add(*task, {without_first(g.gates), step.x, states > 0 ? step.states[0] : at::zeros_like(h)});
+  if (wait) {
+    const at::Tensor before = states > 0 ? step.states[0] : at::zeros_like(h);
+    sums->rows->add(*task,
+                    {without_first(g.gates), copies.x ? step.x.clone() : step.x, copies.h ? before.clone() : before});
+  }
   return result;
 }
 
@@ -298,6 +333,8 @@ struct CellGradient : torch::autograd::Function<CellGradient> {
     ctx->saved_data["states"] = !step.states.empty();
     if (kept.sums.defined()) ctx->saved_data["sums"] = kept.sums;
     ctx->saved_data["waits"] = !kept.stands.empty();
+    ctx->saved_data["copies x"] = is_parameter(step.x);
+    ctx->saved_data["copies h"] = !step.states.empty() && is_parameter(step.states[0]);
     if (cell.states == 1) return {without_first(found.h_n)};
     return {without_first(found.h_n), without_first(found.c_n)};
   }
@@ -313,9 +350,11 @@ struct CellGradient : torch::autograd::Function<CellGradient> {
     for (int64_t i = 0; i < last - saved.begin(); ++i) wanted.push_back(ctx->needs_input_grad(i));
     const bool waits = ctx->saved_data["waits"].toBool();
     Sums* const sums = waits ? Boxed<Sums>::in(ctx->saved_data["sums"].toTensor()) : nullptr;
+    const Copies copies = {ctx->saved_data["copies x"].toBool(), ctx->saved_data["copies h"].toBool()};
     List found = needs_long_way(from, saved)
                      ? long_way({step, h, of_pass, from, wanted})
-                     : by_kernel(step, h, of_pass, from, wanted, sums, task_of<CellGradient>(ctx));
+                     : by_kernel(step, h, of_pass, from, wanted, sums, task_of<CellGradient>(ctx), copies);
+    TORCH_CHECK(found.size() == wanted.size(), "fusedrnn: ", found.size(), " gradients of ", wanted.size());
     for (size_t i = 0; i < wanted.size(); ++i) {
       if (!wanted[i]) found[i] = at::Tensor();
     }
@@ -337,9 +376,11 @@ List train(CellStep step, KeptSums& kept) {
   const CellConstants& cell = library->constants(step.cell);
   const auto differentiated = [](const at::Tensor& w) { return w.requires_grad(); };
   const bool one_product = cell.first == cell.gates;
-  const bool adds_up = one_product && step.x.size(0) <= kFewRows &&
-                       std::any_of(step.weights.begin(), step.weights.end(), differentiated);
-  const KeptSums::Found found = adds_up ? kept.find(cell, step.weights) : KeptSums::Found();
+  const bool adds_up =
+      one_product && step.x.size(0) <= kFewRows &&
+      std::all_of(step.weights.begin(), step.weights.end(), [](const at::Tensor& w) { return w.is_leaf(); }) &&
+      std::any_of(step.weights.begin(), step.weights.end(), differentiated);
+  const KeptSums::Found found = adds_up ? kept.find(cell, step) : KeptSums::Found();
   const auto state = [&](size_t i) {
     return i < step.states.size() ? std::optional<at::Tensor>(step.states[i]) : std::nullopt;
   };

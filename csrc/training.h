@@ -25,17 +25,17 @@ struct CellStep {
   std::vector<at::Tensor> weights;  // w_ih, w_hh[, b_ih, b_hh]
 };
 
-struct Sums;  // the node of some graphs, and what stands for the weights in them
+struct Sums;  // the node of the steps of a sequence, and what stands for the weights in it
 
-// What is kept for a module between its steps: the way to their node, for as long as a graph has it.
+// What is kept for a module between its steps: the way to the last node, for as long as a graph has it.
 class KeptSums {
  public:
   struct Found {
     at::Tensor sums;                 // Sums, in a tensor (training.cpp): the graph is to hold it
     std::vector<at::Tensor> stands;  // for the weights; none: a first step, which may be the only one
   };
-  // For these weights, those of the graphs there are, or new ones.
-  Found find(const CellConstants& cell, const std::vector<at::Tensor>& weights);
+  // For these weights, what a step before has, or new ones: for the first step of a sequence, after a backward pass.
+  Found find(const CellConstants& cell, const CellStep& step);
 
  private:
   std::mutex mutex_;

@@ -52,6 +52,16 @@ def phases() -> dict[str, float] | None:
     return {name: 1e-9 * n for name, n in zip(names, nanoseconds)} if timed else None
 
 
+def may_measure(may: bool) -> None:
+    """Whether a GPU's calls from now on may measure (FUSEDRNN_CUDA_PLAN=auto), or keep to what is known."""
+    _library.fusedrnn_may_measure(may)
+
+
+def choices_file() -> str:
+    """Where what was measured is kept; empty: nowhere."""
+    return _description["choices"]
+
+
 if _fast is not None:
     fits, infer, prepare_step, step = _fast.fits, _fast.infer, _fast.prepare_step, _fast.step
     kept_parameters, packed_weights = _fast.kept_parameters, _fast.packed_weights

@@ -33,6 +33,12 @@ def _describe_cuda(built: bool) -> str:
     return f"built for CUDA {torch.version.cuda}; {count} GPU(s), the first {name}"
 
 
+def _describe_plan() -> str:
+    plan, file = os.environ.get("FUSEDRNN_CUDA_PLAN") or "stepwise", _C.choices_file()
+    kept = f"{file}, which is {'' if Path(file).exists() else 'not '}there" if file else "kept nowhere"
+    return f"{plan} (FUSEDRNN_CUDA_PLAN: stepwise, persistent or auto); what auto has measured: {kept}"
+
+
 def _describe_short_calls(fast: str | None) -> str:
     if fast:
         return f"past the dispatcher ({fast})"
@@ -57,6 +63,7 @@ def describe() -> dict[str, str]:
         "threads": f"{torch.get_num_threads()} (torch.set_num_threads); {', '.join(settings) or 'no OMP_ variable'}",
         "OpenMP": build["openmp"],
         "CUDA": _describe_cuda(build["cuda"]),
+        "CUDA plan": _describe_plan(),
         "cells": ", ".join(cell["name"] for cell in _C.cells()),
         "short calls": _describe_short_calls(build["fast"]),
         "compiler": f"{build['compiler']}, flags {build['flags']}",

@@ -111,6 +111,123 @@ def test_every_step_takes_the_short_way(name: str, options: dict[str, Any], batc
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("wide", [False, True], ids=["few rows", "many rows"])
+def test_strides_and_offsets(name: str, wide: bool) -> None:
+    """Columns of something larger: states in one tensor, an input by its time, gradients that come as parts."""
+    rows = 300 if wide else B
+    ours, theirs = pair(name)
+    torch.manual_seed(2)
+    both, x = torch.randn(rows, 2 * H, dtype=torch.float64), torch.randn(rows, I, 3, dtype=torch.float64)
+    at_the_end = torch.zeros(5000, 2 * H, dtype=torch.float64)
+    found = []
+    for cell in (ours, theirs):
+        results = []
+        for given in (both, at_the_end[-rows:]):
+            leaf, input = given.clone().requires_grad_(), x.clone().requires_grad_()
+            source = torch.empty_like(at_the_end).copy_(at_the_end)
+            parts = (source[-rows:].copy_(given) + 0 * leaf).chunk(2, 1)
+            state = cell(input[..., 2], parts if name == "LSTMCell" else parts[1])
+            state = cell(input[..., 1], state)
+            outputs = list(state) if name == "LSTMCell" else [state, state * 1]
+            gradients = torch.linspace(-1, 1, 2 * rows * H, dtype=torch.float64).view(rows, -1).chunk(2, 1)
+            results += [t.detach() for t in outputs]
+            results += torch.autograd.grad(outputs, [leaf, input, *cell.parameters()], gradients)
+            with torch.no_grad():
+                results += [first(cell(input[..., 2], parts if name == "LSTMCell" else parts[1]))]
+        found.append(results)
+    same(*found)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_order_in_which_gradients_come(name: str) -> None:
+    """Those of a cell before those of what came before it, whatever graphs there still are."""
+    order: list[list[str]] = []
+    for cell in pair(name):
+        encoder = nn.Linear(I, I, dtype=torch.float64)
+        order.append([])
+        for what, module in (("cell", cell), ("encoder", encoder)):
+            module.get_parameter("weight_hh" if what == "cell" else "weight").register_post_accumulate_grad_hook(
+                lambda _, what=what, to=order[-1]: to.append(what)
+            )
+        for _ in range(3):
+            total = loss(cell, encoder(inputs()))  # the one before is still there
+            total.backward()
+    assert order[0] == order[1] == ["cell", "encoder"] * 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("by_data", [False, True])
+def test_inputs_and_states_that_are_parameters(name: str, by_data: bool) -> None:
+    """An optimizer writes them in the backward pass, before the gradients of the weights are there."""
+    finals = []
+    for cell in pair(name):
+        torch.manual_seed(3)
+        token, begin = (nn.Parameter(torch.randn(1, size, dtype=torch.float64)) for size in (I, H))
+
+        def update(p: nn.Parameter, by_data: bool = by_data) -> None:
+            with torch.no_grad():
+                (p.data if by_data else p).sub_(0.1 * p.grad)
+            p.grad = None
+
+        for p in (token, begin, *cell.parameters()):
+            p.register_post_accumulate_grad_hook(update)
+        for _ in range(3):
+            state = None
+            for i, x_t in enumerate(inputs(6)):
+                if i == 4:  # begins anew, by a learned state
+                    h = begin.expand(B, H)
+                    state = (h, h) if name == "LSTMCell" else h
+                state = cell(token.expand(B, I) if i in (3, 5) else x_t, state)
+            total = first(state).square().sum() + torch.stack(run(cell, [x_t for x_t in inputs(2)])).sum()
+            total.backward()
+        finals.append([token, begin, *cell.parameters()])
+    same([p.detach() for p in finals[0]], [p.detach() for p in finals[1]])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_that_are_computed(name: str) -> None:
+    """Into the same tensors in each iteration: gradients come to what they were computed of."""
+    found = []
+    for cell in pair(name):
+        weights, kept, results = {k: p.detach().clone() for k, p in cell.named_parameters()}, [], []
+        for i in range(3):
+            sources = [w.detach().clone().requires_grad_() for w in weights.values()]
+            for w, source in zip(weights.values(), sources, strict=True):
+                w.detach_().copy_(source * (1 + 0.1 * i))
+            state = None
+            for x_t in inputs():
+                state = torch.func.functional_call(cell, weights, (x_t, state))
+            kept.append(first(state).square().sum())
+            kept[-1].backward()
+            results += [source.grad for source in sources]
+        found.append(results)
+    same(*found)
+
+
+def test_nothing_is_left_of_passes_that_fail() -> None:
+    """Rows that waited are let go with their graph."""
+    cell, kept = pair("GRUCell")[0], []
+
+    class Stop(Exception):
+        pass
+
+    def stop(_: Tensor) -> None:
+        raise Stop
+
+    for _ in range(3):
+        x = [x_t.clone() for x_t in inputs()]
+        outputs = run(cell, x)
+        outputs[2].register_hook(stop)
+        total = outputs[-1].sum()  # the one before is still there
+        with pytest.raises(Stop):
+            total.backward()
+        kept.append(weakref.ref(x[4]))
+    del x, outputs, total
+    gc.collect()
+    assert [k() is None for k in kept] == [True] * 3
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_steps_accumulate_in_grad(name: str) -> None:
     """Backward passes one after another, on graphs of their own and again on the same one."""
     ours, theirs = pair(name)
@@ -562,9 +679,10 @@ def test_compiled_autograd(short: dict[str, int]) -> None:
     found = []
     for cell in (ours, theirs):
         x = inputs(3).requires_grad_()
-        total = loss(cell, x)
-        with compiled_autograd._enable(torch.compile(backend="eager")):
-            total.backward()
+        for _ in range(2):
+            total = loss(cell, x)  # the one before is still there
+            with compiled_autograd._enable(torch.compile(backend="eager")):
+                total.backward()
         found.append([x.grad, *gradients(cell)])
     same(*found)
-    assert short["steps"] == 3
+    assert short["steps"] == 6

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +31,7 @@ AVAILABLE = "cuda" in KERNEL_DTYPES and torch.cuda.is_available()
 REASON = "no GPU" if "cuda" in KERNEL_DTYPES else "this build has no CUDA kernels"
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not AVAILABLE, reason=REASON)]
 CUDA = torch.device("cuda")
+ROOT = Path(__file__).parent.parent
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -100,6 +105,41 @@ def test_nothing_waits_for_the_device(cell: str) -> None:
         gradients(*arguments)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+MEASURED = """
+import torch, fusedrnn
+from pathlib import Path
+
+def gradients():
+    y = layer(x)[0]
+    return [y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
+
+layer, x = fusedrnn.GRU(5, 41, device="cuda"), torch.randn(7, 3, 5, device="cuda", requires_grad=True)
+file = Path(fusedrnn._C.choices_file())
+torch.use_deterministic_algorithms(True)
+expected = gradients()
+torch.use_deterministic_algorithms(False)
+graph = torch.cuda.CUDAGraph()
+with torch.no_grad(), torch.cuda.graph(graph):
+    layer(x)
+assert not file.exists()
+for found in (gradients(), gradients()):
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+_, *lines = file.read_text().splitlines()
+assert [line.split("\\t")[1].split()[:3] for line in lines] == [["gru", "float32", p] for p in ("forward", "backward")]
+assert all(line.endswith("\\t") for line in lines), lines  # nothing failed
+"""
+
+
+def test_a_way_is_measured_at_first_use(tmp_path: Path) -> None:
+    """Not while torch is to be deterministic, nor while a graph is captured."""
+    settings = {"FUSEDRNN_CUDA_PLAN": "auto", "XDG_CACHE_HOME": str(tmp_path), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED], cwd=ROOT, env=os.environ | settings, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_two_streams_at_once() -> None:

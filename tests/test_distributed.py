@@ -178,3 +178,47 @@ def test_sharded_with_mixed_precision(both: Both) -> None:
     for found, dtype in both(mixed_losses):
         assert dtype == torch.bfloat16
         torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02)
+
+
+class Loop(nn.Module):
+    """A cell in a loop of Python, after a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.inner, self.cell = nn.Linear(4, 4, dtype=torch.float64), fusedrnn.GRUCell(4, 6, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.zeros(x.size(1), 6, dtype=x.dtype)
+        for x_t in self.inner(x):
+            h = self.cell(x_t, h)
+        return h.square().sum(1)
+
+
+def loop_gradients(sharded: bool, rank: int | None) -> list[Tensor]:
+    """Of three steps; each loss is still there in the next one."""
+    model = Loop()
+    if sharded:
+        fully_shard(model.cell)
+        fully_shard(model)
+    elif rank is not None:
+        model = DistributedDataParallel(model)
+    torch.manual_seed(2)
+    x, found = torch.randn(5, 4, 4, dtype=torch.float64), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        loss = model(x if rank is None else x[:, rank::RANKS]).mean()
+        loss.backward()
+        found += [(p.grad.full_tensor() if sharded else p.grad).clone() for p in model.parameters()]
+        optimizer.step()
+        optimizer.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fully sharded"])
+def test_a_cell_in_a_loop(both: Both, sharded: bool) -> None:
+    expected = loop_gradients(False, None)
+    for found in both(loop_gradients, sharded):
+        assert len(found) == len(expected) == 18
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)

@@ -19,6 +19,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fusedrnn
 from benchmarks import probes
@@ -157,3 +158,36 @@ def test_a_state_of_another_stack_is_refused() -> None:
     wrong = (torch.zeros(2, 2, 5), torch.zeros(2, 2, 5))
     with pytest.raises(RuntimeError, match=r"Expected hidden\[0\] size \(3, 2, 5\)"):
         module(x, wrong)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layers, bidirectional", [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_parts_of_something_larger(name: str, layers: int, bidirectional: bool, dtype: torch.dtype) -> None:
+    """Inputs and states with strides and an offset of their own, as their contiguous copies."""
+    torch.manual_seed(0)
+    module = getattr(fusedrnn, name)(4, 6, layers, bidirectional=bidirectional, dtype=dtype)
+    x = torch.randn(5, 3, 4, 9).to(dtype)[..., 7]
+    states = torch.randn(2, layers * (1 + bidirectional), 3, 6, 4).to(dtype)
+    both = (states[..., 2], states[..., 2].contiguous())
+    hx, dense = ((s[0], s[1]) if name == "LSTM" else s[0] for s in both)
+    calls = [module] if bidirectional else [module, module.step]
+    for mode in (torch.no_grad, torch.enable_grad):
+        for call in calls:
+            with mode():
+                given = x if call is module else x[0]
+                found, expected = tree_leaves(call(given, hx)), tree_leaves(call(given.contiguous(), dense))
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("name", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_cells_of_parts_of_something_larger(name: str) -> None:
+    cell, twin = getattr(fusedrnn, name)(4, 6), getattr(torch.nn, name)(4, 6)
+    twin.load_state_dict(cell.state_dict())
+    x, both = torch.randn(3, 4, 9)[..., 7], torch.randn(3, 12)
+    with torch.no_grad():
+        hx = both.chunk(2, 1) if name == "LSTMCell" else both[:, 6:]
+        for a, b in zip(tree_leaves(cell(x, hx)), tree_leaves(twin(x, hx)), strict=True):
+            torch.testing.assert_close(a, b)

@@ -68,6 +68,38 @@ const char* run(const typename Pass::Problem& p, const CudaCall& call) {
 }
 
 template <class Pass>
+bool persists(const typename Pass::Problem& p, const CudaCall& call) {
+  CudaCall asked = call;
+  asked.persistent = true;
+  return Pass::can_persist(p) && Cuda{asked}.template persists<Pass>(p);
+}
+
+// Numbers that are not negative are ordered as their bits are; one that is none is above them all.
+__device__ void raise(float& to, float value) {
+  atomicMax(reinterpret_cast<unsigned*>(&to), __float_as_uint(value) & 0x7fffffffu);
+}
+
+template <class E>
+struct Compare {
+  const E *a, *b;
+  int64_t stride;
+  Largest* largest;
+  __device__ void operator()(int, int64_t row, int64_t column) const {
+    const auto value = static_cast<float>(widen(a[row * stride + column]));
+    raise(largest->value, value);
+    raise(largest->difference, value - static_cast<float>(widen(b[row * stride + column])));
+  }
+};
+
+template <class E>
+const char* compare(const Output& output, const void* other, Largest* largest, const CudaCall& call) {
+  Cuda device{call};
+  device.each(1, output.rows, output.columns,
+              Compare<E>{static_cast<const E*>(*output.at), static_cast<const E*>(other), output.stride, largest});
+  return device.error == cudaSuccess ? nullptr : cudaGetErrorString(device.error);
+}
+
+template <class Pass>
 int64_t bytes(const typename Pass::Problem& p) {
   return Pass::template bytes<Cuda>(p);
 }

@@ -4,6 +4,7 @@
 
 #include "../cpu/dispatch.h"
 #include "../persistent/plan.h"
+#include "../stepwise/outputs.h"
 #include "../stepwise/product.h"
 
 namespace fusedrnn {
@@ -25,6 +26,11 @@ struct CudaTable {
   // Null, or what the first launch that failed was told.
   const char* (*forward[kMaxCells][kDTypes])(const ForwardProblem&, const CudaCall&);
   const char* (*backward[kMaxCells][kDTypes])(const BackwardProblem&, const CudaCall&);
+  // Whether there is a kernel for many steps, on the call's GPU.
+  bool (*forward_persists[kMaxCells][kDTypes])(const ForwardProblem&, const CudaCall&);
+  bool (*backward_persists[kMaxCells][kDTypes])(const BackwardProblem&, const CudaCall&);
+  // Raises largest, on the device, by an output and the same in another place.
+  const char* (*compare[kDTypes])(const Output& output, const void* other, Largest* largest, const CudaCall&);
 };
 extern const CudaTable kCudaTable;
 

@@ -7,10 +7,12 @@
 #define USE_CUDA  // torch declares what it has for CUDA
 #include <torch/csrc/stable/accelerator.h>
 
-#include <cstdlib>
-#include <string_view>
+#include <map>
+#include <mutex>
+#include <sstream>
 
 #include "../backend.h"
+#include "../stepwise/trial.h"
 #include "device.h"
 
 namespace fusedrnn {
@@ -28,6 +30,10 @@ Types types(DType dtype) {
     case DType::kFloat16: return {CUDA_R_16F, CUDA_R_32F, CUBLAS_COMPUTE_32F};
     default: return {CUDA_R_32F, CUDA_R_32F, CUBLAS_COMPUTE_32F};
   }
+}
+
+void check_cuda(cudaError_t error) {
+  check(error == cudaSuccess, "fusedrnn: CUDA failed: ", cudaGetErrorString(error));
 }
 
 void check_cublas(cublasStatus_t status) {
@@ -73,21 +79,12 @@ class WideSums {
 persistent::Gpu gpu_of(int device) {
   persistent::Gpu gpu = {};
   const auto ask = [&](int& value, cudaDeviceAttr attribute) {
-    const cudaError_t error = cudaDeviceGetAttribute(&value, attribute, device);
-    check(error == cudaSuccess, "fusedrnn: CUDA does not tell what GPU it is: ", cudaGetErrorString(error));
+    check_cuda(cudaDeviceGetAttribute(&value, attribute, device));
   };
   ask(gpu.major, cudaDevAttrComputeCapabilityMajor);
   ask(gpu.minor, cudaDevAttrComputeCapabilityMinor);
   ask(gpu.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   return gpu;
-}
-
-bool persistent_wanted() {
-  const char* plan = std::getenv("FUSEDRNN_CUDA_PLAN");
-  const std::string_view wish = plan && *plan ? plan : "stepwise";
-  check(wish == "stepwise" || wish == "persistent", "FUSEDRNN_CUDA_PLAN must be stepwise or persistent, got '", wish,
-        "'");
-  return wish == "persistent";
 }
 
 bool rounds_to_tf32(cublasHandle_t handle) {
@@ -96,30 +93,147 @@ bool rounds_to_tf32(cublasHandle_t handle) {
   return mode & CUBLAS_TF32_TENSOR_OP_MATH;
 }
 
-template <class Bytes, class Pass, class Problem>
-void run(const Layer& layer, const Problem& p, const Bytes& bytes, const Pass& pass) {
+// A pass over a layer, as the tables have it.
+template <class Problem>
+struct Pass {
+  const char* name;
+  int64_t (*bytes)(const Problem&);
+  const char* (*run)(const Problem&, const CudaCall&);
+  bool (*persists)(const Problem&, const CudaCall&);
+};
+
+std::string told(const char* error) { return error ? error : ""; }
+std::string told(cudaError_t error) { return error == cudaSuccess ? "" : cudaGetErrorString(error); }
+
+// Both ways of computing a call, as stepwise/trial.h measures them.
+template <class Problem>
+class CudaWays {
+ public:
+  CudaWays(const Pass<Problem>& pass, const CudaCall& call, Device device)
+      : pass_(pass), call_(call), device_(device) {}
+
+  bool can_persist(const Problem& p) const { return pass_.persists(p, call_); }
+  std::string run(const Problem& p, Way way) const {
+    const std::string error = told(pass_.run(p, by(way)));
+    const std::string later = told(cudaStreamSynchronize(stream()));
+    return error.empty() ? later : error;
+  }
+  double seconds(const Problem& p, Way way) const {
+    cudaEvent_t begin = nullptr, end = nullptr;
+    float milliseconds = 0;
+    check_cuda(cudaEventCreate(&begin));
+    check_cuda(cudaEventCreate(&end));
+    check_cuda(cudaEventRecord(begin, stream()));
+    pass_.run(p, by(way));
+    check_cuda(cudaEventRecord(end, stream()));
+    check_cuda(cudaEventSynchronize(end));
+    check_cuda(cudaEventElapsedTime(&milliseconds, begin, end));
+    check_cuda(cudaEventDestroy(begin));
+    check_cuda(cudaEventDestroy(end));
+    return 1e-3 * milliseconds;
+  }
+  void* memory(int64_t bytes) {
+    held_.push_back(empty(Sizes({bytes}), aoti_torch_dtype_uint8(), device_));
+    return held_.back().mutable_data();
+  }
+  Largest compare(const Output& output, const void* other) {
+    auto* const largest = static_cast<Largest*>(memory(sizeof(Largest)));
+    Largest found;
+    check_cuda(cudaMemsetAsync(largest, 0, sizeof(Largest), stream()));
+    const char* error = kCudaTable.compare[static_cast<int>(output.dtype)](output, other, largest, call_);
+    check(!error, "fusedrnn: results could not be compared on the GPU: ", told(error));
+    check_cuda(cudaMemcpyAsync(&found, largest, sizeof(Largest), cudaMemcpyDeviceToHost, stream()));
+    check_cuda(cudaStreamSynchronize(stream()));
+    return found;
+  }
+
+ private:
+  cudaStream_t stream() const { return static_cast<cudaStream_t>(call_.stream); }
+  CudaCall by(Way way) const {
+    CudaCall call = call_;
+    call.persistent = way == Way::kPersistent;
+    return call;
+  }
+
+  const Pass<Problem>& pass_;
+  const CudaCall& call_;
+  const Device device_;
+  Tensors held_;
+};
+
+// GPU, driver and libraries, which the times depend on.
+std::string machine(int device) {
+  cudaDeviceProp properties;
+  int driver = 0, runtime = 0;
+  check_cuda(cudaGetDeviceProperties(&properties, device));
+  check_cuda(cudaDriverGetVersion(&driver));
+  check_cuda(cudaRuntimeGetVersion(&runtime));
+  std::ostringstream text;
+  text << properties.name << ", driver " << driver << ", CUDA " << runtime << ", built " __DATE__ " " __TIME__;
+  return text.str();
+}
+
+// Those of a GPU. What is to be told of them goes to torch's warnings.
+Choices& choices_of(int device) {
+  static std::mutex mutex;
+  static std::map<int, Choices> all;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = all.find(device);
+  return found != all.end() ? found->second : all.try_emplace(device, choices_file(), machine(device)).first->second;
+}
+
+bool is_captured(void* stream) {
+  cudaStreamCaptureStatus status;
+  check_cuda(cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+
+template <class Problem>
+Way way_of(const Layer& layer, const Problem& p, const Pass<Problem>& pass, const CudaCall& call) {
+  const Plan wish = plan();
+  if (wish != Plan::kAuto) return wish == Plan::kPersistent ? Way::kPersistent : Way::kStepwise;
+  const Device device = layer.x.device();
+  Choices& choices = choices_of(device.index);
+  CudaWays<Problem> ways(pass, call, device);
+  const CellConstants& cell = layer.constants();
+  const std::string kind = kind_of(cell.name, layer.dtype, call.tf32, p.size, pass.name);
+  const bool may_wait = may_measure && !is_captured(call.stream);
+  const Way way = way_for(choices, kind, p, cell, layer.dtype, call.tf32, may_wait, ways);
+  for (const std::string& remark : choices.take_remarks()) {
+    aoti_torch_warn(__func__, __FILE__, __LINE__, ("fusedrnn: " + remark).c_str());
+  }
+  return way;
+}
+
+template <class Problem>
+void run(const Layer& layer, const Problem& p, const Pass<Problem>& pass) {
   const Device device = layer.x.device();
   const torch::stable::accelerator::DeviceGuard guard(device.index);
-  const int dtype = layer.kernel_dtype();
-  const Tensor memory = empty(Sizes({bytes[layer.cell][dtype](p)}), aoti_torch_dtype_uint8(), device);
+  const Tensor memory = empty(Sizes({pass.bytes(p)}), aoti_torch_dtype_uint8(), device);
   void *stream = nullptr, *handle = nullptr;
   const bool told = aoti_torch_get_current_cuda_stream(device.index, &stream) == AOTI_TORCH_SUCCESS &&
                     torch_get_current_cuda_blas_handle(&handle) == AOTI_TORCH_SUCCESS;
   check(told, "fusedrnn: torch gives no stream or no handle of cuBLAS on ", device);
   const bool tf32 = rounds_to_tf32(static_cast<cublasHandle_t>(handle));
   const WideSums wide(static_cast<cublasHandle_t>(handle));
-  const CudaCall call = {stream, memory.mutable_data(), multiply, handle, gpu_of(device.index), persistent_wanted(),
-                         tf32};
-  const char* error = pass[layer.cell][dtype](p, call);
+  CudaCall call = {stream, memory.mutable_data(), multiply, handle, gpu_of(device.index), false, tf32};
+  call.persistent = way_of(layer, p, pass, call) == Way::kPersistent;
+  const char* error = pass.run(p, call);
   check(!error, "fusedrnn: a CUDA kernel could not be launched: ", error ? error : "");
 }
 
 void forward(const Layer& layer, const ForwardProblem& p) {
-  run(layer, p, kCudaTable.forward_bytes, kCudaTable.forward);
+  const int cell = layer.cell, dtype = layer.kernel_dtype();
+  run<ForwardProblem>(layer, p,
+                      {"forward", kCudaTable.forward_bytes[cell][dtype], kCudaTable.forward[cell][dtype],
+                       kCudaTable.forward_persists[cell][dtype]});
 }
 
 void backward(const Layer& layer, const BackwardProblem& p) {
-  run(layer, p, kCudaTable.backward_bytes, kCudaTable.backward);
+  const int cell = layer.cell, dtype = layer.kernel_dtype();
+  run<BackwardProblem>(layer, p,
+                       {"backward", kCudaTable.backward_bytes[cell][dtype], kCudaTable.backward[cell][dtype],
+                        kCudaTable.backward_persists[cell][dtype]});
 }
 
 }  // namespace

@@ -2,9 +2,12 @@
 // (emulator.h), for every layer that they can do. FUSEDRNN_EMULATOR_SEED draws another order of threads.
 #include "../stepwise/host.h"
 
+#include <chrono>
 #include <cstdlib>
+#include <memory>
 #include <random>
 
+#include "../stepwise/trial.h"
 #include "backward.h"
 #include "emulator.h"
 #include "forward.h"
@@ -51,8 +54,65 @@ void poison(E* memory, int64_t count) {
   std::memset(static_cast<void*>(memory), 0xff, count * sizeof(E));
 }
 
+// Both ways of computing a call, as trial.h measures them.
+template <class Pass>
+struct HostWays {
+  using Problem = typename Pass::Problem;
+  bool (*by[2])(const Problem&);
+  std::vector<std::unique_ptr<char[]>> held = {};
+
+  bool can_persist(const Problem& p) const { return Pass::can_persist(p); }
+  std::string run(const Problem& p, Way way) const {
+    return by[static_cast<int>(way)](p) ? "" : "not enough memory for the layer's working space";
+  }
+  double seconds(const Problem& p, Way way) const {
+    using Clock = std::chrono::steady_clock;
+    const Clock::time_point start = Clock::now();
+    run(p, way);
+    return std::chrono::duration<double>(Clock::now() - start).count();
+  }
+  void* memory(int64_t bytes) {
+    held.push_back(std::make_unique<char[]>(bytes));
+    return held.back().get();
+  }
+  Largest compare(const Output& output, const void* other) const {
+    switch (output.dtype) {
+      case DType::kFloat32: return largest<float>(output, other);
+      case DType::kFloat64: return largest<double>(output, other);
+      case DType::kBFloat16: return largest<c10::BFloat16>(output, other);
+      default: return largest<c10::Half>(output, other);
+    }
+  }
+  template <class E>
+  static Largest largest(const Output& output, const void* other) {
+    Largest found;
+    const E *a = static_cast<const E*>(*output.at), *b = static_cast<const E*>(other);
+    for (int64_t row = 0; row < output.rows; ++row) {
+      for (int64_t at = row * output.stride; at < row * output.stride + output.columns; ++at) {
+        const auto value = static_cast<float>(widen(a[at]));
+        found.value = std::max(found.value, std::abs(value));
+        const float difference = std::abs(value - static_cast<float>(widen(b[at])));
+        if (!(difference <= found.difference) && !std::isnan(found.difference)) found.difference = difference;
+      }
+    }
+    return found;
+  }
+};
+
 struct Emulated : Host {
   static constexpr int64_t kMostUnits = 256;  // beyond this the fibers take too long
+
+  template <class Pass>
+  static bool compute(const typename Pass::Problem& p) {
+    if (plan() != Plan::kAuto) return run_on_host<Emulated, Pass>(p);
+    static Choices choices(choices_file(), "emulated");
+    HostWays<Pass> ways = {{run_on_host<Host, Pass>, run_on_host<Emulated, Pass>}};
+    const bool backward = std::is_same_v<typename Pass::Problem, BackwardProblem>;
+    const std::string kind = kind_of(Pass::Cell::kName, Pass::kDType, false, p.size, backward ? "backward" : "forward");
+    static const CellConstants& cell = cell_constants(find_cell(Pass::Cell::kName));
+    const Way way = way_for(choices, kind, p, cell, Pass::kDType, false, may_measure, ways);
+    return ways.by[static_cast<int>(way)](p);
+  }
 
   template <class Pass>
   bool persists(const typename Pass::Problem& p) const {

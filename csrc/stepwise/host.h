@@ -49,6 +49,8 @@ struct Host {
   }
 
   template <class Pass>
+  static bool compute(const typename Pass::Problem& p);
+  template <class Pass>
   bool persists(const typename Pass::Problem&) const {
     return false;
   }
@@ -89,16 +91,28 @@ bool run_on_host(const typename Pass::Problem& p) {
   return true;
 }
 
+template <class Pass>
+bool Host::compute(const typename Pass::Problem& p) {
+  return run_on_host<Host, Pass>(p);
+}
+
+template <class Device, class Pass>
+bool compute_on_host(const typename Pass::Problem& p) {
+  return Device::template compute<Pass>(p);
+}
+
 // A device's kernels, of every cell and type, in the place of an instruction set's.
 template <class Device, class... Cells>
 KernelTable host_table(const char* name, CellList<Cells...>) {
   using c10::BFloat16, c10::Half;
-  constexpr ForwardKernel kForward[][kDTypes] = {
-      {run_on_host<Device, StepwiseForward<Cells, float>>, run_on_host<Device, StepwiseForward<Cells, double>>,
-       run_on_host<Device, StepwiseForward<Cells, BFloat16>>, run_on_host<Device, StepwiseForward<Cells, Half>>}...};
-  constexpr BackwardKernel kBackward[][kDTypes] = {
-      {run_on_host<Device, StepwiseBackward<Cells, float>>, run_on_host<Device, StepwiseBackward<Cells, double>>,
-       run_on_host<Device, StepwiseBackward<Cells, BFloat16>>, run_on_host<Device, StepwiseBackward<Cells, Half>>}...};
+  constexpr ForwardKernel kForward[][kDTypes] = {{compute_on_host<Device, StepwiseForward<Cells, float>>,
+                                                  compute_on_host<Device, StepwiseForward<Cells, double>>,
+                                                  compute_on_host<Device, StepwiseForward<Cells, BFloat16>>,
+                                                  compute_on_host<Device, StepwiseForward<Cells, Half>>}...};
+  constexpr BackwardKernel kBackward[][kDTypes] = {{compute_on_host<Device, StepwiseBackward<Cells, float>>,
+                                                    compute_on_host<Device, StepwiseBackward<Cells, double>>,
+                                                    compute_on_host<Device, StepwiseBackward<Cells, BFloat16>>,
+                                                    compute_on_host<Device, StepwiseBackward<Cells, Half>>}...};
   KernelTable table = kTableBase;
   table.name = name;
   table.even_rows = true;

@@ -1,0 +1,75 @@
+// A measurement of both ways on a call's own data (choice.h), for any device that can compute it by either:
+//
+//   device.can_persist(problem)       whether there is a kernel for many steps
+//   device.run(problem, way)          the whole call, waited for; empty, or why it failed
+//   device.seconds(problem, way)      of a call
+//   device.memory(bytes)              on the device, until the measurement ends
+//   device.compare(output, other)     outputs.h's Largest of an output and of the same in another place
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+#include "choice.h"
+#include "outputs.h"
+
+namespace fusedrnn {
+
+// By how much the results of both ways may differ, over the largest value of an array. A wrong term differs by far
+// more.
+inline double allowed_deviation(DType dtype, bool tf32) {
+  switch (dtype) {
+    case DType::kFloat64: return 1e-9;
+    case DType::kFloat32: return tf32 ? 3e-2 : 1e-3;
+    case DType::kFloat16: return 3e-2;
+    default: return 1e-1;
+  }
+}
+
+// The way for p. may_wait: whether there may be a trial; p's own outputs then hold the stepwise results.
+template <class Problem, class Device>
+Way way_for(Choices& choices, const std::string& kind, const Problem& p, const CellConstants& cell, DType dtype,
+            bool tf32, bool may_wait, Device& device) {
+  if (!device.can_persist(p)) return Way::kStepwise;
+  if (!may_wait) return choices.choose(kind, nullptr);
+  Problem own = p, aside = p;
+  Outputs results(own, cell, dtype), others(aside, cell, dtype);
+  bool moved = false;
+  const auto problem_of = [&](Way way) -> const Problem& {
+    if (way == Way::kStepwise) return own;
+    if (!moved) others.move_to(device.memory(others.bytes()));
+    moved = true;
+    return aside;
+  };
+  Trial trial;
+  trial.run = [&](Way way) { return device.run(problem_of(way), way); };
+  trial.seconds = [&](Way way) { return device.seconds(problem_of(way), way); };
+  trial.deviation = [&] {
+    double worst = 0;
+    for (size_t i = 0; i < results.all().size(); ++i) {
+      const Largest found = device.compare(results.all()[i], *others.all()[i].at);
+      const double scale = std::max(found.value, std::numeric_limits<float>::min());
+      const double deviation = found.difference / scale / allowed_deviation(dtype, tf32);
+      if (!std::isnan(worst) && !(deviation <= worst)) worst = deviation;
+    }
+    return worst;
+  };
+  return choices.choose(kind, &trial);
+}
+
+// What FUSEDRNN_CUDA_PLAN says; throws std::runtime_error where it says nothing that there is.
+enum class Plan { kStepwise, kPersistent, kAuto };
+inline Plan plan() {
+  const char* text = std::getenv("FUSEDRNN_CUDA_PLAN");
+  const std::string wish = text && *text ? text : "stepwise";
+  if (wish == "stepwise") return Plan::kStepwise;
+  if (wish == "persistent") return Plan::kPersistent;
+  if (wish == "auto") return Plan::kAuto;
+  throw std::runtime_error("FUSEDRNN_CUDA_PLAN must be stepwise, persistent or auto, got '" + wish + "'");
+}
+
+}  // namespace fusedrnn
