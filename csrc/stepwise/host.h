@@ -25,6 +25,16 @@ struct Element<c10::BFloat16> : HostElement<c10::BFloat16, DType::kBFloat16> {};
 template <>
 struct Element<c10::Half> : HostElement<c10::Half, DType::kFloat16> {};
 
+template <class Device, class Pass>
+bool run_on_host(const typename Pass::Problem& p) {
+  void* memory = acquire_scratch(Pass::template bytes<Device>(p));
+  if (!memory) return false;
+  Device device;
+  Pass::run(p, memory, device);
+  release_scratch();
+  return true;
+}
+
 struct Host {
   static constexpr int64_t kProjectionBytes = 4096;  // so little that tests meet several chunks
 
@@ -49,7 +59,9 @@ struct Host {
   }
 
   template <class Pass>
-  static bool compute(const typename Pass::Problem& p);
+  static bool compute(const typename Pass::Problem& p) {
+    return run_on_host<Host, Pass>(p);
+  }
   template <class Pass>
   bool persists(const typename Pass::Problem&) const {
     return false;
@@ -81,38 +93,18 @@ struct Host {
   }
 };
 
-template <class Device, class Pass>
-bool run_on_host(const typename Pass::Problem& p) {
-  void* memory = acquire_scratch(Pass::template bytes<Device>(p));
-  if (!memory) return false;
-  Device device;
-  Pass::run(p, memory, device);
-  release_scratch();
-  return true;
-}
-
-template <class Pass>
-bool Host::compute(const typename Pass::Problem& p) {
-  return run_on_host<Host, Pass>(p);
-}
-
-template <class Device, class Pass>
-bool compute_on_host(const typename Pass::Problem& p) {
-  return Device::template compute<Pass>(p);
-}
-
 // A device's kernels, of every cell and type, in the place of an instruction set's.
 template <class Device, class... Cells>
 KernelTable host_table(const char* name, CellList<Cells...>) {
   using c10::BFloat16, c10::Half;
-  constexpr ForwardKernel kForward[][kDTypes] = {{compute_on_host<Device, StepwiseForward<Cells, float>>,
-                                                  compute_on_host<Device, StepwiseForward<Cells, double>>,
-                                                  compute_on_host<Device, StepwiseForward<Cells, BFloat16>>,
-                                                  compute_on_host<Device, StepwiseForward<Cells, Half>>}...};
-  constexpr BackwardKernel kBackward[][kDTypes] = {{compute_on_host<Device, StepwiseBackward<Cells, float>>,
-                                                    compute_on_host<Device, StepwiseBackward<Cells, double>>,
-                                                    compute_on_host<Device, StepwiseBackward<Cells, BFloat16>>,
-                                                    compute_on_host<Device, StepwiseBackward<Cells, Half>>}...};
+  constexpr ForwardKernel kForward[][kDTypes] = {{Device::template compute<StepwiseForward<Cells, float>>,
+                                                  Device::template compute<StepwiseForward<Cells, double>>,
+                                                  Device::template compute<StepwiseForward<Cells, BFloat16>>,
+                                                  Device::template compute<StepwiseForward<Cells, Half>>}...};
+  constexpr BackwardKernel kBackward[][kDTypes] = {{Device::template compute<StepwiseBackward<Cells, float>>,
+                                                    Device::template compute<StepwiseBackward<Cells, double>>,
+                                                    Device::template compute<StepwiseBackward<Cells, BFloat16>>,
+                                                    Device::template compute<StepwiseBackward<Cells, Half>>}...};
   KernelTable table = kTableBase;
   table.name = name;
   table.even_rows = true;
