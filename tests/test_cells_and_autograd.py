@@ -159,7 +159,7 @@ def test_derivatives_of_gradients(name: str, short: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_mixed_orders(name: str) -> None:
-    """Of one graph a gradient that is differentiated and one that is not; steps of both kinds before one weight."""
+    """Of one graph a gradient that is differentiated, and one that is not."""
     ours, theirs = pair(name)
     found = []
     for cell in (ours, theirs):
@@ -169,6 +169,21 @@ def test_mixed_orders(name: str) -> None:
         (dx.square().sum() + y.square().sum()).backward()
         found.append([x.grad, *gradients(cell)])
     same(*found)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_of_both_ways_in_one_pass(name: str, short: dict[str, int]) -> None:
+    """One has saved tensors that the kernels do not take: views to be negated."""
+    found = []
+    for cell in pair(name):
+        x, state, outputs = inputs().requires_grad_(), None, []
+        for i, x_t in enumerate(x):
+            with saved_tensors_hooks(lambda t: t, (lambda t: torch._neg_view(-t)) if i == 2 else lambda t: t):
+                state = cell(x_t, state)
+            outputs.append(first(state))
+        found.append(torch.autograd.grad(torch.stack(outputs).square().sum(), [x, *cell.parameters()]))
+    same(*found)
+    assert short == {"steps": T, "long": 1}
 
 
 def test_who_looks_on_sees_the_ops(short: dict[str, int]) -> None:
