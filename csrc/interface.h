@@ -46,5 +46,5 @@ extern "C" {
 FUSEDRNN_SHARED const fusedrnn::Interface* fusedrnn_interface();
 FUSEDRNN_SHARED const char* fusedrnn_description();         // JSON, the same for ever
 FUSEDRNN_SHARED int fusedrnn_phases(int64_t* nanoseconds);  // of each phase since the last call; 0: no timers
-FUSEDRNN_SHARED void fusedrnn_may_measure(int may);         // may_measure of stepwise/choice.h, from then on
+FUSEDRNN_SHARED void fusedrnn_ask_settings(int (*ask)());   // stepwise/settings.h, from then on
 }

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import json
 from typing import Any
+
+import torch
 
 from .extension import load, versions
 
@@ -52,9 +55,19 @@ def phases() -> dict[str, float] | None:
     return {name: 1e-9 * n for name, n in zip(names, nanoseconds)} if timed else None
 
 
-def may_measure(may: bool) -> None:
-    """Whether a GPU's calls from now on may measure (FUSEDRNN_CUDA_PLAN=auto), or keep to what is known."""
-    _library.fusedrnn_may_measure(may)
+@ctypes.CFUNCTYPE(ctypes.c_int)
+def _settings() -> int:
+    """What a GPU's kernels follow, a bit each (csrc/stepwise/settings.h); called by the library in each of its calls.
+
+    Whether float32 products may round to TF32 (torch.backends.cudnn.allow_tf32 and cudnn.rnn.fp32_precision, as for
+    torch.nn's recurrent layers); whether the sooner way may be measured (not in deterministic mode).
+    """
+    tf32 = torch.backends.cudnn.rnn.fp32_precision == "tf32"
+    return tf32 | (not torch.are_deterministic_algorithms_enabled()) << 1
+
+
+_library.fusedrnn_ask_settings(_settings)
+atexit.register(_library.fusedrnn_ask_settings, None)  # a thread of C++ may outlive Python
 
 
 def choices_file() -> str:

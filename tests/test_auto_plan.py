@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 PROGRAM = """
 import sys, torch, fusedrnn
 assert fusedrnn._C.isa() == "persistent"
+torch.backends.cudnn.allow_tf32 = False
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16):
     for name, options in (("LSTM", {}), ("GRU", {"bidirectional": True}), ("RNN", {})):
@@ -65,6 +66,29 @@ def test_both_ways_are_measured_once_and_kept(tmp_path: Path) -> None:
         assert way == ("persistent" if float(persistent) < float(stepwise) else "stepwise")
     again = run(PROGRAM, tmp_path, "auto")
     assert again.returncode == 0 and file.read_text().splitlines() == [first, *lines]
+
+
+def test_each_call_goes_by_the_settings_of_its_time(tmp_path: Path) -> None:
+    """In deterministic mode what is known is taken, and nothing is measured; TF32 is another kind of call."""
+    code = """
+import torch, fusedrnn
+layer, x = fusedrnn.LSTM(3, 4), torch.ones(2, 1, 3, requires_grad=True)
+torch.use_deterministic_algorithms(True)
+y = layer(x)[0]
+torch.use_deterministic_algorithms(False)
+torch.backends.cudnn.rnn.fp32_precision = "ieee"
+y.sum().backward()
+torch.use_deterministic_algorithms(True)
+layer(x)[0].sum().backward()
+torch.use_deterministic_algorithms(False)
+torch.backends.cudnn.rnn.fp32_precision = "tf32"
+layer(x)
+"""
+    done = run(code, tmp_path, "auto")
+    assert done.returncode == 0, done.stderr
+    _, *lines = (tmp_path / "fusedrnn" / "choices.txt").read_text().splitlines()
+    kinds = [line.split("\t")[1] for line in lines]
+    assert kinds == ["lstm float32 backward T2 B1 H4 D1", "lstm float32 tf32 forward T2 B1 H4 D1"]
 
 
 @pytest.mark.parametrize("plan", ["", "stepwise", "persistent"])

@@ -12,6 +12,7 @@
 #include <sstream>
 
 #include "../backend.h"
+#include "../stepwise/settings.h"
 #include "../stepwise/trial.h"
 #include "device.h"
 
@@ -40,8 +41,7 @@ void check_cublas(cublasStatus_t status) {
   check(status == CUBLAS_STATUS_SUCCESS, "fusedrnn: cuBLAS failed with status ", static_cast<int>(status));
 }
 
-// Row-major c = a b is column-major c^T = b^T a^T. Whether float32 products may round to TF32 is the handle's mode,
-// which torch sets by its own switch.
+// Row-major c = a b is column-major c^T = b^T a^T.
 void multiply(const Product& p, void* context) {
   if (p.m == 0 || p.n == 0) return;
   const Types of = types(p.dtype);
@@ -59,17 +59,19 @@ void multiply(const Product& p, void* context) {
       CUBLAS_GEMM_DEFAULT));
 }
 
-// Sums of 16-bit products stay in float32 also where cuBLAS splits them and the result has 16 bits.
-class WideSums {
+// What cuBLAS may round, while a call lasts. float32 products: to TF32, if it is the call's setting. Sums of 16-bit
+// products: never, also where cuBLAS splits them and the result has 16 bits.
+class Rounding {
  public:
-  explicit WideSums(cublasHandle_t handle) : handle_(handle) {
+  Rounding(cublasHandle_t handle, bool tf32) : handle_(handle) {
     check_cublas(cublasGetMathMode(handle_, &before_));
-    const int mode = before_ | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
+    const int products = tf32 ? CUBLAS_TF32_TENSOR_OP_MATH : CUBLAS_DEFAULT_MATH;
+    const int mode = products | CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
     check_cublas(cublasSetMathMode(handle_, static_cast<cublasMath_t>(mode)));
   }
-  ~WideSums() { cublasSetMathMode(handle_, before_); }
-  WideSums(const WideSums&) = delete;
-  WideSums& operator=(const WideSums&) = delete;
+  ~Rounding() { cublasSetMathMode(handle_, before_); }
+  Rounding(const Rounding&) = delete;
+  Rounding& operator=(const Rounding&) = delete;
 
  private:
   cublasHandle_t handle_;
@@ -85,12 +87,6 @@ persistent::Gpu gpu_of(int device) {
   ask(gpu.minor, cudaDevAttrComputeCapabilityMinor);
   ask(gpu.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   return gpu;
-}
-
-bool rounds_to_tf32(cublasHandle_t handle) {
-  cublasMath_t mode;
-  check_cublas(cublasGetMathMode(handle, &mode));
-  return mode & CUBLAS_TF32_TENSOR_OP_MATH;
 }
 
 // A pass over a layer, as the tables have it.
@@ -189,7 +185,7 @@ bool is_captured(void* stream) {
 }
 
 template <class Problem>
-Way way_of(const Layer& layer, const Problem& p, const Pass<Problem>& pass, const CudaCall& call) {
+Way way_of(const Layer& layer, const Problem& p, const Pass<Problem>& pass, const CudaCall& call, bool may_measure) {
   const Plan wish = plan();
   if (wish != Plan::kAuto) return wish == Plan::kPersistent ? Way::kPersistent : Way::kStepwise;
   const Device device = layer.x.device();
@@ -214,10 +210,10 @@ void run(const Layer& layer, const Problem& p, const Pass<Problem>& pass) {
   const bool told = aoti_torch_get_current_cuda_stream(device.index, &stream) == AOTI_TORCH_SUCCESS &&
                     torch_get_current_cuda_blas_handle(&handle) == AOTI_TORCH_SUCCESS;
   check(told, "fusedrnn: torch gives no stream or no handle of cuBLAS on ", device);
-  const bool tf32 = rounds_to_tf32(static_cast<cublasHandle_t>(handle));
-  const WideSums wide(static_cast<cublasHandle_t>(handle));
+  const auto [tf32, may_measure] = settings();
+  const Rounding rounding(static_cast<cublasHandle_t>(handle), tf32);
   CudaCall call = {stream, memory.mutable_data(), multiply, handle, gpu_of(device.index), false, tf32};
-  call.persistent = way_of(layer, p, pass, call) == Way::kPersistent;
+  call.persistent = way_of(layer, p, pass, call, may_measure) == Way::kPersistent;
   const char* error = pass.run(p, call);
   check(!error, "fusedrnn: a CUDA kernel could not be launched: ", error ? error : "");
 }

@@ -7,6 +7,7 @@
 #include <memory>
 #include <random>
 
+#include "../stepwise/settings.h"
 #include "../stepwise/trial.h"
 #include "backward.h"
 #include "emulator.h"
@@ -24,15 +25,6 @@ uint64_t seed() {
   }();
   return value;
 }
-
-template <class T>
-struct ProductsOf {
-  using Type = HalfProducts<T>;
-};
-template <>
-struct ProductsOf<float> {
-  using Type = SplitProducts;
-};
 
 // A cluster for H units: which of all that there are depends on the sizes, so that tests meet each.
 template <class Products>
@@ -55,15 +47,16 @@ void poison(E* memory, int64_t count) {
 }
 
 // Both ways of computing a call, as trial.h measures them.
-template <class Pass>
+template <class Pass, class Device>
 struct HostWays {
   using Problem = typename Pass::Problem;
-  bool (*by[2])(const Problem&);
+  Device device;
   std::vector<std::unique_ptr<char[]>> held = {};
 
   bool can_persist(const Problem& p) const { return Pass::can_persist(p); }
   std::string run(const Problem& p, Way way) const {
-    return by[static_cast<int>(way)](p) ? "" : "not enough memory for the layer's working space";
+    const bool done = way == Way::kPersistent ? run_on_host<Pass>(p, device) : run_on_host<Pass>(p, Host());
+    return done ? "" : "not enough memory for the layer's working space";
   }
   double seconds(const Problem& p, Way way) const {
     using Clock = std::chrono::steady_clock;
@@ -102,16 +95,20 @@ struct HostWays {
 struct Emulated : Host {
   static constexpr int64_t kMostUnits = 256;  // beyond this the fibers take too long
 
+  bool tf32;
+
   template <class Pass>
   static bool compute(const typename Pass::Problem& p) {
-    if (plan() != Plan::kAuto) return run_on_host<Emulated, Pass>(p);
+    const auto [tf32, may_measure] = settings();
+    const Emulated device{{}, tf32};
+    if (plan() != Plan::kAuto) return run_on_host<Pass>(p, device);
     static Choices choices(choices_file(), "emulated");
-    HostWays<Pass> ways = {{run_on_host<Host, Pass>, run_on_host<Emulated, Pass>}};
+    HostWays<Pass, Emulated> ways = {device};
     const bool backward = std::is_same_v<typename Pass::Problem, BackwardProblem>;
-    const std::string kind = kind_of(Pass::Cell::kName, Pass::kDType, false, p.size, backward ? "backward" : "forward");
+    const std::string kind = kind_of(Pass::Cell::kName, Pass::kDType, tf32, p.size, backward ? "backward" : "forward");
     static const CellConstants& cell = cell_constants(find_cell(Pass::Cell::kName));
-    const Way way = way_for(choices, kind, p, cell, Pass::kDType, false, may_measure, ways);
-    return ways.by[static_cast<int>(way)](p);
+    const Way way = way_for(choices, kind, p, cell, Pass::kDType, tf32, may_measure, ways);
+    return way == Way::kPersistent ? run_on_host<Pass>(p, device) : run_on_host<Pass>(p, Host());
   }
 
   template <class Pass>
@@ -119,9 +116,20 @@ struct Emulated : Host {
     return p.size.H <= kMostUnits;
   }
 
-  template <class Cell, class T>
-  void run_steps(const ForwardSpan<T>& p) {
-    using Products = typename ProductsOf<T>::Type;
+  template <class Cell, template <class> class Span, class T>
+  void run_steps(const Span<T>& p) {
+    if constexpr (!std::is_same_v<T, float>) {
+      run_loop<Cell, HalfProducts<T>>(p);
+    } else if (tf32) {
+      run_loop<Cell, Tf32Products>(p);
+    } else {
+      run_loop<Cell, SplitProducts>(p);
+    }
+  }
+
+ private:
+  template <class Cell, class Products, class T>
+  static void run_loop(const ForwardSpan<T>& p) {
     const Geometry s = some_geometry<Products>(p.steps, p.u.H);
     each_row(p, false, [&](int slot, int64_t n) {
       poison(p.u.y[slot] + n * p.u.width, p.u.H);
@@ -130,9 +138,8 @@ struct Emulated : Host {
     run(s, p, forward_layout<Cell, Products>(s).bytes,
         [&](EmulatedThread& m) { forward_loop<Cell, Products>(m, s, p); });
   }
-  template <class Cell, class T>
-  void run_steps(const BackwardSpan<T>& p) {
-    using Products = typename ProductsOf<T>::Type;
+  template <class Cell, class Products, class T>
+  static void run_loop(const BackwardSpan<T>& p) {
     const Geometry s = some_geometry<Products>(p.steps, p.u.H);
     each_row(p, true, [&](int slot, int64_t n) {
       poison(p.u.dg[slot] + n * (Cell::kGates + Cell::kSplit) * p.u.H, (Cell::kGates + Cell::kSplit) * p.u.H);
@@ -141,8 +148,6 @@ struct Emulated : Host {
     run(s, p, backward_layout<Cell, Products>(s).bytes,
         [&](EmulatedThread& m) { backward_loop<Cell, Products>(m, s, p); });
   }
-
- private:
   template <class Span>
   static int slots(const Span& p) {
     return static_cast<int>(p.u.width / p.u.H);

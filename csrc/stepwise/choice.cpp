@@ -181,8 +181,6 @@ std::string kind_of(const char* cell, DType dtype, bool tf32, const LayerSizes& 
   return kind.str();
 }
 
-std::atomic<bool> may_measure{true};
-
 std::string choices_file() {
   const auto named = [](const char* name) {
     const char* value = std::getenv(name);

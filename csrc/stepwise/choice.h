@@ -3,7 +3,6 @@
 // processes. Nothing here knows a GPU: who asks brings the measurement.
 #pragma once
 
-#include <atomic>
 #include <functional>
 #include <map>
 #include <mutex>
@@ -54,9 +53,6 @@ class Choices {
   std::vector<std::string> remarks_;
   std::mutex trials_;  // one at a time: two would disturb one another
 };
-
-// Whether anything may be measured: not where torch is to be deterministic, for a way by time has bits by time.
-extern std::atomic<bool> may_measure;
 
 // The file of this user: $XDG_CACHE_HOME/fusedrnn/choices.txt, or below ~/.cache; empty: there is no such folder.
 std::string choices_file();

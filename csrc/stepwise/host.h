@@ -25,11 +25,10 @@ struct Element<c10::BFloat16> : HostElement<c10::BFloat16, DType::kBFloat16> {};
 template <>
 struct Element<c10::Half> : HostElement<c10::Half, DType::kFloat16> {};
 
-template <class Device, class Pass>
-bool run_on_host(const typename Pass::Problem& p) {
+template <class Pass, class Device>
+bool run_on_host(const typename Pass::Problem& p, Device device) {
   void* memory = acquire_scratch(Pass::template bytes<Device>(p));
   if (!memory) return false;
-  Device device;
   Pass::run(p, memory, device);
   release_scratch();
   return true;
@@ -60,7 +59,7 @@ struct Host {
 
   template <class Pass>
   static bool compute(const typename Pass::Problem& p) {
-    return run_on_host<Host, Pass>(p);
+    return run_on_host<Pass>(p, Host());
   }
   template <class Pass>
   bool persists(const typename Pass::Problem&) const {

@@ -15,9 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
-from .. import _C
 from ..cells import CELLS, CellInfo
 
 layer_forward = torch.ops.fusedrnn.layer_forward.default
@@ -269,7 +267,6 @@ class LayerCall(NamedTuple):
     def forward(self, save: bool) -> tuple[Outputs, Tensor]:
         """By the kernel: the outputs, without c, and what the backward pass needs, empty if it is not to be saved."""
         cell, x, states, weights, bidirectional, batch_sizes, noise, _, _ = self
-        _tell_device(x)
         h0, c0 = states if len(states) == 2 else (*states, None)
         y, h_n, c_n, saved = layer_forward(x, batch_sizes, h0, c0, weights, cell, bidirectional, save, *noise.for_op(x))
         return Outputs(y, (h_n, c_n) if len(states) == 2 else (h_n,)), saved
@@ -277,7 +274,6 @@ class LayerCall(NamedTuple):
     def backward(self, gradients: OutputGradients, y: Tensor, saved: Tensor, needs: Needs) -> Gradients:
         """By the kernel; ``y`` and ``saved`` as :meth:`forward` gave them."""
         cell, x, states, weights, bidirectional, batch_sizes, noise, options, _ = self
-        _tell_device(x)
         two, (dy, dc, finals) = len(states) == 2, gradients
         (h0, c0), (dh_n, dc_n) = (states, finals) if two else ((*states, None), (*finals, None))
         dx, dh0, dc0, dweights, dgates, dh, norms = layer_backward(
@@ -285,12 +281,6 @@ class LayerCall(NamedTuple):
             options.bptt_steps, options.clip, options.clip_by_norm, *noise.for_op(x),
         )  # fmt: skip
         return Gradients(dx, (dh0, dc0) if two else (dh0,), dweights, dgates, dh, norms)
-
-
-def _tell_device(x: Tensor) -> None:
-    """A GPU's kernels cannot ask torch whether they are to be deterministic."""
-    if x.is_cuda and not is_compiling():
-        _C.may_measure(not torch.are_deterministic_algorithms_enabled())
 
 
 def _call_of_op(cell: str, bidirectional: bool, tensors: Sequence[Any], noise: Noise) -> LayerCall:
