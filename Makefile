@@ -112,7 +112,8 @@ phases: $(SETUP) | check
 	$(call variant,phases,-DFUSEDRNN_PHASES $(FLAGS))
 	@$(call USING,phases) $(abspath $(BIN)) -m benchmarks --phases $(ARGS)
 
-# Everything there is to run on a machine with a GPU, in the environment that is active: its torch is for that GPU.
+# Everything there is to run on a machine with a GPU, in the environment that is active: its torch is for that GPU. It
+# builds in a folder of its own.
 gpu:
 	@$(PYTHON) -m benchmarks.gpu $(ARGS)
 

@@ -1,7 +1,8 @@
 """The command ``python -m benchmarks.ptxas``: what the compiler makes of each CUDA kernel, on a machine with no GPU.
 
 Compiles csrc/cuda/*.cu with nvcc alone, for each architecture, and prints a kernel's registers, shared memory, stack
-and spills. The exit status is 1 if one spills or has a stack.
+and spills. The exit status is 1 if one spills or has a stack. ``--ptxas FILE`` assembles nvcc's intermediate code with
+the ptxas of another CUDA, as the package nvidia-cuda-nvcc-cu12 has it, by the oldest version of that code that will do.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'")
 MEMORY = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")
 SHARED = re.compile(r"(\d+) bytes smem")
+OLDEST_PTX = "8.0"  # of CUDA 12.0: what sm_90a needs
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,22 @@ def _nvcc(*arguments: str | Path) -> tuple[str, bytes]:
         return done.stderr, made.read_bytes()
 
 
-def compile_kernels(architectures: Sequence[str] = ARCHITECTURES) -> list[Kernel]:
-    """Compile every kernel and read what ptxas says of it.
+def _assembled(ptxas: Path, source: Path, architectures: Sequence[str]) -> str:
+    """What another ptxas prints of nvcc's intermediate code."""
+    told = ""
+    for architecture in architectures:
+        _, made = _nvcc(f"-arch={architecture}", "-ptx", source)
+        code = re.sub(rb"(?m)^\.version .*", f".version {OLDEST_PTX}".encode(), made)
+        command = [ptxas, f"-arch={architecture}", "-v", "-", "-o", os.devnull]
+        done = subprocess.run(command, input=code, capture_output=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr.decode())
+        told += done.stderr.decode()
+    return told
+
+
+def compile_kernels(architectures: Sequence[str] = ARCHITECTURES, ptxas: Path | None = None) -> list[Kernel]:
+    """Compile every kernel and read what ptxas, nvcc's own or another, says of it.
 
     Raises:
         FileNotFoundError, RuntimeError: as _nvcc.
@@ -77,7 +93,10 @@ def compile_kernels(architectures: Sequence[str] = ARCHITECTURES) -> list[Kernel
     targets = [f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in architectures]
 
     def compiled(source: Path) -> list[Kernel]:
-        told, _ = _nvcc(*targets, "-Xptxas", "-v", "-c", source)
+        if ptxas:
+            told = _assembled(ptxas, source, architectures)
+        else:
+            told, _ = _nvcc(*targets, "-Xptxas", "-v", "-c", source)
         _, *entries = re.split(r"(?=Compiling entry function)", told)
         names = _readable([ENTRY.search(entry)[1] for entry in entries])
         return [_kernel(name, entry) for name, entry in zip(names, entries, strict=True)]
@@ -138,7 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ptxas", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, help="default: %(default)s")
-    kernels = compile_kernels(parser.parse_args(argv).arch)
+    parser.add_argument("--ptxas", type=Path, metavar="FILE", help="of another CUDA (default: nvcc's own)")
+    args = parser.parse_args(argv)
+    kernels = compile_kernels(args.arch, args.ptxas)
     print(table(kernels))
     return 1 if any(kernel.stack or kernel.spills for kernel in kernels) else 0
 

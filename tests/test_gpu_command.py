@@ -1,20 +1,30 @@
-"""The commands of a GPU machine, tried without one: what they write, and that a part that fails spoils no other."""
+"""The commands of a GPU machine, tried without one: what they look for, what they write, and how they stop."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import subprocess
 import sys
 import time
+import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from benchmarks import gpu, gpu_timing, report
+from benchmarks import report as page
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import needs, opponents, parts, report, timing
 
+ROOT = Path(__file__).parent.parent
 READING = {
     "point": "lstm-both-H256-B32-bfloat16", "cell": "lstm", "hidden": 256, "mode": "both", "dtype": "bfloat16",
-    "steps": 256, "torch_nn": "cudnn", "us_per_step": {"ours": 5.0}, "ratio": {"torch.nn": 2.0, "native": 4.0},
+    "regime": "192 < H <= 512", "steps": 256, "torch_nn": "cudnn", "us_per_step": {"ours": 5.0},
+    "error": {"ours": 1e-3, "torch.nn": 2e-3}, "ratio": {"torch.nn": 2.0, "native": 4.0}, "failed": {},
 }  # fmt: skip
 REPORT = {
     "date": "2026-01-02",
@@ -23,75 +33,258 @@ REPORT = {
     "parts": {name: {"status": 0, "seconds": 1.0, "last": "a|b"} for name in ("tests", "timing")},
     "gpu": {"before": {"name": "A GPU", "driver_version": "1"}, "after": {}},
     "versions": {"torch": "2"},
-    "timing": [READING, READING | {"ratio": {"torch.nn": 8.0}}, {"point": "gru", "error": "no memory"}],
+    "timing": [
+        READING,
+        READING | {"ratio": {"torch.nn": 8.0}, "failed": {"flashrnn": "RuntimeError: no"}},
+        {"point": "gru", "failure": "no memory"},
+    ],
 }
+EVERYTHING = needs.Found(
+    (3, 12), frozenset(n for names in needs.PACKAGES.values() for n in names), "2.11.0+cu130", "13.0", "A GPU", (9, 0),
+    nvcc="13.0", cublas=True, python_header=True, sanitizer=True,
+)  # fmt: skip
 
 
-def test_tests_and_timing_on_the_cpu(tmp_path: Path) -> None:
+def test_what_is_missing_is_said_at_once_and_with_what_to_do() -> None:
+    assert needs.missing(EVERYTHING, parts.KINDS) == []
+    nothing = needs.missing(needs.Found(python=(3, 10), compiler="c++: no such file"), parts.KINDS)
+    for begin in ("Python >= 3.11", "torch for CUDA", "nvcc", "a C++20", "Python.h", "compute-sanitizer", "packages"):
+        assert sum(lack.startswith(begin) for lack in nothing) == 1, (begin, nothing)
+    assert "pip install hypothesis ninja numpy pybind11 pytest setuptools" in nothing[-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted", "said"),
+    [
+        ({"torch": "2.13.0+cpu", "cuda": "", "capability": None}, ("build",), "2.13.0+cpu is built without"),
+        ({"torch": "2.10.1+cu128"}, ("build",), "torch >= 2.11"),
+        ({"capability": None, "why_no_gpu": "no driver"}, ("timing",), "a GPU: torch says: no driver"),
+        ({"capability": (7, 5)}, ("tests",), "8.0 or more (Ampere): A GPU has 7.5"),
+        ({"nvcc": "12.8"}, ("build",), "nvcc of CUDA 13"),
+        ({"nvcc": ""}, ("build",), "CUDA_HOME"),
+        ({"cublas": False}, ("build",), "cublas_v2.h"),
+        ({"sanitizer": False}, ("build", "sanitizer", "timing"), 'make gpu ARGS="build timing"'),
+        ({"packages": EVERYTHING.packages - {"hypothesis"}}, ("tests",), "-m pip install hypothesis"),
+    ],
+)
+def test_each_need_of_the_parts_that_are_asked_for(change: dict, wanted: tuple[str, ...], said: str) -> None:
+    (lack,) = needs.missing(replace(EVERYTHING, **change), wanted)
+    assert said in lack
+
+
+@pytest.mark.parametrize(
+    "change", [{"capability": None}, {"sanitizer": False}, {"packages": EVERYTHING.packages - {"pytest"}}]
+)
+def test_a_build_needs_no_gpu(change: dict) -> None:
+    assert needs.missing(replace(EVERYTHING, **change), ("build",)) == []
+
+
+def test_this_machine_is_looked_at() -> None:
+    found = needs.look()
+    assert found.torch == torch.__version__ and found.python == sys.version_info[:2] and not found.compiler
+    assert {"numpy", "pytest", "ninja", "pybind11"} <= found.packages and found.python_header
+    assert (found.capability is None) == (not torch.cuda.is_available()) and (found.gpu or found.why_no_gpu)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_nothing_begins_where_something_is_missing(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path / "out")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and not (tmp_path / "out").exists()
+    first, *lacks = done.stdout.splitlines()
+    assert first == "make gpu (build, tests, sanitizer, timing) needs, and does not find:"
+    assert any("torch for CUDA" in lack or "a GPU" in lack for lack in lacks) and not done.stderr
+
+
+def test_tests_and_timing_on_the_cpu(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for part in ("tests", "timing"):  # one after the other, one report
-        assert gpu.main([part, "--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
+        assert command.main([part, "--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "report.json").read_text())
-    assert list(found["parts"]) == ["tests", "timing"] and found["versions"]["torch"] == torch.__version__
+    assert (
+        list(found["parts"]) == ["tests", "tests-persistent", "timing"]
+        and found["versions"]["torch"] == torch.__version__
+    )
     assert "passed" in found["parts"]["tests"]["last"]
-    assert [reading["point"] for reading in found["timing"]] == [str(point) for point in gpu_timing.QUICK]
+    assert [reading["point"] for reading in found["timing"]] == [str(point) for point in timing.QUICK]
     for reading in found["timing"]:
-        assert reading["deviation"] <= gpu_timing.TOLERANCE[reading["dtype"]]
+        assert reading["deviation"] <= timing.TOLERANCE[reading["dtype"]]
+        assert 0 < reading["error"]["ours"] < 2 * reading["error"]["torch.nn"]
         assert reading["torch_nn"] == "native"
         assert set(reading["ratio"]) == {"torch.nn", "native"} and reading["ms"]["ours"] > 0
         assert reading["point"] in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+    assert f"| {timing.QUICK[0].regime} | float32 |" in capfd.readouterr().out  # to be pasted
+
+
+def test_it_stops_after_a_part_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    failing = parts.Part((sys.executable, "-c", "print('here is why'); raise SystemExit(3)"), 30)
+    never = parts.Part((sys.executable, "-c", "raise SystemExit('begun')"), 30)
+    monkeypatch.setattr(command, "parts", lambda *_: {"tests": failing, "timing": never})
+    assert command.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert 'To go on from there: make gpu ARGS="tests timing"' in capsys.readouterr().out
+    found = json.loads((tmp_path / "report.json").read_text())["parts"]
+    assert found["tests"]["status"] == 3 and found["tests"]["last"] == "here is why" and "timing" not in found
 
 
 def test_a_part_that_is_cut_off_fails_or_is_missing(tmp_path: Path) -> None:
-    slow = gpu.Part((sys.executable, "-uc", "import time; print('begun'); time.sleep(60)"), 3)
-    assert gpu.run("slow", slow, tmp_path) | {"seconds": 0} == {"status": None, "seconds": 0, "last": "begun"}
+    slow = parts.Part((sys.executable, "-uc", "import time; print('begun'); time.sleep(60)"), 3)
+    found = parts.run("slow", slow, tmp_path)
+    assert found["seconds"] < 30 and found | {"seconds": 0} == {"status": None, "seconds": 0, "last": "begun"}
     child = tmp_path / "child"
     code = f"""
 import pathlib, subprocess, time
 pathlib.Path({str(child)!r}).write_text(str(subprocess.Popen(["sleep", "60"]).pid))
 time.sleep(60)
 """
-    assert gpu.run("parent", gpu.Part((sys.executable, "-c", code), 3), tmp_path)["status"] is None
+    assert parts.run("parent", parts.Part((sys.executable, "-c", code), 3), tmp_path)["status"] is None
     state, limit = Path("/proc") / child.read_text() / "stat", time.monotonic() + 10
     while alive := state.exists() and state.read_text().split()[2] != "Z":  # the signal is sent, not yet obeyed
         assert time.monotonic() < limit, alive
         time.sleep(0.05)
-    wrong = gpu.run("wrong", gpu.Part((sys.executable, "-c", "raise SystemExit(3)"), 30), tmp_path)
-    assert wrong["status"] == 3
-    missing = gpu.run("missing", gpu.Part(("no-such-tool",), 30, needs="no-such-tool"), tmp_path)
-    assert missing["status"] is None and "not found" in missing["last"]
+    limited = parts.parts(tmp_path, "cuda", limit=100)
+    assert limited["build"].seconds is None and {p.seconds for n, p in limited.items() if n != "build"} == {100}
+
+
+def test_progress_is_told_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(parts, "REPORT_EVERY", 0.0)
+    code = "import time\nfor i in range(3):\n print(f'[{i + 1}/3] c++ -c file', flush=True)\n time.sleep(0.8)"
+    pattern = parts.parts(tmp_path, "cuda", built=tmp_path)["build"].progress
+    assert parts.run("build", parts.Part((sys.executable, "-c", code), None, (), pattern), tmp_path)["status"] == 0
+    assert capsys.readouterr().out.splitlines() == ["build: 1/3", "build: 2/3", "build: 3/3"]
+
+
+def test_a_build_of_its_own_comes_before_the_checkouts(tmp_path: Path) -> None:
+    """Even where Python runs in the checkout; and the checkout's stays as it was."""
+    package = tmp_path / "lib" / "fusedrnn"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("print('of its own')")
+    settings = os.environ | parts.environment(tmp_path)
+    program = [sys.executable, "-c", "import fusedrnn, benchmarks.gpu.parts"]
+    done = subprocess.run(program, cwd=ROOT, env=settings, capture_output=True, text=True)
+    assert done.stdout.strip() == "of its own", done.stderr
+    build = " ".join(parts.parts(tmp_path, "cuda", built=tmp_path)["build"].command)
+    assert "--inplace" not in build and f"--build-lib {tmp_path}/lib" in build
+    assert torch.__version__ in parts.folder().name
 
 
 def test_unknown_parts_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        gpu.main(["tset"])
+        command.main(["tset"])
     assert "no such part: tset" in capsys.readouterr().err
 
 
 def test_a_result_that_is_wrong_is_no_reading(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(gpu_timing.TOLERANCE, "float32", -1.0)
+    monkeypatch.setitem(timing.TOLERANCE, "float32", -1.0)
     with pytest.raises(RuntimeError, match="from torch.nn's"):
-        gpu_timing.measure(gpu_timing.QUICK[0], torch.device("cpu"), 4, 1)
+        timing.measure(timing.QUICK[0], torch.device("cpu"), 4, 1)
 
 
-def test_points_are_different_and_named() -> None:
-    names = [str(point) for point in gpu_timing.POINTS]
-    assert len(set(names)) == len(names) >= 40
+def test_points_are_different_named_and_of_every_regime() -> None:
+    names = [str(point) for point in timing.POINTS]
+    assert len(set(names)) == len(names) >= 150
     for kind in ("gru", "P128", "L3", "ragged", "bidirectional", "tf32", "float16"):
         assert any(kind in name for name in names), kind
+    for regime in timing.SIZES:
+        kinds = {(p.cell, p.dtype, p.mode) for p in timing.POINTS if p.regime == regime}
+        assert kinds >= {(c, d, m) for c in ("lstm", "gru") for d in timing.DTYPES for m in ("forward", "both")}
+    assert not any(point.regime == "other" for point in timing.POINTS)
+
+
+def test_the_way_of_a_call_is_its_own() -> None:
+    seen = []
+    call = timing.planned(lambda: seen.append(os.environ.get("FUSEDRNN_CUDA_PLAN")), "persistent")
+    call()
+    assert seen == ["persistent"] and os.environ.get("FUSEDRNN_CUDA_PLAN") != "persistent"
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("flashrnn"), reason="FlashRNN is not installed")
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_flashrnn_computes_torch_nns_layer(cell: str) -> None:
+    """By the loop that it has for the CPU."""
+    layer, x = getattr(nn, cell)(5, 8), torch.randn(3, 4, 5)
+    forward, weights = opponents.flashrnn(layer, "float32", backend="vanilla")
+    expected = layer(x.transpose(0, 1))[0].transpose(0, 1)
+    torch.testing.assert_close(forward(x), expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(forward(x).square().sum(), weights),
+        torch.autograd.grad(expected.square().sum(), list(layer.parameters())), strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_torchrls_kernels_get_their_arguments(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the signatures that TorchRL 0.14 has; the kernels themselves need a GPU."""
+    layer, x, options = getattr(nn, cell)(5, 8), torch.randn(3, 4, 5), {}
+
+    def kernel(x, *given, **keywords):
+        *states, w_ih, w_hh, b_ih, b_hh, is_init = given
+        assert all(state.shape == (3, 4, 8) and not state.any() for state in states) and not is_init.any()
+        options.update(keywords)
+        weights = dict(zip(layer.state_dict(), (w_ih, w_hh, b_ih, b_hh), strict=True))
+        return (torch.func.functional_call(layer, weights, x.transpose(0, 1))[0].transpose(0, 1), *states)
+
+    module = types.SimpleNamespace(lstm_triton=kernel, gru_triton=kernel)
+    monkeypatch.setitem(sys.modules, "torchrl.modules.tensordict_module._rnn_triton", module)
+    forward, _ = opponents.torchrl(layer, "tf32")
+    torch.testing.assert_close(forward(x), layer(x.transpose(0, 1))[0].transpose(0, 1))
+    assert options == {"compute_dtype": torch.float32, "input_precision": "tf32"}
+
+
+def test_opponents_have_one_layer_of_some_cells() -> None:
+    assert opponents.flashrnn(nn.RNN(3, 4), "bfloat16") is opponents.torchrl(nn.RNN(3, 4), "bfloat16") is None
+    assert opponents.flashrnn(nn.LSTM(3, 4), "tf32") is opponents.torchrl(nn.LSTM(3, 4), "float16") is None
+    point = replace(timing.QUICK[0], ragged=False, bidirectional=True)
+    assert timing.opponent_call(lambda *_: 1 / 0, nn.LSTM(8, 8), torch.ones(1), torch.ones(1), point) is None
+
+
+@pytest.mark.parametrize("mode", ["forward", "both"])
+def test_an_opponent_is_held_against_torch_nn(mode: str) -> None:
+    point = replace(timing.QUICK[0], ragged=False, mode=mode)
+    layer = timing.layer_of(point, torch.device("cpu"))
+    _, leaf, dy = timing.problem(point, 4, torch.device("cpu"))
+
+    def opponent(theirs: nn.RNNBase, dtype: str, error: float = 0.0):
+        weights = opponents.leaves_of(theirs, torch.float32)
+        return (
+            lambda x: (
+                torch.func.functional_call(theirs, dict(zip(theirs.state_dict(), weights)), x.transpose(0, 1))[
+                    0
+                ].transpose(0, 1)
+                + error
+            ),
+            weights,
+        )
+
+    found = timing.opponent_call(opponent, layer, leaf, dy, point)()
+    expected = timing.call_of(layer, leaf, leaf, dy, mode)()
+    if mode == "forward":
+        torch.testing.assert_close(found.transpose(0, 1), expected)
+    else:
+        torch.testing.assert_close([found[0].transpose(0, 1), *found[1:]], list(expected))
+    with pytest.raises(RuntimeError, match="from torch.nn's"):
+        timing.opponent_call(lambda *given: opponent(*given, error=0.1), layer, leaf, dy, point)
 
 
 def test_the_report_for_people_and_the_readme(tmp_path: Path) -> None:
-    text = gpu.markdown(REPORT)
+    text = report.markdown(REPORT)
     assert "| timing | 0 | 1.0 | a/b |" in text and "gru failed: no memory" in text
-    assert "| geometric mean of 2 | | | 4.00 | 4.00 |" in text
+    assert "lstm-both-H256-B32-bfloat16: flashrnn failed: RuntimeError: no" in text
+    assert "| geometric mean of 2 | | | | 4.00 | 4.00 |" in text
     (tmp_path / "report.json").write_text(json.dumps(REPORT))
-    (tmp_path / "report.md").write_text(text)
+    for suffix in ("md", "png"):
+        (tmp_path / f"report.{suffix}").write_text(text)
     readme = tmp_path / "README.md"
-    begin, end = (mark.replace("benchmarks", "gpu") for mark in (report.BEGIN, report.END))
+    begin, end = (mark.replace("benchmarks", "gpu") for mark in (page.BEGIN, page.END))
     readme.write_text(f"{begin}\nnothing yet\n{end}\n")
-    written = gpu.publish(tmp_path, tmp_path / "results", readme)
-    assert written.name == "2026-01-02-A-GPU.md" and written.with_suffix(".json").exists()
-    assert "| LSTM | both | bfloat16 | H >= 256 | cudnn | 2 | 4.00 | 2.00 |" in readme.read_text()
+    written = report.publish(tmp_path, tmp_path / "results", readme)
+    assert written.name == "2026-01-02-A-GPU.md"
+    assert written.with_suffix(".json").exists() and written.with_suffix(".png").exists()
+    assert "| 192 < H <= 512 | bfloat16 | cudnn | 4.00 (2.00) |" in readme.read_text()
 
 
 @pytest.mark.parametrize(
@@ -106,5 +299,5 @@ def test_the_report_for_people_and_the_readme(tmp_path: Path) -> None:
 def test_what_failed_or_had_no_gpu_is_not_published(change: dict, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(json.dumps(REPORT | change))
     with pytest.raises(RuntimeError, match="not to be published"):
-        gpu.publish(tmp_path, tmp_path / "results", tmp_path / "README.md")
+        report.publish(tmp_path, tmp_path / "results", tmp_path / "README.md")
     assert not (tmp_path / "results").exists()

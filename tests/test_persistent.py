@@ -20,6 +20,7 @@ import pytest
 
 import fusedrnn
 from benchmarks import probes
+from benchmarks.gpu import estimate
 
 ROOT = Path(__file__).parent.parent
 COMPILER = shlex.split(os.environ.get("CXX", "c++"))
@@ -129,6 +130,13 @@ def test_a_refusal_says_why() -> None:
     assert "no clusters" in why(512, *GPUS["A100"])
     assert why(128, 9, 1 * KIB) == "too little shared memory"
     assert why(512, *GPUS["H100"]) is None
+
+
+def test_the_page_of_estimates_is_what_the_command_prints() -> None:
+    assert (ROOT / "docs/gpu-estimates.md").read_text() == estimate.page()
+    assert estimate.step("lstm", "bfloat16", 64, 1, False) == estimate.step("lstm", "bfloat16", 64, 8, False)
+    assert estimate.step("lstm", "bfloat16", 512, 256, False) > estimate.step("lstm", "bfloat16", 512, 64, False)
+    assert estimate.step("lstm", "bfloat16", 2048, 1, False) is None
 
 
 # ---- mutants -------------------------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
-"""The command ``python -m benchmarks.gpu_timing``: fusedrnn against torch.nn on a GPU, layer by layer.
+"""The command ``python -m benchmarks.gpu.timing``: fusedrnn against torch.nn and others on a GPU, layer by layer.
 
-Opponents: ``torch.nn`` as it is, and what it runs, cuDNN or kernels of its own; ``native``, torch.nn with cuDNN
-switched off. All take each point in turn, round by round; a ratio is the median of the rounds' own ratios. Times are of
-CUDA events around whole calls, so they hold what the processor adds between kernels; ``graph`` is a call replayed from
-a CUDA graph, where it adds nothing. Microseconds per step are the slope between T/2 and T steps. One JSON line a point.
+``ours`` takes the way that FUSEDRNN_CUDA_PLAN=auto finds the sooner; ``stepwise`` and ``persistent`` are both ways,
+the latter where there is a kernel. Opponents: ``torch.nn`` as it is, and what it runs, cuDNN or kernels of its own;
+``native``, torch.nn with cuDNN switched off; those of opponents.py. All take each point in turn, round by round; a
+ratio is the median of the rounds' own ratios. Times are of CUDA events around whole calls, so they hold what the
+processor adds between kernels; ``graph`` is a call replayed from a CUDA graph, where it adds nothing. Microseconds a
+step are the slope between T/2 and T steps. Errors are of the output against float64. One JSON line a point.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import copy
 import itertools
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +29,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fusedrnn
 
-__all__ = ["POINTS", "Point", "measure"]
+from .opponents import Opponent, available
+
+__all__ = ["POINTS", "Point", "measure", "tf32"]
 
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Largest deviation from torch.nn's output, over its largest value.
@@ -50,27 +55,48 @@ class Point:
     projection: int = 0
     ragged: bool = False
 
+    @property
+    def regime(self) -> str:
+        """Of SIZES, or what is special about the layer."""
+        kinds = {"stacked": self.layers > 1, "bidirectional": self.bidirectional, "ragged": self.ragged}
+        kinds["projected"] = self.projection > 0
+        if special := [name for name, there in kinds.items() if there]:
+            return ", ".join(special)
+        return next((name for name, sizes in SIZES.items() if (self.hidden, self.batch) in sizes), "other")
+
     def __str__(self) -> str:
         extra = [f"L{self.layers}"] * (self.layers > 1) + ["bidirectional"] * self.bidirectional
         extra += [f"P{self.projection}"] * (self.projection > 0) + ["ragged"] * self.ragged
         return "-".join([self.cell, self.mode, f"H{self.hidden}", f"B{self.batch}", self.dtype, *extra])
 
 
+# (H, B) of each regime: cuDNN takes another kernel in each, by its own rules or for want of one.
+SIZES = {
+    "192 < H <= 512": ((256, 32), (512, 32), (512, 128)),
+    "B = 1": ((256, 1), (1024, 1)),
+    "768 <= H <= 1024": ((768, 16), (1024, 32)),
+    "H = 128": ((128, 32), (128, 128)),
+    "128 < H <= 192": ((192, 32), (192, 128)),
+    "H <= 64": ((64, 32), (64, 128)),
+    "B >= 256, H >= 1024": ((1024, 256), (2048, 256)),
+}
+KINDS = ({"layers": 3}, {"bidirectional": True}, {"ragged": True})
+
+
 def _points() -> Iterator[Point]:
-    """The most telling first: a run that is cut off has them."""
-    kinds = ({}, {"layers": 3}, {"bidirectional": True}, {"ragged": True})
-    for cell, hidden, dtype, mode in itertools.product(
-        ("lstm", "gru"), (256, 1024), ("bfloat16", "tf32", "float16"), ("forward", "both")
-    ):
-        yield Point(cell, hidden, 32, dtype, mode)
-    for cell, kind, mode in itertools.product(("lstm", "gru", "rnn"), kinds[1:], ("forward", "both")):
-        yield Point(cell, 512, 32, "bfloat16", mode, **kind)
-    for mode in ("forward", "both"):
+    """The most telling first: a run that is cut off has them, and of each regime a size before any has two."""
+    cells, modes = ("lstm", "gru"), ("forward", "both")
+    rounds = itertools.zip_longest(*SIZES.values())
+    for hidden, batch in (size for sizes in rounds for size in sizes if size):
+        for dtype, cell, mode in itertools.product(("bfloat16", "tf32", "float16", "float32"), cells, modes):
+            yield Point(cell, hidden, batch, dtype, mode)
+        if (hidden, batch) == (256, 32):
+            for cell, kind, mode in itertools.product((*cells, "rnn"), KINDS, modes):
+                yield Point(cell, 512, 32, "bfloat16", mode, **kind)
+    for mode in modes:
         yield Point("lstm", 512, 32, "bfloat16", mode, projection=128)
-    for cell, hidden, batch, dtype, mode in itertools.product(
-        ("lstm", "gru", "rnn"), (512, 128, 2048, 64), (1, 128), ("bfloat16", "float32"), ("forward", "both")
-    ):
-        yield Point(cell, hidden, batch, dtype, mode)
+    for (hidden, batch), mode in itertools.product(((128, 32), (512, 32), (256, 1)), modes):
+        yield Point("rnn", hidden, batch, "bfloat16", mode)
 
 
 POINTS = tuple(_points())
@@ -143,6 +169,41 @@ def call_of(layer: nn.Module, argument: Tensor | PackedSequence, leaf: Tensor, d
     return infer
 
 
+def planned(call: Call, plan: str) -> Call:
+    """The call with FUSEDRNN_CUDA_PLAN as it says: the kernels read it in each of theirs."""
+
+    def by_plan() -> object:
+        with mock.patch.dict(os.environ, FUSEDRNN_CUDA_PLAN=plan):
+            return call()
+
+    return by_plan
+
+
+def opponent_call(opponent: Opponent, layer: nn.RNNBase, leaf: Tensor, dy: Tensor, point: Point) -> Call | None:
+    """The call of opponents.py; None if it has no such layer."""
+    if point.layers > 1 or point.bidirectional or point.ragged or point.projection:
+        return None
+    made = opponent(layer, point.dtype)
+    if made is None:
+        return None
+    forward, weights = made
+    x = leaf.detach().transpose(0, 1).contiguous().requires_grad_(point.mode == "both")
+    with torch.no_grad():
+        found, expected = forward(x.detach()).transpose(0, 1).double(), layer(leaf)[0].double()
+    deviation = ((found - expected).abs().max() / expected.abs().max()).item()
+    if not deviation <= TOLERANCE[point.dtype]:
+        raise RuntimeError(f"its output is {deviation:.1e} of the largest value from torch.nn's")
+    gradient = dy.transpose(0, 1).to(forward(x).dtype).contiguous()
+    if point.mode == "both":
+        return lambda: torch.autograd.grad(forward(x), [x, *weights], gradient)
+
+    def infer() -> Tensor:
+        with torch.no_grad():
+            return forward(x)
+
+    return infer
+
+
 def without_cudnn(call: Call) -> Call:
     def native() -> object:
         with torch.backends.cudnn.flags(enabled=False):
@@ -167,15 +228,33 @@ def replayed(call: Call) -> Call | None:
     return graph.replay
 
 
-def path_of(call: Call) -> str:
-    """What torch.nn runs: ``cudnn``, or ``native``, its own kernels, where it does not take cuDNN for the case."""
+def runs(call: Call, name: str) -> bool:
+    """Whether an operation or a kernel of a call has this in its name."""
     with torch.profiler.profile() as profile:
         call()
-    return "cudnn" if any("cudnn_rnn" in event.key for event in profile.key_averages()) else "native"
+    return any(name in event.key for event in profile.key_averages())
 
 
-def calls_of(point: Point, steps: int, device: torch.device) -> tuple[dict[str, Call], float, str]:
-    """What is timed, by name; how far our output is from torch.nn's; what torch.nn runs."""
+@dataclass
+class Contest:
+    """What is timed at a point, by name; what failed, by name, and why; errors and what torch.nn runs."""
+
+    calls: dict[str, Call]
+    deviation: float  # of our output from torch.nn's, over its largest value
+    error: dict[str, float]  # against float64, in the Euclidean norm
+    path: str  # cudnn, or native: kernels of torch's own, where it does not take cuDNN for the case
+    failed: dict[str, str]
+
+
+def exact_output(layer: nn.RNNBase, argument: Tensor | PackedSequence) -> Tensor:
+    """In float64, from the same numbers."""
+    wide, packed = copy.deepcopy(layer).double(), isinstance(argument, PackedSequence)
+    y = wide(PackedSequence(argument.data.double(), argument.batch_sizes) if packed else argument.double())[0]
+    return y.data if packed else y
+
+
+def contest(point: Point, steps: int, device: torch.device) -> Contest:
+    """Everyone at a point."""
     theirs = layer_of(point, device)
     ours = copy.deepcopy(theirs)
     left = fusedrnn.convert(ours).left
@@ -184,17 +263,36 @@ def calls_of(point: Point, steps: int, device: torch.device) -> tuple[dict[str, 
     argument, leaf, dy = problem(point, steps, device)
     layers = {"ours": ours, "torch.nn": theirs}
     calls = {name: call_of(layer, argument, leaf, dy, point.mode) for name, layer in layers.items()}
+    plain, calls["ours"] = calls["ours"], planned(calls["ours"], "auto")
+    calls["ours"]()  # measures
     with torch.no_grad():
-        found, expected = (call_of(layer, argument, leaf, dy, "forward")() for layer in (ours, theirs))
-    deviation = ((found.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+        theirs_found = call_of(theirs, argument, leaf, dy, "forward")().double()
+        found = planned(call_of(ours, argument, leaf, dy, "forward"), "auto")().double()
+        exact = exact_output(theirs, argument)
+    deviation = ((found - theirs_found).abs().max() / theirs_found.abs().max()).item()
+    error = {
+        name: ((y - exact).norm() / exact.norm()).item() for name, y in (("ours", found), ("torch.nn", theirs_found))
+    }
     calls["native"] = without_cudnn(calls["torch.nn"])
-    path = path_of(calls["torch.nn"])
+    path = "cudnn" if runs(calls["torch.nn"], "cudnn_rnn") else "native"
+    failed = {}
     if device.type == "cuda":
         for name in ("ours", "torch.nn"):
             captured = replayed(calls[name])
             if captured:
                 calls[f"{name} graph"] = captured
-    return calls, deviation, path
+        calls["stepwise"], persistent = planned(plain, "stepwise"), planned(plain, "persistent")
+        if runs(persistent, "persistent_loop"):
+            calls["persistent"] = persistent
+        for name, opponent in available().items():
+            try:
+                call = opponent_call(opponent, theirs, leaf, dy, point)
+                if call:
+                    call()
+                    calls[name] = call
+            except Exception as failure:  # whatever someone else's package raises; the others go on
+                failed[name] = f"{type(failure).__name__}: {failure}".partition("\n")[0]
+    return Contest(calls, deviation, error, path, failed)
 
 
 @contextmanager
@@ -222,9 +320,10 @@ def measure(point: Point, device: torch.device, steps: int = STEPS, rounds: int 
 def _measure(point: Point, device: torch.device, steps: int, rounds: int) -> dict:
     clock, calls = Clock(device), {}
     for length in (steps // 2, steps):
-        calls[length], deviation, path = calls_of(point, length, device)
-        if not deviation <= TOLERANCE[point.dtype]:
-            raise RuntimeError(f"{point}: our output is {deviation:.1e} of its largest value from torch.nn's")
+        all_there = contest(point, length, device)
+        calls[length] = all_there.calls
+        if not all_there.deviation <= TOLERANCE[point.dtype]:
+            raise RuntimeError(f"our output is {all_there.deviation:.1e} of its largest value from torch.nn's")
     for _ in range(WARM_CALLS):
         for call in (*calls[steps // 2].values(), *calls[steps].values()):
             call()
@@ -241,10 +340,13 @@ def _measure(point: Point, device: torch.device, steps: int, rounds: int) -> dic
     return {
         "point": str(point),
         **asdict(point),
+        "regime": point.regime,
         "steps": steps,
         "rounds": rounds,
-        "deviation": deviation,
-        "torch_nn": path,
+        "deviation": all_there.deviation,
+        "error": all_there.error,
+        "torch_nn": all_there.path,
+        "failed": all_there.failed,
         "ms": {name: statistics.median(values) for name, values in whole.items()},
         "us_per_step": slope,
         "ratio": {
@@ -257,7 +359,7 @@ def _measure(point: Point, device: torch.device, steps: int, rounds: int) -> dic
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status: 1 if a point failed."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_timing", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.timing", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a trial of the script")
     parser.add_argument("--seconds", type=float, default=240, help="stop after about so long (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="two tiny points and few steps")
@@ -267,7 +369,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("torch sees no GPU")
     device, deadline, failed = torch.device(args.device), time.monotonic() + args.seconds, 0
     out = args.out.open("w") if args.out else None
-    for point in QUICK if args.quick else POINTS:
+    points = QUICK if args.quick else POINTS
+    for number, point in enumerate(points, 1):
         if time.monotonic() > deadline:
             print(f"stopped after {args.seconds:.0f} s, before {point}")
             break
@@ -275,10 +378,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             reading = measure(point, device, *((8, 3) if args.quick else ()))
         except RuntimeError as error:  # the next point may still work
             failed += 1
-            reading = {"point": str(point), "error": str(error).partition("\n")[0]}
+            reading = {"point": str(point), "failure": str(error).partition("\n")[0]}
         print(json.dumps(reading), file=out, flush=True)
         if out:
-            print(reading.get("error") or f"{point}: " + ", ".join(f"{n} {r:.2f}" for n, r in reading["ratio"].items()))
+            ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in reading.get("ratio", {}).items())
+            print(f"{number} of {len(points)} {point}: {ratios or reading['failure']}", flush=True)
     return 1 if failed else 0
 
 
