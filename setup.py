@@ -122,14 +122,21 @@ class Wheel(bdist_wheel):
 CUDA = with_cuda()
 if CUDA:
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    too_old = [found for found in re.findall(r"\d+\.\d+", os.environ["TORCH_CUDA_ARCH_LIST"]) if float(found) < 8]
+    if too_old:
+        sys.exit(f"TORCH_CUDA_ARCH_LIST names {', '.join(too_old)}: the CUDA kernels need 8.0 or more")
     FLAGS.append("-DFUSEDRNN_CUDA")
 FLAGS.append(f'-DFUSEDRNN_FLAGS="{" ".join(FLAGS)}"')  # for fusedrnn.info
 
 TORCHES, PYTHONS = headers()
-COMMON = {"extra_link_args": shlex.split(os.environ.get("FUSEDRNN_LD_FLAGS", ""))}
-if sys.platform.startswith("linux"):
-    # Before torch's libraries: some of them have copies of libstdc++'s functions, which others lack.
-    COMMON["libraries"] = ["stdc++"]
+
+
+def linking() -> dict[str, list[str]]:
+    """How an extension is linked. Lists of its own: torch adds to them."""
+    # libstdc++ before torch's libraries: some of them have copies of its functions, which others lack.
+    libraries = ["stdc++"] if sys.platform.startswith("linux") else []
+    return {"libraries": libraries, "extra_link_args": shlex.split(os.environ.get("FUSEDRNN_LD_FLAGS", ""))}
+
 
 setup(
     ext_modules=[
@@ -139,7 +146,7 @@ setup(
             include_dirs=[*next(iter(TORCHES.values()))],
             extra_compile_args={"cxx": FLAGS + (torch_headers() if CUDA else []), "nvcc": ["-O3"]},
             py_limited_api=True,  # not linked to torch's part for Python
-            **COMMON,
+            **linking(),
         ),
     ]
     + [
@@ -148,7 +155,7 @@ setup(
             FAST,
             include_dirs=[*TORCHES[of_torch], *PYTHONS[of_python]],
             extra_compile_args={"cxx": FLAGS},
-            **COMMON,
+            **linking(),
         )
         for of_torch in TORCHES
         for of_python in PYTHONS

@@ -130,6 +130,10 @@ std::string choose(Choices& choices, const std::string& kind, const py::object& 
   const auto name = [&](Way way) { return names[static_cast<int>(way)]; };
   Trial asked;
   if (!trial.is_none()) {
+    asked.begin = [&] {
+      const py::gil_scoped_acquire gil;
+      return py::cast<bool>(trial.attr("begin")());
+    };
     asked.run = [&](Way way) {
       const py::gil_scoped_acquire gil;
       return py::cast<std::string>(trial.attr("run")(name(way)));
@@ -140,7 +144,7 @@ std::string choose(Choices& choices, const std::string& kind, const py::object& 
     };
     asked.deviation = [&] {
       const py::gil_scoped_acquire gil;
-      return py::cast<double>(trial.attr("deviation")());
+      return py::cast<std::optional<double>>(trial.attr("deviation")());
     };
   }
   const py::gil_scoped_release release;

@@ -24,7 +24,13 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
 ARCHITECTURES = ("sm_80", "sm_90a")
 # As torch compiles extensions: no implicit conversions of 16-bit types.
-FLAGS = ("-std=c++17", "-O3", *(f"-D__CUDA_NO_{n}__" for n in ("HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS")))
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-Werror",
+    "all-warnings",
+    *(f"-D__CUDA_NO_{n}__" for n in ("HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS")),
+)
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'")
 MEMORY = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 USED = re.compile(r"Used (\d+) registers")

@@ -95,6 +95,7 @@ const Interface* fusedrnn_interface() {
         const auto with_time = [](const OptionalTensor& t) { return t ? OptionalTensor(with_one(*t)) : t; };
         return backward_pass(arguments_of(call), {with_time(dh), {}, with_time(dc), {}}, with_one(h), saved, need, {});
       },
+      ask_settings,
   };
   return &kInterface;
 }

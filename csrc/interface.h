@@ -27,6 +27,7 @@ struct Interface {
   LayerOutputs (*forward)(const ModuleCall& call);
   LayerGradients (*backward)(const ModuleCall& call, const OptionalTensor& dh, const OptionalTensor& dc,
                              const Tensor& h, const Tensor& saved, const Needs& need);
+  void (*ask_settings)(int (*ask)());  // stepwise/settings.h
 };
 
 // Of the types that cross, by their sizes.
@@ -46,5 +47,5 @@ extern "C" {
 FUSEDRNN_SHARED const fusedrnn::Interface* fusedrnn_interface();
 FUSEDRNN_SHARED const char* fusedrnn_description();         // JSON, the same for ever
 FUSEDRNN_SHARED int fusedrnn_phases(int64_t* nanoseconds);  // of each phase since the last call; 0: no timers
-FUSEDRNN_SHARED void fusedrnn_ask_settings(int (*ask)());   // stepwise/settings.h, from then on
+FUSEDRNN_SHARED void fusedrnn_ask_settings(int (*ask)());   // the same, where there is no such module
 }

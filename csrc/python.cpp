@@ -1,5 +1,6 @@
 // The module fusedrnn._fast: inference and steps for Python, past the dispatcher. It looks into Python's objects and
 // torch's, so it is of one version of both; without it the same calls go by the ops.
+#include <ATen/Context.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/record_function.h>
@@ -154,6 +155,13 @@ py::object infer_layers(const py::object& x, const py::object& states, const py:
   return py::make_tuple(wrapped(y), wrapped(h_n));
 }
 
+// What a GPU's kernels follow (stepwise/settings.h), without Python's lock.
+int settings_of_torch() {
+  const at::Context& torch = at::globalContext();
+  const bool tf32 = torch.float32Precision(at::Float32Backend::CUDA, at::Float32Op::RNN) == at::Float32Precision::TF32;
+  return static_cast<int>(tf32) | static_cast<int>(!torch.deterministicAlgorithms()) << 1;
+}
+
 PyObject* backward_of_step = nullptr;  // of fusedrnn.layer.autograd
 
 std::vector<at::Tensor> by_python(const StepGradients& of) {
@@ -242,6 +250,7 @@ PYBIND11_MODULE(_fast, m) {
         const auto* given = reinterpret_cast<const Interface*>(address);
         if (given->layout != interface_layout()) return false;
         library = given;
+        library->ask_settings(settings_of_torch);
         connect_training(given, by_python);
         return true;
       },

@@ -150,7 +150,7 @@ Tensor with_one(const Tensor& t) {
   return t.viewed(sizes, strides, 0);
 }
 
-Tensor empty(Sizes sizes, Elements elements, Device device) {
+Tensor empty_if_there_is_memory(Sizes sizes, Elements elements, Device device) {
   check(sizes.size() <= Facts::kMost, "fusedrnn: too many dimensions");
   int64_t strides[Facts::kMost] = {};
   int64_t below = 1;
@@ -159,10 +159,15 @@ Tensor empty(Sizes sizes, Elements elements, Device device) {
     below *= std::max<int64_t>(sizes[i], 1);
   }
   AtenTensorHandle made = nullptr;
-  done(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, elements.type, device.type,
-                                device.index, &made),
-       "fusedrnn: can't allocate memory for a tensor of sizes ", sizes);
-  return Tensor::take(made);
+  const AOTITorchError error = aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+                                                        elements.type, device.type, device.index, &made);
+  return error == AOTI_TORCH_SUCCESS ? Tensor::take(made) : Tensor();
+}
+
+Tensor empty(Sizes sizes, Elements elements, Device device) {
+  const Tensor made = empty_if_there_is_memory(sizes, elements, device);
+  check(made.defined(), "fusedrnn: can't allocate memory for a tensor of sizes ", sizes);
+  return made;
 }
 
 }  // namespace fusedrnn

@@ -146,6 +146,7 @@ Tensor with_one(const Tensor& t);
 
 // Contiguous, of contents nobody has written.
 Tensor empty(Sizes sizes, Elements elements, Device device);
+Tensor empty_if_there_is_memory(Sizes sizes, Elements elements, Device device);  // else undefined
 inline Tensor empty(std::initializer_list<int64_t> sizes, const Tensor& like) {
   return empty(Sizes(sizes), like.elements(), like.device());
 }

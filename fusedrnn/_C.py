@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import atexit
 import ctypes
 import json
+import threading
 from typing import Any
 
 import torch
@@ -62,12 +64,17 @@ def _settings() -> int:
     Whether float32 products may round to TF32 (torch.backends.cudnn.allow_tf32 and cudnn.rnn.fp32_precision, as for
     torch.nn's recurrent layers); whether the sooner way may be measured (not in deterministic mode).
     """
-    tf32 = torch.backends.cudnn.rnn.fp32_precision == "tf32"
-    return tf32 | (not torch.are_deterministic_algorithms_enabled()) << 1
+    try:
+        tf32 = torch.backends.cudnn.rnn.fp32_precision == "tf32"
+        return tf32 | (not torch.are_deterministic_algorithms_enabled()) << 1
+    except KeyboardInterrupt:  # nobody above can take it: again, when Python goes on
+        threading.Timer(0.01, _thread.interrupt_main).start()
+        return 0
 
 
-_library.fusedrnn_ask_settings(_settings)
-atexit.register(_library.fusedrnn_ask_settings, None)  # a thread of C++ may outlive Python
+if _fast is None:  # which tells without Python
+    _library.fusedrnn_ask_settings(_settings)
+    atexit.register(_library.fusedrnn_ask_settings, None)  # a thread of C++ may outlive Python
 
 
 def choices_file() -> str:

@@ -64,11 +64,13 @@ def module(folder: Path, running: str = torch.__version__) -> Path | None:
 
 def reason(told: str, running: str = torch.__version__, cuda: str | None = torch.version.cuda) -> str:
     """Why a library does not load, and what to do, from what the system has told."""
-    if found := re.search(r"libcu\w+\.so\.(\d+)\S*: cannot open shared object", told):
+    of_cuda = r"(?:libtorch_cuda|libc10_cuda|libcu\w+)\.so(?:\.(\d+))?\S*: cannot open shared object"
+    if found := re.search(of_cuda, told):
         has = f"CUDA {cuda}" if cuda else "no CUDA"
+        needed = f"CUDA {found[1]}" if found[1] else "CUDA"
         return (
-            f"built for CUDA {found[1]}, running torch {running}, which has {has}: install a torch for CUDA {found[1]},"
-            f" or build again: {BUILD}"
+            f"built for {needed}, running torch {running}, which has {has}: install a torch for {needed}, or build"
+            f" again: {BUILD}"
         )
     if found := re.search(r"(\S+): cannot open shared object", told):
         return f"{found[1]} is missing on this system: install it, or build again: {BUILD}"

@@ -35,8 +35,10 @@ def _describe_cuda(built: bool) -> str:
 
 def _describe_plan() -> str:
     plan, file = os.environ.get("FUSEDRNN_CUDA_PLAN") or "stepwise", _C.choices_file()
-    kept = f"{file}, which is {'' if Path(file).exists() else 'not '}there" if file else "kept nowhere"
-    return f"{plan} (FUSEDRNN_CUDA_PLAN: stepwise, persistent or auto); what auto has measured: {kept}"
+    text = Path(file).read_text(errors="replace") if file and Path(file).is_file() else ""
+    ways = [fields[2] for fields in (line.split("\t") for line in text.splitlines()) if len(fields) == 6]
+    found = f"{len(ways)} kind(s) of calls, persistent for {ways.count('persistent')}, in {file}" if ways else "nothing"
+    return f"{plan} (FUSEDRNN_CUDA_PLAN: stepwise, persistent or auto); auto has measured {found}"
 
 
 def _describe_short_calls(fast: str | None) -> str:

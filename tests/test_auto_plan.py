@@ -91,6 +91,25 @@ layer(x)
     assert kinds == ["lstm float32 backward T2 B1 H4 D1", "lstm float32 tf32 forward T2 B1 H4 D1"]
 
 
+UNDECIDED = {
+    "nan in x": ("layer(torch.full_like(x, float('nan')))", []),
+    "gradients beyond float16": (
+        "layer.half()(x.half())[0].backward(torch.full((4, 3, 16), 6e4).half())",
+        ["lstm float16 forward T4 B4 H16 D1"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("code", "kinds"), UNDECIDED.values(), ids=UNDECIDED)
+def test_results_that_are_not_finite_decide_nothing(code: str, kinds: list[str], tmp_path: Path) -> None:
+    setup = "import torch, fusedrnn\nlayer, x = fusedrnn.LSTM(3, 16), torch.ones(4, 3, 3, requires_grad=True)\n"
+    done = run(setup + code, tmp_path, "auto")
+    assert done.returncode == 0, done.stderr
+    file = tmp_path / "fusedrnn" / "choices.txt"
+    lines = file.read_text().splitlines()[1:] if file.exists() else []
+    assert [line.split("\t")[1] for line in lines] == kinds
+
+
 @pytest.mark.parametrize("plan", ["", "stepwise", "persistent"])
 def test_nothing_is_measured_by_another_plan(plan: str, tmp_path: Path) -> None:
     done = run("import torch, fusedrnn; fusedrnn.LSTM(3, 4)(torch.ones(2, 1, 3))", tmp_path, plan)

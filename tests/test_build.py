@@ -55,6 +55,8 @@ def test_a_module_that_does_not_load_is_done_without(tmp_path: Path) -> None:
     [
         ("libcublas.so.13: cannot open shared object file", "built for CUDA 13, running torch 2.13.0+cpu, which has"),
         ("libcudart.so.12.8: cannot open shared object file", "CUDA: install a torch for CUDA 12, or build again"),
+        ("libtorch_cuda.so: cannot open shared object file: No such file", "built for CUDA, running torch 2.13.0+cpu"),
+        ("libc10_cuda.so: cannot open shared object file: No such file", "no CUDA: install a torch for CUDA, or build"),
         ("libgomp.so.1: cannot open shared object file", "libgomp.so.1 is missing on this system: install it, or"),
         ("libc.so.6: version `GLIBC_2.99' not found (required by x)", "built for glibc 2.99 or newer, running "),
         ("_ops.so: undefined symbol: torch_new", "running 2.13.0+cpu, which has no torch_new: build again with it"),
@@ -251,3 +253,20 @@ def test_a_module_of_the_same_minor_versions_is_loaded(running: str, tmp_path: P
     assert fusedrnn.extension.library(tmp_path, running) == tmp_path / "_ops.so"
     with pytest.raises(ImportError, match="needs torch >= 2.11, got 2.10.1"):
         fusedrnn.extension.library(tmp_path, "2.10.1")
+
+
+SETUP = """
+import runpy, setuptools
+setuptools.setup = lambda **given: extensions.extend(given["ext_modules"])
+extensions = []
+runpy.run_path("setup.py", run_name="__main__")
+for extension in extensions:
+    print(extension.name, id(extension.libraries), id(extension.extra_link_args), id(extension.extra_compile_args))
+"""
+
+
+def test_extensions_share_no_list() -> None:
+    """Torch adds to them: CUDA's libraries are for one extension alone."""
+    done = subprocess.run([sys.executable, "-c", SETUP], capture_output=True, text=True, check=True, cwd=ROOT)
+    lists = [number for line in done.stdout.splitlines() for number in line.split()[1:]]
+    assert len(done.stdout.splitlines()) == 2 and len(set(lists)) == len(lists) == 6

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,15 @@ class Device:
     """Seconds of each way, what the ways report when run, by how much results deviate; counts what it is asked."""
 
     def __init__(
-        self, stepwise: float = 2.0, persistent: float = 1.0, deviation: float = 0.1, fails: dict | None = None
+        self, stepwise: float = 2.0, persistent: float = 1.0, deviation: float | None = 0.1, fails: dict | None = None
     ) -> None:
         self.times = {"stepwise": stepwise, "persistent": persistent}
-        self.deviates, self.fails = deviation, fails or {}
+        self.deviates, self.fails, self.room = deviation, fails or {}, True
         self.asked: list[str] = []
         self.inside = 0
+
+    def begin(self) -> bool:
+        return self.room
 
     def run(self, way: str) -> str:
         assert self.inside == 0, "two trials at once"
@@ -40,8 +44,15 @@ class Device:
         self.asked.append(f"{way} timed")
         return self.times[way]
 
-    def deviation(self) -> float:
+    def deviation(self) -> float | None:
         return self.deviates
+
+
+@pytest.fixture
+def debugged(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[[], str]:
+    """What FUSEDRNN_DEBUG has printed."""
+    monkeypatch.setenv("FUSEDRNN_DEBUG", "1")
+    return lambda: capfd.readouterr().err
 
 
 @pytest.fixture
@@ -101,6 +112,16 @@ def test_a_call_that_fails_anyway_decides_nothing(file: Path) -> None:
     assert found.choose(KIND, Device()) == "persistent"
 
 
+@pytest.mark.parametrize("reason", ["no memory for results of its own", "results that are not finite"])
+def test_a_call_that_shows_nothing_decides_nothing(file: Path, reason: str) -> None:
+    device = Device(deviation=None) if "finite" in reason else Device()
+    device.room = "memory" not in reason
+    found = choices(file)
+    assert found.choose(KIND, device) == "stepwise" and found.known() == {} and not file.exists()
+    assert found.take_remarks() == [] and ("persistent" in device.asked) == device.room
+    assert found.choose(KIND, Device()) == "persistent"
+
+
 def test_of_another_machine(file: Path) -> None:
     choices(file).choose(KIND, Device())
     other = choices(file, MACHINE.replace("580", "590"))
@@ -120,12 +141,12 @@ LINE = f"{MACHINE}\t{KIND}\tpersistent\t2\t1\t\n"
         LINE.replace("\t\n", "\tit failed\n"), LINE.replace(KIND, ""), "\0\xff\n",
     ],
 )  # fmt: skip
-def test_wrong_lines_are_passed_over(file: Path, wrong: str) -> None:
+def test_wrong_lines_are_passed_over(file: Path, wrong: str, debugged: Callable[[], str]) -> None:
     file.parent.mkdir(parents=True)
     file.write_text(HEADER + wrong + LINE.replace("H256", "H64"), encoding="latin-1")
     found = choices(file)
     assert list(found.known()) == [KIND.replace("H256", "H64")]
-    assert found.take_remarks() == [f"{file}: 1 line(s) that are no choices: ignored"]
+    assert debugged() == f"fusedrnn: {file}: 1 line(s) that are no choices: ignored\n" and not found.take_remarks()
     assert found.choose(KIND, Device()) == "persistent" and choices(file).choose(KIND, None) == "persistent"
 
 
@@ -148,16 +169,21 @@ def test_the_last_of_several_counts_and_headers_may_be_many(file: Path) -> None:
 
 
 @pytest.mark.parametrize("contents", [b"\x7fELF and so on", b"fusedrnn choices 2\n", b"x" * 2_000_000])
-def test_a_file_of_something_else_is_left_alone(file: Path, contents: bytes) -> None:
+def test_a_file_of_something_else_is_left_alone(
+    file: Path, contents: bytes, debugged: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     file.parent.mkdir(parents=True)
     file.write_bytes(contents)
     found = choices(file)
     assert found.choose(KIND, Device()) == found.choose(KIND, None) == "persistent"
-    assert found.take_remarks() == [f"{file} is not a file of choices that can be read: ignored"]
-    assert file.read_bytes() == contents
+    assert debugged() == f"fusedrnn: {file} is not a file of choices that can be read: ignored\n"
+    assert file.read_bytes() == contents and found.take_remarks() == []
+    monkeypatch.delenv("FUSEDRNN_DEBUG")
+    choices(file)
+    assert debugged() == ""  # nobody else is told
 
 
-def test_where_no_file_can_be(tmp_path: Path) -> None:
+def test_where_no_file_can_be(tmp_path: Path, debugged: Callable[[], str]) -> None:
     """A folder in its place, a file in the place of its folder: what is measured holds for this process."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
@@ -166,18 +192,18 @@ def test_where_no_file_can_be(tmp_path: Path) -> None:
         found = choices(place)
         assert found.choose(KIND, Device()) == found.choose(KIND, None) == "persistent"
         found.choose(KIND + " more", Device())
-        (remark,) = found.take_remarks()
-        assert told in remark
+        (remark,) = debugged().splitlines()
+        assert told in remark and found.take_remarks() == []
     nowhere = choices("")
     assert nowhere.choose(KIND, Device()) == "persistent" and nowhere.take_remarks() == []
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_file_that_is_read_only(file: Path) -> None:
+def test_a_file_that_is_read_only(file: Path, debugged: Callable[[], str]) -> None:
     choices(file).choose(KIND, Device())
     file.chmod(stat.S_IRUSR)
     found = choices(file)
-    assert found.choose(KIND + " more", Device()) == "persistent" and "cannot be written" in found.take_remarks()[0]
+    assert found.choose(KIND + " more", Device()) == "persistent" and "cannot be written" in debugged()
 
 
 def test_what_has_tabs_and_lines_in_it(file: Path) -> None:

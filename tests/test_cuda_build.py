@@ -29,11 +29,15 @@ def test_kernels_compile_and_do_not_spill() -> None:
             assert kernel.registers <= 64, kernel  # so that an SM holds as many threads as it can
 
 
-def test_the_time_loop_has_the_products_that_its_plan_says() -> None:
+@pytest.mark.parametrize(
+    ("source", "ways"),
+    [("float32", {"Tf32Products", "SplitProducts"}), ("bfloat16", {"HalfProducts"}), ("float16", {"HalfProducts"})],
+)
+def test_the_time_loop_has_the_products_that_its_plan_says(source: str, ways: set[str]) -> None:
     """Each is unrolled, none is missing: mma.sync of the loop, in the compiler's intermediate code."""
-    found = ptxas.products("persistent_float32.cu")
+    found = ptxas.products(f"persistent_{source}.cu")
     gates = {"".join(map(str.capitalize, cell["name"].split("_"))): cell["gates"] for cell in fusedrnn._C.cells()}
-    assert len(found) > 50 and {kernel.products for kernel in found} == {"Tf32Products", "SplitProducts"}
+    assert len(found) > 25 * len(ways) and {kernel.products for kernel in found} == ways
     for kernel in found:
         times = 3 if kernel.products == "SplitProducts" else 1
         assert kernel.count == 2 * kernel.vectors * gates[kernel.cell] * times, kernel

@@ -40,15 +40,26 @@ def backward(y):
 """
 
 
-def run(cell: str, code: str) -> None:
+# As with a torch that the build has no module for: Python is asked.
+WITHOUT_FAST = """
+import torch, warnings
+version, torch.__version__ = torch.__version__, "2.99.0"
+warnings.simplefilter("ignore")
+import fusedrnn
+torch.__version__ = version
+assert fusedrnn._C.build()["fast"] is None
+"""
+
+
+def run(cell: str, code: str, before: str = "") -> None:
     settings = {"FUSEDRNN_CPU_ISA": "persistent", "FUSEDRNN_CUDA_PLAN": "persistent"}
-    command = [sys.executable, "-c", PROGRAM.replace("{cell}", cell) + code]
+    command = [sys.executable, "-c", before + PROGRAM.replace("{cell}", cell) + code]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
-def test_each_switch(cell: str) -> None:
+@pytest.mark.parametrize(("cell", "before"), [("LSTM", ""), ("GRU", ""), ("RNN", ""), ("GRU", WITHOUT_FAST)])
+def test_each_switch(cell: str, before: str) -> None:
     run(
         cell,
         """
@@ -67,10 +78,12 @@ assert forward()
 torch.backends.fp32_precision = "ieee"
 assert not forward()
 """,
+        before,
     )
 
 
-def test_at_the_time_of_the_call() -> None:
+@pytest.mark.parametrize("before", ["", WITHOUT_FAST], ids=["torch", "python"])
+def test_at_the_time_of_the_call(before: str) -> None:
     run(
         "GRU",
         """
@@ -87,6 +100,7 @@ thread.start()
 thread.join()
 assert found == [True]
 """,
+        before,
     )
 
 
@@ -140,4 +154,26 @@ for dtype in (torch.float64, torch.bfloat16):
         found.append(layer(x.to(dtype))[0])
     assert torch.equal(*found)
 """,
+    )
+
+
+def test_an_interrupt_is_not_lost_in_asking() -> None:
+    """Ctrl-C, while Python is asked on behalf of a call that cannot raise it."""
+    run(
+        "RNN",
+        """
+import time
+
+def interrupted():
+    raise KeyboardInterrupt
+
+torch.are_deterministic_algorithms_enabled = interrupted
+try:
+    layer(x)
+    time.sleep(5)
+    raise SystemExit("lost")
+except KeyboardInterrupt:
+    pass
+""",
+        WITHOUT_FAST,
     )

@@ -40,15 +40,25 @@ REPORT = {
     ],
 }
 EVERYTHING = needs.Found(
-    (3, 12), frozenset(n for names in needs.PACKAGES.values() for n in names), "2.11.0+cu130", "13.0", "A GPU", (9, 0),
-    nvcc="13.0", cublas=True, python_header=True, sanitizer=True,
+    python=(3, 12), packages=frozenset(name for names in needs.PACKAGES.values() for name in names),
+    torch="2.11.0+cu130", cuda="13.0", gpu="A GPU", capability=(9, 0), nvcc="13.0", cublas=True, python_header=True,
+    sanitizer=True, device=True,
 )  # fmt: skip
 
 
 def test_what_is_missing_is_said_at_once_and_with_what_to_do() -> None:
     assert needs.missing(EVERYTHING, parts.KINDS) == []
     nothing = needs.missing(needs.Found(python=(3, 10), compiler="c++: no such file"), parts.KINDS)
-    for begin in ("Python >= 3.11", "torch for CUDA", "nvcc", "a C++20", "Python.h", "compute-sanitizer", "packages"):
+    for begin in (
+        "Python >= 3.11",
+        "torch for CUDA",
+        "a GPU",
+        "nvcc",
+        "a C++20",
+        "Python.h",
+        "compute-sanitizer",
+        "packages",
+    ):
         assert sum(lack.startswith(begin) for lack in nothing) == 1, (begin, nothing)
     assert "pip install hypothesis ninja numpy pybind11 pytest setuptools" in nothing[-1]
 
@@ -124,8 +134,8 @@ def test_it_stops_after_a_part_that_fails(tmp_path: Path, monkeypatch: pytest.Mo
     failing = parts.Part((sys.executable, "-c", "print('here is why'); raise SystemExit(3)"), 30)
     never = parts.Part((sys.executable, "-c", "raise SystemExit('begun')"), 30)
     monkeypatch.setattr(command, "parts", lambda *_: {"tests": failing, "timing": never})
-    assert command.main(["--device", "cpu", "--out", str(tmp_path)]) == 1
-    assert 'To go on from there: make gpu ARGS="tests timing"' in capsys.readouterr().out
+    assert command.main(["--device", "cpu", "--limit", "9", "--out", str(tmp_path)]) == 1
+    assert f'ARGS="tests timing --device cpu --limit 9.0 --out {tmp_path}"' in capsys.readouterr().out
     found = json.loads((tmp_path / "report.json").read_text())["parts"]
     assert found["tests"]["status"] == 3 and found["tests"]["last"] == "here is why" and "timing" not in found
 
@@ -194,11 +204,17 @@ def test_points_are_different_named_and_of_every_regime() -> None:
     assert not any(point.regime == "other" for point in timing.POINTS)
 
 
-def test_the_way_of_a_call_is_its_own() -> None:
-    seen = []
-    call = timing.planned(lambda: seen.append(os.environ.get("FUSEDRNN_CUDA_PLAN")), "persistent")
-    call()
-    assert seen == ["persistent"] and os.environ.get("FUSEDRNN_CUDA_PLAN") != "persistent"
+def test_the_way_is_set_before_the_clock_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, plan = [], os.environ.get("FUSEDRNN_CUDA_PLAN")
+
+    class Clock(timing.Clock):
+        def __call__(self, call: timing.Call) -> float:
+            seen.append(os.environ.get("FUSEDRNN_CUDA_PLAN"))
+            return super().__call__(call)
+
+    monkeypatch.setattr(timing, "Clock", Clock)
+    timing.measure(timing.QUICK[1], torch.device("cpu"), 4, 2)
+    assert seen[0] == "auto" and os.environ.get("FUSEDRNN_CUDA_PLAN") == plan
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("flashrnn"), reason="FlashRNN is not installed")
@@ -291,10 +307,11 @@ def test_the_report_for_people_and_the_readme(tmp_path: Path) -> None:
     "change",
     [
         {"device": "cpu"},
+        {"quick": True},
         {"parts": REPORT["parts"] | {"tests": {"status": 1, "seconds": 1.0, "last": ""}}},
         {"parts": {"timing": REPORT["parts"]["timing"]}},
     ],
-    ids=("cpu", "tests failed", "no tests"),
+    ids=("cpu", "quick", "tests failed", "no tests"),
 )
 def test_what_failed_or_had_no_gpu_is_not_published(change: dict, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(json.dumps(REPORT | change))

@@ -36,3 +36,15 @@ def test_the_command_prints_them_and_says_what_is_forced() -> None:
     out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment).stdout
     assert [line.split("  ")[0].strip() for line in out.splitlines()] == list(info.describe())
     assert "base, 16-byte vectors, forced by FUSEDRNN_CPU_ISA" in out
+
+
+def test_what_was_measured_on_a_gpu(monkeypatch, tmp_path: Path) -> None:
+    file = tmp_path / "choices.txt"
+    monkeypatch.setattr(_C, "choices_file", lambda: str(file))
+    assert info.describe()["CUDA plan"].endswith("auto has measured nothing")
+    lines = [
+        "fusedrnn choices 1",
+        *(f"a GPU\tkind {i}\t{way}\t2\t1\t" for i, way in enumerate(("stepwise", "persistent"))),
+    ]
+    file.write_text("\n".join([*lines, "a line that is none", ""]))
+    assert info.describe()["CUDA plan"].endswith(f"measured 2 kind(s) of calls, persistent for 1, in {file}")

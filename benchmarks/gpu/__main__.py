@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from . import needs
 from .parts import KINDS, ROOT, environment, folder, parts, run, watched
 from .report import commit, gpu, publish, versions, write
 
-KEPT_FOR = ("date", "device", "commit", "python")
+KEPT_FOR = ("device", "commit", "python", "quick")
 
 
 def earlier(out: Path, report: dict) -> dict:
@@ -25,6 +27,18 @@ def earlier(out: Path, report: dict) -> dict:
     file = out / "report.json"
     before = json.loads(file.read_text()) if file.exists() else {}
     return before.get("parts", {}) if all(before.get(key) == report[key] for key in KEPT_FOR) else {}
+
+
+def again(parser: argparse.ArgumentParser, args: argparse.Namespace, wanted: list[str]) -> str:
+    """The command that does these parts, with the options and the Python of this one."""
+    words = [*wanted]
+    for name in ("device", "quick", "limit", "out"):
+        value = getattr(args, name)
+        if value != parser.get_default(name):
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    usual = shutil.which("python3")
+    python = "" if usual and Path(usual).samefile(sys.executable) else f"PYTHON={sys.executable} "
+    return f'make gpu {python}ARGS="{" ".join(words)}"'
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,12 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         built = folder()
         built.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(built / "cache", ignore_errors=True)  # what an earlier run has measured
     else:
         wanted = [kind for kind in wanted if kind not in ("build", "sanitizer")]
         built = folder() if (folder() / "lib").exists() else None
     out.mkdir(parents=True, exist_ok=True)
     report = {"date": time.strftime("%Y-%m-%d"), "device": args.device, "commit": commit()}
-    report |= {"python": environment(built)["PYTHONPATH"], "gpu": {"before": gpu()}}
+    report |= {"python": environment(built)["PYTHONPATH"], "quick": args.quick, "gpu": {"before": gpu()}}
     report["parts"] = earlier(out, report)
     for name, part in parts(out, args.device, args.quick, args.limit, built).items():
         kind = name.partition("-")[0]
@@ -78,8 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         report["gpu"]["after"], report["versions"] = gpu(), versions(built)
         print(write(report, out), flush=True) if name == "timing" else write(report, out)
         if found["status"] != 0:
-            rest = " ".join(wanted[wanted.index(kind) :])
-            print(f'stopped. The end of {out / f"{name}.log"} says why. To go on from there: make gpu ARGS="{rest}"')
+            print(f"stopped. The end of {out / f'{name}.log'} says why. To go on from there:")
+            print(f"  {again(parser, args, wanted[wanted.index(kind) :])}")
             return 1
     print(f"wrote report.json, report.md and, with matplotlib, report.png in {out}")
     return 0

@@ -38,6 +38,7 @@ class Found:
     gpu: str = ""
     capability: tuple[int, int] | None = None  # None: no GPU that torch can use
     why_no_gpu: str = ""
+    device: bool = False  # a GPU that the system knows of
     nvcc: str = ""  # its version
     cublas: bool = False  # the header
     compiler: str = ""  # why it does not do, or empty
@@ -86,6 +87,7 @@ def look() -> Found:
         "compiler": "" if does else f"{compiler}: {told.strip().partition(chr(10))[0] or 'fails'}",
         "python_header": Path(sysconfig.get_path("include"), "Python.h").exists(),
         "sanitizer": sanitizer() is not None,
+        "device": Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None,
     }
     if not importlib.util.find_spec("torch"):
         return Found(**facts)
@@ -123,6 +125,8 @@ def missing(found: Found, parts: Collection[str]) -> list[str]:
         lacks.append(f"torch for CUDA: {found.torch} is built without; {ACTIVATE}")
     elif _version(found.torch) < OLDEST_TORCH:
         lacks.append(f"torch >= {'.'.join(map(str, OLDEST_TORCH))}: this is {found.torch}")
+    if run and not found.cuda and not found.device:
+        lacks.append("a GPU: the system has no /dev/nvidia0 and no nvidia-smi")
     if run and found.cuda and not found.capability:
         lacks.append(f"a GPU: torch says: {found.why_no_gpu}")
     elif run and found.capability and found.capability < OLDEST_GPU:

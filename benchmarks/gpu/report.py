@@ -204,6 +204,7 @@ def publish(out: Path, results: Path, readme: Path) -> Path:
     facts = report["gpu"]["before"]
     failed = [name for name, found in report["parts"].items() if found["status"] != 0]
     failed += [f"no {name}" for name in ("tests", "timing") if name not in report["parts"]]
+    failed += ["quick"] if report.get("quick") else []
     if report["device"] != "cuda" or not facts or failed:
         raise RuntimeError(f"not to be published: {', '.join(failed) or 'no GPU'}")
     results.mkdir(parents=True, exist_ok=True)

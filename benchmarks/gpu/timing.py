@@ -169,14 +169,14 @@ def call_of(layer: nn.Module, argument: Tensor | PackedSequence, leaf: Tensor, d
     return infer
 
 
-def planned(call: Call, plan: str) -> Call:
-    """The call with FUSEDRNN_CUDA_PLAN as it says: the kernels read it in each of theirs."""
+#: FUSEDRNN_CUDA_PLAN of those that go by it.
+PLANS = {"ours": "auto", "stepwise": "stepwise", "persistent": "persistent"}
 
-    def by_plan() -> object:
-        with mock.patch.dict(os.environ, FUSEDRNN_CUDA_PLAN=plan):
-            return call()
 
-    return by_plan
+def go_by(plan: str | None) -> None:
+    """What the kernels read in each of their calls; outside of what is timed."""
+    if plan:
+        os.environ["FUSEDRNN_CUDA_PLAN"] = plan
 
 
 def opponent_call(opponent: Opponent, layer: nn.RNNBase, leaf: Tensor, dy: Tensor, point: Point) -> Call | None:
@@ -263,11 +263,11 @@ def contest(point: Point, steps: int, device: torch.device) -> Contest:
     argument, leaf, dy = problem(point, steps, device)
     layers = {"ours": ours, "torch.nn": theirs}
     calls = {name: call_of(layer, argument, leaf, dy, point.mode) for name, layer in layers.items()}
-    plain, calls["ours"] = calls["ours"], planned(calls["ours"], "auto")
+    go_by("auto")
     calls["ours"]()  # measures
     with torch.no_grad():
         theirs_found = call_of(theirs, argument, leaf, dy, "forward")().double()
-        found = planned(call_of(ours, argument, leaf, dy, "forward"), "auto")().double()
+        found = call_of(ours, argument, leaf, dy, "forward")().double()
         exact = exact_output(theirs, argument)
     deviation = ((found - theirs_found).abs().max() / theirs_found.abs().max()).item()
     error = {
@@ -281,9 +281,10 @@ def contest(point: Point, steps: int, device: torch.device) -> Contest:
             captured = replayed(calls[name])
             if captured:
                 calls[f"{name} graph"] = captured
-        calls["stepwise"], persistent = planned(plain, "stepwise"), planned(plain, "persistent")
-        if runs(persistent, "persistent_loop"):
-            calls["persistent"] = persistent
+        calls["stepwise"] = calls["ours"]
+        go_by("persistent")
+        if runs(calls["ours"], "persistent_loop"):
+            calls["persistent"] = calls["ours"]
         for name, opponent in available().items():
             try:
                 call = opponent_call(opponent, theirs, leaf, dy, point)
@@ -313,7 +314,7 @@ def measure(point: Point, device: torch.device, steps: int = STEPS, rounds: int 
     Raises:
         RuntimeError: our output is not torch.nn's.
     """
-    with tf32(point.dtype == "tf32"):
+    with tf32(point.dtype == "tf32"), mock.patch.dict(os.environ):
         return _measure(point, device, steps, rounds)
 
 
@@ -325,12 +326,14 @@ def _measure(point: Point, device: torch.device, steps: int, rounds: int) -> dic
         if not all_there.deviation <= TOLERANCE[point.dtype]:
             raise RuntimeError(f"our output is {all_there.deviation:.1e} of its largest value from torch.nn's")
     for _ in range(WARM_CALLS):
-        for call in (*calls[steps // 2].values(), *calls[steps].values()):
+        for name, call in (*calls[steps // 2].items(), *calls[steps].items()):
+            go_by(PLANS.get(name))
             call()
     names = [name for name in calls[steps] if name in calls[steps // 2]]
     times = {(name, length): [] for length in calls for name in names}
     for _ in range(rounds):
         for name, length in times:
+            go_by(PLANS.get(name))
             times[name, length].append(clock(calls[length][name]))
     whole = {name: times[name, steps] for name in names}
     slope = {

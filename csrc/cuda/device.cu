@@ -52,7 +52,9 @@ struct Cuda {
   template <class Cell, template <class> class Span, class T>
   void run_steps(const Span<T>& span) {
     const persistent::Launch where = {static_cast<cudaStream_t>(call.stream), multiplier<T>(), call.gpu};
-    if (error == cudaSuccess) error = persistent::launch<Cell, T>(span, where);
+    if (error != cudaSuccess) return;
+    error = persistent::launch<Cell, T>(span, where);
+    if (error != cudaSuccess) cudaGetLastError();  // else the next launch would be told of it
   }
 
   void product(const Product& p) {
@@ -104,22 +106,77 @@ int64_t bytes(const typename Pass::Problem& p) {
   return Pass::template bytes<Cuda>(p);
 }
 
+int capability() {
+  cudaFuncAttributes attributes = {};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, each_element<Compare<float>>);
+  if (error != cudaSuccess) cudaGetLastError();  // it is told here
+  return error == cudaSuccess ? attributes.ptxVersion : 0;
+}
+
+// Of each cell a row of the four types.
+template <template <class, class> class Pass, class Cell>
+struct Row {
+  using Problem = typename Pass<Cell, float>::Problem;
+  using Bytes = int64_t (*)(const Problem&);
+  using Run = const char* (*)(const Problem&, const CudaCall&);
+  using Persists = bool (*)(const Problem&, const CudaCall&);
+
+  template <class Function, class Of>
+  static constexpr void fill(Function (&row)[kDTypes], const Of& of) {
+    row[static_cast<int>(DType::kFloat32)] = of(Type<Pass<Cell, float>>());
+    row[static_cast<int>(DType::kFloat64)] = of(Type<Pass<Cell, double>>());
+    row[static_cast<int>(DType::kBFloat16)] = of(Type<Pass<Cell, __nv_bfloat16>>());
+    row[static_cast<int>(DType::kFloat16)] = of(Type<Pass<Cell, __half>>());
+  }
+  static constexpr void fill(Bytes (&bytes_row)[kDTypes], Run (&run_row)[kDTypes], Persists (&persists_row)[kDTypes]) {
+    fill(bytes_row, [](auto type) { return bytes<typename decltype(type)::Of>; });
+    fill(run_row, [](auto type) { return run<typename decltype(type)::Of>; });
+    fill(persists_row, [](auto type) { return persists<typename decltype(type)::Of>; });
+  }
+
+  template <class T>
+  struct Type {
+    using Of = T;
+  };
+};
+
 template <class... Cells>
 constexpr CudaTable make_table(CellList<Cells...>) {
-  using Bf16 = __nv_bfloat16;
-  using Half = __half;
-  return {{{bytes<StepwiseForward<Cells, float>>, bytes<StepwiseForward<Cells, double>>,
-            bytes<StepwiseForward<Cells, Bf16>>, bytes<StepwiseForward<Cells, Half>>}...},
-          {{bytes<StepwiseBackward<Cells, float>>, bytes<StepwiseBackward<Cells, double>>,
-            bytes<StepwiseBackward<Cells, Bf16>>, bytes<StepwiseBackward<Cells, Half>>}...},
-          {{run<StepwiseForward<Cells, float>>, run<StepwiseForward<Cells, double>>, run<StepwiseForward<Cells, Bf16>>,
-            run<StepwiseForward<Cells, Half>>}...},
-          {{run<StepwiseBackward<Cells, float>>, run<StepwiseBackward<Cells, double>>,
-            run<StepwiseBackward<Cells, Bf16>>, run<StepwiseBackward<Cells, Half>>}...}};
+  CudaTable table = {};
+  int cell = 0;
+  const auto add = [&](auto forward, auto backward) {
+    decltype(forward)::fill(table.forward_bytes[cell], table.forward[cell], table.forward_persists[cell]);
+    decltype(backward)::fill(table.backward_bytes[cell], table.backward[cell], table.backward_persists[cell]);
+    ++cell;
+  };
+  (add(Row<StepwiseForward, Cells>(), Row<StepwiseBackward, Cells>()), ...);
+  table.compare[static_cast<int>(DType::kFloat32)] = compare<float>;
+  table.compare[static_cast<int>(DType::kFloat64)] = compare<double>;
+  table.compare[static_cast<int>(DType::kBFloat16)] = compare<__nv_bfloat16>;
+  table.compare[static_cast<int>(DType::kFloat16)] = compare<__half>;
+  table.capability = capability;
+  return table;
 }
+
+template <class... Cells>
+constexpr bool is_whole(const CudaTable& table, CellList<Cells...>) {
+  bool whole = table.capability;
+  for (int dtype = 0; dtype < kDTypes; ++dtype) {
+    whole = whole && table.compare[dtype];
+    for (size_t cell = 0; cell < sizeof...(Cells); ++cell) {
+      whole = whole && table.forward_bytes[cell][dtype] && table.backward_bytes[cell][dtype] &&
+              table.forward[cell][dtype] && table.backward[cell][dtype] && table.forward_persists[cell][dtype] &&
+              table.backward_persists[cell][dtype];
+    }
+  }
+  return whole;
+}
+
+constexpr CudaTable kTable = make_table(Registry{});
+static_assert(is_whole(kTable, Registry{}));
 
 }  // namespace
 
-extern const CudaTable kCudaTable = make_table(Registry{});
+extern const CudaTable kCudaTable = kTable;
 
 }  // namespace fusedrnn

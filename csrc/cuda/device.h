@@ -31,6 +31,9 @@ struct CudaTable {
   bool (*backward_persists[kMaxCells][kDTypes])(const BackwardProblem&, const CudaCall&);
   // Raises largest, on the device, by an output and the same in another place.
   const char* (*compare[kDTypes])(const Output& output, const void* other, Largest* largest, const CudaCall&);
+  // Ten times the compute capability that the kernels for the current GPU were compiled for: less than the GPU's own
+  // where it runs those of an older one. 0: there are none for it.
+  int (*capability)();
 };
 extern const CudaTable kCudaTable;
 

@@ -78,16 +78,39 @@ class Rounding {
   cublasMath_t before_;
 };
 
-persistent::Gpu gpu_of(int device) {
-  persistent::Gpu gpu = {};
-  const auto ask = [&](int& value, cudaDeviceAttr attribute) {
-    check_cuda(cudaDeviceGetAttribute(&value, attribute, device));
-  };
-  ask(gpu.major, cudaDevAttrComputeCapabilityMajor);
-  ask(gpu.minor, cudaDevAttrComputeCapabilityMinor);
-  ask(gpu.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+// The current one, which a guard has set.
+const persistent::Gpu& gpu_of(int device) {
+  static std::mutex mutex;
+  static std::map<int, persistent::Gpu> all;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [found, is_new] = all.try_emplace(device);
+  persistent::Gpu& gpu = found->second;
+  if (is_new) {
+    const int capability = kCudaTable.capability();
+    gpu.major = capability / 10, gpu.minor = capability % 10;
+    check_cuda(cudaDeviceGetAttribute(&gpu.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  }
   return gpu;
 }
+
+// A mark in a stream, to tell the time between two.
+class Event {
+ public:
+  Event() { check_cuda(cudaEventCreate(&event_)); }
+  ~Event() { cudaEventDestroy(event_); }
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+  void record(cudaStream_t stream) const { check_cuda(cudaEventRecord(event_, stream)); }
+  double seconds_since(const Event& before) const {
+    float milliseconds = 0;
+    check_cuda(cudaEventSynchronize(event_));
+    check_cuda(cudaEventElapsedTime(&milliseconds, before.event_, event_));
+    return 1e-3 * milliseconds;
+  }
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
 
 // A pass over a layer, as the tables have it.
 template <class Problem>
@@ -115,25 +138,22 @@ class CudaWays {
     return error.empty() ? later : error;
   }
   double seconds(const Problem& p, Way way) const {
-    cudaEvent_t begin = nullptr, end = nullptr;
-    float milliseconds = 0;
-    check_cuda(cudaEventCreate(&begin));
-    check_cuda(cudaEventCreate(&end));
-    check_cuda(cudaEventRecord(begin, stream()));
-    pass_.run(p, by(way));
-    check_cuda(cudaEventRecord(end, stream()));
-    check_cuda(cudaEventSynchronize(end));
-    check_cuda(cudaEventElapsedTime(&milliseconds, begin, end));
-    check_cuda(cudaEventDestroy(begin));
-    check_cuda(cudaEventDestroy(end));
-    return 1e-3 * milliseconds;
+    const Event begin, end;
+    begin.record(stream());
+    const char* error = pass_.run(p, by(way));
+    end.record(stream());
+    check(!error, "fusedrnn: a CUDA kernel that ran before could not be launched: ", told(error));
+    return end.seconds_since(begin);
   }
   void* memory(int64_t bytes) {
-    held_.push_back(empty(Sizes({bytes}), aoti_torch_dtype_uint8(), device_));
-    return held_.back().mutable_data();
+    const Tensor found = empty_if_there_is_memory(Sizes({bytes}), aoti_torch_dtype_uint8(), device_);
+    if (!found.defined()) return nullptr;
+    held_.push_back(found);
+    return found.mutable_data();
   }
   Largest compare(const Output& output, const void* other) {
     auto* const largest = static_cast<Largest*>(memory(sizeof(Largest)));
+    check_memory(largest);
     Largest found;
     check_cuda(cudaMemsetAsync(largest, 0, sizeof(Largest), stream()));
     const char* error = kCudaTable.compare[static_cast<int>(output.dtype)](output, other, largest, call_);
@@ -165,7 +185,7 @@ std::string machine(int device) {
   check_cuda(cudaDriverGetVersion(&driver));
   check_cuda(cudaRuntimeGetVersion(&runtime));
   std::ostringstream text;
-  text << properties.name << ", driver " << driver << ", CUDA " << runtime << ", built " __DATE__ " " __TIME__;
+  text << properties.name << ", driver " << driver << ", CUDA " << runtime << ", " << this_library();
   return text.str();
 }
 

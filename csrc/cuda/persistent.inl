@@ -35,6 +35,8 @@ __global__ void __launch_bounds__(threads(Shape{}), 1) persistent_loop(const __g
     if constexpr (std::is_same_v<Span, ForwardSpan<typename Products::T>>)
       forward_loop<Cell, Products>(m, Shape{}, span);
     else backward_loop<Cell, Products>(m, Shape{}, span);
+  } else {
+    __trap();  // compiled for another GPU: launch_products chooses by what the kernels were compiled for
   }
 #endif
 }

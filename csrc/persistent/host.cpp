@@ -65,7 +65,7 @@ struct HostWays {
     return std::chrono::duration<double>(Clock::now() - start).count();
   }
   void* memory(int64_t bytes) {
-    held.push_back(std::make_unique<char[]>(bytes));
+    held.emplace_back(new (std::nothrow) char[bytes]);
     return held.back().get();
   }
   Largest compare(const Output& output, const void* other) const {
@@ -79,13 +79,15 @@ struct HostWays {
   template <class E>
   static Largest largest(const Output& output, const void* other) {
     Largest found;
+    const auto raise = [](float& to, float value) {  // one that is no number is above them all
+      if (!(value <= to) && !std::isnan(to)) to = value;
+    };
     const E *a = static_cast<const E*>(*output.at), *b = static_cast<const E*>(other);
     for (int64_t row = 0; row < output.rows; ++row) {
       for (int64_t at = row * output.stride; at < row * output.stride + output.columns; ++at) {
         const auto value = static_cast<float>(widen(a[at]));
-        found.value = std::max(found.value, std::abs(value));
-        const float difference = std::abs(value - static_cast<float>(widen(b[at])));
-        if (!(difference <= found.difference) && !std::isnan(found.difference)) found.difference = difference;
+        raise(found.value, std::abs(value));
+        raise(found.difference, std::abs(value - static_cast<float>(widen(b[at]))));
       }
     }
     return found;

@@ -80,7 +80,7 @@ constexpr Geometry choose(const Loop& loop, int most_blocks) {
 
 // What a GPU has that matters here.
 struct Gpu {
-  int major, minor;  // of its compute capability
+  int major, minor;  // of the compute capability that its kernels were compiled for
   int shared_bytes;  // a block may have at most
 };
 constexpr int most_blocks(const Gpu& gpu) { return gpu.major >= 9 ? 8 : 1; }

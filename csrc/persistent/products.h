@@ -88,9 +88,10 @@ struct Tf32Products : Float32Products {
   }
 };
 
-// float32 as it is: each factor is the sum of two of TF32, of which the product of the small parts is left out, 2^-22
-// of the whole. The small parts first, so that they are not lost in the sum. They have the sign of the whole, and are 0
-// or infinite only where it is (2^-30 of it at least): so the three products of an infinity are one.
+// float32 as it is: each factor is the sum of two of TF32, both cut off, and the product of the small parts is left
+// out: a product is too small by 2^-22 of itself in the mean, 2^-19 at most. The small parts first, so that they are
+// not lost in the sum. They have the sign of the whole, and are 0 or infinite only where it is (2^-30 of it at least):
+// so the three products of an infinity are one.
 struct SplitProducts : Float32Products {
   static constexpr Multiplier kMultiplier = Multiplier::kSplit;
 

@@ -1,11 +1,14 @@
 // See choice.h.
 #include "choice.h"
 
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <iostream>
 #include <optional>
 #include <sstream>
 #include <utility>
@@ -70,7 +73,11 @@ Choices::Choices(std::string file, std::string machine) : file_(std::move(file))
   if (!file_.empty()) read();
 }
 
-void Choices::remark(std::string text) { remarks_.push_back(std::move(text)); }
+// What is wrong with the file changes no result: whoever looks for it is told.
+void Choices::debug(const std::string& text) {
+  const char* wish = std::getenv("FUSEDRNN_DEBUG");
+  if (wish && *wish) std::cerr << "fusedrnn: " << text << std::endl;
+}
 
 void Choices::read() {
   std::error_code error;
@@ -81,7 +88,7 @@ void Choices::read() {
   std::string line;
   if (error || bytes > kMostBytes || !in || (bytes > 0 && (!std::getline(in, line) || line != kHeader))) {
     writes_ = false;
-    remark(file_ + " is not a file of choices that can be read: ignored");
+    debug(file_ + " is not a file of choices that can be read: ignored");
     return;
   }
   int wrong = 0;
@@ -97,15 +104,16 @@ void Choices::read() {
     }
     ends_line_ = !in.eof();
   }
-  if (wrong > 0) remark(file_ + ": " + std::to_string(wrong) + " line(s) that are no choices: ignored");
+  if (wrong > 0) debug(file_ + ": " + std::to_string(wrong) + " line(s) that are no choices: ignored");
 }
 
 void Choices::keep(const std::string& kind, const Choice& choice) {
   const std::lock_guard<std::mutex> lock(mutex_);
   known_[kind] = choice;
   if (!choice.failure.empty()) {
-    remark("kernels for many steps (" + kind + ") failed on " + machine_ + " and are not used for such calls: " +
-           choice.failure + ". Please report this with the output of python -m fusedrnn.info");
+    remarks_.push_back("kernels for many steps (" + kind + ") failed on " + machine_ +
+                       " and are not used for such calls: " + choice.failure +
+                       ". Please report this with the output of python -m fusedrnn.info");
   }
   if (file_.empty() || !writes_) return;
   std::error_code error;
@@ -119,7 +127,7 @@ void Choices::keep(const std::string& kind, const Choice& choice) {
   if (out) out.write(text.data(), static_cast<std::streamsize>(text.size())).flush();
   if (!out) {
     writes_ = false;
-    remark(file_ + " cannot be written: what is measured is not kept");
+    debug(file_ + " cannot be written: what is measured is not kept");
   }
 }
 
@@ -134,12 +142,14 @@ Way Choices::choose(const std::string& given, const Trial* trial) {
   const std::lock_guard<std::mutex> alone(trials_);
   if (const auto way = found()) return *way;  // meanwhile
   Choice choice;
+  if (!trial->begin()) return Way::kStepwise;                      // a later call may have the memory
   if (!trial->run(Way::kStepwise).empty()) return Way::kStepwise;  // the call will fail, and say so
   choice.failure = trial->run(Way::kPersistent);
   if (choice.failure.empty()) {
-    const double deviation = trial->deviation();
-    if (!(deviation <= 1)) {
-      choice.failure = "results deviate by " + std::to_string(deviation) + " times what is allowed";
+    const std::optional<double> deviation = trial->deviation();
+    if (!deviation) return Way::kStepwise;  // nothing to hold results against
+    if (!(*deviation <= 1)) {
+      choice.failure = "results deviate by " + std::to_string(*deviation) + " times what is allowed";
     }
   }
   if (choice.failure.empty()) {
@@ -179,6 +189,14 @@ std::string kind_of(const char* cell, DType dtype, bool tf32, const LayerSizes& 
        << " T" << rounded_up(z.T) << " B" << rounded_up(z.B) << " H" << z.H << " D" << z.D
        << (z.N < z.T * z.B ? " ragged" : "");
   return kind.str();
+}
+
+std::string this_library() {
+  Dl_info found = {};
+  std::error_code error;
+  if (!dladdr(reinterpret_cast<const void*>(&this_library), &found) || !found.dli_fname) return "unknown library";
+  const auto written = fs::last_write_time(found.dli_fname, error).time_since_epoch().count();
+  return "library of " + std::to_string(error ? 0 : written);
 }
 
 std::string choices_file() {

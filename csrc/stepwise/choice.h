@@ -6,6 +6,7 @@
 #include <functional>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -17,9 +18,11 @@ enum class Way { kStepwise, kPersistent };
 
 // A measurement of one call. Each way has results of its own.
 struct Trial {
+  std::function<bool()> begin;          // false: there is no memory for results beside the call's own
   std::function<std::string(Way)> run;  // the whole call, waited for; empty, or why it failed
   std::function<double(Way)> seconds;   // of a call
-  std::function<double()> deviation;    // between both ways' results, over the one that is allowed
+  // Between both ways' results, over the one that is allowed; none where the stepwise ones are not finite.
+  std::function<std::optional<double>()> deviation;
 };
 
 struct Choice {
@@ -37,13 +40,13 @@ class Choices {
   Way choose(const std::string& kind, const Trial* trial);
 
   std::map<std::string, Choice> known() const;
-  // What was wrong with the file, and failures, each told once.
+  // Failures of the persistent way, each told once.
   std::vector<std::string> take_remarks();
 
  private:
   void read();
   void keep(const std::string& kind, const Choice& choice);
-  void remark(std::string text);
+  static void debug(const std::string& text);
 
   const std::string file_, machine_;
   bool writes_ = true;        // to the file, unless it is another's
@@ -53,6 +56,9 @@ class Choices {
   std::vector<std::string> remarks_;
   std::mutex trials_;  // one at a time: two would disturb one another
 };
+
+// The shared library that this is in, as it was built: another build may take other times.
+std::string this_library();
 
 // The file of this user: $XDG_CACHE_HOME/fusedrnn/choices.txt, or below ~/.cache; empty: there is no such folder.
 std::string choices_file();

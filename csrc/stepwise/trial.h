@@ -3,7 +3,7 @@
 //   device.can_persist(problem)       whether there is a kernel for many steps
 //   device.run(problem, way)          the whole call, waited for; empty, or why it failed
 //   device.seconds(problem, way)      of a call
-//   device.memory(bytes)              on the device, until the measurement ends
+//   device.memory(bytes)              on the device, until the measurement ends; null: there is none
 //   device.compare(output, other)     outputs.h's Largest of an output and of the same in another place
 #pragma once
 
@@ -38,20 +38,20 @@ Way way_for(Choices& choices, const std::string& kind, const Problem& p, const C
   if (!may_wait) return choices.choose(kind, nullptr);
   Problem own = p, aside = p;
   Outputs results(own, cell, dtype), others(aside, cell, dtype);
-  bool moved = false;
-  const auto problem_of = [&](Way way) -> const Problem& {
-    if (way == Way::kStepwise) return own;
-    if (!moved) others.move_to(device.memory(others.bytes()));
-    moved = true;
-    return aside;
-  };
+  const auto problem_of = [&](Way way) -> const Problem& { return way == Way::kStepwise ? own : aside; };
   Trial trial;
+  trial.begin = [&] {
+    void* const memory = device.memory(others.bytes());
+    if (memory) others.move_to(memory);
+    return memory != nullptr;
+  };
   trial.run = [&](Way way) { return device.run(problem_of(way), way); };
   trial.seconds = [&](Way way) { return device.seconds(problem_of(way), way); };
-  trial.deviation = [&] {
+  trial.deviation = [&]() -> std::optional<double> {
     double worst = 0;
     for (size_t i = 0; i < results.all().size(); ++i) {
       const Largest found = device.compare(results.all()[i], *others.all()[i].at);
+      if (!std::isfinite(found.value)) return std::nullopt;
       const double scale = std::max(found.value, std::numeric_limits<float>::min());
       const double deviation = found.difference / scale / allowed_deviation(dtype, tf32);
       if (!std::isnan(worst) && !(deviation <= worst)) worst = deviation;
