@@ -12,6 +12,7 @@
 #include "backward.h"
 #include "emulator.h"
 #include "forward.h"
+#include "plan.h"
 
 namespace fusedrnn {
 namespace {
@@ -26,10 +27,15 @@ uint64_t seed() {
   return value;
 }
 
-// A cluster for H units: which of all that there are depends on the sizes, so that tests meet each.
-template <class Products>
+// A cluster for H units: which of all that there are depends on the sizes, so that tests meet each; among them the one
+// that the plan chooses.
+template <class Cell, class Products, bool backward>
 Geometry some_geometry(const Steps& steps, int64_t H) {
   const uint64_t drawn = std::minstd_rand(H * 1009 + steps.B * 31 + steps.T + seed())();
+  constexpr Multiplier kMultiplier = Products::kMultiplier;
+  const Geometry planned =
+      choose({Cell::kGates, Cell::kSplit, Cell::kStates, Cell::kSaved, kMultiplier, units_for(H), backward}, 8);
+  if (drawn % 5 == 0 && planned.tiles > 0) return planned;
   Geometry s = {};
   s.blocks = 1 << drawn % 3;
   s.parts = 1 << drawn / 3 % 3;
@@ -132,7 +138,7 @@ struct Emulated : Host {
  private:
   template <class Cell, class Products, class T>
   static void run_loop(const ForwardSpan<T>& p) {
-    const Geometry s = some_geometry<Products>(p.steps, p.u.H);
+    const Geometry s = some_geometry<Cell, Products, false>(p.steps, p.u.H);
     each_row(p, false, [&](int slot, int64_t n) {
       poison(p.u.y[slot] + n * p.u.width, p.u.H);
       if (p.u.saved[slot]) poison(p.u.saved[slot] + n * p.u.saved_stride, (Cell::kSaved + Cell::kStates - 1) * p.u.H);
@@ -142,7 +148,7 @@ struct Emulated : Host {
   }
   template <class Cell, class Products, class T>
   static void run_loop(const BackwardSpan<T>& p) {
-    const Geometry s = some_geometry<Products>(p.steps, p.u.H);
+    const Geometry s = some_geometry<Cell, Products, true>(p.steps, p.u.H);
     each_row(p, true, [&](int slot, int64_t n) {
       poison(p.u.dg[slot] + n * (Cell::kGates + Cell::kSplit) * p.u.H, (Cell::kGates + Cell::kSplit) * p.u.H);
       if (p.u.before[slot]) poison(p.u.before[slot] + n * p.u.H, p.u.H);
