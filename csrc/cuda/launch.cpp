@@ -79,18 +79,15 @@ class Rounding {
 };
 
 // The current one, which a guard has set.
-const persistent::Gpu& gpu_of(int device) {
+persistent::Gpu gpu_of(int device) {
   static std::mutex mutex;
   static std::map<int, persistent::Gpu> all;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto [found, is_new] = all.try_emplace(device);
-  persistent::Gpu& gpu = found->second;
-  if (is_new) {
-    const int capability = kCudaTable.capability();
-    gpu.major = capability / 10, gpu.minor = capability % 10;
-    check_cuda(cudaDeviceGetAttribute(&gpu.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  }
-  return gpu;
+  if (const auto found = all.find(device); found != all.end()) return found->second;
+  const int capability = kCudaTable.capability();
+  persistent::Gpu gpu = {capability / 10, capability % 10, 0};
+  check_cuda(cudaDeviceGetAttribute(&gpu.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return all[device] = gpu;  // nothing is kept of one that does not tell
 }
 
 // A mark in a stream, to tell the time between two.
