@@ -10,6 +10,7 @@ struct Backend {
   bool even_rows;                    // x must have one distance between all its rows (has_even_rows, problem.h)
   bool adds_directions;              // dx is the sum of both directions; else each has a part of its own
   bool (*has)(int cell, int dtype);  // a kernel
+  bool (*has_int8)(int cell);        // one for int8 weights
   void (*forward)(const Layer& layer, const ForwardProblem& p);  // both throw where memory or a launch fails
   void (*backward)(const Layer& layer, const BackwardProblem& p);
 };
@@ -17,6 +18,10 @@ struct Backend {
 #if defined(FUSEDRNN_CUDA)
 extern const Backend kCudaBackend;  // cuda/launch.cpp
 #endif
+
+// The kernel of a layer on the CPU, and the bytes of its packed weights.
+ForwardKernel forward_kernel(const Layer& layer);
+int64_t panel_bytes(const Layer& layer);
 
 bool has_backend(const Tensor& x);  // in this build
 const Backend& backend_of(const Tensor& x);

@@ -54,8 +54,8 @@ constexpr int64_t kRowsKept = 512;
 
 constexpr int kPassedOver = 3;  // calls in a row that cannot use panels before others take their place
 
-bool fits(const Tensor& t, const Tensor& x, Sizes shape) {
-  return t.defined() && t.sizes() == shape && t.elements() == x.elements() && t.device() == x.device() && is_there(t);
+bool fits(const Tensor& t, const Tensor& x, Sizes shape, Elements elements) {
+  return t.defined() && t.sizes() == shape && t.elements() == elements && t.device() == x.device() && is_there(t);
 }
 
 // Contents of t, 64 KiB at a time, by all threads if there are a few.
@@ -77,7 +77,8 @@ uint64_t digest(const Tensor& t, uint64_t seed) {
 uint64_t digest(const Layer& layer) {
   const LayerSizes& z = layer.size;
   std::vector<uint64_t> parts = {static_cast<uint64_t>(layer.cell), static_cast<uint64_t>(layer.dtype),
-                                 static_cast<uint64_t>(z.I), static_cast<uint64_t>(z.H), static_cast<uint64_t>(z.R)};
+                                 static_cast<uint64_t>(z.I),        static_cast<uint64_t>(z.H),
+                                 static_cast<uint64_t>(z.R),        !layer.scales.empty()};
   for (const DirectionWeights& w : layer.weights) {
     for (const Tensor* t : {&w.w_ih, &w.w_hh, &w.w_hr}) {
       if (t->defined()) parts.push_back(digest(*t, parts.size()));
@@ -101,8 +102,7 @@ void use_panels(Work& work, const Panels& panels) {
 }
 
 Tensor memory_for_panels(const Layer& layer) {
-  const int64_t bytes = kernels().panel_bytes[layer.cell][layer.kernel_dtype()](layer.size);
-  return empty(Sizes({bytes}), aoti_torch_dtype_uint8(), layer.x.device());
+  return empty(Sizes({panel_bytes(layer)}), aoti_torch_dtype_uint8(), layer.x.device());
 }
 
 void find_panels(Work& work, size_t index, PackedWeights& kept) {
@@ -163,9 +163,7 @@ StateNoise noise_of(const Zoneout& zoneout, const Tensor& rows) {
   return noise;
 }
 
-bool run(const Layer& layer, const ForwardProblem& problem) {
-  return kernels().forward[layer.cell][layer.kernel_dtype()](problem);
-}
+bool run(const Layer& layer, const ForwardProblem& problem) { return forward_kernel(layer)(problem); }
 
 // As the kernels take a tensor of the call: one of a single step has no dimension of time, or of direction.
 OptionalTensor with_time(const ModuleCall& call, const OptionalTensor& t) {
@@ -218,14 +216,9 @@ bool run_pipeline(const std::vector<Work>& stack, int64_t steps, int threads) {
 bool has_kernels(const Tensor& x) { return backend_of(x).host && x.elements() != Elements(DType::kFloat16); }
 
 LayerArguments arguments_of(const ModuleCall& call) {
-  return {*with_time(call, call.x),
-          std::nullopt,
-          with_time(call, call.h0),
-          with_time(call, call.c0),
-          call.weights,
-          cell_constants(call.cell).name,
-          call.directions == 2,
-          {}};
+  return {*with_time(call, call.x), std::nullopt, with_time(call, call.h0),
+          with_time(call, call.c0), call.weights, cell_constants(call.cell).name,
+          call.directions == 2,     {},           call.scales};
 }
 
 bool fits(const ModuleCall& call) {
@@ -237,22 +230,30 @@ bool fits(const ModuleCall& call) {
   }
   const auto order = WeightOrder::of(call.weights.size(), call.parts());
   if (!order || call.H == 0 || call.R == 0) return false;
+  const bool int8 = !call.scales.empty();
+  if (int8 && static_cast<int64_t>(call.scales.size()) != order->scales() * call.parts()) return false;
   if (order->projected ? !cell.projectable : call.R != call.H) return false;
   const int64_t batch = call.one_step ? 0 : 1;  // the dimension of the samples
   if (!x.defined() || !has_backend(x) || x.dim() != batch + 2 || x.size(-1) != call.I || !is_there(x)) return false;
   if (x.elements().kernel_dtype() < 0 || !steps_fit(x)) return false;
+  if (int8 && (x.elements() != Elements(DType::kFloat32) || !backend_of(x).has_int8(call.cell))) return false;
   if (call.one_step && call.parts() > 1 && (call.h0 || call.c0)) return false;  // they have no room for several layers
   const int64_t B = x.size(batch), width = call.R * call.directions;
   for (const auto& [state, columns] : {std::pair(&call.h0, call.R), std::pair(&call.c0, call.H)}) {
     if (!state->has_value()) continue;
     const int64_t shape[] = {call.parts(), B, columns};
-    if (!fits(**state, x, Sizes(shape, 3).from(1 - batch))) return false;
+    if (!fits(**state, x, Sizes(shape, 3).from(1 - batch), x.elements())) return false;
   }
   bool fit = true;
   for (int64_t part = 0; fit && part < call.parts(); ++part) {
     const int64_t columns = part < call.directions ? call.I : width;
     each_weight(order->at(call.weights.data(), part), cell.gates, columns, call.H, call.R,
-                [&](const char*, const Tensor& w, Sizes shape) { fit = fit && fits(w, x, shape); });
+                [&](const char*, const Tensor& w, Sizes shape) {
+                  fit = fit && fits(w, x, shape, elements_of_weight(x, shape, int8));
+                });
+    if (!int8) continue;
+    each_scale(order->scales_at(call.scales.data(), part), cell.gates, call.H, call.R,
+               [&](const char*, const Tensor& s, Sizes shape) { fit = fit && fits(s, x, shape, x.elements()); });
   }
   return fit;
 }
@@ -260,6 +261,7 @@ bool fits(const ModuleCall& call) {
 std::optional<Inferred> infer(const ModuleCall& call, PackedWeights& kept, const Zoneout& zoneout) {
   if (!has_kernels(call.x)) return std::nullopt;
   const int64_t layers = call.layers, D = call.directions, each = call.weights.size() / layers;
+  const int64_t each_scales = call.scales.size() / layers;
   const Tensor x = *with_time(call, call.x);
   const OptionalTensor h0 = with_time(call, call.h0), c0 = with_time(call, call.c0);
 
@@ -273,8 +275,15 @@ std::optional<Inferred> infer(const ModuleCall& call, PackedWeights& kept, const
       return state && layers > 1 ? part_of(*state, l * D, D) : state;
     };
     Work& work = stack[l];
-    work.layer = read_layer(
-        {input, std::nullopt, of_layer(h0), of_layer(c0), weights_of(call.weights, l * each, each), name, D == 2, {}});
+    work.layer = read_layer({input,
+                             std::nullopt,
+                             of_layer(h0),
+                             of_layer(c0),
+                             weights_of(call.weights, l * each, each),
+                             name,
+                             D == 2,
+                             {},
+                             weights_of(call.scales, l * each_scales, each_scales)});
     const LayerSizes& z = work.layer.size;
     if (l == 0) {
       // States are rounded to the type of x between chunks: the same numbers only where that is the compute type.
@@ -325,13 +334,18 @@ std::optional<Inferred> infer(const ModuleCall& call, PackedWeights& kept, const
 std::unique_ptr<Stepper> Stepper::make(const ModuleCall& call, const Zoneout& zoneout) {
   const Tensor& x = call.x;
   bool dense = has_kernels(x) && call.one_step && call.directions == 1 && x.size(0) > 0;
-  for (const Tensor& w : call.weights) dense = dense && w.is_contiguous();
+  for (const Tensors* list : {&call.weights, &call.scales}) {
+    for (const Tensor& w : *list) dense = dense && w.is_contiguous();
+  }
   if (!dense) return nullptr;
   auto stepper = std::make_unique<Stepper>();
   stepper->elements_ = x.elements();
   stepper->two_states_ = cell_constants(call.cell).states == 2;
-  for (const Tensor& w : call.weights) stepper->shapes_.emplace_back(w.sizes().begin(), w.sizes().end());
-  const size_t each = call.weights.size() / call.layers;
+  for (const Tensors* list : {&call.weights, &call.scales}) {
+    for (const Tensor& w : *list) stepper->shapes_.push_back({{w.sizes().begin(), w.sizes().end()}, w.elements()});
+  }
+  stepper->weights_ = call.weights.size();
+  const size_t each = call.weights.size() / call.layers, each_scales = call.scales.size() / call.layers;
   Tensor input = with_one(x).contiguous();
   for (int64_t l = 0; l < call.layers; ++l) {
     Layer layer = read_layer({input,
@@ -341,7 +355,8 @@ std::unique_ptr<Stepper> Stepper::make(const ModuleCall& call, const Zoneout& zo
                               weights_of(call.weights, l * each, each),
                               cell_constants(call.cell).name,
                               false,
-                              {}});
+                              {},
+                              weights_of(call.scales, l * each_scales, each_scales)});
     const LayerSizes& z = layer.size;
     if (l == 0) stepper->keep_ = rows_kept(zoneout, z, x);
     ForwardProblem problem;
@@ -355,23 +370,28 @@ std::unique_ptr<Stepper> Stepper::make(const ModuleCall& call, const Zoneout& zo
     input = empty({1, z.B, z.R}, x);
     layer.x = Tensor();
     layer.weights.clear();
+    for (DirectionScales& s : layer.scales) s = {};  // how many there are says which kernel it is
     stepper->layers_.push_back(std::move(layer));
   }
   return stepper;
 }
 
-bool Stepper::fits(const Tensor& t, Sizes shape) const {
-  return t.defined() && t.elements() == elements_ && t.sizes() == shape && t.is_contiguous() && is_there(t) &&
+bool Stepper::fits(const Tensor& t, Sizes shape, Elements elements) {
+  return t.defined() && t.elements() == elements && t.sizes() == shape && t.is_contiguous() && is_there(t) &&
          is_aligned(t) && t.device().is_cpu();
 }
 
 std::optional<Inferred> Stepper::step(const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                                      const Tensors& weights) const {
+                                      const Tensors& weights, const Tensors& scales) const {
   const LayerSizes& first = layers_[0].size;
   const int64_t B = first.B, H = first.H, R = first.R, layers = layers_.size();
-  bool fit = fits(x, {B, first.I}) && (!h0 || fits(*h0, {layers, B, R})) && (!c0 || fits(*c0, {layers, B, H})) &&
+  const auto like_x = [&](const Tensor& t, Sizes shape) { return fits(t, shape, elements_); };
+  bool fit = like_x(x, {B, first.I}) && (!h0 || like_x(*h0, {layers, B, R})) && (!c0 || like_x(*c0, {layers, B, H})) &&
              c0.has_value() == (two_states() && h0.has_value());
-  for (size_t i = 0; i < weights.size(); ++i) fit = fit && fits(weights[i], shapes_[i]);
+  for (size_t i = 0; i < shapes_.size(); ++i) {
+    const Tensor& t = i < weights_ ? weights[i] : scales[i - weights_];
+    fit = fit && fits(t, shapes_[i].shape, shapes_[i].elements);
+  }
   if (!fit) return std::nullopt;
   const Tensor y = empty({B, R}, x), h_n = empty({layers, B, R}, x);
   const Tensor c_n = empty({two_states() ? layers : 0, B, H}, x);
@@ -384,6 +404,7 @@ std::optional<Inferred> Stepper::step(const Tensor& x, const OptionalTensor& h0,
     ForwardProblem p = problems_[l];
     p.threads = threads();
     p.weights[0] = order.at(weights.data(), l).map([](const Tensor* t) { return t ? input(*t) : nullptr; });
+    if (!scales.empty()) p.scales[0] = scales_of(order.scales_at(scales.data(), l));
     p.x.data = rows_of_x;
     p.h0 = state(h0, l, R);
     p.c0 = state(c0, l, H);

@@ -44,6 +44,7 @@ struct ModuleCall {
   Tensor x;
   OptionalTensor h0, c0;  // [layers * directions, B, *]; of a single step [B, *]. All of the cell's states, or none
   Tensors weights;        // of each layer and direction in turn
+  Tensors scales;         // likewise, of int8 matrices
   int64_t parts() const { return layers * directions; }
 };
 
@@ -68,20 +69,26 @@ class Stepper {
  public:
   // For calls like this one, of a single step and of one direction. None where only the ops will do.
   static std::unique_ptr<Stepper> make(const ModuleCall& call, const Zoneout& zoneout);
-  size_t weights() const { return shapes_.size(); }
+  size_t weights() const { return weights_; }
+  size_t scales() const { return shapes_.size() - weights_; }
   bool two_states() const { return two_states_; }
   // y [B, R], h_n [layers, B, R], c_n [layers, B, H], from x [B, I], all states, of these shapes, or none, and as many
-  // weights. None if a tensor differs from the one that it was prepared for, or someone listens to torch.
+  // weights and scales. None if a tensor differs from the one that it was prepared for, or someone listens to torch.
   std::optional<Inferred> step(const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-                               const Tensors& weights) const;
+                               const Tensors& weights, const Tensors& scales) const;
 
  private:
-  bool fits(const Tensor& t, Sizes shape) const;
+  static bool fits(const Tensor& t, Sizes shape, Elements elements);
 
   Tensor keep_;                // what the problems' noise points to
   std::vector<Layer> layers_;  // without tensors
   std::vector<ForwardProblem> problems_;
-  std::vector<std::vector<int64_t>> shapes_;  // of the weights
+  struct Form {
+    std::vector<int64_t> shape;
+    Elements elements;
+  };
+  std::vector<Form> shapes_;  // of the weights, then of the scales
+  size_t weights_ = 0;
   Elements elements_ = 0;
   bool two_states_ = false;
 };

@@ -22,7 +22,7 @@ std::string quoted(const std::string& text) {
 
 std::string names(bool on_this_cpu) {
   std::string list;
-  for (const char* name : {"base", "avx2", "avx512", "avx512_bf16", "amx"}) {
+  for (const char* name : {"base", "avx2", "avx_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx"}) {
     if (find_isa(name) && (!on_this_cpu || isa_supported(name))) list += (list.empty() ? "" : ", ") + quoted(name);
   }
   return '[' + list + ']';
@@ -84,7 +84,7 @@ const Interface* fusedrnn_interface() {
       [](const ModuleCall& call, PackedWeights& kept, const Zoneout& zoneout) { return infer(call, kept, zoneout); },
       Stepper::make,
       [](const Stepper& stepper, const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
-         const Tensors& weights) { return stepper.step(x, h0, c0, weights); },
+         const Tensors& weights, const Tensors& scales) { return stepper.step(x, h0, c0, weights, scales); },
       [](const PackedWeights& kept) { return kept.bytes(); },
       [](std::string_view name) { return find_cell(name); },
       cell_constants,
@@ -110,4 +110,4 @@ int fusedrnn_phases(int64_t* nanoseconds) {
   return kPhasesTimed;
 }
 
-void fusedrnn_ask_settings(int (*ask)()) { ask_settings(ask); }
+void fusedrnn_ask_settings(void (*ask)(int*)) { ask_settings(ask); }

@@ -18,7 +18,7 @@ struct Interface {
   std::optional<Inferred> (*infer)(const ModuleCall& call, PackedWeights& kept, const Zoneout& zoneout);
   std::unique_ptr<Stepper> (*make_stepper)(const ModuleCall& call, const Zoneout& zoneout);
   std::optional<Inferred> (*step)(const Stepper& stepper, const Tensor& x, const OptionalTensor& h0,
-                                  const OptionalTensor& c0, const Tensors& weights);
+                                  const OptionalTensor& c0, const Tensors& weights, const Tensors& scales);
   int64_t (*packed_bytes)(const PackedWeights& kept);
   int (*find_cell)(std::string_view name);  // -1: unknown
   const CellConstants& (*constants)(int cell);
@@ -27,7 +27,7 @@ struct Interface {
   LayerOutputs (*forward)(const ModuleCall& call);
   LayerGradients (*backward)(const ModuleCall& call, const OptionalTensor& dh, const OptionalTensor& dc,
                              const Tensor& h, const Tensor& saved, const Needs& need);
-  void (*ask_settings)(int (*ask)());  // stepwise/settings.h
+  void (*ask_settings)(void (*ask)(int*));  // stepwise/settings.h
 };
 
 // Of the types that cross, by their sizes.
@@ -45,7 +45,7 @@ constexpr uint64_t interface_layout() {
 
 extern "C" {
 FUSEDRNN_SHARED const fusedrnn::Interface* fusedrnn_interface();
-FUSEDRNN_SHARED const char* fusedrnn_description();         // JSON, the same for ever
-FUSEDRNN_SHARED int fusedrnn_phases(int64_t* nanoseconds);  // of each phase since the last call; 0: no timers
-FUSEDRNN_SHARED void fusedrnn_ask_settings(int (*ask)());   // the same, where there is no such module
+FUSEDRNN_SHARED const char* fusedrnn_description();             // JSON, the same for ever
+FUSEDRNN_SHARED int fusedrnn_phases(int64_t* nanoseconds);      // of each phase since the last call; 0: no timers
+FUSEDRNN_SHARED void fusedrnn_ask_settings(void (*ask)(int*));  // the same, where there is no such module
 }

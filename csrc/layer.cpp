@@ -45,6 +45,11 @@ ListedWeights WeightOrder::at(const Tensor* weights, int64_t direction) const {
   return {w, w + 1, biases ? w + 2 : nullptr, biases ? w + 3 : nullptr, projected ? w + each - 1 : nullptr};
 }
 
+DirectionScales WeightOrder::scales_at(const Tensor* all, int64_t direction) const {
+  const Tensor* const s = all + direction * scales();
+  return {s[0], s[1], projected ? s[2] : Tensor()};
+}
+
 Tensor aligned(const Tensor& t) { return is_aligned(t) ? t : t.copy(); }
 
 Tensor widened_to_float(const Tensor& t) { return t.to(DType::kFloat32); }
@@ -63,10 +68,14 @@ void check_there(const Tensor& t, const char* name) {
 }
 
 void check_tensor(const Tensor& t, const Tensor& x, const char* name, Sizes shape) {
+  check_tensor(t, x, name, shape, x.elements());
+}
+
+void check_tensor(const Tensor& t, const Tensor& x, const char* name, Sizes shape, Elements elements) {
   check_there(t, name);
   check(t.device() == x.device(), name, " must be on the device of the input, ", x.device(), ", got ", t.device());
-  check(t.elements() == x.elements(), name, " must have the dtype of the input, ", x.elements(), ", got ",
-        t.elements());
+  check(t.elements() == elements, name, " must have the dtype ", elements == x.elements() ? "of the input, " : "",
+        elements, ", got ", t.elements());
   check(t.sizes() == shape, name, " must have shape ", shape, ", got ", t.sizes());
 }
 
@@ -126,7 +135,7 @@ void read_steps(Layer& layer, const OptionalTensor& batch_sizes) {
   z.offset = offset;
 }
 
-void read_weights(Layer& layer, const Tensors& weights, int directions) {
+void read_weights(Layer& layer, const Tensors& weights, const Tensors& scales, int directions) {
   const auto order = WeightOrder::of(weights.size(), directions);
   check(order.has_value(), "weights must hold w_ih, w_hh[, b_ih, b_hh][, w_hr] for each of ", directions,
         " direction(s), got ", weights.size(), " tensors");
@@ -143,12 +152,27 @@ void read_weights(Layer& layer, const Tensors& weights, int directions) {
         w_hh.sizes());
   z.H = w_hh.size(0) / G;
   z.R = z.projected ? w_hh.size(1) : z.H;
+  const bool int8 = !scales.empty();
   const auto contiguous = [](const Tensor* t) { return t ? aligned(t->contiguous()) : Tensor(); };
   for (int d = 0; d < directions; ++d) {
     const ListedWeights w = order->at(weights.data(), d);
-    each_weight(w, G, z.I, z.H, z.R,
-                [&](const char* name, const Tensor& t, Sizes shape) { check_tensor(t, layer.x, name, shape); });
+    each_weight(w, G, z.I, z.H, z.R, [&](const char* name, const Tensor& t, Sizes shape) {
+      check_tensor(t, layer.x, name, shape, elements_of_weight(layer.x, shape, int8));
+    });
     layer.weights.push_back(w.map(contiguous));
+  }
+  if (!int8) return;
+  check(layer.dtype == DType::kFloat32, "a layer with int8 weights takes an input of torch.float32, got ",
+        layer.x.elements());
+  check(backend_of(layer.x).has_int8(layer.cell), "this device has no kernels for int8 weights, got an input on ",
+        layer.x.device());
+  check(static_cast<int64_t>(scales.size()) == order->scales() * directions, "scales must hold s_ih, s_hh[, s_hr] for ",
+        "each of ", directions, " direction(s), got ", scales.size(), " tensors");
+  for (int d = 0; d < directions; ++d) {
+    const DirectionScales s = order->scales_at(scales.data(), d);
+    each_scale(s, G, z.H, z.R,
+               [&](const char* name, const Tensor& t, Sizes shape) { check_tensor(t, layer.x, name, shape); });
+    layer.scales.push_back({contiguous(&s.ih), contiguous(&s.hh), z.projected ? contiguous(&s.hr) : Tensor()});
   }
 }
 
@@ -166,7 +190,7 @@ Layer read_layer(const LayerArguments& given) {
   layer.x = aligned(x.dim() > 0 && x.stride(-1) == 1 ? x : x.contiguous());
   read_steps(layer, given.batch_sizes);
   const int directions = given.bidirectional ? 2 : 1;
-  read_weights(layer, given.weights, directions);
+  read_weights(layer, given.weights, given.scales, directions);
   const LayerSizes& z = layer.size;
   if (backend_of(x).even_rows && !has_even_rows(rows(layer.x, layer.packed), z)) {
     layer.x = layer.x.contiguous();
@@ -174,6 +198,8 @@ Layer read_layer(const LayerArguments& given) {
   layer.h0 = check_optional(given.h0, x, "h0", {directions, z.B, z.R});
   layer.c0 = check_optional(given.c0, x, "c0", {directions, z.B, z.H});
   check(layer.constants().states == 2 || !layer.c0.defined(), "cell ", layer.constants().name, " has no c0");
+  check(given.scales.empty() || !given.noise.mask_h || !given.noise.mask_h->defined(),
+        "a layer with int8 weights has no mask_h, which is for training");
   layer.mask_h = check_optional(given.noise.mask_h, x, "mask_h", {directions, z.B, z.R});
   layer.keep_h = check_rows(given.noise.keep_h, layer, "keep_h", z.R);
   layer.keep_c = check_rows(given.noise.keep_c, layer, "keep_c", z.H);
@@ -199,6 +225,11 @@ void Layer::widen_without_kernel() {
 }
 
 const void* input(const Tensor& t) { return t.defined() ? t.data() : nullptr; }
+
+WeightScales scales_of(const DirectionScales& scales) {
+  const auto values = [](const Tensor& t) { return static_cast<const float*>(input(t)); };
+  return {values(scales.ih), values(scales.hh), values(scales.hr)};
+}
 
 void* output(const Tensor& t, std::initializer_list<int64_t> shape, int64_t part, int64_t parts) {
   if (!t.defined() || t.numel() == 0) return nullptr;

@@ -28,6 +28,11 @@ void each_weight(const ListedWeights& w, int64_t gates, int64_t I, int64_t H, in
   if (w.w_hr) visit("w_hr", *w.w_hr, Sizes({R, H}));
 }
 
+// Of int8 matrices; hr undefined without a projection.
+struct DirectionScales {
+  Tensor ih, hh, hr;
+};
+
 // What a list of weights holds for each direction: w_ih, w_hh[, b_ih, b_hh][, w_hr], in this order.
 struct WeightOrder {
   int64_t each;
@@ -36,7 +41,22 @@ struct WeightOrder {
   // Of a list of so many, for so many directions (of all layers); none if there is no such list.
   static std::optional<WeightOrder> of(int64_t weights, int64_t directions);
   ListedWeights at(const Tensor* weights, int64_t direction) const;
+  // Scales that go with int8 matrices, likewise: s_ih, s_hh[, s_hr].
+  int64_t scales() const { return projected ? 3 : 2; }
+  DirectionScales scales_at(const Tensor* all, int64_t direction) const;
 };
+
+// Calls visit(name, scale, shape) for each that is there.
+template <class Visit>
+void each_scale(const DirectionScales& s, int64_t gates, int64_t H, int64_t R, const Visit& visit) {
+  visit("s_ih", s.ih, Sizes({gates * H}));
+  visit("s_hh", s.hh, Sizes({gates * H}));
+  if (s.hr.defined()) visit("s_hr", s.hr, Sizes({R}));
+}
+// Elements of a weight of this shape beside those of the input: matrices may be of int8.
+inline Elements elements_of_weight(const Tensor& x, Sizes shape, bool int8) {
+  return int8 && shape.size() == 2 ? Elements(aoti_torch_dtype_int8()) : x.elements();
+}
 
 // problem.h's StateNoise as tensors, each of which may be undefined.
 struct Noise {
@@ -51,6 +71,7 @@ struct LayerArguments {
   std::string_view cell;
   bool bidirectional = false;
   Noise noise;
+  Tensors scales;  // for each direction, if the matrices are int8, of an input in float32; for inference
 };
 
 // Arguments that fit one another, with contiguous weights and states; owns what a problem points to.
@@ -62,6 +83,7 @@ struct Layer {
   Tensor mask_h, keep_h, keep_c;     // may be undefined
   std::unique_ptr<int64_t[]> steps;  // what size.active and size.offset point to
   std::vector<DirectionWeights> weights;
+  std::vector<DirectionScales> scales;  // empty, or the matrices are int8
   bool packed;
 
   const CellConstants& constants() const { return cell_constants(cell); }
@@ -93,6 +115,7 @@ Tensor widened_to_float(const Tensor& t);
 // Throws if the memory of t is not there (is_there), or t is undefined.
 void check_there(const Tensor& t, const char* name);
 void check_tensor(const Tensor& t, const Tensor& x, const char* name, Sizes shape);
+void check_tensor(const Tensor& t, const Tensor& x, const char* name, Sizes shape, Elements elements);
 // Undefined if not given, else contiguous.
 Tensor check_optional(const OptionalTensor& t, const Tensor& x, const char* name, Sizes shape);
 // Rows of y: [T, B, D * columns] or [N, D * columns], with the last dimension dense. Undefined if not given.
@@ -101,6 +124,7 @@ void check_memory(bool enough);
 
 // To be read: a checked tensor, null if undefined.
 const void* input(const Tensor& t);
+WeightScales scales_of(const DirectionScales& scales);
 // To be written: part `part` of `parts` along the first dimension of a contiguous t, each of this shape; null if t is
 // undefined or has no element.
 void* output(const Tensor& t, std::initializer_list<int64_t> shape, int64_t part = 0, int64_t parts = 1);
@@ -111,6 +135,9 @@ template <class Problem>
 void fill(Problem& p, const Layer& layer) {
   p.size = layer.size;
   for (int d = 0; d < layer.size.D; ++d) p.weights[d] = layer.weights[d].map(input);
+  if constexpr (std::is_same_v<Problem, ForwardProblem>) {
+    for (size_t d = 0; d < layer.scales.size(); ++d) p.scales[d] = scales_of(layer.scales[d]);
+  }
   p.x = rows(layer.x, layer.packed);
   p.noise = {input(layer.mask_h), rows(layer.keep_h, layer.packed), rows(layer.keep_c, layer.packed)};
   p.h0 = input(layer.h0);

@@ -4,7 +4,8 @@
 //   layer_forward   one layer, all its directions: y, h_n, c_n and what backward needs (`saved`, empty if not asked)
 //   layer_backward  its hand-derived gradients
 //
-// float16 on the CPU is computed by the kernels of float32.
+// float16 on the CPU is computed by the kernels of float32. With `scales`, s_ih, s_hh[, s_hr] for each direction, the
+// matrices are int8: row r of one stands for scale[r] times its numbers. For inference on the CPU, in float32.
 // weights: for each direction w_ih, w_hh[, b_ih, b_hh][, w_hr], as torch.nn lays them out. x is [T, B, I], or [N, I]
 // with batch_sizes (a PackedSequence's). Outputs never alias inputs or one another.
 #include "target.h"
@@ -28,19 +29,10 @@ class Stack {
     if (!given) return std::nullopt;
     return Tensor::take(to<AtenTensorHandle>(*given));
   }
-  Tensors tensors() {
-    const auto list = to<StableListHandle>(*next_++);
-    const std::unique_ptr<StableListOpaque, void (*)(StableListHandle)> held(
-        list, [](StableListHandle l) { torch_delete_list(l); });
-    size_t size = 0;
-    read(torch_list_size(list, &size));
-    Tensors result(size);
-    for (size_t i = 0; i < size; ++i) {
-      StableIValue item = 0;
-      read(torch_list_get_item(list, i, &item));
-      result[i] = Tensor::take(to<AtenTensorHandle>(item));
-    }
-    return result;
+  Tensors tensors() { return list(*next_++); }
+  Tensors optional_tensors() {  // none: of no tensor
+    const std::unique_ptr<StableIValue> given(to<StableIValue*>(*next_++));
+    return given ? list(*given) : Tensors();
   }
   std::string text() {
     const auto given = to<StringHandle>(*next_++);
@@ -70,6 +62,20 @@ class Stack {
   static T to(StableIValue value) {
     return torch::stable::detail::to<T>(value);
   }
+  static Tensors list(StableIValue value) {
+    const auto list = to<StableListHandle>(value);
+    const std::unique_ptr<StableListOpaque, void (*)(StableListHandle)> held(
+        list, [](StableListHandle l) { torch_delete_list(l); });
+    size_t size = 0;
+    read(torch_list_size(list, &size));
+    Tensors result(size);
+    for (size_t i = 0; i < size; ++i) {
+      StableIValue item = 0;
+      read(torch_list_get_item(list, i, &item));
+      result[i] = Tensor::take(to<AtenTensorHandle>(item));
+    }
+    return result;
+  }
   static void read(AOTITorchError error) { done(error, "fusedrnn: torch does not tell an argument"); }
   static StableIValue handed_over(const Tensor& t) { return torch::stable::detail::from(t.new_handle()); }
 
@@ -89,6 +95,7 @@ void layer_forward(StableIValue* stack, uint64_t, uint64_t) {
   arguments.bidirectional = given.flag();
   const bool save = given.flag();
   arguments.noise = {given.optional(), given.optional(), given.optional()};
+  arguments.scales = given.optional_tensors();
   const LayerOutputs found = forward_pass(arguments, save);
   for (const Tensor& t : {found.y, found.h_n, found.c_n, found.saved}) given.give(t);
 }
@@ -121,8 +128,8 @@ void implement(torch::stable::detail::StableLibrary& m) {
 STABLE_TORCH_LIBRARY(fusedrnn, m) {
   m.def(
       "layer_forward(Tensor x, Tensor? batch_sizes, Tensor? h0, Tensor? c0, Tensor[] weights, str cell, "
-      "bool bidirectional, bool save, Tensor? mask_h=None, Tensor? keep_h=None, Tensor? keep_c=None) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
+      "bool bidirectional, bool save, Tensor? mask_h=None, Tensor? keep_h=None, Tensor? keep_c=None, "
+      "Tensor[]? scales=None) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "layer_backward(Tensor? dy, Tensor? dh_n, Tensor? dc_n, Tensor? dc, Tensor x, Tensor? batch_sizes, Tensor? h0, "
       "Tensor? c0, Tensor[] weights, Tensor y, Tensor saved, str cell, bool bidirectional, bool need_x, "

@@ -64,6 +64,13 @@ struct PerWeight {
 using LayerWeights = PerWeight<const void*>;  // contiguous
 using WeightGradients = PerWeight<void*>;     // contiguous, written in full
 
+// Of int8 matrices, a factor for each row.
+struct WeightScales {
+  const float* ih;  // [G*H]
+  const float* hh;  // [G*H]
+  const float* hr;  // [R], null without a projection
+};
+
 // Packed weights of a layer that outlive a call: memory of the kernel's panel_bytes, 64-byte aligned. `members`: of the
 // teams that they were packed for; 0 until a call has packed them, which the first one does. A call whose teams have
 // another number leaves them alone. `used`: whether the last call used them.
@@ -85,6 +92,7 @@ struct StateNoise {
 struct ForwardProblem {
   LayerSizes size;
   LayerWeights weights[2];
+  WeightScales scales[2] = {};  // for kernels of int8 weights
   StateNoise noise;
   RowView x;             // [T, B, I] or [N, I]
   const void* h0;        // [D, B, R] or null: zeros

@@ -97,10 +97,10 @@ bool read_size(PyObject* object, int64_t& into) {
 }
 
 // A call as a module makes it: states, a tuple of all that the cell has, or None; form: the dimensions of x, layers,
-// directions, I, H, R. False where the kernels do not take it (fits), or something other than torch's own tensors is at
-// work: a subclass, a mode, autocast.
+// directions, I, H, R; scales: of int8 matrices. False where the kernels do not take it (fits), or something other than
+// torch's own tensors is at work: a subclass, a mode, autocast.
 bool read_call(const py::object& x, const py::object& states, const py::object& weights, const py::object& cell,
-               const py::object& form, ModuleCall& call, Held& held) {
+               const py::object& form, ModuleCall& call, Held& held, const py::object& scales = py::none()) {
   call.cell = library->find_cell(argument<std::string>(cell, "cell"));
   if (call.cell < 0) throw py::value_error("unknown cell '" + py::cast<std::string>(cell) + "'");
   int64_t dimensions = 0;
@@ -123,6 +123,7 @@ bool read_call(const py::object& x, const py::object& states, const py::object& 
     }
   }
   return read_tensor(x.ptr(), call.x, held) && read_tensors(weights.ptr(), -1, call.weights, held) &&
+         (scales.is_none() || read_tensors(scales.ptr(), -1, call.scales, held)) &&
          !at::impl::torch_function_mode_enabled() && library->fits(call) &&
          !at::autocast::is_autocast_enabled(THPVariable_Unpack(x.ptr()).device().type());
 }
@@ -137,12 +138,12 @@ bool fits_kernels(const py::object& x, const py::object& states, const py::objec
 // y and the cell's final states, or None: see inference.h.
 py::object infer_layers(const py::object& x, const py::object& states, const py::object& weights,
                         const py::object& cell, const py::object& form, const py::object& kept,
-                        const py::object& given_zoneout) {
+                        const py::object& given_zoneout, const py::object& scales) {
   const auto packed = object_in<PackedWeights>(kept);
   const auto zoneout = argument<Zoneout>(given_zoneout, "zoneout");
   ModuleCall call;
   Held held;
-  if (!read_call(x, states, weights, cell, form, call, held) || watched()) return py::none();
+  if (!read_call(x, states, weights, cell, form, call, held, scales) || watched()) return py::none();
   std::optional<Inferred> results;
   {
     const py::gil_scoped_release release;
@@ -156,10 +157,10 @@ py::object infer_layers(const py::object& x, const py::object& states, const py:
 }
 
 // What a GPU's kernels follow (stepwise/settings.h), without Python's lock.
-int settings_of_torch() {
+void settings_of_torch(int* settings) {
   const at::Context& torch = at::globalContext();
   const bool tf32 = torch.float32Precision(at::Float32Backend::CUDA, at::Float32Op::RNN) == at::Float32Precision::TF32;
-  return static_cast<int>(tf32) | static_cast<int>(!torch.deterministicAlgorithms()) << 1;
+  *settings = static_cast<int>(tf32) | static_cast<int>(!torch.deterministicAlgorithms()) << 1;
 }
 
 PyObject* backward_of_step = nullptr;  // of fusedrnn.layer.autograd
@@ -205,10 +206,10 @@ py::object train_cell(const py::object& x, const py::object& states, const py::o
 }
 
 py::object prepare_step(const py::object& x, const py::object& weights, const py::object& cell, const py::object& form,
-                        const py::object& zoneout) {
+                        const py::object& zoneout, const py::object& scales) {
   ModuleCall call;
   Held held;
-  if (!read_call(x, py::none(), weights, cell, form, call, held) || watched()) return py::none();
+  if (!read_call(x, py::none(), weights, cell, form, call, held, scales) || watched()) return py::none();
   std::shared_ptr<Stepper> stepper = library->make_stepper(call, argument<Zoneout>(zoneout, "zoneout"));
   return stepper ? py::object(capsule_of(std::move(stepper))) : py::none();
 }
@@ -223,17 +224,19 @@ bool read_states(const py::object& hx, bool two, OptionalTensor& h0, OptionalTen
 
 // No other thread of Python runs meanwhile: a step is shorter than handing over would take.
 py::object step(const py::object& prepared, const py::object& given_x, const py::object& hx,
-                const py::object& given_weights) {
+                const py::object& given_weights, const py::object& given_scales) {
   const Stepper& stepper = *object_in<Stepper>(prepared);
   Tensor x;
   OptionalTensor h0, c0;
-  Tensors weights;
+  Tensors weights, scales;
   Held held;
   const bool fit = !watched() && read_tensor(given_x.ptr(), x, held) &&
                    read_states(hx, stepper.two_states(), h0, c0, held) &&
-                   read_tensors(given_weights.ptr(), stepper.weights(), weights, held);
+                   read_tensors(given_weights.ptr(), stepper.weights(), weights, held) &&
+                   (given_scales.is_none() ? stepper.scales() == 0
+                                           : read_tensors(given_scales.ptr(), stepper.scales(), scales, held));
   if (!fit) return py::none();
-  const auto results = library->step(stepper, x, h0, c0, weights);
+  const auto results = library->step(stepper, x, h0, c0, weights, scales);
   if (!results) return py::none();
   const auto& [y, h_n, c_n] = *results;
   if (stepper.two_states()) return py::make_tuple(wrapped(y), py::make_tuple(wrapped(h_n), wrapped(c_n)));
@@ -266,7 +269,7 @@ PYBIND11_MODULE(_fast, m) {
   m.def("fits", fits_kernels, py::arg("x"), py::arg("states"), py::arg("weights"), py::arg("cell"), py::arg("form"),
         "Whether the kernels take a module's call as it is. form: the dimensions of x, layers, directions, I, H, R.");
   m.def("infer", infer_layers, py::arg("x"), py::arg("states"), py::arg("weights"), py::arg("cell"), py::arg("form"),
-        py::arg("kept"), py::arg("zoneout") = Zoneout(0, 0),
+        py::arg("kept"), py::arg("zoneout") = Zoneout(0, 0), py::arg("scales") = py::none(),
         "Stacked layers on a dense batch, without gradients: y and the final states; None where only the ops will do.");
   m.def(
       "kept_sums", [] { return capsule_of(std::make_shared<KeptSums>()); },
@@ -282,9 +285,10 @@ PYBIND11_MODULE(_fast, m) {
       },
       "What computes the gradients of a step where the kernels alone will not do.");
   m.def("prepare_step", prepare_step, py::arg("x"), py::arg("weights"), py::arg("cell"), py::arg("form"),
-        py::arg("zoneout") = Zoneout(0, 0),
+        py::arg("zoneout") = Zoneout(0, 0), py::arg("scales") = py::none(),
         "A capsule with stacked layers of one direction, prepared for one batch size; None where there can be none.");
   m.def("step", step, py::arg("prepared"), py::arg("x"), py::arg("hx"), py::arg("weights"),
+        py::arg("scales") = py::none(),
         "One step: y and the states as a module returns them; None where it is not prepared for what it gets.");
   m.def("kept_parameters", kept_parameters, py::arg("module"), py::arg("names"), py::arg("as_torch"),
         py::arg("listed") = py::none(),

@@ -57,19 +57,19 @@ def phases() -> dict[str, float] | None:
     return {name: 1e-9 * n for name, n in zip(names, nanoseconds)} if timed else None
 
 
-@ctypes.CFUNCTYPE(ctypes.c_int)
-def _settings() -> int:
+@ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_int))
+def _settings(into: Any) -> None:
     """What a GPU's kernels follow, a bit each (csrc/stepwise/settings.h); called by the library in each of its calls.
 
     Whether float32 products may round to TF32 (torch.backends.cudnn.allow_tf32 and cudnn.rnn.fp32_precision, as for
-    torch.nn's recurrent layers); whether the sooner way may be measured (not in deterministic mode).
+    torch.nn's recurrent layers); whether the sooner way may be measured (not in deterministic mode). Written, not
+    returned: of a function that raises, ctypes returns anything.
     """
     try:
         tf32 = torch.backends.cudnn.rnn.fp32_precision == "tf32"
-        return tf32 | (not torch.are_deterministic_algorithms_enabled()) << 1
+        into[0] = tf32 | (not torch.are_deterministic_algorithms_enabled()) << 1
     except KeyboardInterrupt:  # nobody above can take it: again, when Python goes on
         threading.Timer(0.01, _thread.interrupt_main).start()
-        return 0
 
 
 if _fast is None:  # which tells without Python

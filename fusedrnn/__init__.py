@@ -16,6 +16,8 @@ from .layer import autograd, ops
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, ResidualRNN, RNNCell
 from .options import FusedOptions
 from .patch import patch_torch, unpatch_torch
+from .quantize import QuantizationReport, quantize
+from .quantized import QuantizedCell, QuantizedRecurrent
 
 __version__ = "0.1.0"
 
@@ -29,6 +31,9 @@ __all__ = [
     "LSTM",
     "LSTMCell",
     "LayerGradients",
+    "QuantizationReport",
+    "QuantizedCell",
+    "QuantizedRecurrent",
     "RNN",
     "RNNCell",
     "ResidualRNN",
@@ -39,6 +44,7 @@ __all__ = [
     "onnx",
     "ops",
     "patch_torch",
+    "quantize",
     "record_gradients",
     "reference",
     "revert",

@@ -7,6 +7,7 @@ called. Modules that cannot be exchanged stay as they are, and the report says w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -46,12 +47,16 @@ class ConversionReport:
     left: list[ConversionEntry] = field(default_factory=list)
 
     def __str__(self) -> str:
-        parts = (("replaced", self.replaced), ("left alone", self.left))
-        return "\n".join(
-            f"{len(entries)} recurrent module{'' if len(entries) == 1 else 's'} {title}"
-            + "".join(f"\n  {entry}" for entry in entries)
-            for title, entries in parts
-        )
+        return listed(("replaced", self.replaced), ("left alone", self.left))
+
+
+def listed(*parts: tuple[str, Sequence[ConversionEntry]]) -> str:
+    """A report's text, of what was done and to which modules."""
+    return "\n".join(
+        f"{len(entries)} recurrent module{'' if len(entries) == 1 else 's'} {what}"
+        + "".join(f"\n  {entry}" for entry in entries)
+        for what, entries in parts
+    )
 
 
 def convert(model: nn.Module) -> ConversionReport:
@@ -64,7 +69,7 @@ def convert(model: nn.Module) -> ConversionReport:
     Raises:
         TypeError: ``model`` is not a torch.nn.Module.
     """
-    _check_model(model)
+    check_model(model)
     report = ConversionReport()
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -85,7 +90,7 @@ def revert(model: nn.Module) -> ConversionReport:
     Raises:
         TypeError: ``model`` is not a torch.nn.Module.
     """
-    _check_model(model)
+    check_model(model)
     report = ConversionReport()
     for name, module in model.named_modules():
         if isinstance(module, FusedModule):
@@ -93,7 +98,8 @@ def revert(model: nn.Module) -> ConversionReport:
     return report
 
 
-def _check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module) -> None:
+    """Raise TypeError for what is no module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
 
@@ -105,12 +111,12 @@ def _exchange(
     obstacle: str | None,
     report: ConversionReport,
 ) -> None:
-    before = _own_class(module)
+    before = own_class(module)
     if obstacle is not None:
-        report.left.append(ConversionEntry(name, _title(before), obstacle))
+        report.left.append(ConversionEntry(name, title(before), obstacle))
         return
     after = table[before]
-    report.replaced.append(ConversionEntry(name, _title(before), f"now {_title(after)}"))
+    report.replaced.append(ConversionEntry(name, title(before), f"now {title(after)}"))
     if type(module) is not before:  # the class in front holds the properties that compute the parametrized weights
         after = type(f"Parametrized{after.__name__}", (after,), dict(vars(type(module))))
     cache.forget(module)
@@ -121,7 +127,7 @@ def _exchange(
         refer_strongly(module)
 
 
-def _own_class(module: nn.Module) -> type[nn.Module]:
+def own_class(module: nn.Module) -> type[nn.Module]:
     """The class of ``module``, behind the one that ``torch.nn.utils.parametrize`` puts in front of it."""
     cls = type(module)
     in_front = parametrize.is_parametrized(module) and cls.__name__ == f"Parametrized{cls.__base__.__name__}"
@@ -129,7 +135,7 @@ def _own_class(module: nn.Module) -> type[nn.Module]:
 
 
 def _obstacle_to_convert(module: nn.Module) -> str | None:
-    if _own_class(module) not in _FUSED:
+    if own_class(module) not in _FUSED:
         return "a subclass with code of its own"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
@@ -144,7 +150,7 @@ def _obstacle_to_convert(module: nn.Module) -> str | None:
 
 
 def _obstacle_to_revert(module: nn.Module) -> str | None:
-    cls = _own_class(module)
+    cls = own_class(module)
     if isinstance(module, modules.FusedRNNBase) or not of(module).reset_after:
         return "torch.nn has no such cell"
     if cls not in _TORCH:
@@ -153,7 +159,8 @@ def _obstacle_to_revert(module: nn.Module) -> str | None:
     return f"torch.nn has no {', '.join(missing)}" if missing else None
 
 
-def _title(cls: type[nn.Module]) -> str:
+def title(cls: type[nn.Module]) -> str:
+    """The name by which people know a class."""
     if cls in _FUSED:
         return f"torch.nn.{cls.__name__}"
     ours = cls.__module__ in (modules.__name__, modules.GRUCell.__module__)

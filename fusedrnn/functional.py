@@ -57,8 +57,9 @@ def _stack(
     """Stacked layers, as a call with the states and weights of all, on time-major or packed rows: the output, the final
     states, (L*D, B, *) each, and each layer's states at every step, if the options ask for them.
     """
-    _check_devices(stack.x, *stack.states, *stack.weights)
+    _check_devices(stack.x, *stack.states, *stack.weights, *stack.scales)
     directions, each = stack.directions, len(stack.weights) // num_layers
+    each_scales = len(stack.scales) // num_layers
     x, options = stack.x, stack.options
     finals: list[tuple[Tensor, ...]] = []
     steps: list[tuple[Tensor, ...]] = []
@@ -68,6 +69,7 @@ def _stack(
             x=drop_input(x, drop.input, stack.batch_sizes, layout),
             states=[None if s is None else s if num_layers == 1 else s[own] for s in stack.states],
             weights=drop_weights(stack.weights[layer * each : (layer + 1) * each], drop.weight, directions),
+            scales=stack.scales[layer * each_scales : (layer + 1) * each_scales],
             options=options if last else options._replace(batch_first=False),
             owner=None if owner is None or torch.compiler.is_compiling() else Owner(weakref.ref(owner), layer, layout),
         )
@@ -137,6 +139,7 @@ def recurrent(
     reset: Tensor | None = None,
     return_states: bool = False,
     owner: torch.nn.Module | None = None,
+    scales: Sequence[Tensor] = (),
     **options: Any,
 ) -> tuple[Any, ...]:
     """Stacked recurrent layers of any registered cell.
@@ -160,6 +163,8 @@ def recurrent(
             Both are cuts, known to the processor before it computes: tensors on a GPU are copied to the host.
         return_states: whether to give the states of every layer at every step, too. They are differentiable.
         owner: the module by which :class:`fusedrnn.record_gradients` knows the call.
+        scales: for each layer and direction s_ih (G*H), s_hh (G*H)[, s_hr (P)], if the matrices are int8: row r of one
+            is ``scale[r] * w[r]``. For inference, with an input in float32; see :func:`fusedrnn.quantize`.
         options: by name, those of :class:`fusedrnn.FusedOptions` but ``reset_after``, which the name of the cell says.
 
     Returns:
@@ -192,6 +197,12 @@ def recurrent(
             f"weights must hold w_ih, w_hh[, b_ih, b_hh]{projection} for each of {num_layers} layer(s) x {directions} "
             f"direction(s), got {len(weights)} tensors"
         )
+    each_scales = 2 + each % 2
+    if scales and len(scales) != parts * each_scales:
+        raise ValueError(
+            f"scales must hold {'s_ih, s_hh, s_hr'[: 6 * each_scales - 2]} for each of {num_layers} layer(s) x "
+            f"{directions} direction(s), got {len(scales)} tensors"
+        )
     _check_hidden_sizes(weights, parts)
     packed = input if isinstance(input, PackedSequence) else None
     x = input.data if packed is not None else input
@@ -211,9 +222,10 @@ def recurrent(
     elif packed is not None and packed.sorted_indices is not None:
         states = [None if s is None else s.index_select(1, packed.sorted_indices) for s in states]
 
-    x, *rest = _autocast(x, *states, *weights)
-    states, weights = rest[: len(names)], rest[len(names) :]
-    stack = LayerCall(cell, x, states, weights, bidirectional, options=policy)
+    if not scales:
+        x, *rest = _autocast(x, *states, *weights)
+        states, weights = rest[: len(names)], rest[len(names) :]
+    stack = LayerCall(cell, x, states, weights, bidirectional, options=policy, scales=scales)
     how = num_layers, dropout, drop.at(training), training
 
     def results(y: Tensor, finals: tuple[Tensor, ...], steps: list[tuple[Tensor, ...]], laid_out: Callable) -> tuple:

@@ -22,6 +22,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 def pytest_configure(config: pytest.Config) -> None:
     torch.backends.cudnn.allow_tf32 = False  # as tests hold float32 against float64; test_float32_switch has it on
     config.addinivalue_line("markers", "isa: run once more under each instruction set that the processor has")
+    config.addinivalue_line("markers", "int8: of int8 weights, for sets that have kernels of their own for them alone")
     config.addinivalue_line("markers", "device: computes on FUSEDRNN_TEST_DEVICE, as those marked isa do")
     config.addinivalue_line("markers", "long: takes a minute or more, and begins before the others")
     config.addinivalue_line("markers", "cuda: needs a GPU; python -m benchmarks.gpu tests runs all three there")

@@ -129,8 +129,8 @@ cudnn.allow_tf32 = False
 ask(None)
 assert forward()
 
-@ctypes.CFUNCTYPE(ctypes.c_int)
-def failing():
+@ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_int))
+def failing(into):
     raise RuntimeError("on purpose")
 
 ask(failing)

@@ -22,14 +22,14 @@ FILES = {
 #: people run stand above the package itself, ``__init__``.
 ROWS = (
     ("extension",), ("_C",), ("cells", "torch_internals"), ("layer",), ("options",), ("functional",), ("inference",),
-    ("insight",), ("fused_module",), ("single_step",), ("modules",), ("convert", "init", "onnx", "patch", "reference"),
-    ("__init__",), ("compare", "info"), ("gradflow",),
+    ("insight",), ("fused_module",), ("single_step",), ("modules", "quantized"),
+    ("convert", "init", "onnx", "patch", "reference"), ("quantize",), ("__init__",), ("compare", "info"), ("gradflow",),
 )  # fmt: skip
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
 
 #: What people call: torch.nn's signatures, all that a layer can be told, all that an experiment can.
 PUBLIC = {"functional.recurrent", *(f"modules.{name}.__init__" for name in ("RNN", "LSTM", "GRU", "FusedRNNBase"))}
-PUBLIC |= {"gradflow.train"}
+PUBLIC |= {"gradflow.train", "quantized.QuantizedRecurrent.__init__"}
 MOST_ARGUMENTS = 8
 
 

@@ -14,6 +14,7 @@
 //            second half. The processor works on the halves of several units at once; a whole step is too long a chain
 //            of activations for that.
 //   kProjectable  whether h_t may be a projection of what the cell gives. Such a cell has two states.
+//   kBound   how large an element of h_t can be (Bound below); of a cell with two products, of q too.
 //
 //   forward (x, rec, state, saved)              x[g] = (W_ih x_t + b_ih)_g, rec[g] = (W_hh h_{t-1} + b_hh)_g;
 //                                               state: in t-1, out t
@@ -46,6 +47,13 @@
 #endif
 
 namespace fusedrnn {
+
+// How large an element of h_t can be, for kernels that round h to int8.
+enum class Bound {
+  kOne,       // 1
+  kPrevious,  // 1, or the largest of h_{t-1} if that is more
+  kNone       // anything
+};
 
 template <class V, int N>
 using Values = V[N > 0 ? N : 1];  // N may be 0: a cell that saves nothing

@@ -10,6 +10,7 @@ struct Gru {
   static constexpr const char* kName = "gru";
   static constexpr int kGates = 3, kStates = 1, kSaved = 4, kFirst = 3, kSplit = 1;
   static constexpr int kLate = 2, kSavedLate = 1;
+  static constexpr Bound kBound = Bound::kPrevious;  // a mean of h_{t-1} and n
   static constexpr bool kProjectable = false;
 
   template <class V>
@@ -45,6 +46,7 @@ struct Gru {
 struct GruResetBefore {
   static constexpr const char* kName = "gru_reset_before";
   static constexpr int kGates = 3, kStates = 1, kSaved = 3, kFirst = 2, kSplit = 0, kLate = 0;
+  static constexpr Bound kBound = Bound::kPrevious;  // likewise
   static constexpr bool kProjectable = false;
 
   template <class V>

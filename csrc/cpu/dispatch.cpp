@@ -32,12 +32,21 @@ KernelTable with_pairs(const char* name, KernelTable table, const PairedTable& p
   return table;
 }
 
+KernelTable with_int8(const char* name, KernelTable table, const Int8Table& int8) {
+  table.name = name;
+  table.int8 = &int8;
+  return table;
+}
+
 // The best first.
 const std::vector<const KernelTable*>& tables() {
 #if defined(__x86_64__) && !defined(FUSEDRNN_BASE_ONLY)
-  static const KernelTable avx512_bf16 = with_pairs("avx512_bf16", kTableAvx512, kTableAvx512Bf16);
-  static const KernelTable amx = with_pairs("amx", kTableAvx512, kTableAmx);
-  static const std::vector<const KernelTable*> all = {&amx, &avx512_bf16, &kTableAvx512, &kTableAvx2, &kTableBase};
+  static const KernelTable avx_vnni = with_int8("avx_vnni", kTableAvx2, kInt8AvxVnni);
+  static const KernelTable avx512_vnni = with_int8("avx512_vnni", kTableAvx512, kInt8Avx512Vnni);
+  static const KernelTable avx512_bf16 = with_pairs("avx512_bf16", avx512_vnni, kTableAvx512Bf16);
+  static const KernelTable amx = with_pairs("amx", avx512_vnni, kTableAmx);
+  static const std::vector<const KernelTable*> all = {&amx,      &avx512_bf16, &avx512_vnni, &kTableAvx512,
+                                                      &avx_vnni, &kTableAvx2,  &kTableBase};
 #else
   static const std::vector<const KernelTable*> all = {&kTableBase};
 #endif
@@ -103,6 +112,17 @@ bool amx_allowed() {
 }
 #endif
 
+#if defined(__x86_64__)
+bool has_avx_vnni() {  // no compiler's name for it is known to all
+#ifdef FUSEDRNN_AVX2_AS_AVX512
+  return true;
+#endif
+  constexpr unsigned kBit = 1u << 4;  // of eax, leaf 7, subleaf 1
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kBit);
+}
+#endif
+
 struct Scratch {
   static constexpr int64_t kKeep = int64_t{256} << 20;  // a larger one is given back after the call
   void* data = nullptr;
@@ -130,11 +150,18 @@ bool isa_supported(const char* name) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   }
+  if (!std::strcmp(name, "avx512_vnni")) {
+#ifdef FUSEDRNN_AVX2_AS_AVX512
+    return isa_supported("avx2");
+#endif
+    return isa_supported("avx512") && __builtin_cpu_supports("avx512vnni");
+  }
+  if (!std::strcmp(name, "avx_vnni")) return isa_supported("avx2") && has_avx_vnni();
   if (!std::strcmp(name, "avx512_bf16")) {
 #ifdef FUSEDRNN_AVX2_AS_AVX512
     return isa_supported("avx2");
 #endif
-    return isa_supported("avx512") && __builtin_cpu_supports("avx512bf16");
+    return isa_supported("avx512_vnni") && __builtin_cpu_supports("avx512bf16");
   }
   if (!std::strcmp(name, "amx")) return isa_supported("avx512_bf16") && amx_allowed();
   if (!std::strcmp(name, "avx2")) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");

@@ -13,6 +13,12 @@ using BackwardKernel = bool (*)(const BackwardProblem&);  // likewise
 
 constexpr int kMaxCells = 16;
 
+// Forward kernels of float32 layers whose matrices are int8.
+struct Int8Table {
+  ForwardKernel forward[kMaxCells];
+  int64_t (*panel_bytes[kMaxCells])(const LayerSizes&);
+};
+
 struct KernelTable {
   const char* name;
   int vector_bytes;
@@ -22,6 +28,7 @@ struct KernelTable {
   int64_t (*panel_bytes[kMaxCells][kDTypes])(const LayerSizes&);  // of the packed weights of a layer
   // A number for the contents of data: the same for others by a chance of about 2^-32 or less.
   uint64_t (*digest)(const void* data, int64_t bytes, uint64_t seed);
+  const Int8Table* int8;
 };
 
 // The kernels of bfloat16 of an instruction set that has the other types of another.
@@ -33,11 +40,15 @@ struct PairedTable {
 
 // Tables compiled into this build, one per isa_*.cpp.
 extern const KernelTable kTableBase;
+extern const Int8Table kInt8Base;
 #if defined(__x86_64__) && !defined(FUSEDRNN_BASE_ONLY)
 extern const KernelTable kTableAvx2;
 extern const KernelTable kTableAvx512;
 extern const PairedTable kTableAvx512Bf16;
 extern const PairedTable kTableAmx;
+extern const Int8Table kInt8Avx2;
+extern const Int8Table kInt8AvxVnni;
+extern const Int8Table kInt8Avx512Vnni;
 #endif
 // No instruction sets: the GPU's time loop on the CPU, step by step (csrc/stepwise/host.cpp) and as the kernel for many
 // steps (csrc/persistent/host.cpp).

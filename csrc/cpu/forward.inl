@@ -7,15 +7,25 @@
 //
 // Layouts: gates [g][pitch]; saved rows [k][H] for k in [0, kSaved), then c; h double-buffered [2][samples][R], and so
 // is what the products read of it, if that is masked or rounded.
+//
+// With weights of int8 the products read int8 (quantize.h). An h of at most 1 (Bound of cell.h) has the scale 1/127 and
+// is rounded where it is made; another one has a scale of its row, and is rounded by row after the step. Which it is
+// follows from h_{t-1} alone: a sequence gives the same numbers in pieces.
 
-template <class Cell, class T>
+template <class Cell, class Types>
 class ForwardPass {
-  using S = typename ComputeType<T>::Type;
-  using E = typename OperandType<T>::Type;
+  using T = typename LayerTypes<Types>::Element;
+  using W = typename LayerTypes<Types>::Weight;
+  using S = typename LayerTypes<Types>::Compute;
+  using E = typename LayerTypes<Types>::Operand;
   using V = Vec<S>;
+  using Sum = Sums<E>;
   static constexpr int L = V::kLanes, G = Cell::kGates, F = Cell::kFirst, K = Cell::kSaved, Z = Cell::kStates;
   static constexpr bool kTwoStage = F < G, kRounded = sizeof(E) != sizeof(S);  // h, before a product reads it
+  static constexpr bool kQuantized = std::is_same_v<E, int8_t>;
+  static constexpr Bound kBound = Cell::kBound;
   static_assert(K == 0 || K >= G, "the projection is written where the saved gates go");
+  static_assert(!kTwoStage || kBound != Bound::kNone, "q has the scale of h");
   static constexpr int64_t kChunkRows = 192;  // of projected gates: they stay in the second-level cache
   static constexpr int64_t padded(int64_t n) { return ceil_div(n, L) * L; }  // to whole vectors
 
@@ -26,6 +36,7 @@ class ForwardPass {
     // panels of each direction
     E *w_ih[2], *w_hh[2], *w_rest[2], *w_hr[2];
     S *b_ih[2], *b_hh[2];
+    S *s_ih[2], *s_hh[2], *s_hr[2];  // scales of int8 weights
   };
   struct TeamBuffers {
     S *h[2], *c;      // [samples][row_stride]
@@ -36,6 +47,7 @@ class ForwardPass {
     const E** x_row;  // [members][chunk rows]
     S** gate_row;     // [members][chunk rows]
     S** saved_row;    // [members][chunk rows], null without saved
+    Int8Rows int8;    // with int8 weights
   };
 
  public:
@@ -90,6 +102,11 @@ class ForwardPass {
     for (int d = 0; d < z.D; ++d) {
       s.b_ih[d] = carver.take<S>(G * z.H);
       s.b_hh[d] = carver.take<S>(G * z.H);
+      if constexpr (kQuantized) {
+        s.s_ih[d] = carver.take<S>(G * z.H);
+        s.s_hh[d] = carver.take<S>(G * z.H);
+        s.s_hr[d] = carver.take<S>(z.projected ? z.R : 0);
+      }
     }
     if (s.packed && !s.kept) carve_panels(z, s, carver);
   }
@@ -121,6 +138,7 @@ class ForwardPass {
     b.x_row = carver.take<const E*>(rows * members);
     b.gate_row = carver.take<S*>(rows * members);
     b.saved_row = carver.take<S*>(p.saved ? rows * members : 0);
+    if constexpr (kQuantized) b.int8.carve(carver, rows, samples);
     return b;
   }
 
@@ -128,7 +146,7 @@ class ForwardPass {
       : p_(p), z_(p.size), s_(shared), thread_(thread), index_(thread / shared.plan.members),
         team_(shared.flags + index_ * shared.plan.members, thread % shared.plan.members, shared.plan.members),
         ldh_(row_stride<S>(z_.R)), ldc_(row_stride<S>(z_.H)), ldo_(row_stride<E>(z_.R)), ldm_(row_stride<E>(z_.H)),
-        pitch_(p.saved && K ? z_.H : padded(z_.H)) {
+        pitch_(p.saved && K ? z_.H : padded(z_.H)), unbound_(kBound == Bound::kNone || z_.projected) {
     if (index_ >= s_.plan.teams) return;
     Carver carver(s_.block + s_.shared_bytes + index_ * s_.team_bytes);
     b_ = carve_team(p_, s_, carver);
@@ -154,6 +172,12 @@ class ForwardPass {
           s_.b_ih[d][i] = w.b_ih ? to_compute(static_cast<const T*>(w.b_ih)[i]) : S(0);
           s_.b_hh[d][i] = w.b_hh ? to_compute(static_cast<const T*>(w.b_hh)[i]) : S(0);
         }
+        if constexpr (kQuantized) {
+          const WeightScales& scales = p_.scales[d];
+          __builtin_memcpy(s_.s_ih[d], scales.ih, G * z_.H * sizeof(S));
+          __builtin_memcpy(s_.s_hh[d], scales.hh, G * z_.H * sizeof(S));
+          if (z_.projected) __builtin_memcpy(s_.s_hr[d], scales.hr, z_.R * sizeof(S));
+        }
       }
     }
   }
@@ -161,14 +185,20 @@ class ForwardPass {
   template <int kGroup>
   void pack_weights(int d, const void* w, int64_t units, int64_t inner, E* panels) const {
     const Range vectors = Packing{s_.plan, thread_, s_.threads}.own(d, ceil_div(units, L), kGroupVectors<kGroup>);
-    pack_rows<kGroup>(static_cast<const T*>(w), units, inner, vectors, panels);
+    pack_rows<kGroup>(static_cast<const W*>(w), units, inner, vectors, panels);
   }
 
   // The rows of W_hh that multiply q.
-  const T* rest_of(const void* w_hh) const { return static_cast<const T*>(w_hh) + F * z_.H * z_.R; }
+  const W* rest_of(const void* w_hh) const { return static_cast<const W*>(w_hh) + F * z_.H * z_.R; }
 
-  FUSEDRNN_INLINE Weights<E, T> weights(const E* panels, const void* w, int64_t units) const {
-    return {panels, s_.packed ? nullptr : static_cast<const T*>(w), units};
+  FUSEDRNN_INLINE Weights<E, W> weights(const E* panels, const void* w, int64_t units) const {
+    return {panels, s_.packed ? nullptr : static_cast<const W*>(w), units};
+  }
+
+  // What a product gives: of a sum, the scales of its units, that of its row.
+  FUSEDRNN_INLINE static V number(Sum sum, [[maybe_unused]] const S* scales, [[maybe_unused]] S row) {
+    if constexpr (kQuantized) return dequantized(sum, scales, row);
+    else return sum;
   }
 
   void run_items() {
@@ -183,6 +213,7 @@ class ForwardPass {
   void run_item(const Item& item) {
     initial_states(item);
     team_.meet();
+    if constexpr (kQuantized) by_row_ = rounds_by_row(item);
     for (int64_t s0 = 0, s1 = 0; s0 < item.steps; s0 = s1) {
       int64_t rows = 0;
       for (; s1 < item.steps && rows < kChunkRows; ++s1) rows = list_rows(item, time_of(item, s1), rows);
@@ -210,7 +241,7 @@ class ForwardPass {
         const V h = p_.h0 ? load<S>(static_cast<const T*>(p_.h0) + sample * z_.R + v * L, z_.R - v * L) : V(0);
         store(b_.h[0] + b * ldh_ + v * L, h);
         store(b_.h[1] + b * ldh_ + v * L, h);  // a sample that starts late finds it in either buffer
-        if (!kRounded && !p_.noise.mask_h) continue;
+        if (kQuantized || (!kRounded && !p_.noise.mask_h)) continue;
         const T* mask = p_.noise.mask_h ? static_cast<const T*>(p_.noise.mask_h) + sample * z_.R : nullptr;
         const V operand = with_mask(mask, v * L, h);
         store(b_.operand[0] + b * ldo_ + v * L, operand);
@@ -224,6 +255,33 @@ class ForwardPass {
         if (kRounded && (kTwoStage || z_.projected)) store(b_.m + b * ldm_ + v * L, V(0));
       }
     }
+    if constexpr (kQuantized) {
+      team_.meet();
+      const Range own = part(item.samples(), team_.me, team_.members);
+      for (int64_t b = own.begin; b < own.end; ++b) {
+        quantize_h(0, b);
+        quantize_h(1, b);
+        b_.int8.h_bad[0][b] = b_.int8.h_bad[1][b] = b_.int8.m_bad[b] = 0;
+      }
+    }
+  }
+
+  // Whether rows of h are rounded after each step: h may be above 1.
+  bool rounds_by_row(const Item& item) const {
+    if (unbound_ || (kBound == Bound::kOne && !p_.noise.changes_h())) return unbound_;
+    for (int64_t b = 0; b < item.samples(); ++b) {
+      if (!(b_.int8.h_scale[0][b] <= kScaleOfOne)) return true;  // or NaN
+    }
+    return false;
+  }
+
+  // A row of h as the products read it.
+  void quantize_h(int buffer, int64_t b) {
+    const S* h = b_.h[buffer] + b * ldh_;
+    S scale = scale_of_row(h, z_.R);
+    if (!unbound_ && scale < kScaleOfOne) scale = kScaleOfOne;
+    quantize_row(h, z_.R, factor_of(scale), b_.operand[buffer] + b * ldo_);
+    b_.int8.h_scale[buffer][b] = scale;
   }
 
   // What products read past the last vector of a row must be a number; nothing is written there later.
@@ -260,6 +318,11 @@ class ForwardPass {
       for (int64_t b = max64(0, own.begin - row); b < min64(n, own.end - row); ++b) {
         const T* from = row_at<T>(p_.x, z_.offset, t, item.first + b);
         E* to = b_.x + (row + b) * row_stride<E>(z_.I);
+        if constexpr (kQuantized) {
+          const S scale = b_.int8.x_scale[row + b] = scale_of_row(from, z_.I);
+          quantize_row(from, z_.I, factor_of(scale), to);
+          continue;
+        }
         for (int64_t i = 0; i < whole_steps<E>(z_.I); i += L) store(to + i, load<S>(from + i, z_.I - i));
       }
       row += n;
@@ -299,4 +362,6 @@ class ForwardPass {
   Range units_, outputs_;  // own vectors of H and of R
   const int64_t ldh_, ldc_, ldo_, ldm_;
   const int64_t pitch_;  // between the gates of a row: whole vectors, unless they live in `saved`
+  const bool unbound_;   // whether nothing bounds h
+  bool by_row_ = false;  // whether rows of h are rounded to int8 after a step
 };

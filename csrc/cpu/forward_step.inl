@@ -1,11 +1,12 @@
 // What ForwardPass does between two meetings: the input projection of a chunk, and one time step. Included after
 // forward.inl. Stores of vectors may alias everything: whatever the loops need of the object is copied to locals first.
 
-template <class Cell, class T>
-void ForwardPass<Cell, T>::project(int d, int64_t rows) const {
+template <class Cell, class Types>
+void ForwardPass<Cell, Types>::project(int d, int64_t rows) const {
   const Timed timed(Phase::kInputProduct);
   const int64_t H = z_.H, pitch = pitch_;
-  const S* bias = s_.b_ih[d];
+  const S *bias = s_.b_ih[d], *scales = s_.s_ih[d];
+  const float* x_scale = b_.int8.x_scale;
   const E* const* x_row = b_.x_row;
   S* const* gate_row = b_.gate_row;
   product<G>(
@@ -13,22 +14,26 @@ void ForwardPass<Cell, T>::project(int d, int64_t rows) const {
       [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA {
         for (int g = 0; g < G; ++g) prefetch_to_write(gate_row[r] + g * pitch + u, n);
       },
-      [&](int64_t r, int64_t v, const V* acc, int stride) {
+      [&](int64_t r, int64_t v, const Sum* acc, int stride) {
         const int64_t u = v * L;
         S* gates = gate_row[r] + u;
-        for (int g = 0; g < G; ++g) store(gates + g * pitch, acc[g * stride] + load(bias + g * H + u), pitch - u);
+        const S row_scale = kQuantized ? x_scale[r] : 1;
+        for (int g = 0; g < G; ++g) {
+          const V product = number(acc[g * stride], scales + g * H + u, row_scale);
+          store(gates + g * pitch, product + load(bias + g * H + u), pitch - u);
+        }
       });
 }
 
 // One time step of the rows [row, row + n) of the chunk: h[now] in, the other h out.
-template <class Cell, class T>
-void ForwardPass<Cell, T>::step(const Item& item, int64_t t, int64_t row, int now) {
+template <class Cell, class Types>
+void ForwardPass<Cell, Types>::step(const Item& item, int64_t t, int64_t row, int now) {
   const Timed timed(Phase::kRecurrentProduct);
   const LayerWeights& w = p_.weights[item.d];
   const int64_t n = item.rows(t), H = z_.H, R = z_.R, ldh = ldh_, ldc = ldc_, ldo = ldo_, ldm = ldm_, ldy = z_.D * R;
   const int64_t pitch = pitch_;
   const bool projected = z_.projected, saving = p_.saved;
-  const S* bias = s_.b_hh[item.d];
+  const S *bias = s_.b_hh[item.d], *scales = s_.s_hh[item.d], *scales_hr = s_.s_hr[item.d];
   T* y = static_cast<T*>(p_.y) + (z_.offset[t] + item.first) * ldy + item.d * R;
   const S* h_prev = b_.h[now];
   const E* operand = b_.operand[now];
@@ -47,17 +52,42 @@ void ForwardPass<Cell, T>::step(const Item& item, int64_t t, int64_t row, int no
     }
     if (!projected) prefetch_to_write(y + r * ldy + u, n);
   };
-  // Words end inside a row: what is past it stays zero.
-  const auto put_operand = [](E* to, V v, int64_t n) {
-    if constexpr (kRounded) store(to, v, n);
-    else store(to, v);
+  [[maybe_unused]] const bool by_row = by_row_;
+  [[maybe_unused]] const float *h_scale = b_.int8.h_scale[now], *h_bad = b_.int8.h_bad[now];
+  [[maybe_unused]] float *next_bad = b_.int8.h_bad[1 - now], *m_bad = b_.int8.m_bad;
+  // The scale of a row of h; and of m, which is of h's size, or an LSTM's before its projection.
+  const auto scale_of_h = [&](int64_t r) -> S {
+    if constexpr (kQuantized) return h_scale[r] + h_bad[r];
+    else return 1;
+  };
+  const auto scale_of_m = [&](int64_t r) -> S {
+    if constexpr (kQuantized) return (kTwoStage ? h_scale[r] : kScaleOfOne) + m_bad[r];
+    else return 1;
+  };
+  // Words end inside a row: what is past it stays zero. bad, scale: of the row, with int8 weights.
+  const auto put_operand = [](E* to, V v, int64_t n, [[maybe_unused]] float* bad, [[maybe_unused]] float scale) {
+    if constexpr (kQuantized) {
+      if (__builtin_expect(has_nan(v, n), 0)) Int8Rows::mark(*bad);
+      store(to, v * V(1 / scale), n);
+    } else if constexpr (kRounded) {
+      store(to, v, n);
+    } else {
+      store(to, v);
+    }
+  };
+  const auto put_m = [&](int64_t r, int64_t u, V v) {
+    float scale = 1, *bad = nullptr;
+    if constexpr (kQuantized) scale = kTwoStage ? h_scale[r] : kScaleOfOne, bad = m_bad + r;
+    put_operand(m + r * ldm + u, v, H - u, bad, scale);
   };
   // Gates [first, first + count) of a product, and their projections.
-  const auto inputs = [&](int first, int count, const S* gates, int64_t u, const V* acc, int stride, Values<V, G>& x,
+  const auto inputs = [&](int first, int count, int64_t r, int64_t u, const Sum* acc, int stride, Values<V, G>& x,
                           Values<V, G>& rec) {
+    const S* gates = gate_row[r];
+    const S row_scale = first ? scale_of_m(r) : scale_of_h(r);
     for (int g = first; g < first + count; ++g) {
       x[g] = load<S>(gates + g * pitch + u, pitch - u);
-      rec[g] = acc[(g - first) * stride] + load(bias + g * H + u);
+      rec[g] = number(acc[(g - first) * stride], scales + g * H + u, row_scale) + load(bias + g * H + u);
     }
   };
   // The states of a sample, and what becomes of them.
@@ -79,58 +109,65 @@ void ForwardPass<Cell, T>::step(const Item& item, int64_t t, int64_t row, int no
       if (K == 0 && saving) store(saved_row[r] + u, h, H - u);
       h = zoneout(kept(u, R - u), load(h_prev + r * ldh + u), h);
     }
-    if (kRounded || mask)
-      put_operand(operand_next + r * ldo + u, with_mask(mask ? mask + r * R : nullptr, u, h), R - u);
+    if constexpr (kQuantized) {
+      if (!by_row) put_operand(operand_next + r * ldo + u, h, R - u, next_bad + r, kScaleOfOne);
+    } else if (kRounded || mask) {
+      put_operand(operand_next + r * ldo + u, with_mask(mask ? mask + r * R : nullptr, u, h), R - u, nullptr, 1);
+    }
     store(h_next + r * ldh + u, h);
     store(y + r * ldy + u, h, R - u);
   };
   const auto put_output = [&](int64_t r, int64_t u, V h) {
-    if (projected) put_operand(m + r * ldm + u, h, H - u);
+    if (projected) put_m(r, u, h);
     else put_h(r, u, h);
   };
 
+  const Range own_rows = part(n, team_.me, team_.members);
+  if constexpr (kQuantized) {
+    for (int64_t r = own_rows.begin; r < own_rows.end; ++r) b_.int8.h_scale[1 - now][r] = kScaleOfOne;
+  }
   if constexpr (kTwoStage) {
     product<F>(weights(s_.w_hh[item.d], w.w_hh, H), Inner{R}, units_, {0, n}, h_row, nothing_expected,
-               [&](int64_t r, int64_t v, const V* acc, int stride) {
+               [&](int64_t r, int64_t v, const Sum* acc, int stride) {
                  const int64_t u = v * L;
                  S* gates = gate_row[r];
                  Values<V, G> x, rec;
                  Values<V, K> saved;
                  Values<V, Z> prev;
                  V q;
-                 inputs(0, F, gates, u, acc, stride, x, rec);
+                 inputs(0, F, r, u, acc, stride, x, rec);
                  prev[0] = with_mask(mask ? mask + r * R : nullptr, u, load(h_prev + r * ldh + u));
                  Cell::forward_first(x, rec, prev, saved, q);
                  for (int k = 0; k < F; ++k) store(gates + k * pitch + u, saved[k], pitch - u);
-                 put_operand(m + r * ldm + u, q, H - u);
+                 put_m(r, u, q);
                });
     team_.meet();
     product<G - F>(weights(s_.w_rest[item.d], rest_of(w.w_hh), H), Inner{R}, units_, {0, n}, m_row, expect,
-                   [&](int64_t r, int64_t v, const V* acc, int stride) {
+                   [&](int64_t r, int64_t v, const Sum* acc, int stride) {
                      const int64_t u = v * L;
                      const S* gates = gate_row[r];
                      Values<V, G> x, rec;
                      Values<V, K> saved;
                      Values<V, Z> state;
                      for (int k = 0; k < F; ++k) saved[k] = load<S>(gates + k * pitch + u, pitch - u);
-                     inputs(F, G - F, gates, u, acc, stride, x, rec);
+                     inputs(F, G - F, r, u, acc, stride, x, rec);
                      states(r, u, state);
                      Cell::forward(x, rec, state, saved);
                      put_h(r, u, state[0]);
                      keep(r, u, F, K, saved);
                    });
   } else {
-    const auto first_half = [&](int64_t r, int64_t v, V* acc, int stride) {
+    const auto first_half = [&](int64_t r, int64_t v, Sum* acc, int stride) {
       const int64_t u = v * L;
       Values<V, G> x, rec;
       Values<V, K> saved;
       Values<V, Z> state;
-      inputs(0, G, gate_row[r], u, acc, stride, x, rec);
+      inputs(0, G, r, u, acc, stride, x, rec);
       states(r, u, state);
       if constexpr (Cell::kLate > 0) {
         Values<V, Cell::kLate> late;
         Cell::forward(x, rec, state, saved, late);
-        for (int i = 0; i < Cell::kLate; ++i) acc[i * stride] = late[i];
+        for (int i = 0; i < Cell::kLate; ++i) acc[i * stride].v = (WordsOf<E>)late[i].v;
         keep(r, u, 0, K - Cell::kSavedLate, saved);
       } else {
         Cell::forward(x, rec, state, saved);
@@ -143,12 +180,12 @@ void ForwardPass<Cell, T>::step(const Item& item, int64_t t, int64_t row, int no
       product<G>(weights(s_.w_hh[item.d], w.w_hh, H), Inner{R}, units_, {0, n}, h_row, expect, first_half, second);
     };
     if constexpr (Cell::kLate > 0) {
-      hidden([&](int64_t r, int64_t v, const V* acc, int stride) {
+      hidden([&](int64_t r, int64_t v, const Sum* acc, int stride) {
         const int64_t u = v * L;
         Values<V, Cell::kLate> late;
         Values<V, K> saved;
         Values<V, Z> state;
-        for (int i = 0; i < Cell::kLate; ++i) late[i] = acc[i * stride];
+        for (int i = 0; i < Cell::kLate; ++i) late[i].v = (typename V::Type)acc[i * stride].v;
         states(r, u, state);
         Cell::finish(late, state, saved);
         put_output(r, u, state[0]);
@@ -160,8 +197,15 @@ void ForwardPass<Cell, T>::step(const Item& item, int64_t t, int64_t row, int no
     if (projected) {
       team_.meet();
       product<1>(weights(s_.w_hr[item.d], w.w_hr, R), Inner{H}, outputs_, {0, n}, m_row, nothing_expected,
-                 [&](int64_t r, int64_t v, const V* acc, int) { put_h(r, v * L, acc[0]); });
+                 [&](int64_t r, int64_t v, const Sum* acc, int) {
+                   put_h(r, v * L, number(acc[0], scales_hr + v * L, scale_of_m(r)));
+                 });
     }
   }
   team_.meet();
+  if constexpr (kQuantized) {
+    if (!by_row) return;
+    for (int64_t r = own_rows.begin; r < own_rows.end; ++r) quantize_h(1 - now, r);
+    team_.meet();
+  }
 }

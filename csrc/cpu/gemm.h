@@ -265,12 +265,12 @@ Sums<E> dot_rows(const E* a, int64_t K, const T* w, int64_t rows) {
     for (int i = 0; i < kSums; ++i) {
       const WordsOf<E> x = load_words(a + k + i * kWords);
 #pragma GCC unroll 16
-      for (int u = 0; u < L; ++u) add_product<E>(sum[i][u], x, words_of<E>(row[u] + k + i * kWords));
+      for (int u = 0; u < L; ++u) add_product<E>(sum[i][u], x, weight_words_of<E>(row[u] + k + i * kWords));
     }
   }
   for (; k < K; k += kWords) {  // what is past the end is zero in both
     const WordsOf<E> x = words_of<E>(a + k, K - k);
-    for (int u = 0; u < L; ++u) add_product<E>(sum[0][u], x, words_of<E>(row[u] + k, K - k));
+    for (int u = 0; u < L; ++u) add_product<E>(sum[0][u], x, weight_words_of<E>(row[u] + k, K - k));
   }
   Sums<E> total[L];
 #pragma GCC unroll 16
@@ -280,6 +280,61 @@ Sums<E> dot_rows(const E* a, int64_t K, const T* w, int64_t rows) {
     for (int i = 1; i < kSums; ++i) total[u].v += sum[i][u];
   }
   return sums_of_lanes(total);
+}
+
+// The same of int8 for MR rows of the left operand, out[m] for each: four rows of w at a time, which lie one behind the
+// other in memory, and are read once for all of them.
+template <int MR, class E, class T>
+void dot_rows_of_bytes(const E* const* a, int64_t K, const T* w, int64_t rows, Sums<E>* out, int64_t pitch) {
+  constexpr int L = Sums<E>::kLanes, kWords = L * kPair<E>, kUnits = L < 4 ? L : 4, kSums = 4 / MR;
+  Sums<E> total[MR][L];
+  for (int u0 = 0; u0 < L; u0 += kUnits) {
+    const T* row[kUnits];
+    for (int u = 0; u < kUnits; ++u) row[u] = w + min64(u0 + u, rows - 1) * K;
+    WordsOf<E> sum[kSums][MR][kUnits] = {};
+    const auto step = [&](int64_t k, const auto& words_at, WordsOf<E>(&to)[MR][kUnits]) FUSEDRNN_INLINE_LAMBDA {
+      WordsOf<E> x[MR];
+#pragma GCC unroll 4
+      for (int m = 0; m < MR; ++m) x[m] = words_at(a[m] + k, false);
+#pragma GCC unroll 4
+      for (int u = 0; u < kUnits; ++u) {
+        const WordsOf<E> own = words_at(row[u] + k, true);
+#pragma GCC unroll 4
+        for (int m = 0; m < MR; ++m) add_product<E>(to[m][u], x[m], own);
+      }
+    };
+    int64_t k = 0;
+    const auto whole = [&](const auto* p, bool weights)
+                           FUSEDRNN_INLINE_LAMBDA { return weights ? weight_words_of<E>(p) : words_of<E>(p); };
+    for (; k + kSums * kWords <= K; k += kSums * kWords) {
+#pragma GCC unroll 4
+      for (int i = 0; i < kSums; ++i) step(k + i * kWords, whole, sum[i]);
+    }
+    for (; k < K; k += kWords) {
+      const auto part = [&](const auto* p, bool weights) FUSEDRNN_INLINE_LAMBDA {
+        return weights ? weight_words_of<E>(p, K - k) : words_of<E>(p, K - k);
+      };
+      step(k, part, sum[0]);
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 4
+      for (int u = 0; u < kUnits; ++u) {
+        total[m][u0 + u].v = sum[0][m][u];
+#pragma GCC unroll 4
+        for (int i = 1; i < kSums; ++i) total[m][u0 + u].v += sum[i][m][u];
+      }
+    }
+  }
+  for (int m = 0; m < MR; ++m) out[m * pitch] = sums_of_lanes(total[m]);
+}
+
+template <class E, class T>
+void dot_rows_of_bytes(const E* const* a, int64_t n, int64_t K, const T* w, int64_t rows, Sums<E>* out, int64_t pitch) {
+  int64_t r = 0;
+  for (; r + 4 <= n; r += 4) dot_rows_of_bytes<4>(a + r, K, w, rows, out + r * pitch, pitch);
+  for (; r + 2 <= n; r += 2) dot_rows_of_bytes<2>(a + r, K, w, rows, out + r * pitch, pitch);
+  if (r < n) dot_rows_of_bytes<1>(a + r, K, w, rows, out + r * pitch, pitch);
 }
 
 // The right operand of a product: packed panels, or, for a few rows that are not worth the packing, W itself.
@@ -304,6 +359,7 @@ FUSEDRNN_INLINE void product(const Weights<E, T>& weights, Inner inner, Range ve
   static_assert(kGroup * U <= kPanelWidth, "a cell with more gates needs a wider panel");
   Sums<E> out[(kBlockRows + kRowsAhead) * kPanelWidth];
   const E* row[2][kBlockRows];
+  [[maybe_unused]] Sums<E> start[kUnsignedWeights<E> ? kBlockRows : 1];
   const int64_t first_steps = steps_of<E>(inner.first), steps = first_steps + steps_of<E>(inner.second);
   const int64_t blocks = ceil_div(rows.size(), kBlockRows);
   const int64_t panels = max64(1, 16 / max64(1, rows.size()));  // that share a block
@@ -315,6 +371,7 @@ FUSEDRNN_INLINE void product(const Weights<E, T>& weights, Inner inner, Range ve
       for (int64_t r = 0; r < n; ++r) {
         row[0][r] = a(r0 + r);
         row[1][r] = row[0][r] + inner.second_at;
+        if constexpr (kUnsignedWeights<E>) start[r].v = start_of_sums(row[0][r], inner.first);
         expect(r0 + r, first * L, (last - first) * L);
       }
       Sums<E>* results = out;
@@ -324,8 +381,13 @@ FUSEDRNN_INLINE void product(const Weights<E, T>& weights, Inner inner, Range ve
         for (int w = 0; w < width && weights.rows; ++w) {
           const int64_t u = (v0 + w % nv) * L;
           const T* own = weights.rows + (w / nv * weights.units + u) * inner.first;
-          for (int64_t r = 0; r < n; ++r) {
-            results[r * width + w] = dot_rows(row[0][r], inner.first, own, weights.units - u);
+          if constexpr (kPair<E> == 4) {
+            dot_rows_of_bytes(row[0], n, inner.first, own, weights.units - u, results + w, width);
+            for (int64_t r = 0; r < n && kUnsignedWeights<E>; ++r) results[r * width + w].v += start[r].v;
+          } else {
+            for (int64_t r = 0; r < n; ++r) {
+              results[r * width + w] = dot_rows(row[0][r], inner.first, own, weights.units - u);
+            }
           }
         }
 #if defined(FUSEDRNN_AMX)
@@ -353,7 +415,10 @@ FUSEDRNN_INLINE void product(const Weights<E, T>& weights, Inner inner, Range ve
           for_row_blocks({0, n}, max_rows(static_cast<int>(own)), [&](int64_t r, int mr) {
             const auto tile = Tiles<E>::row_tile_of(static_cast<int>(strips), static_cast<int>(own), mr);
             Sums<E>* to = results + r * width + w;
-            tile(row[0] + r, first_steps, strip, pitch, to, width, false);
+            for (int64_t sum = 0; sum < mr * nr && kUnsignedWeights<E>; ++sum) {
+              to[sum / nr * width + sum % nr] = start[r + sum / nr];
+            }
+            tile(row[0] + r, first_steps, strip, pitch, to, width, kUnsignedWeights<E>);
             if (inner.second) tile(row[1] + r, steps - first_steps, rest, pitch, to, width, true);
           });
         }

@@ -20,6 +20,8 @@
 
 #define FUSEDRNN_VECTOR_BYTES 32
 #define FUSEDRNN_TABLE kTableAvx2
+#define FUSEDRNN_INT8_TABLE kInt8Avx2
+#define FUSEDRNN_INT8_OF_TABLE kInt8Avx2
 #define FUSEDRNN_ISA_NAME "avx2"
 #include "kernels.inl"
 

@@ -14,5 +14,7 @@
 
 #define FUSEDRNN_VECTOR_BYTES 16
 #define FUSEDRNN_TABLE kTableBase
+#define FUSEDRNN_INT8_TABLE kInt8Base
+#define FUSEDRNN_INT8_OF_TABLE kInt8Base
 #define FUSEDRNN_ISA_NAME "base"
 #include "kernels.inl"

@@ -1,8 +1,9 @@
 // The CPU kernels of one instruction set: everything an isa_*.cpp holds, and the table that leads to it.
 // The file that includes this has set FUSEDRNN_VECTOR_BYTES, the target, and FUSEDRNN_TABLE and FUSEDRNN_ISA_NAME; or
 // FUSEDRNN_PAIRED_TABLE: then bfloat16 is multiplied in pairs (operand.h), and there is no other type.
-// All of it has internal linkage: a symbol the linker could share between instruction sets would let a function
-// compiled for a newer CPU run on an older one. So no STL containers, no torch headers here.
+// FUSEDRNN_INT8_TABLE, with either or alone: layers with int8 weights. All of it has internal linkage: a symbol the
+// linker could share between instruction sets would let a function compiled for a newer CPU run on an older one. So no
+// STL containers, no torch headers here.
 
 namespace fusedrnn {
 namespace {
@@ -27,6 +28,8 @@ struct TileUse {};  // there are none
 //
 #include "noise.h"
 //
+#include "quantize.h"
+//
 #include "forward.inl"
 //
 #include "forward_step.inl"
@@ -36,6 +39,13 @@ struct TileUse {};  // there are none
 #include "backward_step.inl"
 //
 #include "weight_gradients.inl"
+
+#if defined(FUSEDRNN_INT8_TABLE)
+template <class... Cells>
+constexpr Int8Table int8_table(CellList<Cells...>) {
+  return {{ForwardPass<Cells, Int8Weights>::run...}, {ForwardPass<Cells, Int8Weights>::panel_bytes...}};
+}
+#endif
 
 #if defined(FUSEDRNN_PAIRED_TABLE)
 
@@ -50,7 +60,7 @@ constexpr PairedTable make_table(CellList<Cells...>) {
 
 extern const PairedTable FUSEDRNN_PAIRED_TABLE = make_table(Registry{});
 
-#else
+#elif defined(FUSEDRNN_TABLE)
 
 // Each lane of several chains holds two hashes of its own words, of different making: what one does not tell apart by
 // its structure, such as the top bit of a word against a lower one of the next, the other does.
@@ -94,13 +104,22 @@ constexpr KernelTable make_table(CellList<Cells...>) {
           {{BackwardPass<Cells, float>::run, BackwardPass<Cells, double>::run, BackwardPass<Cells, BFloat16>::run}...},
           {{ForwardPass<Cells, float>::panel_bytes, ForwardPass<Cells, double>::panel_bytes,
             ForwardPass<Cells, BFloat16>::panel_bytes}...},
-          digest};
+          digest,
+          &FUSEDRNN_INT8_OF_TABLE};
 }
 
 }  // namespace
 
 extern const KernelTable FUSEDRNN_TABLE = make_table(Registry{});
 
+#else
+
+}  // namespace
+
+#endif
+
+#if defined(FUSEDRNN_INT8_TABLE)
+extern const Int8Table FUSEDRNN_INT8_TABLE = int8_table(Registry{});
 #endif
 
 }  // namespace fusedrnn

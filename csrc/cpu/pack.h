@@ -26,7 +26,7 @@ void pack_rows(const T* w, int64_t units, int64_t K, Range vectors, E* panels) {
         Sums<E> square[L];
 #pragma GCC unroll 16
         for (int u = 0; u < L; ++u) {
-          square[u].v = u0 + u < units ? words_of<E>(row + u * K + k, K - k) : WordsOf<E>{};
+          square[u].v = u0 + u < units ? weight_words_of<E>(row + u * K + k, K - k) : WordsOf<E>{};
         }
         transpose(square);
         for (int j = 0; j < L && s + j < steps; ++j) store_words(to + (s + j) * pitch, square[j].v);

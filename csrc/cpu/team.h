@@ -19,6 +19,24 @@ struct OperandType {
 #endif
 };
 
+// The types of a layer, by the type of its tensors if all are of one.
+template <class T>
+struct LayerTypes {
+  using Element = T;  // of the tensors, all but the weights
+  using Weight = T;   // of the matrices
+  using Compute = typename ComputeType<T>::Type;
+  using Operand = typename OperandType<T>::Type;  // what products read
+};
+// Matrices of int8, with a scale for each row, in a layer of float32.
+struct Int8Weights {};
+template <>
+struct LayerTypes<Int8Weights> {
+  using Element = float;
+  using Weight = int8_t;
+  using Compute = float;
+  using Operand = int8_t;
+};
+
 // Hands out pieces of one block. With a null base it only measures. Each piece starts on a cache line and may be
 // read up to a tile's width past its end.
 class Carver {

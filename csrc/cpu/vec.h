@@ -20,6 +20,13 @@ struct Raw<double> {
   typedef int64_t Int __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
 };
 
+template <>
+struct Raw<int32_t> {  // sums of products of bytes
+  typedef int32_t Type __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
+  typedef int32_t Unaligned __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES), aligned(4), may_alias));
+  typedef int32_t Int __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
+};
+
 template <class S>
 struct Vec {
   using Scalar = S;
@@ -29,7 +36,9 @@ struct Vec {
 
   Vec() = default;
   FUSEDRNN_INLINE explicit Vec(S s) : v(s - Type{}) {}
-  FUSEDRNN_INLINE explicit Vec(int s) : Vec(static_cast<S>(s)) {}
+  FUSEDRNN_INLINE explicit Vec(int s)
+    requires(!std::is_same_v<S, int>)
+      : Vec(static_cast<S>(s)) {}
   FUSEDRNN_INLINE Vec(Type raw) : v(raw) {}
   FUSEDRNN_INLINE friend Vec operator+(Vec a, Vec b) { return a.v + b.v; }
   FUSEDRNN_INLINE friend Vec operator-(Vec a, Vec b) { return a.v - b.v; }
@@ -81,6 +90,15 @@ FUSEDRNN_INLINE Words rounded_to_bfloat16(Vec<float> a) {  // to nearest, ties t
 
 FUSEDRNN_INLINE void store(BFloat16* p, Vec<float> a) {
   *reinterpret_cast<HalfWordsUnaligned*>(p) = __builtin_convertvector(rounded_to_bfloat16(a), HalfWords);
+}
+
+typedef int8_t Bytes __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES / 4), aligned(1), may_alias));
+
+// Rounded to nearest, ties to even. |a| <= 127; of NaN some number comes.
+FUSEDRNN_INLINE void store(int8_t* p, Vec<float> a) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: a sum with it has the integer in its low bits
+  const auto bits = (Raw<float>::Int)(a.v + kRound) - 0x4b400000;
+  *reinterpret_cast<Bytes*>(p) = __builtin_convertvector(bits, Bytes);
 }
 
 // The first n lanes only, n <= kLanes; the others load as zero. Full vectors take the fast path.

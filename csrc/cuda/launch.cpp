@@ -251,6 +251,7 @@ void backward(const Layer& layer, const BackwardProblem& p) {
 
 }  // namespace
 
-const Backend kCudaBackend = {false, true, true, [](int, int) { return true; }, forward, backward};
+const Backend kCudaBackend = {false,   true,    true, [](int, int) { return true; }, [](int) { return false; },
+                              forward, backward};
 
 }  // namespace fusedrnn

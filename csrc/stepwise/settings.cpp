@@ -13,7 +13,8 @@ void ask_settings(AskSettings ask) { asked = ask; }
 Settings settings() {
   const AskSettings ask = asked;
   if (!ask) return {};
-  const int told = ask();
+  int told = 0;
+  ask(&told);
   return {(told & 1) != 0, (told & 2) != 0};
 }
 

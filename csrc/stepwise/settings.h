@@ -11,7 +11,9 @@ struct Settings {
                             // by time has bits by time
 };
 
-using AskSettings = int (*)();   // a bit for each, in their order; may wait for Python's lock: hold no other one
+// Writes a bit for each, in their order; what fails in Python writes nothing, and all are off. May wait for Python's
+// lock: hold no other one.
+using AskSettings = void (*)(int* settings);
 void ask_settings(AskSettings);  // null: nobody
 Settings settings();             // now
 

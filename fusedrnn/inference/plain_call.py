@@ -48,6 +48,7 @@ def plain_call(
     states: Sequence[Tensor] | None,
     weights: Sequence[Tensor],
     zoneout: float | Sequence[float] = 0.0,
+    scales: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, ...] | None:
     """y and the final states, shaped as the initial ones. None where anything is different: the checks of torch.nn say
     what is wrong, if anything is.
@@ -55,6 +56,7 @@ def plain_call(
     Args:
         module: whose packed weights are kept, and the owner of the call. Its ``batch_first`` says how (T, B, *) lie.
         zoneout: in inference alone.
+        scales: of int8 matrices, which are for inference.
     """
     if dual_level() >= 0:
         return None
@@ -64,14 +66,14 @@ def plain_call(
         if type(input) is not Tensor or input.dim() != 3:
             return None
         input = input.transpose(0, 1)
-    if infers():
+    if scales or infers():
         parts = kept_parts(zoneout, len(CELLS[cell].states))
-        found = infer(input, states, weights, cell, form, cache.find(module).packed, parts)
+        found = infer(input, states, weights, cell, form, cache.find(module).packed, parts, scales)
         if found is not None:
             if batch_first:
                 found[0].transpose_(0, 1)
             return found
-        if any(parts):
+        if scales or any(parts):
             return None
     elif dim == 2 and not torch.compiler.is_compiling():
         kept = cache.find(module)

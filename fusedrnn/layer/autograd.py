@@ -36,6 +36,8 @@ def recurrent_layer(call: LayerCall) -> Outputs:
     compiling, mapped = is_compiling(), transformed()
     if exporting():  # a program has no backward
         return _forward(call, save=False)[0]
+    if call.scales:
+        return _without_gradient(call)
     if torch.jit.is_tracing():
         refuse_older_exporter(call.cell)
     if _wants_plain_operations(call):
@@ -57,6 +59,41 @@ def recurrent_layer(call: LayerCall) -> Outputs:
         y, *finals, c, _ = apply(*arguments)
         return Outputs(y, finals, c)
     return _forward(call, save=False)[0]
+
+
+def wants_gradient(x: Tensor, states: Sequence[Tensor | None]) -> bool:
+    """Whether one is wanted of a layer whose weights have none."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *states))
+
+
+_NO_GRADIENT = (
+    "a layer with int8 weights is for inference and has no gradient: train the model that it was made of, or call it"
+    " under torch.no_grad()"
+)
+
+
+class _Inference(torch.autograd.Function):
+    """The results of a layer with int8 weights: whoever wants their gradient is told."""
+
+    @staticmethod
+    def forward(ctx: Any, _: Tensor, *results: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
+        return tuple(t.view_as(t) for t in results)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:  # noqa: D102
+        raise RuntimeError(_NO_GRADIENT)
+
+
+def _without_gradient(call: LayerCall) -> Outputs:
+    if transformed() or not wants_gradient(call.x, call.states):
+        return _forward(call, save=False)[0]
+    if is_compiling():
+        raise RuntimeError(_NO_GRADIENT)
+    with torch.no_grad():
+        y, finals, c = _forward(call, save=False)[0]
+    cause = next(t for t in (call.x, *call.states) if t is not None and t.requires_grad)
+    y, *rest = _Inference.apply(cause, y, *finals, *(() if c is None else (c,)))
+    return Outputs(y, rest[: len(finals)], None if c is None else rest[-1])
 
 
 def _forward(call: LayerCall, save: bool) -> tuple[Outputs, Tensor]:

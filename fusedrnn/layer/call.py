@@ -205,6 +205,7 @@ class LayerCall(NamedTuple):
     noise: Noise = NOISELESS
     options: Options = PLAIN
     owner: Owner | None = None
+    scales: Sequence[Tensor] = ()  # of int8 matrices: for each direction s_ih (G*H), s_hh (G*H)[, s_hr (R)]
 
     @property
     def info(self) -> CellInfo:
@@ -244,8 +245,8 @@ class LayerCall(NamedTuple):
 
     @property
     def flat(self) -> tuple[Any, ...]:
-        """Four values that are no tensors, then the tensors."""
-        cell, x, states, weights, bidirectional, batch_sizes, noise, options, owner = self
+        """Four values that are no tensors, then the tensors; of a call that may have gradients, so without scales."""
+        cell, x, states, weights, bidirectional, batch_sizes, noise, options, owner, _ = self
         return (cell, bidirectional, options, owner, x, batch_sizes, *noise, *states, *weights)
 
     @classmethod
@@ -266,14 +267,15 @@ class LayerCall(NamedTuple):
 
     def forward(self, save: bool) -> tuple[Outputs, Tensor]:
         """By the kernel: the outputs, without c, and what the backward pass needs, empty if it is not to be saved."""
-        cell, x, states, weights, bidirectional, batch_sizes, noise, _, _ = self
+        cell, x, states, weights, bidirectional, batch_sizes, noise, _, _, scales = self
         h0, c0 = states if len(states) == 2 else (*states, None)
-        y, h_n, c_n, saved = layer_forward(x, batch_sizes, h0, c0, weights, cell, bidirectional, save, *noise.for_op(x))
+        more = (*noise.for_op(x), scales) if scales else noise.for_op(x)
+        y, h_n, c_n, saved = layer_forward(x, batch_sizes, h0, c0, weights, cell, bidirectional, save, *more)
         return Outputs(y, (h_n, c_n) if len(states) == 2 else (h_n,)), saved
 
     def backward(self, gradients: OutputGradients, y: Tensor, saved: Tensor, needs: Needs) -> Gradients:
         """By the kernel; ``y`` and ``saved`` as :meth:`forward` gave them."""
-        cell, x, states, weights, bidirectional, batch_sizes, noise, options, _ = self
+        cell, x, states, weights, bidirectional, batch_sizes, noise, options, _, _ = self
         two, (dy, dc, finals) = len(states) == 2, gradients
         (h0, c0), (dh_n, dc_n) = (states, finals) if two else ((*states, None), (*finals, None))
         dx, dh0, dc0, dweights, dgates, dh, norms = layer_backward(
@@ -304,7 +306,9 @@ class ForwardArguments(NamedTuple):
     def of(cls, *args: Any, cell: str | None = None) -> ForwardArguments:
         """``cell``: whose arguments they are like, if they do not say."""
         *tensors, name, bidirectional, save = args[:8]
-        return cls(_call_of_op(cell or name, bidirectional, tensors, Noise(*args[8:])), save)
+        masks, scales = args[8 : 8 + _MASKS], args[8 + _MASKS :]
+        call = _call_of_op(cell or name, bidirectional, tensors, Noise(*masks))
+        return cls(call._replace(scales=scales[0]) if scales else call, save)
 
 
 class BackwardArguments(NamedTuple):

@@ -1,0 +1,286 @@
+"""Recurrent modules for inference whose matrices are int8: what :func:`fusedrnn.quantize` makes of others.
+
+Row r of a matrix is ``weight_scale[r] * weight[r]``, weight in [-127, 127]; biases are float32. In each product x and
+h_{t-1} are int8 too: a row is scale * q, with the scale max |x| / 127, or 1/127 for an h that its cell bounds by 1
+(``Bound`` of ``csrc/cells/cell.h``). Sums are int32, the same on every processor; the cell and its states are float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.nn.utils.rnn import PackedSequence
+
+from . import _C
+from .cells import CELLS
+from .functional import recurrent
+from .fused_module import as_states
+from .inference import cache
+from .inference.plain_call import form_of, plain_call
+from .layer.autograd import wants_gradient
+from .layer.call import Weights
+from .layer.dropout import kept_parts
+from .torch_internals import heard
+
+__all__ = ["QuantizedCell", "QuantizedRecurrent"]
+
+
+def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix (rows, K) of any floating type as int8, and the scale of each row, float32: max |row| / 127."""
+    weight = weight.detach().float()
+    scale = weight.abs().amax(1) / 127
+    factor = torch.where(scale > 0, scale, 1).unsqueeze(1)
+    return (weight / factor).round().clamp(-127, 127).to(torch.int8), scale
+
+
+class _Quantized(nn.Module):
+    """What both modules share: buffers in the place of parameters, named as torch.nn's, and no training.
+
+    Buffers, for each layer and direction: ``weight_ih``, ``weight_hh``[, ``weight_hr``] int8, the name and ``_scale``
+    float32 of each row, ``bias_ih``, ``bias_hh`` float32, with the endings of torch.nn's names.
+    """
+
+    def __init__(self, cell: str, input_size: int, hidden_size: int, bias: bool) -> None:
+        if cell not in CELLS:
+            raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
+        super().__init__()
+        self.training = False
+        self.cell, self.input_size, self.hidden_size, self.bias = cell, input_size, hidden_size, bias
+        self._weight_names: list[str] = []
+        self._scale_names: list[str] = []
+
+    def _add(self, end: str, shapes: Weights) -> None:
+        """Buffers of zeros, of one layer and direction."""
+        for field, shape in zip(Weights._fields, shapes, strict=True):
+            if shape is None:
+                continue
+            name = {"w": "weight", "b": "bias"}[field[0]] + field[1:] + end
+            matrix = len(shape) == 2
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.int8 if matrix else torch.float32))
+            self._weight_names.append(name)
+            if matrix:
+                self.register_buffer(f"{name}_scale", torch.zeros(shape[0]))
+                self._scale_names.append(f"{name}_scale")
+
+    @torch.no_grad()
+    def take(self, weights: Iterable[Tensor]) -> None:
+        """Copy, and of matrices quantize, the weights of a layer, in the order of ``torch.nn.LSTM._flat_weights``."""
+        for name, weight in zip(self._weight_names, weights, strict=True):
+            own = getattr(self, name)
+            if own.dtype == torch.int8:
+                values, scale = quantized(weight)
+                own.copy_(values)
+                getattr(self, f"{name}_scale").copy_(scale)
+            else:
+                own.copy_(weight)
+
+    def _lists(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights and scales, in the order in which kernels take them."""
+        own = self._buffers
+        return [own[name] for name in self._weight_names], [own[name] for name in self._scale_names]
+
+    def _shapes(self, input_size: int, proj_size: int = 0) -> Weights:
+        rows, width = len(CELLS[self.cell].gates) * self.hidden_size, proj_size or self.hidden_size
+        bias = (rows,) if self.bias else None
+        w_hr = (proj_size, self.hidden_size) if proj_size else None
+        return Weights((rows, input_size), (rows, width), bias, bias, w_hr)
+
+    @property
+    def _two_states(self) -> bool:
+        return len(CELLS[self.cell].states) == 2
+
+    def _states(self, hx: Any) -> Sequence[Tensor] | None:
+        return as_states(hx if self._two_states or hx is None else (hx,), self.cell)
+
+    def _check_input(self, x: Any) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"input must be a tensor or a PackedSequence, got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"input must have a floating dtype, got {x.dtype}")
+        if x.dim() == 0 or x.size(-1) != self.input_size:
+            raise RuntimeError(
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {list(x.shape)}"
+            )
+
+    def train(self, mode: bool = True) -> _Quantized:
+        """Refuse: there are no parameters.
+
+        Raises:
+            NotImplementedError: ``mode`` is True.
+        """
+        if mode:
+            raise NotImplementedError(
+                f"{type(self).__name__} is for inference: train the model that it was made of, and quantize a copy"
+            )
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> _Quantized:
+        """As in torch.nn, but .to(dtype), .half() and so on leave scales and biases in float32."""
+        cache.forget(self)
+        floats = {name: b for name, b in self._buffers.items() if b is not None and b.is_floating_point()}
+        super()._apply(*args, **kwargs)
+        for name, before in floats.items():
+            after = self._buffers[name]
+            if after.dtype != torch.float32:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+
+def _in_float32(x: Tensor, states: Sequence[Tensor] | None) -> tuple[Tensor, Sequence[Tensor] | None]:
+    return x.float(), None if states is None else tuple(s.float() for s in states)
+
+
+class QuantizedRecurrent(_Quantized):
+    """Stacked recurrent layers for inference, matrices in int8, in the place of an LSTM, GRU, RNN or ResidualRNN.
+
+    Calls, shapes and results are those of :class:`fusedrnn.LSTM` and the others, with ``lengths``, ``reset`` and
+    ``return_states``, and ``step`` for streams; no dropout. Input and states of another floating type than float32 are
+    computed in float32, and the results are in their type.
+
+    A row of x with a NaN or an infinity gives NaN.
+
+    Args:
+        cell: the name of a cell in :data:`fusedrnn.CELLS`.
+        input_size, hidden_size, num_layers, bias, batch_first, bidirectional, proj_size: as of torch.nn.LSTM.
+        zoneout: of h, or of h and c, the share of the old state in the new one.
+    """
+
+    def __init__(
+        self, cell: str, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
+        batch_first: bool = False, bidirectional: bool = False, proj_size: int = 0,
+        zoneout: float | tuple[float, float] = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__(cell, input_size, hidden_size, bias)
+        self.num_layers, self.batch_first, self.bidirectional = num_layers, batch_first, bidirectional
+        self.proj_size, self.zoneout = proj_size, zoneout
+        ends = ("", "_reverse")[: 1 + bidirectional]
+        width = (proj_size or hidden_size) * len(ends)
+        for layer in range(num_layers):
+            for end in ends:
+                self._add(f"_l{layer}{end}", self._shapes(width if layer else input_size, proj_size))
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Any = None, *,
+        lengths: Tensor | Sequence[int] | None = None, reset: Tensor | None = None, return_states: bool = False,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        """As :meth:`fusedrnn.LSTM.forward`. A gradient of the results raises RuntimeError."""
+        packed = input if isinstance(input, PackedSequence) else None
+        x, states = input if packed is None else packed.data, self._states(hx)
+        self._check_input(x)
+        dtype = x.dtype
+        if dtype != torch.float32:
+            x, states = _in_float32(x, states)
+        y, finals, *steps = self._layers(x if packed is None else packed._replace(data=x), states, lengths, reset,
+                                         return_states)  # fmt: skip
+        if dtype != torch.float32:
+            y = y.to(dtype)
+            finals = tuple(s.to(dtype) for s in finals)
+            steps = [[tuple(s.to(dtype) for s in own) for own in steps[0]]] if steps else []
+        return y, finals if self._two_states else finals[0], *steps
+
+    def _layers(self, input: Any, states: Any, lengths: Any, reset: Any, return_states: bool) -> tuple[Any, ...]:
+        weights, scales = self._lists()
+        dense = isinstance(input, Tensor) and lengths is reset is None and not return_states
+        if dense and not is_compiling() and not wants_gradient(input, states or ()):
+            found = plain_call(self, self.cell, form_of(self, 3), input, states, weights, self.zoneout, scales)
+            if found is not None:
+                return found[0], found[1:]
+        return recurrent(
+            self.cell, input, states, weights, num_layers=self.num_layers, bidirectional=self.bidirectional,
+            batch_first=self.batch_first, lengths=lengths, reset=reset, return_states=return_states,
+            zoneout=self.zoneout, scales=scales,
+        )  # fmt: skip
+
+    def step(self, input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
+        """One step of a stream: input (B, I), states as forward's -> output (B, R), states, as
+        :meth:`fusedrnn.LSTM.step`.
+
+        Raises:
+            ValueError, TypeError: the module is bidirectional, or input is no tensor of two dimensions.
+        """
+        kept = None if is_compiling() or heard(self) else cache.find(self)
+        if kept is not None:
+            weights, scales = self._lists()
+            form = form_of(self, 2)
+            if kept.step is not None and kept.step[0] == (form, self.zoneout):
+                found = _C.step(kept.step[1], input, hx, weights, scales)
+                if found is not None:
+                    return found
+            kept.step = None
+        if self.bidirectional:
+            raise ValueError("step: a bidirectional module needs the whole sequence")
+        self._check_input(input)
+        if input.dim() != 2:
+            raise ValueError(f"step: Expected input to be 2D, (B, I), got {input.dim()}D instead")
+        time = 1 if self.batch_first else 0
+        with torch.no_grad():
+            y, last = self(input.unsqueeze(time), hx)
+        if kept is not None and type(self).forward is QuantizedRecurrent.forward:
+            parts = kept_parts(self.zoneout, len(CELLS[self.cell].states))
+            prepared = _C.prepare_step(input, weights, self.cell, form, parts, scales)
+            kept.step = None if prepared is None else ((form, self.zoneout), prepared)
+        return y.squeeze(time), last
+
+    def flatten_parameters(self) -> None:
+        """Does nothing. Kept because callers of torch.nn's modules use it."""
+
+    def extra_repr(self) -> str:
+        """As torch.nn's, with the cell."""
+        text = f"{self.cell}, {self.input_size}, {self.hidden_size}"
+        text += f", proj_size={self.proj_size}" if self.proj_size else ""
+        text += f", num_layers={self.num_layers}" if self.num_layers > 1 else ""
+        for name in ("bias", "batch_first", "bidirectional"):
+            text += f", {name}={getattr(self, name)}" if getattr(self, name) != (name == "bias") else ""
+        return text + (f", zoneout={self.zoneout}" if self.zoneout else "") + ", int8"
+
+
+class QuantizedCell(_Quantized):
+    """One step for inference, matrices in int8, in the place of an LSTMCell, GRUCell or RNNCell.
+
+    Calls, shapes and results are those of :class:`fusedrnn.LSTMCell` and the others.
+
+    Args:
+        cell: the name of a cell in :data:`fusedrnn.CELLS`.
+        input_size, hidden_size, bias: as of torch.nn.LSTMCell.
+    """
+
+    def __init__(self, cell: str, input_size: int, hidden_size: int, bias: bool = True) -> None:
+        super().__init__(cell, input_size, hidden_size, bias)
+        self._add("", self._shapes(input_size))
+
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        """Input (B, I) or (I,), h or (h, c) of (B, H) or (H,) -> the same. A gradient of them raises RuntimeError."""
+        states = self._states(hx)
+        self._check_input(input)
+        if input.dim() not in (1, 2):
+            raise ValueError(f"{type(self).__name__}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        for state in states or ():
+            if state.dim() != input.dim():
+                raise ValueError(f"For {input.dim()}D input, hx should also be {input.dim()}D, got {state.dim()}D")
+        x, dtype = input, input.dtype
+        if dtype != torch.float32:
+            x, states = _in_float32(x, states)
+        if input.dim() == 1:
+            x, states = x.unsqueeze(0), None if states is None else tuple(s.unsqueeze(0) for s in states)
+        finals = tuple(s.to(dtype) for s in self._one(x, states))
+        finals = tuple(s.squeeze(0) for s in finals) if input.dim() == 1 else finals
+        return finals if self._two_states else finals[0]
+
+    def _one(self, x: Tensor, states: tuple[Tensor, ...] | None) -> Sequence[Tensor]:
+        weights, scales = self._lists()
+        if not is_compiling() and not wants_gradient(x, states or ()):
+            form = 2, 1, 1, self.input_size, self.hidden_size, self.hidden_size
+            found = plain_call(self, self.cell, form, x, states, weights, scales=scales)
+            if found is not None:
+                return found[1:]
+        given = None if states is None else tuple(s.unsqueeze(0) for s in states)
+        _, finals = recurrent(self.cell, x.unsqueeze(0), given, weights, scales=scales)
+        return [s.squeeze(0) for s in finals]
+
+    def extra_repr(self) -> str:
+        """As torch.nn's, with the cell."""
+        return f"{self.cell}, {self.input_size}, {self.hidden_size}{'' if self.bias else ', bias=False'}, int8"

@@ -1,0 +1,228 @@
+"""Layers with int8 weights: exact sums on every instruction set, the arithmetic as written out, nothing lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from inference import same, tensors
+from int8_reference import layer, matrix
+from torch import Tensor, nn
+
+import fusedrnn
+from fusedrnn.cells import CELLS
+from fusedrnn.quantized import QuantizedRecurrent
+
+pytestmark = [pytest.mark.usefixtures("no_gradients"), pytest.mark.isa, pytest.mark.int8]
+op = torch.ops.fusedrnn.layer_forward.default
+
+
+def draw_module(cell: str, I: int, H: int, **options) -> QuantizedRecurrent:
+    """With weights as large as torch.nn's first ones."""
+    module = QuantizedRecurrent(cell, I, H, **options)
+    module.take([torch.empty(s).uniform_(-1, 1) / H**0.5 for s in sizes(module)])
+    return module
+
+
+def sizes(module: QuantizedRecurrent) -> list[torch.Size]:
+    return [getattr(module, name).shape for name in module._weight_names]
+
+
+def draw_states(module: QuantizedRecurrent, B: int, size: float = 1.0) -> tuple[Tensor, ...]:
+    parts = module.num_layers * (2 if module.bidirectional else 1)
+    widths = (module.proj_size or module.hidden_size, module.hidden_size)[: len(CELLS[module.cell].states)]
+    return tuple(size * (2 * torch.rand(parts, B, width) - 1) for width in widths)
+
+
+def given(states: tuple[Tensor, ...]):
+    return states if len(states) == 2 else states[0]
+
+
+def integers(*shape: int) -> Tensor:
+    """Rows whose scale is 1."""
+    found = torch.randint(-127, 128, shape).float()
+    found[..., 0] = 127
+    return found
+
+
+@pytest.mark.parametrize("T, B", [(1, 1), (1, 2), (1, 3), (1, 7), (1, 10), (1, 11), (1, 40), (3, 2), (3, 9), (2, 13)])
+@pytest.mark.parametrize("I, H", [(1, 1), (3, 5), (4, 16), (7, 17), (63, 33), (64, 48), (65, 67), (300, 130)])
+def test_sums_are_exact(T: int, B: int, I: int, H: int, threads: Callable) -> None:
+    """relu of integers: the sums themselves, of x alone, and of h too where T is 1 and it is given."""
+    threads(2)
+    w_ih, w_hh = (torch.randint(-127, 128, (H, n), dtype=torch.int8) for n in (I, H))
+    one = torch.ones(H)
+    for sign in (1, -1):  # relu hides one of the two
+        x, h0 = integers(T, B, I), integers(1, B, H) if T == 1 else None
+        weights = [sign * w_ih, sign * w_hh if T == 1 else torch.zeros_like(w_hh)]
+        expected = sign * x.double() @ w_ih.double().T
+        expected = expected + (sign * h0.double() @ w_hh.double().T if T == 1 else 0)
+        y, h_n, *_ = op(x, None, h0, None, weights, "rnn_relu", False, False, None, None, None, [one, one])
+        assert torch.equal(y.double(), expected.relu())
+        assert torch.equal(h_n[0], y[-1])
+
+
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("h0", [None, 0.3, 4.0])
+@pytest.mark.parametrize("cell", CELLS)
+def test_arithmetic(cell: str, h0: float | None, projected: bool, threads: Callable) -> None:
+    """A rounding of h may go the other way where it lies between: a rare difference, of one 127th in one factor."""
+    if projected and not CELLS[cell].projectable:
+        return
+    threads(2)
+    T, B, I, H = 4, 5, 11, 37
+    for zoneout in (0.0, 0.25):
+        module = draw_module(cell, I, H, proj_size=9 if projected else 0, zoneout=zoneout)
+        states = draw_states(module, B, h0 or 0.0)
+        x = torch.randn(T, B, I)
+        found = tensors(module(x, None if h0 is None else given(states)))
+        weights = {n: getattr(module, n + "_l0") for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
+        if projected:
+            weights["weight_hr"] = module.weight_hr_l0
+        scaled = [matrix(w, getattr(module, f"{n}_l0_scale")) if w.dim() == 2 else w for n, w in weights.items()]
+        y, finals = layer(cell, x, [s[0] for s in states], *scaled, keep=(zoneout, zoneout))
+        for a, b in zip(found, [y, *(s.unsqueeze(0) for s in finals)], strict=True):
+            error = (a.double() - b).abs() / max(1.0, b.abs().max().item())
+            assert error.quantile(0.9) < 2e-6, (zoneout, error.quantile(0.9))
+            assert error.max() < 2e-3, (zoneout, error.max())
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_pieces_give_the_same_bits(cell: str, threads: Callable) -> None:
+    """One call or several, one thread or two, steps, packed or with lengths, one sample or all."""
+    for options in ({}, {"num_layers": 2}, {"batch_first": True}, {"zoneout": 0.2}, {"proj_size": 7}):
+        if "proj_size" in options and not CELLS[cell].projectable:
+            continue
+        module = draw_module(cell, 9, 20, **options)
+        for size in (0.5, 3.0):
+            x, states = torch.randn(31, 3, 9), draw_states(module, 3, size)
+            turned = (lambda t: t.transpose(0, 1)) if module.batch_first else (lambda t: t)
+            whole = tensors(module(turned(x), given(states)))
+            threads(2)
+            assert same(tensors(module(turned(x), given(states))), whole)
+            threads(1)
+            state, ys = given(states), []
+            for piece in (x[:12], x[12:13], x[13:]):
+                y, state = module(turned(piece), state)
+                ys.append(turned(y))
+            assert torch.equal(turned(torch.cat(ys)), whole[0])
+            state, ys = given(states), []
+            for x_t in x:
+                y, state = module.step(x_t, state)
+                ys.append(y)
+            assert torch.equal(turned(torch.stack(ys)), whole[0])
+            assert same(tensors((whole[0], state)), whole)
+            one = tensors(module(turned(x[:, 1:2]), given(tuple(s[:, 1:2].contiguous() for s in states))))
+            assert torch.equal(turned(one[0]), turned(whole[0])[:, 1:2])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_ragged_batches(cell: str, threads: Callable) -> None:
+    threads(2)
+    module = draw_module(cell, 6, 33, bidirectional=True, num_layers=2)
+    lengths, x = [9, 7, 7, 2, 1], torch.randn(9, 5, 6)
+    states = draw_states(module, 5, 2.0)
+    packed = nn.utils.rnn.pack_padded_sequence(x, lengths)
+    y, last = module(packed, given(states))
+    y, _ = nn.utils.rnn.pad_packed_sequence(y)
+    assert same(tensors(module(x, given(states), lengths=lengths)), tensors((y, last)))
+    for b, n in enumerate(lengths):
+        own = tensors(module(x[:n, b : b + 1], given(tuple(s[:, b : b + 1].contiguous() for s in states))))
+        assert torch.equal(own[0], y[:n, b : b + 1])
+        assert all(torch.equal(a, s[:, b : b + 1]) for a, s in zip(own[1:], tensors((y, last))[1:], strict=True))
+
+
+@pytest.mark.parametrize("strange", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_is_not_finite_is_not_lost(cell: str, strange: float, threads: Callable) -> None:
+    """A NaN or an infinity of x makes NaN of its sample from then on, and of no other."""
+    threads(2)
+    for projection in (0, 5) if CELLS[cell].projectable else (0,):
+        module = draw_module(cell, 8, 40, proj_size=projection)
+        x = torch.randn(12, 4, 8)
+        clean = module(x)[0]
+        x[5, 2, 3] = strange
+        y, last = module(x)
+        others = [0, 1, 3]
+        assert torch.equal(y[:, others], clean[:, others]) and torch.equal(y[:5], clean[:5])
+        assert y[5:, 2].isnan().all()
+        assert all(s[:, 2].isnan().all() and not s[:, others].isnan().any() for s in tensors((y, last))[1:])
+        for which in range(len(CELLS[cell].states)):  # one element of an initial state
+            states = draw_states(module, 4)
+            states[which][0, 2, 3] = float("nan")
+            y = module(torch.randn(12, 4, 8), given(states))[0]
+            assert y[1:, 2].isnan().all() and not y[:, others].isnan().any()
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-38, 1e-30, 1e30, 3e38])
+def test_rows_of_any_size(size: float) -> None:
+    """What counts is the size of a row beside its other elements; below normal numbers it is zero."""
+    module = draw_module("rnn_relu", 5, 6)
+    x = torch.rand(1, 3, 5)
+    x[0, 1] = x[0, 1] / x[0, 1].max() * size
+    y = module(x)[0]
+    w = matrix(module.weight_ih_l0, module.weight_ih_l0_scale)
+    expected = (x.double() @ w.T + (module.bias_ih_l0 + module.bias_hh_l0).double()).relu()
+    assert not y.isnan().any()
+    error = (y.double() - expected).abs()[0]
+    assert (error.amax(1) <= 0.02 * x.double().amax(2)[0] + 1e-6).all()
+
+
+def test_states_of_every_step() -> None:
+    module = draw_module("lstm", 4, 10, num_layers=2)
+    x = torch.randn(6, 3, 4)
+    y, (h_n, c_n), steps = module(x, return_states=True)
+    assert same([y, h_n, c_n], tensors(module(x)))
+    assert torch.equal(steps[1][0], y)
+    assert all(torch.equal(s[1][-1], c) for s, c in zip(steps, c_n, strict=True))
+    reset = torch.zeros(6, 3, dtype=torch.bool)
+    reset[3] = True
+    y = module(x, reset=reset)[0]
+    assert torch.equal(y[3:], module(x[3:])[0]) and torch.equal(y[:3], module(x[:3])[0])
+
+
+def test_kept_panels_follow_the_weights() -> None:
+    """Weights that are written in place, by whatever way, are the ones of the next call."""
+    module = draw_module("gru", 40, 60)
+    x = torch.randn(30, 2, 40)
+    for _ in range(4):
+        before = module(x)[0]
+    assert fusedrnn._C.packed_uses(fusedrnn.inference.cache.find(module).packed) > 0
+    module.weight_hh_l0.data.numpy()[:] = -module.weight_hh_l0.numpy()
+    other = QuantizedRecurrent("gru", 40, 60)
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(module(x)[0], other(x)[0]) and not torch.equal(module(x)[0], before)
+    module.weight_ih_l0_scale.mul_(2)  # which is not packed
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(module(x)[0], other(x)[0])
+
+
+def test_the_op_says_what_does_not_fit() -> None:
+    H, I = 4, 3
+    x, w = torch.randn(2, 1, I), [torch.zeros(H, I, dtype=torch.int8), torch.zeros(H, H, dtype=torch.int8)]
+    s = [torch.ones(H), torch.ones(H)]
+
+    def call(x: Tensor = x, w: list[Tensor] = w, s: list[Tensor] = s, mask: Tensor | None = None) -> None:
+        for device in ("cpu", "meta") if mask is None else ("cpu",):
+            moved = [t.to(device) for t in w], [t.to(device) for t in s]
+            op(x.to(device), None, None, None, moved[0], "rnn_tanh", False, False, mask, None, None, moved[1])
+
+    call()
+    for match, arguments in {
+        "w_ih must have the dtype torch.int8, got torch.float32": {"w": [w[0].float(), w[1]]},
+        "w_hh must have the dtype torch.int8, got torch.float32": {"w": [w[0], w[1].float()]},
+        "int8 weights takes an input of torch.float32, got torch.float64": {"x": x.double()},
+        "scales must hold s_ih, s_hh.* got 1 tensors": {"s": s[:1]},
+        r"s_hh must have shape \[4\], got \[3\]": {"s": [s[0], s[1][:3]]},
+        "s_ih must have the dtype of the input, torch.float32, got torch.float64": {"s": [s[0].double(), s[1]]},
+        "no mask_h": {"mask": torch.ones(1, 1, H)},
+    }.items():
+        with pytest.raises(RuntimeError, match=match):
+            call(**arguments)
+    freed = torch.ones(H)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="s_hh, of shape .* it was resized or freed"):
+        op(x, None, None, None, w, "rnn_tanh", False, False, None, None, None, [s[0], freed])
+    with pytest.raises(RuntimeError, match="w_ih must have the dtype of the input"):
+        op(x, None, None, None, w, "rnn_tanh", False, False)
