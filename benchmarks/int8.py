@@ -1,10 +1,10 @@
 """The command ``python -m benchmarks.int8``: inference with int8 weights beside ours in float32, torch.ao and ONNX.
 
-*T100*: one call. *step*: one step of a stream, ``step`` of our modules. Our int8 is :func:`fusedrnn.quantize`; torch.ao
-is ``torch.ao.quantization.quantize_dynamic`` (LSTM and GRU; of an RNN it has none), ORT ``quantize_dynamic`` of ONNX
-Runtime (LSTM), each on the same module. Results are compared with float64 first. Microseconds, medians of interleaved
-rounds; torch.nn and torch.ao run with one thread or with all, whichever is faster, the others with all. A ratio is a
-time over that of our int8.
+*T100*: one call. *step*: one step of a stream, ``step`` of our modules. *int8* and *bfloat16* are ours by
+:func:`fusedrnn.quantize`, *float32* ours as it is; *torch.ao* is ``torch.ao.quantization.quantize_dynamic`` (LSTM and
+GRU; of an RNN it has none), *ORT* ``quantize_dynamic`` of ONNX Runtime (LSTM), each of the same module. Results are
+compared with float64 first. Microseconds, medians of interleaved rounds; torch.nn and torch.ao run with one thread or
+with all, whichever is faster, the others with all. A ratio is a time over that of our int8.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ SHAPES = ((1, 256), (1, 512), (1, 1024), (8, 512), (32, 256), (64, 512))  # B, H
 CELLS = ("LSTM", "GRU", "RNN")
 TOLERANCE = 0.1  # of the largest output; int8 rounds to 1/127
 SETTLE_SECONDS = 0.15  # the threads of ONNX Runtime spin for 60 ms
-COLUMNS = ("torch.nn", "float32", "torch.ao", "ORT", "int8")
-HEADER = f"{'case':24} " + " ".join(f"{name:>9}" for name in COLUMNS) + "   torch.nn, float32, torch.ao, ORT over int8"
+COLUMNS = ("torch.nn", "float32", "bfloat16", "torch.ao", "ORT", "int8")
+HEADER = f"{'case':20} " + " ".join(f"{name:>9}" for name in COLUMNS) + f"   {', '.join(COLUMNS[:-1])} over int8"
 Call = Callable[[], np.ndarray]
 
 
@@ -102,14 +102,16 @@ def contenders(name: str, steps: int, B: int, H: int, threads: int) -> dict[str,
     theirs = getattr(nn, name)(H, H).eval()
     ours = getattr(fusedrnn, name)(H, H).eval()
     ours.load_state_dict(theirs.state_dict())
-    small = copy.deepcopy(ours)
-    fusedrnn.quantize(small)
+    small, half = copy.deepcopy(ours), copy.deepcopy(ours)
+    fusedrnn.quantize(small, "int8")
+    fusedrnn.quantize(half, "bfloat16")
     x, states = torch.randn(steps, B, H), [torch.randn(1, B, H).tanh() for _ in range(1 + (name == "LSTM"))]
     state = tuple(states) if len(states) == 2 else states[0]
     run = _stepped if steps == 1 else _called
     wide = [s.double() for s in states]
     exact = copy.deepcopy(theirs).double()(x.double(), tuple(wide) if len(wide) == 2 else wide[0])
-    calls = {"int8": run(small, x, state), "float32": run(ours, x, state), "torch.nn": _called(theirs, x, state)}
+    calls = {name: run(own, x, state) for name, own in {"int8": small, "bfloat16": half, "float32": ours}.items()}
+    calls["torch.nn"] = _called(theirs, x, state)
     if (ao := _torch_ao(theirs)) is not None:
         calls["torch.ao"] = _called(ao, x, state)
     if (ort := _onnx_runtime(theirs, x, states, threads)) is not None:
@@ -142,7 +144,7 @@ def rows(seconds: float, min_rounds: int = MIN_ROUNDS) -> Iterator[str]:
                     ratios[column].append(ratio)
                 times = " ".join(f"{us[column]:9.1f}" if column in us else f"{'none':>9}" for column in COLUMNS)
                 what = f"{name} {'step' if steps == 1 else f'T{steps}'} B{B} H{H}"
-                yield f"{what:24} {times}   {', '.join(f'{ratio:.2f}' for ratio in found)}"
+                yield f"{what:20} {times}   {', '.join(f'{ratio:.2f}' for ratio in found)}"
     for column, of in ratios.items():
         if of:
             yield f"{column} over int8: geometric mean {geometric_mean(of):.2f}, lowest {min(of):.2f}"

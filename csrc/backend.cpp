@@ -8,7 +8,13 @@ namespace {
 
 bool host_has(int cell, int dtype) { return kernels().forward[cell][dtype] != nullptr; }
 
-bool host_has_int8(int) { return true; }
+const SmallWeightsTable* small_weights(const Layer& layer) {
+  switch (layer.matrices) {
+    case Matrices::kInt8: return kernels().int8;
+    case Matrices::kBFloat16: return kernels().bfloat16;
+    default: return nullptr;
+  }
+}
 
 void host_forward(const Layer& layer, const ForwardProblem& p) { check_memory(forward_kernel(layer)(p)); }
 
@@ -19,14 +25,13 @@ void host_backward(const Layer& layer, const BackwardProblem& p) {
 }  // namespace
 
 ForwardKernel forward_kernel(const Layer& layer) {
-  const KernelTable& table = kernels();
-  return layer.scales.empty() ? table.forward[layer.cell][layer.kernel_dtype()] : table.int8->forward[layer.cell];
+  const SmallWeightsTable* const small = small_weights(layer);
+  return small ? small->forward[layer.cell] : kernels().forward[layer.cell][layer.kernel_dtype()];
 }
 
 int64_t panel_bytes(const Layer& layer) {
-  const KernelTable& table = kernels();
-  const auto bytes =
-      layer.scales.empty() ? table.panel_bytes[layer.cell][layer.kernel_dtype()] : table.int8->panel_bytes[layer.cell];
+  const SmallWeightsTable* const small = small_weights(layer);
+  const auto bytes = small ? small->panel_bytes[layer.cell] : kernels().panel_bytes[layer.cell][layer.kernel_dtype()];
   return bytes(layer.size);
 }
 
@@ -41,7 +46,7 @@ const Backend& backend_of(const Tensor& x) {
 #if defined(FUSEDRNN_CUDA)
   if (x.device().is_cuda()) return kCudaBackend;
 #endif
-  static const Backend host = {true, kernels().even_rows, false, host_has, host_has_int8, host_forward, host_backward};
+  static const Backend host = {true, kernels().even_rows, false, true, host_has, host_forward, host_backward};
   return host;
 }
 

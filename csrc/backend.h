@@ -9,8 +9,8 @@ struct Backend {
   bool host;                         // the CPU: inference may go past the ops
   bool even_rows;                    // x must have one distance between all its rows (has_even_rows, problem.h)
   bool adds_directions;              // dx is the sum of both directions; else each has a part of its own
+  bool small_weights;                // there are kernels for matrices of smaller types
   bool (*has)(int cell, int dtype);  // a kernel
-  bool (*has_int8)(int cell);        // one for int8 weights
   void (*forward)(const Layer& layer, const ForwardProblem& p);  // both throw where memory or a launch fails
   void (*backward)(const Layer& layer, const BackwardProblem& p);
 };

@@ -78,7 +78,7 @@ uint64_t digest(const Layer& layer) {
   const LayerSizes& z = layer.size;
   std::vector<uint64_t> parts = {static_cast<uint64_t>(layer.cell), static_cast<uint64_t>(layer.dtype),
                                  static_cast<uint64_t>(z.I),        static_cast<uint64_t>(z.H),
-                                 static_cast<uint64_t>(z.R),        !layer.scales.empty()};
+                                 static_cast<uint64_t>(z.R),        static_cast<uint64_t>(layer.matrices)};
   for (const DirectionWeights& w : layer.weights) {
     for (const Tensor* t : {&w.w_ih, &w.w_hh, &w.w_hr}) {
       if (t->defined()) parts.push_back(digest(*t, parts.size()));
@@ -179,6 +179,10 @@ Tensors weights_of(const Tensors& all, int64_t first, int64_t count) {
   return {all.begin() + first, all.begin() + first + count};
 }
 
+std::optional<Tensors> scales_of_layer(const ModuleCall& call, int64_t layer, int64_t each) {
+  return call.scales ? std::optional<Tensors>(weights_of(*call.scales, layer * each, each)) : std::nullopt;
+}
+
 // Steps [begin, end) of a dense batch through a layer of one direction; the states go on from h_n and c_n.
 ForwardProblem steps_of(const Work& work, int64_t begin, int64_t end) {
   ForwardProblem p = work.problem;
@@ -230,13 +234,16 @@ bool fits(const ModuleCall& call) {
   }
   const auto order = WeightOrder::of(call.weights.size(), call.parts());
   if (!order || call.H == 0 || call.R == 0) return false;
-  const bool int8 = !call.scales.empty();
-  if (int8 && static_cast<int64_t>(call.scales.size()) != order->scales() * call.parts()) return false;
+  const Matrices matrices = matrices_of(call.scales);
+  const bool int8 = matrices == Matrices::kInt8;
+  if (int8 && static_cast<int64_t>(call.scales->size()) != order->scales() * call.parts()) return false;
   if (order->projected ? !cell.projectable : call.R != call.H) return false;
   const int64_t batch = call.one_step ? 0 : 1;  // the dimension of the samples
   if (!x.defined() || !has_backend(x) || x.dim() != batch + 2 || x.size(-1) != call.I || !is_there(x)) return false;
   if (x.elements().kernel_dtype() < 0 || !steps_fit(x)) return false;
-  if (int8 && (x.elements() != Elements(DType::kFloat32) || !backend_of(x).has_int8(call.cell))) return false;
+  if (int8 && std::max({call.I, call.H, call.R * call.directions}) > kMostBytes) return false;
+  const bool small_fit = x.elements() == Elements(DType::kFloat32) && backend_of(x).small_weights;
+  if (matrices != Matrices::kAsInput && !small_fit) return false;
   if (call.one_step && call.parts() > 1 && (call.h0 || call.c0)) return false;  // they have no room for several layers
   const int64_t B = x.size(batch), width = call.R * call.directions;
   for (const auto& [state, columns] : {std::pair(&call.h0, call.R), std::pair(&call.c0, call.H)}) {
@@ -249,10 +256,10 @@ bool fits(const ModuleCall& call) {
     const int64_t columns = part < call.directions ? call.I : width;
     each_weight(order->at(call.weights.data(), part), cell.gates, columns, call.H, call.R,
                 [&](const char*, const Tensor& w, Sizes shape) {
-                  fit = fit && fits(w, x, shape, elements_of_weight(x, shape, int8));
+                  fit = fit && fits(w, x, shape, elements_of_weight(x, shape, matrices));
                 });
     if (!int8) continue;
-    each_scale(order->scales_at(call.scales.data(), part), cell.gates, call.H, call.R,
+    each_scale(order->scales_at(call.scales->data(), part), cell.gates, call.H, call.R,
                [&](const char*, const Tensor& s, Sizes shape) { fit = fit && fits(s, x, shape, x.elements()); });
   }
   return fit;
@@ -261,7 +268,7 @@ bool fits(const ModuleCall& call) {
 std::optional<Inferred> infer(const ModuleCall& call, PackedWeights& kept, const Zoneout& zoneout) {
   if (!has_kernels(call.x)) return std::nullopt;
   const int64_t layers = call.layers, D = call.directions, each = call.weights.size() / layers;
-  const int64_t each_scales = call.scales.size() / layers;
+  const int64_t each_scales = call.scales ? call.scales->size() / layers : 0;
   const Tensor x = *with_time(call, call.x);
   const OptionalTensor h0 = with_time(call, call.h0), c0 = with_time(call, call.c0);
 
@@ -283,7 +290,7 @@ std::optional<Inferred> infer(const ModuleCall& call, PackedWeights& kept, const
                              name,
                              D == 2,
                              {},
-                             weights_of(call.scales, l * each_scales, each_scales)});
+                             scales_of_layer(call, l, each_scales)});
     const LayerSizes& z = work.layer.size;
     if (l == 0) {
       // States are rounded to the type of x between chunks: the same numbers only where that is the compute type.
@@ -334,18 +341,19 @@ std::optional<Inferred> infer(const ModuleCall& call, PackedWeights& kept, const
 std::unique_ptr<Stepper> Stepper::make(const ModuleCall& call, const Zoneout& zoneout) {
   const Tensor& x = call.x;
   bool dense = has_kernels(x) && call.one_step && call.directions == 1 && x.size(0) > 0;
-  for (const Tensors* list : {&call.weights, &call.scales}) {
+  const Tensors scales = call.scales.value_or(Tensors());
+  for (const Tensors* list : {&call.weights, &scales}) {
     for (const Tensor& w : *list) dense = dense && w.is_contiguous();
   }
   if (!dense) return nullptr;
   auto stepper = std::make_unique<Stepper>();
   stepper->elements_ = x.elements();
   stepper->two_states_ = cell_constants(call.cell).states == 2;
-  for (const Tensors* list : {&call.weights, &call.scales}) {
+  for (const Tensors* list : {&call.weights, &scales}) {
     for (const Tensor& w : *list) stepper->shapes_.push_back({{w.sizes().begin(), w.sizes().end()}, w.elements()});
   }
   stepper->weights_ = call.weights.size();
-  const size_t each = call.weights.size() / call.layers, each_scales = call.scales.size() / call.layers;
+  const size_t each = call.weights.size() / call.layers, each_scales = scales.size() / call.layers;
   Tensor input = with_one(x).contiguous();
   for (int64_t l = 0; l < call.layers; ++l) {
     Layer layer = read_layer({input,
@@ -356,7 +364,7 @@ std::unique_ptr<Stepper> Stepper::make(const ModuleCall& call, const Zoneout& zo
                               cell_constants(call.cell).name,
                               false,
                               {},
-                              weights_of(call.scales, l * each_scales, each_scales)});
+                              scales_of_layer(call, l, each_scales)});
     const LayerSizes& z = layer.size;
     if (l == 0) stepper->keep_ = rows_kept(zoneout, z, x);
     ForwardProblem problem;
@@ -370,7 +378,7 @@ std::unique_ptr<Stepper> Stepper::make(const ModuleCall& call, const Zoneout& zo
     input = empty({1, z.B, z.R}, x);
     layer.x = Tensor();
     layer.weights.clear();
-    for (DirectionScales& s : layer.scales) s = {};  // how many there are says which kernel it is
+    layer.scales.clear();
     stepper->layers_.push_back(std::move(layer));
   }
   return stepper;

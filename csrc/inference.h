@@ -44,7 +44,7 @@ struct ModuleCall {
   Tensor x;
   OptionalTensor h0, c0;  // [layers * directions, B, *]; of a single step [B, *]. All of the cell's states, or none
   Tensors weights;        // of each layer and direction in turn
-  Tensors scales;         // likewise, of int8 matrices
+  std::optional<Tensors> scales = {};  // likewise, of matrices of a smaller type (matrices_of)
   int64_t parts() const { return layers * directions; }
 };
 

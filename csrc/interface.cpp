@@ -88,7 +88,7 @@ const Interface* fusedrnn_interface() {
       [](const PackedWeights& kept) { return kept.bytes(); },
       [](std::string_view name) { return find_cell(name); },
       cell_constants,
-      [](const ModuleCall& call) { return has_kernels(call.x); },
+      [](const ModuleCall& call) { return has_kernels(call.x) && !call.scales; },
       [](const ModuleCall& call) { return forward_pass(arguments_of(call), true); },
       [](const ModuleCall& call, const OptionalTensor& dh, const OptionalTensor& dc, const Tensor& h,
          const Tensor& saved, const Needs& need) {

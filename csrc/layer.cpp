@@ -45,6 +45,16 @@ ListedWeights WeightOrder::at(const Tensor* weights, int64_t direction) const {
   return {w, w + 1, biases ? w + 2 : nullptr, biases ? w + 3 : nullptr, projected ? w + each - 1 : nullptr};
 }
 
+Matrices matrices_of(const std::optional<Tensors>& scales) {
+  if (!scales) return Matrices::kAsInput;
+  return scales->empty() ? Matrices::kBFloat16 : Matrices::kInt8;
+}
+
+Elements elements_of_weight(const Tensor& x, Sizes shape, Matrices matrices) {
+  if (shape.size() != 2 || matrices == Matrices::kAsInput) return x.elements();
+  return matrices == Matrices::kInt8 ? Elements(aoti_torch_dtype_int8()) : Elements(DType::kBFloat16);
+}
+
 DirectionScales WeightOrder::scales_at(const Tensor* all, int64_t direction) const {
   const Tensor* const s = all + direction * scales();
   return {s[0], s[1], projected ? s[2] : Tensor()};
@@ -135,7 +145,7 @@ void read_steps(Layer& layer, const OptionalTensor& batch_sizes) {
   z.offset = offset;
 }
 
-void read_weights(Layer& layer, const Tensors& weights, const Tensors& scales, int directions) {
+void read_weights(Layer& layer, const Tensors& weights, const std::optional<Tensors>& scales, int directions) {
   const auto order = WeightOrder::of(weights.size(), directions);
   check(order.has_value(), "weights must hold w_ih, w_hh[, b_ih, b_hh][, w_hr] for each of ", directions,
         " direction(s), got ", weights.size(), " tensors");
@@ -152,24 +162,29 @@ void read_weights(Layer& layer, const Tensors& weights, const Tensors& scales, i
         w_hh.sizes());
   z.H = w_hh.size(0) / G;
   z.R = z.projected ? w_hh.size(1) : z.H;
-  const bool int8 = !scales.empty();
+  layer.matrices = matrices_of(scales);
   const auto contiguous = [](const Tensor* t) { return t ? aligned(t->contiguous()) : Tensor(); };
   for (int d = 0; d < directions; ++d) {
     const ListedWeights w = order->at(weights.data(), d);
     each_weight(w, G, z.I, z.H, z.R, [&](const char* name, const Tensor& t, Sizes shape) {
-      check_tensor(t, layer.x, name, shape, elements_of_weight(layer.x, shape, int8));
+      check_tensor(t, layer.x, name, shape, elements_of_weight(layer.x, shape, layer.matrices));
     });
     layer.weights.push_back(w.map(contiguous));
   }
-  if (!int8) return;
-  check(layer.dtype == DType::kFloat32, "a layer with int8 weights takes an input of torch.float32, got ",
-        layer.x.elements());
-  check(backend_of(layer.x).has_int8(layer.cell), "this device has no kernels for int8 weights, got an input on ",
+  if (layer.matrices == Matrices::kAsInput) return;
+  check(backend_of(layer.x).small_weights,
+        "this device has no kernels for weights of another type than the input, got ", "an input on ",
         layer.x.device());
-  check(static_cast<int64_t>(scales.size()) == order->scales() * directions, "scales must hold s_ih, s_hh[, s_hr] for ",
-        "each of ", directions, " direction(s), got ", scales.size(), " tensors");
+  check(layer.dtype == DType::kFloat32, "a layer with int8 or bfloat16 weights alone takes an input of torch.float32, ",
+        "got ", layer.x.elements());
+  if (layer.matrices != Matrices::kInt8) return;
+  check(std::max({z.I, z.H, z.R}) <= kMostBytes, "rows of int8 weights must have at most ", kMostBytes,
+        " elements, got I = ", z.I, ", H = ", z.H);
+  check(static_cast<int64_t>(scales->size()) == order->scales() * directions,
+        "scales must hold s_ih, s_hh[, s_hr] for ", "each of ", directions, " direction(s), got ", scales->size(),
+        " tensors");
   for (int d = 0; d < directions; ++d) {
-    const DirectionScales s = order->scales_at(scales.data(), d);
+    const DirectionScales s = order->scales_at(scales->data(), d);
     each_scale(s, G, z.H, z.R,
                [&](const char* name, const Tensor& t, Sizes shape) { check_tensor(t, layer.x, name, shape); });
     layer.scales.push_back({contiguous(&s.ih), contiguous(&s.hh), z.projected ? contiguous(&s.hr) : Tensor()});
@@ -198,8 +213,8 @@ Layer read_layer(const LayerArguments& given) {
   layer.h0 = check_optional(given.h0, x, "h0", {directions, z.B, z.R});
   layer.c0 = check_optional(given.c0, x, "c0", {directions, z.B, z.H});
   check(layer.constants().states == 2 || !layer.c0.defined(), "cell ", layer.constants().name, " has no c0");
-  check(given.scales.empty() || !given.noise.mask_h || !given.noise.mask_h->defined(),
-        "a layer with int8 weights has no mask_h, which is for training");
+  check(layer.matrices == Matrices::kAsInput || !given.noise.mask_h || !given.noise.mask_h->defined(),
+        "a layer with int8 or bfloat16 weights alone has no mask_h, which is for training");
   layer.mask_h = check_optional(given.noise.mask_h, x, "mask_h", {directions, z.B, z.R});
   layer.keep_h = check_rows(given.noise.keep_h, layer, "keep_h", z.R);
   layer.keep_c = check_rows(given.noise.keep_c, layer, "keep_c", z.H);

@@ -53,10 +53,14 @@ void each_scale(const DirectionScales& s, int64_t gates, int64_t H, int64_t R, c
   visit("s_hh", s.hh, Sizes({gates * H}));
   if (s.hr.defined()) visit("s_hr", s.hr, Sizes({R}));
 }
-// Elements of a weight of this shape beside those of the input: matrices may be of int8.
-inline Elements elements_of_weight(const Tensor& x, Sizes shape, bool int8) {
-  return int8 && shape.size() == 2 ? Elements(aoti_torch_dtype_int8()) : x.elements();
-}
+// What the matrices are, which in a layer of float32 may be of a smaller type, for inference.
+enum class Matrices { kAsInput, kInt8, kBFloat16 };
+// So many int8 products have a sum in int32, one of them unsigned too.
+constexpr int64_t kMostBytes = 1 << 16;
+// With scales int8; with a list of none bfloat16.
+Matrices matrices_of(const std::optional<Tensors>& scales);
+// Elements of a weight of this shape.
+Elements elements_of_weight(const Tensor& x, Sizes shape, Matrices matrices);
 
 // problem.h's StateNoise as tensors, each of which may be undefined.
 struct Noise {
@@ -71,7 +75,7 @@ struct LayerArguments {
   std::string_view cell;
   bool bidirectional = false;
   Noise noise;
-  Tensors scales;  // for each direction, if the matrices are int8, of an input in float32; for inference
+  std::optional<Tensors> scales;  // for each direction, if the matrices are of a smaller type (matrices_of)
 };
 
 // Arguments that fit one another, with contiguous weights and states; owns what a problem points to.
@@ -83,7 +87,8 @@ struct Layer {
   Tensor mask_h, keep_h, keep_c;     // may be undefined
   std::unique_ptr<int64_t[]> steps;  // what size.active and size.offset point to
   std::vector<DirectionWeights> weights;
-  std::vector<DirectionScales> scales;  // empty, or the matrices are int8
+  Matrices matrices = Matrices::kAsInput;
+  std::vector<DirectionScales> scales;  // of int8 matrices, else empty
   bool packed;
 
   const CellConstants& constants() const { return cell_constants(cell); }

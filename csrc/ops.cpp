@@ -5,7 +5,8 @@
 //   layer_backward  its hand-derived gradients
 //
 // float16 on the CPU is computed by the kernels of float32. With `scales`, s_ih, s_hh[, s_hr] for each direction, the
-// matrices are int8: row r of one stands for scale[r] times its numbers. For inference on the CPU, in float32.
+// matrices are int8: row r of one stands for scale[r] times its numbers. With an empty list they are bfloat16. Both for
+// inference on the CPU, everything else in float32.
 // weights: for each direction w_ih, w_hh[, b_ih, b_hh][, w_hr], as torch.nn lays them out. x is [T, B, I], or [N, I]
 // with batch_sizes (a PackedSequence's). Outputs never alias inputs or one another.
 #include "target.h"
@@ -30,9 +31,9 @@ class Stack {
     return Tensor::take(to<AtenTensorHandle>(*given));
   }
   Tensors tensors() { return list(*next_++); }
-  Tensors optional_tensors() {  // none: of no tensor
+  std::optional<Tensors> optional_tensors() {
     const std::unique_ptr<StableIValue> given(to<StableIValue*>(*next_++));
-    return given ? list(*given) : Tensors();
+    return given ? std::optional<Tensors>(list(*given)) : std::nullopt;
   }
   std::string text() {
     const auto given = to<StringHandle>(*next_++);

@@ -92,7 +92,7 @@ struct StateNoise {
 struct ForwardProblem {
   LayerSizes size;
   LayerWeights weights[2];
-  WeightScales scales[2] = {};  // for kernels of int8 weights
+  WeightScales scales[2] = {};  // of int8 matrices
   StateNoise noise;
   RowView x;             // [T, B, I] or [N, I]
   const void* h0;        // [D, B, R] or null: zeros

@@ -97,8 +97,8 @@ bool read_size(PyObject* object, int64_t& into) {
 }
 
 // A call as a module makes it: states, a tuple of all that the cell has, or None; form: the dimensions of x, layers,
-// directions, I, H, R; scales: of int8 matrices. False where the kernels do not take it (fits), or something other than
-// torch's own tensors is at work: a subclass, a mode, autocast.
+// directions, I, H, R; scales: of matrices of a smaller type. False where the kernels do not take it (fits), or
+// something other than torch's own tensors is at work: a subclass, a mode, autocast.
 bool read_call(const py::object& x, const py::object& states, const py::object& weights, const py::object& cell,
                const py::object& form, ModuleCall& call, Held& held, const py::object& scales = py::none()) {
   call.cell = library->find_cell(argument<std::string>(cell, "cell"));
@@ -123,7 +123,7 @@ bool read_call(const py::object& x, const py::object& states, const py::object& 
     }
   }
   return read_tensor(x.ptr(), call.x, held) && read_tensors(weights.ptr(), -1, call.weights, held) &&
-         (scales.is_none() || read_tensors(scales.ptr(), -1, call.scales, held)) &&
+         (scales.is_none() || read_tensors(scales.ptr(), -1, call.scales.emplace(), held)) &&
          !at::impl::torch_function_mode_enabled() && library->fits(call) &&
          !at::autocast::is_autocast_enabled(THPVariable_Unpack(x.ptr()).device().type());
 }

@@ -57,9 +57,9 @@ def _stack(
     """Stacked layers, as a call with the states and weights of all, on time-major or packed rows: the output, the final
     states, (L*D, B, *) each, and each layer's states at every step, if the options ask for them.
     """
-    _check_devices(stack.x, *stack.states, *stack.weights, *stack.scales)
+    _check_devices(stack.x, *stack.states, *stack.weights, *(stack.scales or ()))
     directions, each = stack.directions, len(stack.weights) // num_layers
-    each_scales = len(stack.scales) // num_layers
+    each_scales = len(stack.scales or ()) // num_layers
     x, options = stack.x, stack.options
     finals: list[tuple[Tensor, ...]] = []
     steps: list[tuple[Tensor, ...]] = []
@@ -69,7 +69,7 @@ def _stack(
             x=drop_input(x, drop.input, stack.batch_sizes, layout),
             states=[None if s is None else s if num_layers == 1 else s[own] for s in stack.states],
             weights=drop_weights(stack.weights[layer * each : (layer + 1) * each], drop.weight, directions),
-            scales=stack.scales[layer * each_scales : (layer + 1) * each_scales],
+            scales=None if stack.scales is None else stack.scales[layer * each_scales : (layer + 1) * each_scales],
             options=options if last else options._replace(batch_first=False),
             owner=None if owner is None or torch.compiler.is_compiling() else Owner(weakref.ref(owner), layer, layout),
         )
@@ -139,7 +139,7 @@ def recurrent(
     reset: Tensor | None = None,
     return_states: bool = False,
     owner: torch.nn.Module | None = None,
-    scales: Sequence[Tensor] = (),
+    scales: Sequence[Tensor] | None = None,
     **options: Any,
 ) -> tuple[Any, ...]:
     """Stacked recurrent layers of any registered cell.
@@ -164,7 +164,8 @@ def recurrent(
         return_states: whether to give the states of every layer at every step, too. They are differentiable.
         owner: the module by which :class:`fusedrnn.record_gradients` knows the call.
         scales: for each layer and direction s_ih (G*H), s_hh (G*H)[, s_hr (P)], if the matrices are int8: row r of one
-            is ``scale[r] * w[r]``. For inference, with an input in float32; see :func:`fusedrnn.quantize`.
+            is ``scale[r] * w[r]``. An empty list, if they are bfloat16. Both for inference, everything else in float32:
+            :func:`fusedrnn.quantize`.
         options: by name, those of :class:`fusedrnn.FusedOptions` but ``reset_after``, which the name of the cell says.
 
     Returns:
@@ -222,7 +223,7 @@ def recurrent(
     elif packed is not None and packed.sorted_indices is not None:
         states = [None if s is None else s.index_select(1, packed.sorted_indices) for s in states]
 
-    if not scales:
+    if scales is None:
         x, *rest = _autocast(x, *states, *weights)
         states, weights = rest[: len(names)], rest[len(names) :]
     stack = LayerCall(cell, x, states, weights, bidirectional, options=policy, scales=scales)

@@ -43,8 +43,8 @@ def table() -> dict[Callable, Callable]:
 
     def fusedrnn_layer(*args):  # noqa: ANN002, ANN202
         call, _ = ForwardArguments.of(*args)
-        if call.scales:
-            raise NotImplementedError("int8 weights are not exported to ONNX: export the model before, quantize there")
+        if call.scales is not None:
+            raise NotImplementedError("quantized layers are not exported to ONNX: export the model, quantize there")
         if call.noise.any:
             raise NotImplementedError("ONNX's recurrent operators have neither zoneout nor a mask on h")
         return _layer(op, call)

@@ -1,4 +1,4 @@
-"""Recurrent modules of a model in int8, for inference: :func:`quantize`."""
+"""Recurrent modules of a model in int8 or bfloat16, for inference: :func:`quantize`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import modules, options
 from .convert import ConversionEntry, check_model, listed, own_class, title
 from .inference import cache
-from .quantized import QuantizedCell, QuantizedRecurrent
+from .quantized import MOST_INT8, QuantizedCell, QuantizedRecurrent, small_dtype
 from .torch_internals import flat_weights, weight_names
 
 _CLASSES = {getattr(nn, name) for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")}
@@ -42,14 +42,17 @@ class QuantizationReport:
 
 
 def quantize(model: nn.Module, dtype: str | torch.dtype = "int8") -> QuantizationReport:
-    """Replace the recurrent modules of ``model``, of torch.nn and of fusedrnn, by ones with int8 matrices, in place.
+    """Replace the recurrent modules of ``model``, of torch.nn and of fusedrnn, by ones with small matrices, in place.
 
-    They are for inference on the CPU (:mod:`fusedrnn.quantized`): a quarter of the memory, and the more speed the
-    larger the matrices. No calibration: a scale for each row of a matrix, and for each row of x and h as they come.
+    They are for inference on the CPU (:mod:`fusedrnn.quantized`). ``"int8"``: a quarter of the memory, and the more
+    speed the larger the matrices; a scale for each row of a matrix, and for each row of x and h as they come, without
+    calibration. ``"bfloat16"``: half of the memory; the matrices alone, multiplied in float32, which is sooner where a
+    batch is so small that reading them is the work.
 
     >>> print(fusedrnn.quantize(model.eval()))
     1 recurrent module quantized
-      lstm: torch.nn.LSTM: now fusedrnn.QuantizedRecurrent, 2.0 MiB -> 0.5 MiB
+      lstm: torch.nn.LSTM: now fusedrnn.QuantizedRecurrent, int8, 2.0 MiB -> 0.5 MiB
+    0 recurrent modules left alone
     >>> torch.save(model.state_dict(), "small.pt")     # load it into a model that was built and quantized likewise
 
     A module keeps its identity and its hooks: its class changes, parameters become buffers. ``model`` itself may be
@@ -60,11 +63,10 @@ def quantize(model: nn.Module, dtype: str | torch.dtype = "int8") -> Quantizatio
 
     Raises:
         TypeError: ``model`` is not a torch.nn.Module.
-        ValueError: ``dtype`` is not "int8" or torch.int8.
+        ValueError: ``dtype`` is neither "int8" nor "bfloat16", nor torch's.
     """
     check_model(model)
-    if dtype not in ("int8", torch.int8):
-        raise ValueError(f"dtype must be 'int8', got {dtype!r}")
+    dtype = small_dtype(dtype)
     report = QuantizationReport()
     for name, module in list(model.named_modules()):
         if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
@@ -72,15 +74,16 @@ def quantize(model: nn.Module, dtype: str | torch.dtype = "int8") -> Quantizatio
         before = own_class(module)
         reason = _obstacle(module, before)
         weights = [] if reason else _weights(module)
-        reason = reason or _obstacle_in(module, weights)
+        reason = reason or _obstacle_in(module, weights, dtype)
         if reason:
             report.left.append(ConversionEntry(name, title(before), reason))
             continue
         size = sum(w.numel() * w.element_size() for w in weights)
-        _become(module, _made_of(module, weights))
+        _become(module, _made_of(module, weights, dtype))
+        kind = str(dtype).removeprefix("torch.")
         after = sum(b.numel() * b.element_size() for b in module.buffers())
         report.replaced.append(
-            QuantizationEntry(name, title(before), f"now fusedrnn.{type(module).__name__}", size, after)
+            QuantizationEntry(name, title(before), f"now fusedrnn.{type(module).__name__}, {kind}", size, after)
         )
     return report
 
@@ -111,24 +114,26 @@ def _obstacle(module: nn.Module, cls: type[nn.Module]) -> str | None:
     return None
 
 
-def _obstacle_in(module: nn.Module, weights: list[Tensor]) -> str | None:
+def _obstacle_in(module: nn.Module, weights: list[Tensor], dtype: torch.dtype) -> str | None:
     for name, weight in zip(_names(module), weights, strict=True):
         if weight.device.type != "cpu":
-            return f"{name} is on device {weight.device}, int8 kernels are for the CPU"
+            return f"{name} is on device {weight.device}, these kernels are for the CPU"
         if not weight.is_floating_point() or not torch.isfinite(weight).all():
             return f"{name} is not finite"
+        if dtype == torch.int8 and weight.dim() == 2 and weight.size(1) > MOST_INT8:
+            return f"{name} has rows of {weight.size(1)} elements, int8 takes {MOST_INT8}"
     return None
 
 
-def _made_of(module: nn.Module, weights: list[Tensor]) -> QuantizedRecurrent | QuantizedCell:
+def _made_of(module: nn.Module, weights: list[Tensor], dtype: torch.dtype) -> QuantizedRecurrent | QuantizedCell:
     cell = options.cell_of(module)
     if isinstance(module, nn.RNNBase):
         found = QuantizedRecurrent(
             cell, module.input_size, module.hidden_size, module.num_layers, module.bias, module.batch_first,
-            module.bidirectional, module.proj_size, options.of(module).zoneout,
+            module.bidirectional, module.proj_size, options.of(module).zoneout, dtype,
         )  # fmt: skip
     else:
-        found = QuantizedCell(cell, module.input_size, module.hidden_size, module.bias_ih is not None)
+        found = QuantizedCell(cell, module.input_size, module.hidden_size, module.bias_ih is not None, dtype)
     found.take(weights)
     return found
 

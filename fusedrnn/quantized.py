@@ -1,8 +1,10 @@
-"""Recurrent modules for inference whose matrices are int8: what :func:`fusedrnn.quantize` makes of others.
+"""Recurrent modules for inference whose matrices are int8 or bfloat16: what :func:`fusedrnn.quantize` makes of others.
 
-Row r of a matrix is ``weight_scale[r] * weight[r]``, weight in [-127, 127]; biases are float32. In each product x and
-h_{t-1} are int8 too: a row is scale * q, with the scale max |x| / 127, or 1/127 for an h that its cell bounds by 1
-(``Bound`` of ``csrc/cells/cell.h``). Sums are int32, the same on every processor; the cell and its states are float32.
+*int8*: row r of a matrix is ``weight_scale[r] * weight[r]``, weight in [-127, 127]. In each product x and h_{t-1} are
+int8 too: a row is scale * q, with the scale max |x| / 127, or 1/127 for an h that its cell bounds by 1 (``Bound`` of
+``csrc/cells/cell.h``). Sums are int32, the same on every processor.
+*bfloat16*: the matrices alone; they are multiplied in float32.
+Biases, the cell and its states are float32.
 """
 
 from __future__ import annotations
@@ -29,6 +31,18 @@ from .torch_internals import heard
 __all__ = ["QuantizedCell", "QuantizedRecurrent"]
 
 
+#: Elements of a row of int8 weights: so many products have a sum in int32 (csrc/layer.h).
+MOST_INT8 = 1 << 16
+
+
+def small_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """torch.int8 or torch.bfloat16, by itself or its name. Raises ValueError."""
+    for known in (torch.int8, torch.bfloat16):
+        if dtype in (known, str(known).removeprefix("torch.")):
+            return known
+    raise ValueError(f"dtype must be 'int8' or 'bfloat16', got {dtype!r}")
+
+
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix (rows, K) of any floating type as int8, and the scale of each row, float32: max |row| / 127."""
     weight = weight.detach().float()
@@ -40,16 +54,17 @@ def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
 class _Quantized(nn.Module):
     """What both modules share: buffers in the place of parameters, named as torch.nn's, and no training.
 
-    Buffers, for each layer and direction: ``weight_ih``, ``weight_hh``[, ``weight_hr``] int8, the name and ``_scale``
-    float32 of each row, ``bias_ih``, ``bias_hh`` float32, with the endings of torch.nn's names.
+    Buffers, for each layer and direction: ``weight_ih``, ``weight_hh``[, ``weight_hr``] int8 or bfloat16; of int8 the
+    name and ``_scale``, float32 of each row; ``bias_ih``, ``bias_hh`` float32; with the endings of torch.nn's names.
     """
 
-    def __init__(self, cell: str, input_size: int, hidden_size: int, bias: bool) -> None:
+    def __init__(self, cell: str, input_size: int, hidden_size: int, bias: bool, dtype: torch.dtype | str) -> None:
         if cell not in CELLS:
             raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
         super().__init__()
         self.training = False
         self.cell, self.input_size, self.hidden_size, self.bias = cell, input_size, hidden_size, bias
+        self.dtype = small_dtype(dtype)
         self._weight_names: list[str] = []
         self._scale_names: list[str] = []
 
@@ -60,9 +75,9 @@ class _Quantized(nn.Module):
                 continue
             name = {"w": "weight", "b": "bias"}[field[0]] + field[1:] + end
             matrix = len(shape) == 2
-            self.register_buffer(name, torch.zeros(shape, dtype=torch.int8 if matrix else torch.float32))
+            self.register_buffer(name, torch.zeros(shape, dtype=self.dtype if matrix else torch.float32))
             self._weight_names.append(name)
-            if matrix:
+            if matrix and self.dtype == torch.int8:
                 self.register_buffer(f"{name}_scale", torch.zeros(shape[0]))
                 self._scale_names.append(f"{name}_scale")
 
@@ -88,6 +103,10 @@ class _Quantized(nn.Module):
         bias = (rows,) if self.bias else None
         w_hr = (proj_size, self.hidden_size) if proj_size else None
         return Weights((rows, input_size), (rows, width), bias, bias, w_hr)
+
+    @property
+    def _dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def _two_states(self) -> bool:
@@ -119,14 +138,14 @@ class _Quantized(nn.Module):
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> _Quantized:
-        """As in torch.nn, but .to(dtype), .half() and so on leave scales and biases in float32."""
+        """As in torch.nn, but .to(dtype), .half() and so on change no type."""
         cache.forget(self)
-        floats = {name: b for name, b in self._buffers.items() if b is not None and b.is_floating_point()}
+        before = dict(self._buffers)
         super()._apply(*args, **kwargs)
-        for name, before in floats.items():
+        for name, buffer in before.items():
             after = self._buffers[name]
-            if after.dtype != torch.float32:
-                self._buffers[name] = before.to(after.device)
+            if buffer is not None and after.dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(after.device)
         return self
 
 
@@ -135,26 +154,27 @@ def _in_float32(x: Tensor, states: Sequence[Tensor] | None) -> tuple[Tensor, Seq
 
 
 class QuantizedRecurrent(_Quantized):
-    """Stacked recurrent layers for inference, matrices in int8, in the place of an LSTM, GRU, RNN or ResidualRNN.
+    """Stacked recurrent layers for inference, matrices in int8 or bfloat16, made of an LSTM, GRU, RNN or ResidualRNN.
 
     Calls, shapes and results are those of :class:`fusedrnn.LSTM` and the others, with ``lengths``, ``reset`` and
     ``return_states``, and ``step`` for streams; no dropout. Input and states of another floating type than float32 are
     computed in float32, and the results are in their type.
 
-    A row of x with a NaN or an infinity gives NaN.
+    With int8 a row of x that has a NaN or an infinity gives NaN.
 
     Args:
         cell: the name of a cell in :data:`fusedrnn.CELLS`.
         input_size, hidden_size, num_layers, bias, batch_first, bidirectional, proj_size: as of torch.nn.LSTM.
         zoneout: of h, or of h and c, the share of the old state in the new one.
+        dtype: of the matrices, "int8" or "bfloat16", or torch's.
     """
 
     def __init__(
         self, cell: str, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
         batch_first: bool = False, bidirectional: bool = False, proj_size: int = 0,
-        zoneout: float | tuple[float, float] = 0.0,
+        zoneout: float | tuple[float, float] = 0.0, dtype: torch.dtype | str = "int8",
     ) -> None:  # fmt: skip
-        super().__init__(cell, input_size, hidden_size, bias)
+        super().__init__(cell, input_size, hidden_size, bias, dtype)
         self.num_layers, self.batch_first, self.bidirectional = num_layers, batch_first, bidirectional
         self.proj_size, self.zoneout = proj_size, zoneout
         ends = ("", "_reverse")[: 1 + bidirectional]
@@ -235,21 +255,24 @@ class QuantizedRecurrent(_Quantized):
         text += f", num_layers={self.num_layers}" if self.num_layers > 1 else ""
         for name in ("bias", "batch_first", "bidirectional"):
             text += f", {name}={getattr(self, name)}" if getattr(self, name) != (name == "bias") else ""
-        return text + (f", zoneout={self.zoneout}" if self.zoneout else "") + ", int8"
+        return text + (f", zoneout={self.zoneout}" if self.zoneout else "") + f", {self._dtype_name}"
 
 
 class QuantizedCell(_Quantized):
-    """One step for inference, matrices in int8, in the place of an LSTMCell, GRUCell or RNNCell.
+    """One step for inference, matrices in int8 or bfloat16, in the place of an LSTMCell, GRUCell or RNNCell.
 
     Calls, shapes and results are those of :class:`fusedrnn.LSTMCell` and the others.
 
     Args:
         cell: the name of a cell in :data:`fusedrnn.CELLS`.
         input_size, hidden_size, bias: as of torch.nn.LSTMCell.
+        dtype: of the matrices, "int8" or "bfloat16", or torch's.
     """
 
-    def __init__(self, cell: str, input_size: int, hidden_size: int, bias: bool = True) -> None:
-        super().__init__(cell, input_size, hidden_size, bias)
+    def __init__(
+        self, cell: str, input_size: int, hidden_size: int, bias: bool = True, dtype: torch.dtype | str = "int8"
+    ) -> None:
+        super().__init__(cell, input_size, hidden_size, bias, dtype)
         self._add("", self._shapes(input_size))
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
@@ -283,4 +306,5 @@ class QuantizedCell(_Quantized):
 
     def extra_repr(self) -> str:
         """As torch.nn's, with the cell."""
-        return f"{self.cell}, {self.input_size}, {self.hidden_size}{'' if self.bias else ', bias=False'}, int8"
+        bias = "" if self.bias else ", bias=False"
+        return f"{self.cell}, {self.input_size}, {self.hidden_size}{bias}, {self._dtype_name}"

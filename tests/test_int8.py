@@ -1,4 +1,6 @@
-"""Layers with int8 weights: exact sums on every instruction set, the arithmetic as written out, nothing lost."""
+"""Layers with int8 weights: exact sums on every instruction set, the arithmetic as written out, nothing lost. And those
+whose weights alone are bfloat16: as in float32 with the same numbers.
+"""
 
 from __future__ import annotations
 
@@ -212,7 +214,7 @@ def test_the_op_says_what_does_not_fit() -> None:
     for match, arguments in {
         "w_ih must have the dtype torch.int8, got torch.float32": {"w": [w[0].float(), w[1]]},
         "w_hh must have the dtype torch.int8, got torch.float32": {"w": [w[0], w[1].float()]},
-        "int8 weights takes an input of torch.float32, got torch.float64": {"x": x.double()},
+        "weights alone takes an input of torch.float32, got torch.float64": {"x": x.double()},
         "scales must hold s_ih, s_hh.* got 1 tensors": {"s": s[:1]},
         r"s_hh must have shape \[4\], got \[3\]": {"s": [s[0], s[1][:3]]},
         "s_ih must have the dtype of the input, torch.float32, got torch.float64": {"s": [s[0].double(), s[1]]},
@@ -220,9 +222,67 @@ def test_the_op_says_what_does_not_fit() -> None:
     }.items():
         with pytest.raises(RuntimeError, match=match):
             call(**arguments)
+    wide = torch.full((1, 1, 1 << 16), -127.0)
+    w, one = [torch.full((1, 1 << 16), 127, dtype=torch.int8), torch.zeros(1, 1, dtype=torch.int8)], [torch.ones(1)] * 2
+    y = op(wide, None, None, None, [-w[0], w[1]], "rnn_relu", False, False, None, None, None, one)[0]
+    assert y.item() == 127 * 127 * (1 << 16)
+    with pytest.raises(RuntimeError, match="rows of int8 weights must have at most 65536 elements, got I = 65537"):
+        wider = torch.ones(1, 1, (1 << 16) + 1)
+        op(wider, None, None, None, [torch.zeros(1, (1 << 16) + 1, dtype=torch.int8), w[1]], "rnn_relu", False, False,
+           None, None, None, one)  # fmt: skip
+    w = [torch.zeros(H, I, dtype=torch.int8), torch.zeros(H, H, dtype=torch.int8)]
     freed = torch.ones(H)
     freed.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="s_hh, of shape .* it was resized or freed"):
         op(x, None, None, None, w, "rnn_tanh", False, False, None, None, None, [s[0], freed])
     with pytest.raises(RuntimeError, match="w_ih must have the dtype of the input"):
         op(x, None, None, None, w, "rnn_tanh", False, False)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_weights_of_bfloat16(cell: str, threads: Callable) -> None:
+    threads(2)
+    for T, B, I, H, options in (
+        (1, 1, 5, 7, {}), (9, 1, 20, 33, {}), (13, 2, 6, 48, {"num_layers": 2}), (600, 1, 4, 20, {"zoneout": 0.1}),
+        (7, 3, 9, 20, {"proj_size": 7}), (5, 30, 17, 65, {"bidirectional": True}),
+    ):  # fmt: skip
+        if "proj_size" in options and not CELLS[cell].projectable:
+            continue
+        module = draw_module(cell, I, H, dtype="bfloat16", **options)
+        x, states = torch.randn(T, B, I), draw_states(module, B)
+        weights = [getattr(module, name).float() for name in module._weight_names]
+        expected, finals = fusedrnn.functional.recurrent(
+            cell, x, states, weights, num_layers=module.num_layers, bidirectional=module.bidirectional,
+            zoneout=module.zoneout,
+        )  # fmt: skip
+        for _ in range(3):  # packed at the second call, kept at the third
+            found = tensors(module(x, given(states)))
+            for a, b in zip(found, [expected, *finals], strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        if T == 1:
+            y, last = module.step(x[0], given(states))
+            torch.testing.assert_close(y, expected[0], rtol=1e-5, atol=1e-5)
+    clean = module(x)[0]
+    x[3, 1, 2] = float("nan")
+    y = module(x)[0]
+    others = [b for b in range(30) if b != 1]
+    assert y[3, 1].isnan().all() and torch.equal(y[:, others], clean[:, others])
+
+
+def test_bfloat16_weights_that_do_not_fit() -> None:
+    w = [torch.zeros(4, n, dtype=torch.bfloat16) for n in (3, 4)]
+    for x, scales, match in (
+        (torch.ones(2, 1, 3), None, "w_ih must have the dtype of the input, torch.float32, got torch.bfloat16"),
+        (torch.ones(2, 1, 3, dtype=torch.bfloat16), [], "weights alone takes an input of torch.float32"),
+        (torch.ones(2, 1, 3), [torch.ones(4)] * 2, "w_ih must have the dtype torch.int8, got torch.bfloat16"),
+    ):
+        for device in ("cpu", "meta"):
+            own = None if scales is None else [s.to(device) for s in scales]
+            with pytest.raises(RuntimeError, match=match):
+                weights = [t.to(device) for t in w]
+                op(x.to(device), None, None, None, weights, "rnn_tanh", False, False, None, None, None, own)
+    op(torch.ones(2, 1, 3), None, None, None, w, "rnn_tanh", False, False, None, None, None, [])
+    with pytest.raises((RuntimeError, ValueError), match="dtype|type"):  # as in torch.nn
+        fusedrnn.LSTM(3, 4, bias=False).bfloat16()(torch.ones(2, 1, 3))
+    with pytest.raises(RuntimeError, match="dtype"):
+        fusedrnn.functional.rnn(torch.ones(2, 1, 3), None, w)

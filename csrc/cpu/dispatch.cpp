@@ -32,7 +32,7 @@ KernelTable with_pairs(const char* name, KernelTable table, const PairedTable& p
   return table;
 }
 
-KernelTable with_int8(const char* name, KernelTable table, const Int8Table& int8) {
+KernelTable with_int8(const char* name, KernelTable table, const SmallWeightsTable& int8) {
   table.name = name;
   table.int8 = &int8;
   return table;

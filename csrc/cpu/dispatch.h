@@ -13,8 +13,8 @@ using BackwardKernel = bool (*)(const BackwardProblem&);  // likewise
 
 constexpr int kMaxCells = 16;
 
-// Forward kernels of float32 layers whose matrices are int8.
-struct Int8Table {
+// Forward kernels of float32 layers whose matrices are of a smaller type.
+struct SmallWeightsTable {
   ForwardKernel forward[kMaxCells];
   int64_t (*panel_bytes[kMaxCells])(const LayerSizes&);
 };
@@ -28,7 +28,7 @@ struct KernelTable {
   int64_t (*panel_bytes[kMaxCells][kDTypes])(const LayerSizes&);  // of the packed weights of a layer
   // A number for the contents of data: the same for others by a chance of about 2^-32 or less.
   uint64_t (*digest)(const void* data, int64_t bytes, uint64_t seed);
-  const Int8Table* int8;
+  const SmallWeightsTable *int8, *bfloat16;
 };
 
 // The kernels of bfloat16 of an instruction set that has the other types of another.
@@ -40,15 +40,14 @@ struct PairedTable {
 
 // Tables compiled into this build, one per isa_*.cpp.
 extern const KernelTable kTableBase;
-extern const Int8Table kInt8Base;
+extern const SmallWeightsTable kInt8Base, kBFloat16Base;
 #if defined(__x86_64__) && !defined(FUSEDRNN_BASE_ONLY)
 extern const KernelTable kTableAvx2;
 extern const KernelTable kTableAvx512;
 extern const PairedTable kTableAvx512Bf16;
 extern const PairedTable kTableAmx;
-extern const Int8Table kInt8Avx2;
-extern const Int8Table kInt8AvxVnni;
-extern const Int8Table kInt8Avx512Vnni;
+extern const SmallWeightsTable kInt8Avx2, kInt8AvxVnni, kInt8Avx512Vnni;
+extern const SmallWeightsTable kBFloat16Avx2, kBFloat16Avx512;
 #endif
 // No instruction sets: the GPU's time loop on the CPU, step by step (csrc/stepwise/host.cpp) and as the kernel for many
 // steps (csrc/persistent/host.cpp).

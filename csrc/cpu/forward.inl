@@ -18,6 +18,7 @@ class ForwardPass {
   using W = typename LayerTypes<Types>::Weight;
   using S = typename LayerTypes<Types>::Compute;
   using E = typename LayerTypes<Types>::Operand;
+  using P = typename LayerTypes<Types>::Panel;
   using V = Vec<S>;
   using Sum = Sums<E>;
   static constexpr int L = V::kLanes, G = Cell::kGates, F = Cell::kFirst, K = Cell::kSaved, Z = Cell::kStates;
@@ -34,7 +35,7 @@ class ForwardPass {
     bool packed;
     bool copies_x;  // of another type, or rows that end inside a word
     // panels of each direction
-    E *w_ih[2], *w_hh[2], *w_rest[2], *w_hr[2];
+    P *w_ih[2], *w_hh[2], *w_rest[2], *w_hr[2];
     S *b_ih[2], *b_hh[2];
     S *s_ih[2], *s_hh[2], *s_hr[2];  // scales of int8 weights
   };
@@ -114,10 +115,10 @@ class ForwardPass {
   static void carve_panels(const LayerSizes& z, Shared& s, Carver& carver) {
     const int64_t units = padded(z.H), outputs = padded(z.R);
     for (int d = 0; d < z.D; ++d) {
-      s.w_ih[d] = carver.take<E>(whole_steps<E>(z.I) * G * units);
-      s.w_hh[d] = carver.take<E>(whole_steps<E>(z.R) * F * units);
-      s.w_rest[d] = carver.take<E>(whole_steps<E>(z.R) * (G - F) * units);
-      s.w_hr[d] = carver.take<E>(z.projected ? whole_steps<E>(z.H) * outputs : 0);
+      s.w_ih[d] = carver.take<P>(whole_steps<E>(z.I) * G * units);
+      s.w_hh[d] = carver.take<P>(whole_steps<E>(z.R) * F * units);
+      s.w_rest[d] = carver.take<P>(whole_steps<E>(z.R) * (G - F) * units);
+      s.w_hr[d] = carver.take<P>(z.projected ? whole_steps<E>(z.H) * outputs : 0);
     }
   }
 
@@ -183,15 +184,15 @@ class ForwardPass {
   }
 
   template <int kGroup>
-  void pack_weights(int d, const void* w, int64_t units, int64_t inner, E* panels) const {
+  void pack_weights(int d, const void* w, int64_t units, int64_t inner, P* panels) const {
     const Range vectors = Packing{s_.plan, thread_, s_.threads}.own(d, ceil_div(units, L), kGroupVectors<kGroup>);
-    pack_rows<kGroup>(static_cast<const W*>(w), units, inner, vectors, panels);
+    pack_rows<kGroup, E>(static_cast<const W*>(w), units, inner, vectors, panels);
   }
 
   // The rows of W_hh that multiply q.
   const W* rest_of(const void* w_hh) const { return static_cast<const W*>(w_hh) + F * z_.H * z_.R; }
 
-  FUSEDRNN_INLINE Weights<E, W> weights(const E* panels, const void* w, int64_t units) const {
+  FUSEDRNN_INLINE Weights<E, W, P> weights(const P* panels, const void* w, int64_t units) const {
     return {panels, s_.packed ? nullptr : static_cast<const W*>(w), units};
   }
 

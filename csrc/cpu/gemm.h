@@ -5,7 +5,8 @@
 //   strip [steps][width][lanes], width = strip_width(W), the last one narrower where that does not divide W.
 // A step is an index of the inner dimension, or two, with bfloat16 operands (operand.h). A panel that begins at vector
 // v0 begins at word v0 * steps * kGroup * lanes: panels of any widths follow one another without a table. Lanes past
-// the last unit are zero here; what a product leaves in such lanes is undefined.
+// the last unit are zero here; what a product leaves in such lanes is undefined. Panels of bfloat16 are read as
+// float32, where the weights alone are bfloat16.
 //
 // Tile sizes: as many accumulators as the registers hold, few loads a multiply-add, no spills (docs/performance.md).
 
@@ -60,8 +61,8 @@ constexpr int min_int(int a, int b) { return a < b ? a : b; }
 FUSEDRNN_INLINE int64_t strip_width(int64_t width) { return ceil_div(width, ceil_div(width, kTileWidth)); }
 
 // out[m * ldo + v] (+)= sum_k a[m][k] * b[k][v].  b: strips [steps][W] of vectors, each `pitch` elements after the last
-template <class E, int MR, int W, int kStrips>
-void row_tile(const E* const* a, int64_t steps, const E* b, int64_t pitch, Sums<E>* out, int ldo, bool accumulate) {
+template <class E, class P, int MR, int W, int kStrips>
+void row_tile(const E* const* a, int64_t steps, const P* b, int64_t pitch, Sums<E>* out, int ldo, bool accumulate) {
   using Type = WordsOf<E>;
   constexpr int kWords = Sums<E>::kLanes * kPair<E>, NR = W * kStrips;
   // Eight sums or so hide the latency of the FMA units: small tiles make several over k.
@@ -80,7 +81,7 @@ void row_tile(const E* const* a, int64_t steps, const E* b, int64_t pitch, Sums<
   const auto step = [&](int64_t k, Type(&sum)[MR][NR]) FUSEDRNN_INLINE_LAMBDA {
     Type bv[NR];
 #pragma GCC unroll 12
-    for (int v = 0; v < NR; ++v) bv[v] = load_words(b + v / W * pitch + v % W * kWords);
+    for (int v = 0; v < NR; ++v) bv[v] = words_of<E>(b + v / W * pitch + v % W * kWords);
 #pragma GCC unroll 12
     for (int m = 0; m < MR; ++m) {
       const Type am = same_words(row[m] + k * kPair<E>);
@@ -179,10 +180,10 @@ void copy_columns(const E* a, int64_t lda, int64_t K, E* to) {
   }
 }
 
-// The tile functions, by their sizes.
-template <class E>
+// The tile functions, by their sizes. P: what panels are stored as.
+template <class E, class P = E>
 struct Tiles {
-  using RowTile = void (*)(const E* const*, int64_t, const E*, int64_t, Sums<E>*, int, bool);
+  using RowTile = void (*)(const E* const*, int64_t, const P*, int64_t, Sums<E>*, int, bool);
   using OuterTiles = void (*)(int64_t, const E*, const E*, int64_t, typename Sums<E>::Scalar*, int64_t, int64_t);
   using Copy = void (*)(const E*, int64_t, int64_t, E*);
   template <int n>
@@ -215,7 +216,7 @@ struct Tiles {
  private:
   template <int W, int kStrips, int... M>
   static RowTile row_tile_of(int mr, std::integer_sequence<int, M...>) {
-    static constexpr RowTile table[] = {row_tile<E, M + 1, W, kStrips>...};
+    static constexpr RowTile table[] = {row_tile<E, P, M + 1, W, kStrips>...};
     return table[mr - 1];
   }
   template <int NR, int... M>
@@ -338,9 +339,9 @@ void dot_rows_of_bytes(const E* const* a, int64_t n, int64_t K, const T* w, int6
 }
 
 // The right operand of a product: packed panels, or, for a few rows that are not worth the packing, W itself.
-template <class E, class T>
+template <class E, class T, class P = E>
 struct Weights {
-  const E* panels;
+  const P* panels;
   const T* rows;  // [kGroup * units][K], null if packed
   int64_t units;
 };
@@ -351,9 +352,10 @@ struct Weights {
 // second(r, v, acc, stride), which follows for the whole block again.
 //   a(r): pointer to row r of the left operand
 //   expect(r, u, n): prefetches what the epilogue will touch of row r, elements [u, u + n); called before the product
-template <int kGroup, class E, class T, class RowPointer, class Expect, class Epilogue, class Second>
-FUSEDRNN_INLINE void product(const Weights<E, T>& weights, Inner inner, Range vectors, Range rows, const RowPointer& a,
-                             const Expect& expect, const Epilogue& epilogue, const Second& second) {
+template <int kGroup, class E, class T, class P, class RowPointer, class Expect, class Epilogue, class Second>
+FUSEDRNN_INLINE void product(const Weights<E, T, P>& weights, Inner inner, Range vectors, Range rows,
+                             const RowPointer& a, const Expect& expect, const Epilogue& epilogue,
+                             const Second& second) {
   constexpr int U = kGroupVectors<kGroup>, L = Sums<E>::kLanes, kWords = L * kPair<E>;
   constexpr int64_t kBlockRows = kBlockBytes / (kPanelWidth * FUSEDRNN_VECTOR_BYTES);
   static_assert(kGroup * U <= kPanelWidth, "a cell with more gates needs a wider panel");
@@ -377,7 +379,7 @@ FUSEDRNN_INLINE void product(const Weights<E, T>& weights, Inner inner, Range ve
       Sums<E>* results = out;
       for (int64_t v0 = first; v0 < last; v0 += U) {
         const int nv = static_cast<int>(min64(U, last - v0)), width = kGroup * nv;
-        const E* panel = weights.rows ? nullptr : weights.panels + v0 * steps * kGroup * kWords;
+        const P* panel = weights.rows ? nullptr : weights.panels + v0 * steps * kGroup * kWords;
         for (int w = 0; w < width && weights.rows; ++w) {
           const int64_t u = (v0 + w % nv) * L;
           const T* own = weights.rows + (w / nv * weights.units + u) * inner.first;
@@ -410,10 +412,10 @@ FUSEDRNN_INLINE void product(const Weights<E, T>& weights, Inner inner, Range ve
           const int64_t left = width - w, own = min64(left, whole);
           const int64_t strips = n > kFewRows ? 1 : max64(1, min64(left, kFewSums / n) / whole);
           nr = strips * own;
-          const E* strip = panel + w * steps * kWords;
-          const E* rest = strip + first_steps * own * kWords;  // of each strip
+          const P* strip = panel + w * steps * kWords;
+          const P* rest = strip + first_steps * own * kWords;  // of each strip
           for_row_blocks({0, n}, max_rows(static_cast<int>(own)), [&](int64_t r, int mr) {
-            const auto tile = Tiles<E>::row_tile_of(static_cast<int>(strips), static_cast<int>(own), mr);
+            const auto tile = Tiles<E, P>::row_tile_of(static_cast<int>(strips), static_cast<int>(own), mr);
             Sums<E>* to = results + r * width + w;
             for (int64_t sum = 0; sum < mr * nr && kUnsignedWeights<E>; ++sum) {
               to[sum / nr * width + sum % nr] = start[r + sum / nr];
@@ -440,8 +442,8 @@ FUSEDRNN_INLINE void product(const Weights<E, T>& weights, Inner inner, Range ve
   }
 }
 
-template <int kGroup, class E, class T, class RowPointer, class Expect, class Epilogue>
-FUSEDRNN_INLINE void product(const Weights<E, T>& weights, Inner inner, Range vectors, Range rows, const RowPointer& a,
-                             const Expect& expect, const Epilogue& epilogue) {
+template <int kGroup, class E, class T, class P, class RowPointer, class Expect, class Epilogue>
+FUSEDRNN_INLINE void product(const Weights<E, T, P>& weights, Inner inner, Range vectors, Range rows,
+                             const RowPointer& a, const Expect& expect, const Epilogue& epilogue) {
   product<kGroup>(weights, inner, vectors, rows, a, expect, epilogue, nothing_more);
 }

@@ -22,6 +22,7 @@
 #define FUSEDRNN_TABLE kTableAvx2
 #define FUSEDRNN_INT8_TABLE kInt8Avx2
 #define FUSEDRNN_INT8_OF_TABLE kInt8Avx2
+#define FUSEDRNN_BFLOAT16_TABLE kBFloat16Avx2
 #define FUSEDRNN_ISA_NAME "avx2"
 #include "kernels.inl"
 

@@ -24,6 +24,7 @@
 #define FUSEDRNN_VECTOR_BYTES 64
 #define FUSEDRNN_TABLE kTableAvx512
 #define FUSEDRNN_INT8_OF_TABLE kInt8Avx2  // without VNNI, four instructions of half the width beat more of the whole
+#define FUSEDRNN_BFLOAT16_TABLE kBFloat16Avx512
 #define FUSEDRNN_ISA_NAME "avx512"
 #include "kernels.inl"
 

@@ -16,5 +16,6 @@
 #define FUSEDRNN_TABLE kTableBase
 #define FUSEDRNN_INT8_TABLE kInt8Base
 #define FUSEDRNN_INT8_OF_TABLE kInt8Base
+#define FUSEDRNN_BFLOAT16_TABLE kBFloat16Base
 #define FUSEDRNN_ISA_NAME "base"
 #include "kernels.inl"

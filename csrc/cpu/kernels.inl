@@ -42,7 +42,7 @@ struct TileUse {};  // there are none
 
 #if defined(FUSEDRNN_INT8_TABLE)
 template <class... Cells>
-constexpr Int8Table int8_table(CellList<Cells...>) {
+constexpr SmallWeightsTable int8_table(CellList<Cells...>) {
   return {{ForwardPass<Cells, Int8Weights>::run...}, {ForwardPass<Cells, Int8Weights>::panel_bytes...}};
 }
 #endif
@@ -105,12 +105,19 @@ constexpr KernelTable make_table(CellList<Cells...>) {
           {{ForwardPass<Cells, float>::panel_bytes, ForwardPass<Cells, double>::panel_bytes,
             ForwardPass<Cells, BFloat16>::panel_bytes}...},
           digest,
-          &FUSEDRNN_INT8_OF_TABLE};
+          &FUSEDRNN_INT8_OF_TABLE,
+          &FUSEDRNN_BFLOAT16_TABLE};
+}
+
+template <class... Cells>
+constexpr SmallWeightsTable bfloat16_table(CellList<Cells...>) {
+  return {{ForwardPass<Cells, BFloat16Weights>::run...}, {ForwardPass<Cells, BFloat16Weights>::panel_bytes...}};
 }
 
 }  // namespace
 
 extern const KernelTable FUSEDRNN_TABLE = make_table(Registry{});
+extern const SmallWeightsTable FUSEDRNN_BFLOAT16_TABLE = bfloat16_table(Registry{});
 
 #else
 
@@ -119,7 +126,7 @@ extern const KernelTable FUSEDRNN_TABLE = make_table(Registry{});
 #endif
 
 #if defined(FUSEDRNN_INT8_TABLE)
-extern const Int8Table FUSEDRNN_INT8_TABLE = int8_table(Registry{});
+extern const SmallWeightsTable FUSEDRNN_INT8_TABLE = int8_table(Registry{});
 #endif
 
 }  // namespace fusedrnn

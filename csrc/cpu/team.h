@@ -26,6 +26,17 @@ struct LayerTypes {
   using Weight = T;   // of the matrices
   using Compute = typename ComputeType<T>::Type;
   using Operand = typename OperandType<T>::Type;  // what products read
+  using Panel = Operand;                          // packed weights
+};
+// Matrices of bfloat16 in a layer of float32, multiplied in float32.
+struct BFloat16Weights {};
+template <>
+struct LayerTypes<BFloat16Weights> {
+  using Element = float;
+  using Weight = BFloat16;
+  using Compute = float;
+  using Operand = float;
+  using Panel = BFloat16;
 };
 // Matrices of int8, with a scale for each row, in a layer of float32.
 struct Int8Weights {};
@@ -35,6 +46,7 @@ struct LayerTypes<Int8Weights> {
   using Weight = int8_t;
   using Compute = float;
   using Operand = int8_t;
+  using Panel = int8_t;
 };
 
 // Hands out pieces of one block. With a null base it only measures. Each piece starts on a cache line and may be

@@ -251,7 +251,6 @@ void backward(const Layer& layer, const BackwardProblem& p) {
 
 }  // namespace
 
-const Backend kCudaBackend = {false,   true,    true, [](int, int) { return true; }, [](int) { return false; },
-                              forward, backward};
+const Backend kCudaBackend = {false, true, true, false, [](int, int) { return true; }, forward, backward};
 
 }  // namespace fusedrnn

@@ -56,7 +56,7 @@ def plain_call(
     Args:
         module: whose packed weights are kept, and the owner of the call. Its ``batch_first`` says how (T, B, *) lie.
         zoneout: in inference alone.
-        scales: of int8 matrices, which are for inference.
+        scales: of matrices of a smaller type, which are for inference.
     """
     if dual_level() >= 0:
         return None
@@ -66,14 +66,14 @@ def plain_call(
         if type(input) is not Tensor or input.dim() != 3:
             return None
         input = input.transpose(0, 1)
-    if scales or infers():
+    if scales is not None or infers():
         parts = kept_parts(zoneout, len(CELLS[cell].states))
         found = infer(input, states, weights, cell, form, cache.find(module).packed, parts, scales)
         if found is not None:
             if batch_first:
                 found[0].transpose_(0, 1)
             return found
-        if scales or any(parts):
+        if scales is not None or any(parts):
             return None
     elif dim == 2 and not torch.compiler.is_compiling():
         kept = cache.find(module)

@@ -36,7 +36,7 @@ def recurrent_layer(call: LayerCall) -> Outputs:
     compiling, mapped = is_compiling(), transformed()
     if exporting():  # a program has no backward
         return _forward(call, save=False)[0]
-    if call.scales:
+    if call.scales is not None:
         return _without_gradient(call)
     if torch.jit.is_tracing():
         refuse_older_exporter(call.cell)
@@ -67,13 +67,13 @@ def wants_gradient(x: Tensor, states: Sequence[Tensor | None]) -> bool:
 
 
 _NO_GRADIENT = (
-    "a layer with int8 weights is for inference and has no gradient: train the model that it was made of, or call it"
-    " under torch.no_grad()"
+    "a layer with int8 or bfloat16 weights alone is for inference and has no gradient: train the model that it was made"
+    " of, or call it under torch.no_grad()"
 )
 
 
 class _Inference(torch.autograd.Function):
-    """The results of a layer with int8 weights: whoever wants their gradient is told."""
+    """The results of a layer with small weights: whoever wants their gradient is told."""
 
     @staticmethod
     def forward(ctx: Any, _: Tensor, *results: Tensor) -> tuple[Tensor, ...]:  # noqa: D102

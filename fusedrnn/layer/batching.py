@@ -103,7 +103,7 @@ def _folded(call: LayerCall, dims: LayerCall, count: int) -> LayerCall:
 
 def _own_weights(dims: LayerCall) -> bool:
     """Whether the members of the map differ in more than what makes a larger batch."""
-    return dims.batch_sizes is not None or any(dim is not None for dim in (*dims.weights, *dims.scales))
+    return dims.batch_sizes is not None or any(dim is not None for dim in (*dims.weights, *(dims.scales or ())))
 
 
 def _map_forward(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:

@@ -205,7 +205,7 @@ class LayerCall(NamedTuple):
     noise: Noise = NOISELESS
     options: Options = PLAIN
     owner: Owner | None = None
-    scales: Sequence[Tensor] = ()  # of int8 matrices: for each direction s_ih (G*H), s_hh (G*H)[, s_hr (R)]
+    scales: Sequence[Tensor] | None = None  # of matrices of a smaller type (fusedrnn.functional.recurrent)
 
     @property
     def info(self) -> CellInfo:
@@ -269,7 +269,7 @@ class LayerCall(NamedTuple):
         """By the kernel: the outputs, without c, and what the backward pass needs, empty if it is not to be saved."""
         cell, x, states, weights, bidirectional, batch_sizes, noise, _, _, scales = self
         h0, c0 = states if len(states) == 2 else (*states, None)
-        more = (*noise.for_op(x), scales) if scales else noise.for_op(x)
+        more = noise.for_op(x) if scales is None else (*noise.for_op(x), scales)
         y, h_n, c_n, saved = layer_forward(x, batch_sizes, h0, c0, weights, cell, bidirectional, save, *more)
         return Outputs(y, (h_n, c_n) if len(states) == 2 else (h_n,)), saved
 

@@ -81,7 +81,7 @@ def _check(call: LayerCall, **more: Tensor | None) -> None:
     cell, x, batch_sizes, weights, info = call.cell, call.x, call.batch_sizes, call.weights, call.info
     states = {f"{name}0": state for name, state in zip(info.states, call.states, strict=True)}
     named = states | call.noise._asdict() | {f"weights[{i}]": weight for i, weight in enumerate(weights)} | more
-    named |= {f"scales[{i}]": scale for i, scale in enumerate(call.scales)}
+    named |= {f"scales[{i}]": scale for i, scale in enumerate(call.scales or ())}
     if batch_sizes is not None and batch_sizes.device.type != "cpu":
         raise RuntimeError(f"batch_sizes must be a 1-D int64 tensor on the CPU, got one on {batch_sizes.device}")
     for name, tensor in named.items():
@@ -104,10 +104,12 @@ def _check(call: LayerCall, **more: Tensor | None) -> None:
     R = w_hh[1] if projected else H
     shapes = Weights((all_gates, x.size(-1)), (all_gates, R), (all_gates,), (all_gates,), (R, H))
     sized = [each for own in call.by_direction for each in zip(Weights._fields, own, shapes) if each[1] is not None]
+    matrix = x.dtype if call.scales is None else torch.int8 if call.scales else torch.bfloat16
+    if call.scales is not None and x.dtype != torch.float32:
+        kinds = "int8 or bfloat16 weights alone"
+        raise RuntimeError(f"a layer with {kinds} takes an input of torch.float32, got {x.dtype}")
     if call.scales:
         scales = (("s_ih", (all_gates,)), ("s_hh", (all_gates,)), ("s_hr", (R,)))[: 3 if projected else 2]
-        if x.dtype != torch.float32:
-            raise RuntimeError(f"a layer with int8 weights takes an input of torch.float32, got {x.dtype}")
         if len(call.scales) != len(scales) * call.directions:
             raise RuntimeError(
                 f"scales must hold s_ih, s_hh[, s_hr] for each of {call.directions} direction(s), got"
@@ -119,7 +121,7 @@ def _check(call: LayerCall, **more: Tensor | None) -> None:
         samples = _samples(call._replace(states=()))
         sized += [(name, state, (call.directions, samples, size)) for name, state, size in given]
     for name, tensor, shape in sized:
-        dtype = torch.int8 if call.scales and name in ("w_ih", "w_hh", "w_hr") else x.dtype
+        dtype = matrix if name in ("w_ih", "w_hh", "w_hr") else x.dtype
         if tensor.dtype != dtype:
             which = "of the input, " if dtype == x.dtype else ""
             raise RuntimeError(f"{name} must have the dtype {which}{dtype}, got {tensor.dtype}")
