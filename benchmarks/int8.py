@@ -10,11 +10,8 @@ with all, whichever is faster, the others with all. A ratio is a time over that 
 from __future__ import annotations
 
 import copy
-import logging
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from statistics import geometric_mean
 
 import numpy as np
@@ -23,7 +20,7 @@ from torch import Tensor, nn
 
 import fusedrnn
 
-from . import report
+from . import onnx_runtime, report
 from .measure import MIN_ROUNDS, Disagreement, Timer, run_rounds
 
 SHAPES = ((1, 256), (1, 512), (1, 1024), (8, 512), (32, 256), (64, 512))  # B, H = I
@@ -63,36 +60,12 @@ def _torch_ao(layer: nn.Module) -> nn.Module | None:
         return quantize_dynamic(nn.Sequential(layer), {type(layer)}, dtype=torch.qint8)[0]
 
 
-def _onnx_runtime(layer: nn.Module, x: Tensor, state: Sequence[Tensor], threads: int) -> Call | None:
+def _onnx_runtime(layer: nn.Module, x: Tensor, states: Sequence[Tensor], threads: int) -> Call | None:
     """The same by ONNX Runtime's, whose kernel is an LSTM's; None where it is not installed."""
-    try:
-        import onnx
-        import onnxruntime
-        from onnxruntime.quantization import QuantType, quantize_dynamic
-    except ImportError:
+    session = onnx_runtime.session(layer, x, states, threads, int8=True)
+    if session is None:
         return None
-    if type(layer) is not nn.LSTM:
-        return None
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        plain, small = Path(folder) / "plain.onnx", Path(folder) / "small.onnx"
-        ours = fusedrnn.LSTM(layer.input_size, layer.hidden_size)
-        ours.load_state_dict(layer.state_dict())
-        table, names = fusedrnn.onnx.table(), ["x", "h", "c"]
-        logging.disable(logging.WARNING)
-        torch.onnx.export(
-            ours, (x, tuple(state)), plain, dynamo=True, custom_translation_table=table, input_names=names,
-            verbose=False,
-        )  # fmt: skip
-        quantize_dynamic(plain, small, weight_type=QuantType.QInt8)
-        logging.disable(logging.NOTSET)
-        if all(node.op_type != "DynamicQuantizeLSTM" for node in onnx.load(small).graph.node):
-            return None
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(small.read_bytes(), options, providers=["CPUExecutionProvider"])
-    feed = dict(zip([i.name for i in session.get_inputs()], [t.numpy() for t in (x, *state)], strict=True))
+    feed = dict(zip([i.name for i in session.get_inputs()], [t.numpy() for t in (x, *states)], strict=True))
     return lambda: session.run(None, feed)[0]
 
 
@@ -114,7 +87,7 @@ def contenders(name: str, steps: int, B: int, H: int, threads: int) -> dict[str,
     calls["torch.nn"] = _called(theirs, x, state)
     if (ao := _torch_ao(theirs)) is not None:
         calls["torch.ao"] = _called(ao, x, state)
-    if (ort := _onnx_runtime(theirs, x, states, threads)) is not None:
+    if (ort := _onnx_runtime(ours, x, states, threads)) is not None:
         calls["ORT"] = ort
     want = exact[0].detach().numpy()
     for column, call in calls.items():

@@ -1,7 +1,8 @@
 """The command ``python -m benchmarks.streaming``: a stream one step at a time, ``step`` beside torch.nn's ways.
 
 Microseconds a step in inference mode, medians of interleaved rounds, one thread: torch.nn's layer called with T = 1,
-its cell, our layer called with T = 1, and ``step``; torch.nn's times over that of ``step``.
+its cell, ONNX Runtime's ``run`` and, with all memory bound before, ``run_with_iobinding``, our layer called with T = 1,
+and ``step``; the others' times over that of ``step``.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 
 import fusedrnn
 
-from . import report
+from . import onnx_runtime, report
 from .measure import MIN_ROUNDS, Disagreement, Timer, run_rounds
 
 SHAPES = ((1, 128), (1, 32), (1, 512), (8, 128))  # B, H = I
 STEPS = 50  # of a timed call
 TOLERANCE = 1e-5
-HEADER = f"{'case':18} {'layer, us':>9} {'cell':>7} {'ours, T=1':>9} {'step':>7}   layer / step, cell / step"
+COLUMNS = ("layer", "cell", "ORT", "ORT bound", "ours, T=1", "step")
+HEADER = f"{'case':18} " + " ".join(f"{name:>9}" for name in COLUMNS) + "   us;  the others over step"
 
 
 def contenders(name: str, B: int, H: int) -> dict[str, Callable[[], Tensor]]:
@@ -47,12 +49,19 @@ def contenders(name: str, B: int, H: int) -> dict[str, Callable[[], Tensor]]:
         return (state[0] if isinstance(state, tuple) else state), state
 
     steps, single = list(x.unsqueeze(1)), list(x)
-    return {
+    calls = {
         "layer": stream(layer, steps),
         "cell": stream(by_cell, single),
-        "ours": stream(ours, steps),
+        "ours, T=1": stream(ours, steps),
         "step": stream(ours.step, single),
     }
+    states = [torch.zeros(1, B, H) for _ in range(1 + (name == "LSTM"))]
+    session = onnx_runtime.session(ours, x[:1], states, 1)
+    if session is not None:
+        for way, of in (("ORT", onnx_runtime.stream), ("ORT bound", onnx_runtime.bound_stream)):
+            theirs = of(session, x.unsqueeze(1), states)
+            calls[way] = lambda theirs=theirs: torch.from_numpy(theirs()).reshape(B, H)
+    return calls
 
 
 def measure(name: str, B: int, H: int, seconds: float, min_rounds: int = MIN_ROUNDS) -> str:
@@ -62,11 +71,12 @@ def measure(name: str, B: int, H: int, seconds: float, min_rounds: int = MIN_ROU
     for way, call in calls.items():
         if not (call() - expected).abs().max() <= TOLERANCE:
             raise Disagreement(f"{name}, B {B}, H {H}: {way} deviates")
-    rounds, _ = run_rounds([Timer(call, 1) for call in calls.values()], seconds, min_rounds)
-    us = 1e6 / STEPS * np.median(rounds, axis=0)
-    ratios = np.median(rounds[:, :2] / rounds[:, 3:], axis=0)
-    columns = f"{us[0]:9.1f} {us[1]:7.1f} {us[2]:9.1f} {us[3]:7.1f}   {ratios[0]:.2f}, {ratios[1]:.2f}"
-    return f"{f'{name} B{B} H{H}':18} {columns}"
+    ways = [way for way in COLUMNS if way in calls]
+    rounds, _ = run_rounds([Timer(calls[way], 1) for way in ways], seconds, min_rounds)
+    us = dict(zip(ways, 1e6 / STEPS * np.median(rounds, axis=0)))
+    ratios = ", ".join(f"{ratio:.2f}" for ratio in np.median(rounds[:, :-1] / rounds[:, -1:], axis=0))
+    columns = " ".join(f"{us[way]:9.1f}" if way in us else f"{'none':>9}" for way in COLUMNS)
+    return f"{f'{name} B{B} H{H}':18} {columns}   {ratios}"
 
 
 def rows(seconds: float) -> Iterator[str]:
