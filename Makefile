@@ -135,7 +135,7 @@ UNTIMED := --deselect tests/test_benchmarks.py::test_no_product_passes_the_peak 
 ASAN := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 sanitize-memory: $(SETUP) | check
 	$(call variant,sanitize-memory,-O1 -g1 -fno-omit-frame-pointer $(ASAN) -DFUSEDRNN_PHASES,$(ASAN))
-	@$(call USING,sanitize-memory) ASAN_OPTIONS=detect_leaks=0:handle_segv=0 \
+	@$(call USING,sanitize-memory) ASAN_OPTIONS=detect_leaks=0:handle_segv=0:allocator_may_return_null=1 \
 	  LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	  $(abspath $(BIN)) -m pytest --rootdir $(CURDIR) -p no:cacheprovider $(CURDIR)/tests $(UNTIMED) $(ARGS)
 

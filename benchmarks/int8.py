@@ -9,6 +9,7 @@ with all, whichever is faster, the others with all. A ratio is a time over that 
 
 from __future__ import annotations
 
+import argparse
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -27,8 +28,7 @@ SHAPES = ((1, 256), (1, 512), (1, 1024), (8, 512), (32, 256), (64, 512))  # B, H
 CELLS = ("LSTM", "GRU", "RNN")
 TOLERANCE = 0.1  # of the largest output; int8 rounds to 1/127
 SETTLE_SECONDS = 0.15  # the threads of ONNX Runtime spin for 60 ms
-COLUMNS = ("torch.nn", "float32", "bfloat16", "torch.ao", "ORT", "int8")
-HEADER = f"{'case':20} " + " ".join(f"{name:>9}" for name in COLUMNS) + f"   {', '.join(COLUMNS[:-1])} over int8"
+OURS, COLUMNS = ("float32", "bfloat16", "int8"), ("torch.nn", "float32", "bfloat16", "torch.ao", "ORT", "int8")
 Call = Callable[[], np.ndarray]
 
 
@@ -69,8 +69,10 @@ def _onnx_runtime(layer: nn.Module, x: Tensor, states: Sequence[Tensor], threads
     return lambda: session.run(None, feed)[0]
 
 
-def contenders(name: str, steps: int, B: int, H: int, threads: int) -> dict[str, Call]:
-    """By column, with the same weights, input and states, those that there are."""
+def contenders(
+    name: str, steps: int, B: int, H: int, threads: int, columns: Sequence[str] = COLUMNS
+) -> dict[str, Call]:
+    """By column, with the same weights, input and states, those of ``columns`` that there are."""
     torch.manual_seed(1)
     theirs = getattr(nn, name)(H, H).eval()
     ours = getattr(fusedrnn, name)(H, H).eval()
@@ -84,10 +86,11 @@ def contenders(name: str, steps: int, B: int, H: int, threads: int) -> dict[str,
     wide = [s.double() for s in states]
     exact = copy.deepcopy(theirs).double()(x.double(), tuple(wide) if len(wide) == 2 else wide[0])
     calls = {name: run(own, x, state) for name, own in {"int8": small, "bfloat16": half, "float32": ours}.items()}
-    calls["torch.nn"] = _called(theirs, x, state)
-    if (ao := _torch_ao(theirs)) is not None:
+    if "torch.nn" in columns:
+        calls["torch.nn"] = _called(theirs, x, state)
+    if "torch.ao" in columns and (ao := _torch_ao(theirs)) is not None:
         calls["torch.ao"] = _called(ao, x, state)
-    if (ort := _onnx_runtime(ours, x, states, threads)) is not None:
+    if "ORT" in columns and (ort := _onnx_runtime(ours, x, states, threads)) is not None:
         calls["ORT"] = ort
     want = exact[0].detach().numpy()
     for column, call in calls.items():
@@ -97,25 +100,27 @@ def contenders(name: str, steps: int, B: int, H: int, threads: int) -> dict[str,
     return calls
 
 
-def rows(seconds: float, min_rounds: int = MIN_ROUNDS) -> Iterator[str]:
-    """A row a case, then the geometric mean of each column."""
-    threads, ratios = torch.get_num_threads(), {name: [] for name in COLUMNS[:-1]}
+def rows(seconds: float, columns: Sequence[str] = COLUMNS, min_rounds: int = MIN_ROUNDS) -> Iterator[str]:
+    """A header, a row a case, then the geometric mean of each column."""
+    threads, ratios = torch.get_num_threads(), {name: [] for name in columns[:-1]}
+    settle = SETTLE_SECONDS if "ORT" in columns else 0.0
+    yield f"{'case':20} {' '.join(f'{name:>9}' for name in columns)}   {', '.join(columns[:-1])} over int8"
     for B, H in SHAPES:
         for name in CELLS:
             for steps in (100, 1):
-                calls = contenders(name, steps, B, H, threads)
-                timers = [Timer(calls["int8"], threads, SETTLE_SECONDS)]
-                others = [column for column in COLUMNS[:-1] if column in calls]
+                calls = contenders(name, steps, B, H, threads, columns)
+                timers = [Timer(calls["int8"], threads, settle)]
+                others = [column for column in columns[:-1] if column in calls]
                 for column in others:
                     counts = sorted({1, threads}) if column.startswith("torch") else [threads]
-                    choices = [Timer(calls[column], count, SETTLE_SECONDS) for count in counts]
+                    choices = [Timer(calls[column], count, settle) for count in counts]
                     timers.append(min(choices, key=lambda timer: min(timer.sample() for _ in range(2))))
                 rounds, _ = run_rounds(timers, seconds, min_rounds)
                 us = dict(zip(["int8", *others], 1e6 * np.median(rounds, axis=0)))
                 found = [float(np.median(rounds[:, i + 1] / rounds[:, 0])) for i in range(len(others))]
                 for column, ratio in zip(others, found):
                     ratios[column].append(ratio)
-                times = " ".join(f"{us[column]:9.1f}" if column in us else f"{'none':>9}" for column in COLUMNS)
+                times = " ".join(f"{us[column]:9.1f}" if column in us else f"{'none':>9}" for column in columns)
                 what = f"{name} {'step' if steps == 1 else f'T{steps}'} B{B} H{H}"
                 yield f"{what:20} {times}   {', '.join(f'{ratio:.2f}' for ratio in found)}"
     for column, of in ratios.items():
@@ -125,7 +130,16 @@ def rows(seconds: float, min_rounds: int = MIN_ROUNDS) -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status."""
-    return report.run_command("int8", __doc__, argv, 1.0, torch.get_num_threads(), HEADER, rows)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.int8", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="time for the rounds of a row (default: %(default)s)"
+    )
+    parser.add_argument("--ours", action="store_true", help="ours alone, which takes a tenth of the time")
+    args = parser.parse_args(argv)
+    print(report.describe(report.machine(torch.get_num_threads())), flush=True)
+    for row in rows(args.seconds, OURS if args.ours else COLUMNS):
+        print(row, flush=True)
+    return 0
 
 
 if __name__ == "__main__":

@@ -106,9 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.int8_quality", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=400, help="updates of each model (default: %(default)s)")
+    parser.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="default: Python's standard library")
     args = parser.parse_args(argv)
     demo = _demo()
-    text, source = demo.read_text(None)
+    text, source = demo.read_text(args.text)
     print(report.describe(report.machine(torch.get_num_threads())))
     print(f"text: {source}, {len(text):,} characters; {args.steps} updates", HEADER, sep="\n", flush=True)
     models = {

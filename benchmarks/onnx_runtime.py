@@ -22,7 +22,7 @@ except ImportError:
 
 
 def session(layer: nn.Module, x: Tensor, states: Sequence[Tensor], threads: int, *, int8: bool = False):
-    """An ``InferenceSession`` of inputs x, h[, c]; ``int8``: by ``quantize_dynamic``, None if that leaves it as it is."""
+    """An ``InferenceSession`` of inputs x, h[, c]. ``int8``: by ``quantize_dynamic``, None if that changes nothing."""
     if onnxruntime is None:
         return None
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -31,7 +31,8 @@ def session(layer: nn.Module, x: Tensor, states: Sequence[Tensor], threads: int,
         logging.disable(logging.WARNING)
         torch.onnx.export(
             layer, (x, tuple(states) if len(states) == 2 else states[0]), file, dynamo=True, verbose=False,
-            custom_translation_table=fusedrnn.onnx.table(), input_names=["x", "h", "c"][: 1 + len(states)],
+            external_data=False, custom_translation_table=fusedrnn.onnx.table(),
+            input_names=["x", "h", "c"][: 1 + len(states)],
             output_names=["y", "h_n", "c_n"][: 1 + len(states)],
         )  # fmt: skip
         if int8:

@@ -17,6 +17,8 @@ from benchmarks import __main__ as command
 from benchmarks import (
     cases,
     dropout,
+    int8,
+    int8_quality,
     limits,
     measure,
     memory,
@@ -349,10 +351,37 @@ def test_streams_are_compared_before_they_are_timed(capsys, monkeypatch):
     monkeypatch.setattr(streaming, "SHAPES", ((2, 8),))
     assert streaming.main(["--seconds", "0.01"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [row[0] for row in rows] == ["LSTM", "GRU", "RNN"] and all(float(value) > 0 for value in rows[0][3:7])
+    assert [row[0] for row in rows] == ["LSTM", "GRU", "RNN"] and all(
+        float(value) > 0 for value in rows[0][3:9] if value != "none"
+    )
     monkeypatch.setattr(fusedrnn.GRU, "step", lambda self, x, state: (x, state))
     with pytest.raises(measure.Disagreement, match="GRU, B 2, H 8: step deviates"):
         streaming.measure("GRU", 2, 8, 0.01)
+
+
+def test_int8_is_compared_before_it_is_timed(capsys, monkeypatch):
+    monkeypatch.setattr(int8, "SHAPES", ((2, 8),))
+    monkeypatch.setattr(int8, "SETTLE_SECONDS", 0)
+    assert int8.main(["--seconds", "0.01"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows[:6]] == ["LSTM", "LSTM", "GRU", "GRU", "RNN", "RNN"]
+    assert all(float(value) > 0 for row in rows[:6] for value in row[4:10] if value != "none")
+    assert [row[:3] for row in rows[6:8]] == [["torch.nn", "over", "int8:"], ["float32", "over", "int8:"]]
+    monkeypatch.setattr(fusedrnn.QuantizedRecurrent, "step", lambda self, x, state: (x, state))
+    with pytest.raises(measure.Disagreement, match="LSTM B2 H8: int8 deviates"):
+        int8.contenders("LSTM", 1, 2, 8, 1)
+
+
+def test_int8_is_judged_on_tasks(capsys, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("the quick brown fox jumps over the lazy dog. " * 3000)
+    assert int8_quality.main(["--steps", "2", "--text", str(file)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[3:]]
+    assert [row[0] for row in rows] == ["LSTM", "GRU", "LSTM", "wrong"]
+    for row in rows:
+        exact, half, small, difference = map(float, row[-4:])
+        assert abs(half - exact) < 0.05 * exact and abs(small - exact) < 0.05 * exact
+        assert abs(small - exact - difference) < 2e-4
 
 
 def test_cells_are_compared_before_they_are_timed(capsys, monkeypatch):

@@ -59,13 +59,16 @@ FUSEDRNN_INLINE int64_t whole_steps(int64_t n) {  // elements
   return steps_of<E>(n) * kPair<E>;
 }
 
+// At any element.
 template <class E>
 FUSEDRNN_INLINE WordsOf<E> load_words(const E* p) {
-  return *reinterpret_cast<const typename Raw<typename Operand<E>::Sum>::Unaligned*>(p);
+  WordsOf<E> words;
+  __builtin_memcpy(&words, p, sizeof words);
+  return words;
 }
 template <class E>
 FUSEDRNN_INLINE void store_words(E* p, WordsOf<E> words) {
-  *reinterpret_cast<typename Raw<typename Operand<E>::Sum>::Unaligned*>(p) = words;
+  __builtin_memcpy(p, &words, sizeof words);
 }
 
 // The word at p in all lanes.

@@ -77,8 +77,13 @@ typedef uint16_t HalfWordsUnaligned __attribute__((vector_size(FUSEDRNN_VECTOR_B
 typedef uint32_t Words __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES)));
 
 FUSEDRNN_INLINE Vec<float> load(const BFloat16* p) {
-  const HalfWords h = *reinterpret_cast<const HalfWordsUnaligned*>(p);
-  return (Raw<float>::Type)(__builtin_convertvector(h, Words) << 16);
+#if defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 64 && !defined(FUSEDRNN_AVX2_AS_AVX512)
+  Words words;  // g++ widens the two halves of a vector apart
+  asm("vpmovzxwd %1, %0" : "=v"(words) : "m"(*reinterpret_cast<const HalfWordsUnaligned*>(p)));
+#else
+  const Words words = __builtin_convertvector(HalfWords(*reinterpret_cast<const HalfWordsUnaligned*>(p)), Words);
+#endif
+  return (Raw<float>::Type)(words << 16);
 }
 
 FUSEDRNN_INLINE Words rounded_to_bfloat16(Vec<float> a) {  // to nearest, ties to even; NaN stays NaN
