@@ -45,8 +45,8 @@ def _module_of(function: Callable[..., Any]) -> str:
     return getattr(function, "__module__", None) or ""
 
 
-class FusedModule(HasOptions):
-    """What our modules do not share with torch.nn's: packed weights for inference, and an answer to TorchScript."""
+class Called:
+    """How our modules are called: one node in a torch.fx graph; an answer to TorchScript and the exporters by it."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if symbolic_tracing() and (node := _node(self, args, kwargs)) is not None:
@@ -54,6 +54,16 @@ class FusedModule(HasOptions):
         if torch.jit.is_tracing():  # here too: the arguments that the older exporter hands on do not fit forward's
             refuse_older_exporter(type(self).__name__)
         return torch.nn.Module.__call__(self, *args, **kwargs)
+
+    def __prepare_scriptable__(self) -> torch.nn.Module:  # by torch.jit.script
+        raise NotImplementedError(
+            f"fusedrnn.{type(self).__name__} cannot be compiled by TorchScript: use torch.export.export, or, before"
+            " torch.jit.script, fusedrnn.revert(model), which makes torch.nn modules of fusedrnn's"
+        )
+
+
+class FusedModule(Called, HasOptions):
+    """What our modules do not share with torch.nn's: packed weights for inference, and how they are called."""
 
     def register_forward_hook(self, hook: Callable[..., Any], **kwargs: Any) -> RemovableHandle:
         """As in torch.nn, but for the hooks that Opacus puts on modules of classes it does not know: they miss the
@@ -91,9 +101,3 @@ class FusedModule(HasOptions):
     def extra_repr(self) -> str:
         """As in torch.nn, and what differs from the defaults."""
         return super().extra_repr() + text(self)
-
-    def __prepare_scriptable__(self) -> torch.nn.Module:  # by torch.jit.script
-        raise NotImplementedError(
-            f"fusedrnn.{type(self).__name__} cannot be compiled by TorchScript: use torch.export.export, or"
-            " fusedrnn.revert(model), which makes torch.nn modules of fusedrnn's, before torch.jit.script"
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from . import modules, options
 from .convert import ConversionEntry, check_model, listed, own_class, title
 from .inference import cache
-from .quantized import MOST_INT8, QuantizedCell, QuantizedRecurrent, small_dtype
+from .quantized import MOST_INT8, QuantizedCell, QuantizedRecurrent, short, small_dtype
 from .torch_internals import flat_weights, weight_names
 
 _CLASSES = {getattr(nn, name) for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")}
@@ -69,22 +70,26 @@ def quantize(model: nn.Module, dtype: str | torch.dtype = "int8") -> Quantizatio
     dtype = small_dtype(dtype)
     report = QuantizationReport()
     for name, module in list(model.named_modules()):
+        if isinstance(module, (QuantizedRecurrent, QuantizedCell)) and module.dtype != dtype:
+            reason = f"quantized before, to {short(module.dtype)}"
+            report.left.append(ConversionEntry(name, title(type(module)), reason))
         if not isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
             continue
         before = own_class(module)
         reason = _obstacle(module, before)
-        weights = [] if reason else _weights(module)
-        reason = reason or _obstacle_in(module, weights, dtype)
-        if reason:
+        if reason is None:
+            with torch.inference_mode(False):  # buffers that can be written later
+                made = _empty_like(module, dtype)
+            weights = _weights(module)
+            reason = _obstacle_in(module, weights, made)
+        if reason is not None:
             report.left.append(ConversionEntry(name, title(before), reason))
             continue
-        size = sum(w.numel() * w.element_size() for w in weights)
-        _become(module, _made_of(module, weights, dtype))
-        kind = str(dtype).removeprefix("torch.")
-        after = sum(b.numel() * b.element_size() for b in module.buffers())
-        report.replaced.append(
-            QuantizationEntry(name, title(before), f"now fusedrnn.{type(module).__name__}, {kind}", size, after)
-        )
+        made.take(weights)
+        size, after = (sum(t.numel() * t.element_size() for t in of) for of in (weights, made.buffers()))
+        _become(module, made)
+        now = f"now fusedrnn.{type(module).__name__}, {short(dtype)}"
+        report.replaced.append(QuantizationEntry(name, title(before), now, size, after))
     return report
 
 
@@ -114,39 +119,57 @@ def _obstacle(module: nn.Module, cls: type[nn.Module]) -> str | None:
     return None
 
 
-def _obstacle_in(module: nn.Module, weights: list[Tensor], dtype: torch.dtype) -> str | None:
-    for name, weight in zip(_names(module), weights, strict=True):
+def _obstacle_in(module: nn.Module, weights: list[Tensor], made: QuantizedRecurrent | QuantizedCell) -> str | None:
+    own = {name for name in (*_kept(module), *_members(module)) if "hook" not in name}
+    for name in sorted(own & {*vars(made), *made._buffers}):
+        return f"its attribute {name} would meet that of a quantized module"
+    if len(weights) != len(made._weight_names):
+        return f"it has {len(weights)} weights, its sizes say {len(made._weight_names)}"
+    for name, weight in zip(made._weight_names, weights, strict=True):
+        own = getattr(made, name)
+        if weight.shape != own.shape:
+            return f"{name} has shape {list(weight.shape)}, its sizes say {list(own.shape)}"
         if weight.device.type != "cpu":
             return f"{name} is on device {weight.device}, these kernels are for the CPU"
-        if not weight.is_floating_point() or not torch.isfinite(weight).all():
-            return f"{name} is not finite"
-        if dtype == torch.int8 and weight.dim() == 2 and weight.size(1) > MOST_INT8:
+        inside = torch.float32 if own.dtype == torch.int8 else own.dtype
+        if not weight.is_floating_point() or not torch.isfinite(weight.to(inside)).all():
+            return f"{name} is not finite in {short(inside)}"
+        if own.dtype == torch.int8 and weight.size(1) > MOST_INT8:
             return f"{name} has rows of {weight.size(1)} elements, int8 takes {MOST_INT8}"
     return None
 
 
-def _made_of(module: nn.Module, weights: list[Tensor], dtype: torch.dtype) -> QuantizedRecurrent | QuantizedCell:
+def _empty_like(module: nn.Module, dtype: torch.dtype) -> QuantizedRecurrent | QuantizedCell:
     cell = options.cell_of(module)
     if isinstance(module, nn.RNNBase):
-        found = QuantizedRecurrent(
+        return QuantizedRecurrent(
             cell, module.input_size, module.hidden_size, module.num_layers, module.bias, module.batch_first,
             module.bidirectional, module.proj_size, options.of(module).zoneout, dtype,
         )  # fmt: skip
-    else:
-        found = QuantizedCell(cell, module.input_size, module.hidden_size, module.bias_ih is not None, dtype)
-    found.take(weights)
-    return found
+    return QuantizedCell(cell, module.input_size, module.hidden_size, module.bias_ih is not None, dtype)
+
+
+def _kept(module: nn.Module) -> dict[str, Any]:
+    """Hooks, and attributes that the user has put there."""
+    return {name: value for name, value in vars(module).items() if "hook" in name or name not in _OWN}
+
+
+def _members(module: nn.Module) -> dict[str, tuple[str, Any]]:
+    """Buffers, children and parameters that the user has put there, each with the name of the list it is in."""
+    weights = {*_names(module), "parametrizations", "bias_ih", "bias_hh"}
+    lists = ("_parameters", "_buffers", "_modules")
+    return {n: (of, value) for of in lists for n, value in vars(module)[of].items() if n not in weights}
 
 
 def _become(module: nn.Module, made: nn.Module) -> None:
     """The very object, with its hooks and what else the user has put there."""
     cache.forget(module)
-    before, weights = vars(module), _names(module)
-    kept = {name: value for name, value in before.items() if "hook" in name or name not in _OWN}
-    parameters = {name: p for name, p in before["_parameters"].items() if name not in weights and p is not None}
-    children = {name: m for name, m in before["_modules"].items() if name != "parametrizations"}
-    before.clear()
-    before.update(vars(made) | kept)
+    own, kept, members = vars(module), _kept(module), _members(module)
+    transient = own["_non_persistent_buffers_set"] & {*members}
+    own.clear()
+    own.update(vars(made))
+    own.update((name, value) for name, value in kept.items() if "hook" in name or name not in vars(made))
+    for name, (of, value) in members.items():
+        own[of][name] = value
+    own["_non_persistent_buffers_set"] |= transient
     module.__class__ = type(made)
-    before["_parameters"].update(parameters)
-    before["_modules"].update(children)

@@ -20,12 +20,12 @@ from torch.nn.utils.rnn import PackedSequence
 from . import _C
 from .cells import CELLS
 from .functional import recurrent
-from .fused_module import as_states
+from .fused_module import Called, as_states
 from .inference import cache
 from .inference.plain_call import form_of, plain_call
-from .layer.autograd import wants_gradient
+from .layer.autograd import in_place, wants_gradient
 from .layer.call import Weights
-from .layer.dropout import kept_parts
+from .layer.dropout import kept_parts, rates
 from .torch_internals import heard
 
 __all__ = ["QuantizedCell", "QuantizedRecurrent"]
@@ -43,6 +43,11 @@ def small_dtype(dtype: torch.dtype | str) -> torch.dtype:
     raise ValueError(f"dtype must be 'int8' or 'bfloat16', got {dtype!r}")
 
 
+def short(dtype: torch.dtype) -> str:
+    """Its name without torch's."""
+    return str(dtype).removeprefix("torch.")
+
+
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix (rows, K) of any floating type as int8, and the scale of each row, float32: max |row| / 127."""
     weight = weight.detach().float()
@@ -51,7 +56,7 @@ def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / factor).round().clamp(-127, 127).to(torch.int8), scale
 
 
-class _Quantized(nn.Module):
+class _Quantized(Called, nn.Module):
     """What both modules share: buffers in the place of parameters, named as torch.nn's, and no training.
 
     Buffers, for each layer and direction: ``weight_ih``, ``weight_hh``[, ``weight_hr``] int8 or bfloat16; of int8 the
@@ -61,6 +66,10 @@ class _Quantized(nn.Module):
     def __init__(self, cell: str, input_size: int, hidden_size: int, bias: bool, dtype: torch.dtype | str) -> None:
         if cell not in CELLS:
             raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
+        for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
+            least = 1 if name == "hidden_size" else 0
+            if not isinstance(size, int) or size < least:
+                raise ValueError(f"{name} must be an integer from {least} on, got {size!r}")
         super().__init__()
         self.training = False
         self.cell, self.input_size, self.hidden_size, self.bias = cell, input_size, hidden_size, bias
@@ -75,10 +84,11 @@ class _Quantized(nn.Module):
                 continue
             name = {"w": "weight", "b": "bias"}[field[0]] + field[1:] + end
             matrix = len(shape) == 2
-            self.register_buffer(name, torch.zeros(shape, dtype=self.dtype if matrix else torch.float32))
+            dtype = self.dtype if matrix else torch.float32
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device="cpu"))
             self._weight_names.append(name)
             if matrix and self.dtype == torch.int8:
-                self.register_buffer(f"{name}_scale", torch.zeros(shape[0]))
+                self.register_buffer(f"{name}_scale", torch.zeros(shape[0], dtype=torch.float32, device="cpu"))
                 self._scale_names.append(f"{name}_scale")
 
     @torch.no_grad()
@@ -93,10 +103,27 @@ class _Quantized(nn.Module):
             else:
                 own.copy_(weight)
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As in torch.nn, but a matrix of another kind is an error, and nothing is copied: int8 without its scales, or
+        whole numbers in the place of bfloat16, are other weights.
+        """
+        given = {name: state_dict.get(prefix + name) for name in self._weight_names}
+        wrong = [
+            f"{prefix}{name} must be {short(self.dtype)}, got {t.dtype}: load into the model before it is quantized"
+            for name, t in given.items()
+            if isinstance(t, Tensor) and t.dim() == 2 and (t.dtype == torch.int8) != (self.dtype == torch.int8)
+        ]
+        if wrong:
+            args[-1].extend(wrong)  # error_msgs, which load_state_dict raises
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _lists(self) -> tuple[list[Tensor], list[Tensor]]:
         """Weights and scales, in the order in which kernels take them."""
-        own = self._buffers
-        return [own[name] for name in self._weight_names], [own[name] for name in self._scale_names]
+        own, found = self._buffers, []
+        for names in (self._weight_names, self._scale_names):
+            found.append([own[n] if n in own else getattr(self, n) for n in names])  # computed, or no buffer any more
+        return found[0], found[1]
 
     def _shapes(self, input_size: int, proj_size: int = 0) -> Weights:
         rows, width = len(CELLS[self.cell].gates) * self.hidden_size, proj_size or self.hidden_size
@@ -105,15 +132,15 @@ class _Quantized(nn.Module):
         return Weights((rows, input_size), (rows, width), bias, bias, w_hr)
 
     @property
-    def _dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
-
-    @property
     def _two_states(self) -> bool:
         return len(CELLS[self.cell].states) == 2
 
     def _states(self, hx: Any) -> Sequence[Tensor] | None:
-        return as_states(hx if self._two_states or hx is None else (hx,), self.cell)
+        states = as_states(hx if self._two_states or hx is None else (hx,), self.cell)
+        for state in states or ():
+            if not isinstance(state, Tensor):
+                raise TypeError(f"each hidden state of {self.cell} must be a tensor, got {type(state).__name__}")
+        return states
 
     def _check_input(self, x: Any) -> None:
         if not isinstance(x, Tensor):
@@ -126,16 +153,10 @@ class _Quantized(nn.Module):
             )
 
     def train(self, mode: bool = True) -> _Quantized:
-        """Refuse: there are no parameters.
-
-        Raises:
-            NotImplementedError: ``mode`` is True.
-        """
-        if mode:
-            raise NotImplementedError(
-                f"{type(self).__name__} is for inference: train the model that it was made of, and quantize a copy"
-            )
-        return super().train(mode)
+        """As in torch.nn, but this module stays in eval: it has nothing to train, and drops nothing."""
+        super().train(mode)
+        self.training = False
+        return self
 
     def _apply(self, *args: Any, **kwargs: Any) -> _Quantized:
         """As in torch.nn, but .to(dtype), .half() and so on change no type."""
@@ -175,6 +196,11 @@ class QuantizedRecurrent(_Quantized):
         zoneout: float | tuple[float, float] = 0.0, dtype: torch.dtype | str = "int8",
     ) -> None:  # fmt: skip
         super().__init__(cell, input_size, hidden_size, bias, dtype)
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be greater than zero, got {num_layers}")
+        if proj_size and not (CELLS[cell].projectable and 0 < proj_size < hidden_size):
+            raise ValueError(f"proj_size must be below hidden_size, and of an LSTM, got {proj_size} for {cell}")
+        rates(0.0, 0.0, zoneout, 0.0, len(CELLS[cell].states))  # raises
         self.num_layers, self.batch_first, self.bidirectional = num_layers, batch_first, bidirectional
         self.proj_size, self.zoneout = proj_size, zoneout
         ends = ("", "_reverse")[: 1 + bidirectional]
@@ -222,12 +248,14 @@ class QuantizedRecurrent(_Quantized):
         Raises:
             ValueError, TypeError: the module is bidirectional, or input is no tensor of two dimensions.
         """
-        kept = None if is_compiling() or heard(self) else cache.find(self)
+        usual = type(self).forward is _FORWARD and "forward" not in vars(self)
+        kept = cache.find(self) if usual and not (is_compiling() or heard(self)) else None
         if kept is not None:
             weights, scales = self._lists()
             form = form_of(self, 2)
-            if kept.step is not None and kept.step[0] == (form, self.zoneout):
-                found = _C.step(kept.step[1], input, hx, weights, scales)
+            key, prepared = (form, self.cell, self.zoneout), kept.step
+            if prepared is not None and prepared[0] == key:
+                found = _C.step(prepared[1], input, hx, weights, scales)
                 if found is not None:
                     return found
             kept.step = None
@@ -239,11 +267,11 @@ class QuantizedRecurrent(_Quantized):
         time = 1 if self.batch_first else 0
         with torch.no_grad():
             y, last = self(input.unsqueeze(time), hx)
-        if kept is not None and type(self).forward is QuantizedRecurrent.forward:
+        if kept is not None:
             parts = kept_parts(self.zoneout, len(CELLS[self.cell].states))
             prepared = _C.prepare_step(input, weights, self.cell, form, parts, scales)
-            kept.step = None if prepared is None else ((form, self.zoneout), prepared)
-        return y.squeeze(time), last
+            kept.step = None if prepared is None else (key, prepared)
+        return in_place(Tensor.squeeze_, Tensor.squeeze, y, time), last
 
     def flatten_parameters(self) -> None:
         """Does nothing. Kept because callers of torch.nn's modules use it."""
@@ -255,7 +283,10 @@ class QuantizedRecurrent(_Quantized):
         text += f", num_layers={self.num_layers}" if self.num_layers > 1 else ""
         for name in ("bias", "batch_first", "bidirectional"):
             text += f", {name}={getattr(self, name)}" if getattr(self, name) != (name == "bias") else ""
-        return text + (f", zoneout={self.zoneout}" if self.zoneout else "") + f", {self._dtype_name}"
+        return text + (f", zoneout={self.zoneout}" if self.zoneout else "") + f", {short(self.dtype)}"
+
+
+_FORWARD = QuantizedRecurrent.forward  # whose work ``step`` does without calling it
 
 
 class QuantizedCell(_Quantized):
@@ -302,9 +333,9 @@ class QuantizedCell(_Quantized):
                 return found[1:]
         given = None if states is None else tuple(s.unsqueeze(0) for s in states)
         _, finals = recurrent(self.cell, x.unsqueeze(0), given, weights, scales=scales)
-        return [s.squeeze(0) for s in finals]
+        return [in_place(Tensor.squeeze_, Tensor.squeeze, s, 0) for s in finals]
 
     def extra_repr(self) -> str:
         """As torch.nn's, with the cell."""
         bias = "" if self.bias else ", bias=False"
-        return f"{self.cell}, {self.input_size}, {self.hidden_size}{bias}, {self._dtype_name}"
+        return f"{self.cell}, {self.input_size}, {self.hidden_size}{bias}, {short(self.dtype)}"

@@ -119,6 +119,43 @@ def test_pieces_give_the_same_bits(cell: str, threads: Callable) -> None:
             assert torch.equal(turned(one[0]), turned(whole[0])[:, 1:2])
 
 
+def near_ties(count: int) -> Tensor:
+    """A row that is 1 first; 127 times each other element lies within a few units of the last place of a tie."""
+    ties = (torch.randint(-127, 127, (count,)) + 0.5) / 127
+    return torch.cat([torch.ones(1), ties * (1 + torch.randint(-4, 5, (count,)) * 2.0**-24)])
+
+
+def test_numbers_near_ties_go_one_way() -> None:
+    """x and h0 times 1 / scale, rounded to float32, and then to an integer: on every instruction set."""
+    row = near_ties(4000)
+    expected = (row * (1 / (row.abs().max() / 127))).round()
+    one, w = torch.ones(len(row)), torch.eye(len(row), dtype=torch.int8)
+    zero = torch.zeros_like(w)
+    scale = (row.abs().max() / 127).item()
+    for sign in (1, -1):
+        for weights, x, h0 in (([w, zero], row, torch.zeros_like(row)), ([zero, w], torch.zeros_like(row), row)):
+            given = sign * x.view(1, 1, -1), sign * h0.view(1, 1, -1)
+            y = op(given[0], None, given[1], None, weights, "rnn_relu", False, False, None, None, None, [one, one])[0]
+            assert torch.equal((y.flatten() / scale).round(), (sign * expected).relu())
+
+
+@pytest.mark.parametrize("H", [64, 129])
+@pytest.mark.parametrize("cell", ["rnn_tanh", "lstm", "gru", "gru_reset_before"])
+def test_h_is_rounded_one_way(cell: str, H: int) -> None:
+    """By the thread that makes it or by row, after a step or before one: so many that some lie near a tie."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        module = draw_module(cell, 4, H)
+        module.weight_ih_l0_scale.mul_(8)
+        x = torch.randn(3, 2000, 4)
+        y = module(x)[0]
+        first, state = module(x[:1])
+        assert torch.equal(torch.cat([first, module(x[1:], state)[0]]), y)
+        states = draw_states(module, 2000, 0.0)
+        states[0][0, 0, 0] = 5  # of one sample
+        assert torch.equal(module(x, given(states))[0][:, 1:], y[:, 1:])
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_ragged_batches(cell: str, threads: Callable) -> None:
     threads(2)

@@ -154,6 +154,8 @@ def test_a_whole_model() -> None:
     assert "lstm: torch.nn.LSTM: now fusedrnn.QuantizedRecurrent, int8, " in str(report) and "KiB" in str(report)
     again = fusedrnn.quantize(small)
     assert isinstance(again, QuantizationReport) and not again.replaced and not again.left
+    other = fusedrnn.quantize(small, "bfloat16")
+    assert not other.replaced and {entry.reason for entry in other.left} == {"quantized before, to int8"}
     converted = copy.deepcopy(model)
     fusedrnn.convert(converted)
     fusedrnn.quantize(converted)
@@ -168,6 +170,9 @@ class Own(nn.GRU):
 def test_what_is_left_alone() -> None:
     model = nn.ModuleDict({name: nn.GRU(4, 5) for name in ("replaced", "hook", "infinite", "fine")})
     model["own"], model["elsewhere"] = Own(4, 5), nn.LSTM(4, 5, device="meta")
+    model["shape"], model["zoneout"] = nn.GRU(4, 5), nn.LSTM(4, 5)
+    model["shape"].weight_hh_l0 = nn.Parameter(torch.ones(15, 1))
+    model["zoneout"].zoneout = 0.7
     model["replaced"].forward = lambda x: x
     weight_norm(model["hook"], "weight_hh_l0")
     with torch.no_grad():
@@ -179,7 +184,9 @@ def test_what_is_left_alone() -> None:
     assert reasons == {
         "replaced": "its forward was replaced on the instance",
         "hook": "its weights are computed by a hook of torch.nn.utils: remove that first",
-        "infinite": "weight_ih_l0 is not finite",
+        "infinite": "weight_ih_l0 is not finite in float32",
+        "shape": "weight_hh_l0 has shape [15, 1], its sizes say [15, 5]",
+        "zoneout": "its attribute zoneout would meet that of a quantized module",
         "own": "a subclass with code of its own",
         "elsewhere": "weight_ih_l0 is on device meta, these kernels are for the CPU",
     }
@@ -198,13 +205,94 @@ def test_computed_weights_are_taken_as_they_are() -> None:
     assert same(tensors(module(x)), tensors(plain(x))) and list(module.state_dict()) == list(plain.state_dict())
 
 
+def test_what_the_user_has_put_there_stays() -> None:
+    module, child = nn.LSTM(4, 5), nn.Linear(2, 2)
+    module.register_buffer("mean", torch.ones(4))
+    module.register_buffer("passing", torch.ones(2), persistent=False)
+    module.gain, module.child, module.note = nn.Parameter(torch.ones(3)), child, "mine"
+    fusedrnn.quantize(module)
+    assert module.mean.sum() == 4 and module.child is child and module.note == "mine"
+    assert {"mean", "gain", "child.weight"} <= set(module.state_dict()) and "passing" not in module.state_dict()
+    assert len(list(module.parameters())) == 3
+
+
+def test_other_defaults_make_the_same_modules() -> None:
+    x = torch.randn(3, 2, 4)
+    module = nn.GRU(4, 5)
+    expected = copy.deepcopy(module)
+    fusedrnn.quantize(expected)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"), torch.inference_mode():
+            fusedrnn.quantize(module)
+    finally:
+        torch.set_default_dtype(before)
+    assert same(tensors(module(x)), tensors(expected(x)))
+    module.load_state_dict(expected.state_dict())
+
+
+@pytest.mark.parametrize("to", ["int8", "bfloat16"])
+@pytest.mark.parametrize("of", ["float32", "int8", "bfloat16"])
+def test_checkpoints_of_another_kind(of: str, to: str) -> None:
+    """What is not these weights is refused before anything is written; float32 is rounded to bfloat16."""
+    source, module = nn.LSTM(4, 5), nn.LSTM(4, 5)
+    if of != "float32":
+        fusedrnn.quantize(source, of)
+    fusedrnn.quantize(module, to)
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    if of == to or (of, to) == ("float32", "bfloat16"):
+        module.load_state_dict(source.state_dict())
+        assert not torch.equal(module.weight_ih_l0, before["weight_ih_l0"])
+        return
+    for strict in (True, False):
+        with pytest.raises(
+            RuntimeError, match=f"weight_ih_l0 must be {to}, got torch.{of}: load into the model before"
+        ):
+            module.load_state_dict(source.state_dict(), strict=strict)
+        assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
+
+
+def test_a_step_is_what_forward_is() -> None:
+    x = torch.randn(2, 4)
+    module = nn.RNN(4, 5)
+    fusedrnn.quantize(module)
+    for _ in range(2):
+        module.step(x)
+    module.cell = "rnn_relu"
+    assert torch.equal(module.step(x)[0], module(x[None])[0][0])
+    forward = module.forward
+    module.forward = lambda *args: (forward(*args)[0] * 0 + 7, None)
+    for _ in range(2):
+        assert (module.step(x)[0] == 7).all()
+    del module.forward
+    module.register_forward_hook(lambda module, args, result: (result[0] * 0 + 3, result[1]))
+    assert (module.step(x)[0] == 3).all()
+
+
+def test_tools_that_take_our_modules() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.GRU(4, 5)).eval()
+    fusedrnn.quantize(model)
+    x = torch.randn(3, 2, 3)
+    assert torch.equal(torch.fx.symbolic_trace(model)(x)[0], model(x)[0])
+    model(x)[0].relu_()  # as torch.nn's allows
+    cell = nn.LSTMCell(3, 4)
+    fusedrnn.quantize(cell)
+    cell(torch.randn(2, 3, requires_grad=True))[0].relu_()
+    with pytest.raises(NotImplementedError, match="QuantizedRecurrent cannot be compiled by TorchScript"):
+        torch.jit.script(model)
+    with pytest.raises(NotImplementedError, match="not by TorchScript"):
+        torch.onnx.export(model, (x,), io.BytesIO(), dynamo=False)
+    nn.utils.parametrize.register_parametrization(model[1], "bias_ih_l0", nn.Identity())
+    assert torch.isfinite(model(x)[0]).all()
+
+
 def test_no_training() -> None:
     torch._dynamo.reset()
     model = Model()
     fusedrnn.quantize(model)
-    assert not model.lstm.training and model.training
-    with pytest.raises(NotImplementedError, match="QuantizedRecurrent is for inference"):
-        model.train()
+    model.train()
+    assert model.training and model.head.training and not model.lstm.training and not model.cell.training
     model.eval()
     x = torch.randn(2, 3, 5)
     y = model(x)  # after a layer that trains
@@ -265,7 +353,15 @@ def test_other_types_come_and_go(dtype: torch.dtype) -> None:
         (lambda q: q(torch.ones(3, 2, 12), (torch.ones(4, 2, 24),)), RuntimeError, "two hidden states"),
         (lambda q: q(torch.ones(3, 2, 12), (torch.ones(4, 1, 24),) * 2), RuntimeError, r"h0 must have shape \[4, 2"),
         (lambda q: q.step(torch.ones(2, 12)), ValueError, "bidirectional module needs the whole sequence"),
+        (lambda q: q(torch.ones(3, 2, 12), (torch.ones(4, 2, 24), 3)), TypeError, "lstm must be a tensor, got int"),
+        (lambda q: q(torch.ones(3, 2, 12), (torch.ones(4, 2, 24), None)), TypeError, "must be a tensor, got NoneType"),
+        (lambda q: QuantizedCell("gru", 3, 4)(torch.ones(2, 3), [torch.ones(2, 4)]), TypeError, "a tensor, got list"),
         (lambda q: QuantizedRecurrent("lsmt", 3, 4), ValueError, "cell must be one of"),
+        (lambda q: QuantizedRecurrent("gru", 3, 4, proj_size=2), ValueError, "proj_size must be below hidden_size"),
+        (lambda q: QuantizedRecurrent("lstm", 3, 4, proj_size=4), ValueError, "proj_size must be below hidden_size"),
+        (lambda q: QuantizedRecurrent("gru", 3, 0), ValueError, "hidden_size must be an integer from 1 on, got 0"),
+        (lambda q: QuantizedRecurrent("gru", 3, 4, num_layers=0), ValueError, "num_layers must be greater than zero"),
+        (lambda q: QuantizedRecurrent("gru", 3, 4, zoneout=2.0), ValueError, "zoneout"),
         (lambda q: fusedrnn.quantize(3), TypeError, "must be a torch.nn.Module, got int"),
         (lambda q: fusedrnn.quantize(q, "int4"), ValueError, "dtype must be 'int8' or 'bfloat16', got 'int4'"),
     ],

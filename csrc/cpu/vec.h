@@ -99,8 +99,21 @@ FUSEDRNN_INLINE void store(BFloat16* p, Vec<float> a) {
 
 typedef int8_t Bytes __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES / 4), aligned(1), may_alias));
 
-// Rounded to nearest, ties to even. |a| <= 127; of NaN some number comes.
+// Rounded to nearest, ties to even. |a| <= 127; of NaN some number comes. a is a product rounded to float32 before,
+// here and on every instruction set: in one multiply-add with the rounding below some numbers near a tie would go
+// elsewhere.
 FUSEDRNN_INLINE void store(int8_t* p, Vec<float> a) {
+#if defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 64 && defined(FUSEDRNN_AVX2_AS_AVX512)
+  asm("" : "+m"(a.v));
+#elif defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 64
+  asm("" : "+v"(a.v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(a.v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(a.v));
+#else
+#error "one line that keeps a product apart from the sum after it"
+#endif
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: a sum with it has the integer in its low bits
   const auto bits = (Raw<float>::Int)(a.v + kRound) - 0x4b400000;
   *reinterpret_cast<Bytes*>(p) = __builtin_convertvector(bits, Bytes);

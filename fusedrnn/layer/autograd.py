@@ -73,11 +73,12 @@ _NO_GRADIENT = (
 
 
 class _Inference(torch.autograd.Function):
-    """The results of a layer with small weights: whoever wants their gradient is told."""
+    """A layer with small weights: whoever wants a gradient of its results is told."""
 
     @staticmethod
-    def forward(ctx: Any, _: Tensor, *results: Tensor) -> tuple[Tensor, ...]:  # noqa: D102
-        return tuple(t.view_as(t) for t in results)
+    def forward(ctx: Any, call: LayerCall, *_: Tensor | None) -> tuple[Tensor | None, ...]:  # noqa: D102
+        y, finals, c = _forward(call, save=False)[0]
+        return y, *finals, c
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:  # noqa: D102
@@ -89,11 +90,8 @@ def _without_gradient(call: LayerCall) -> Outputs:
         return _forward(call, save=False)[0]
     if is_compiling():
         raise RuntimeError(_NO_GRADIENT)
-    with torch.no_grad():
-        y, finals, c = _forward(call, save=False)[0]
-    cause = next(t for t in (call.x, *call.states) if t is not None and t.requires_grad)
-    y, *rest = _Inference.apply(cause, y, *finals, *(() if c is None else (c,)))
-    return Outputs(y, rest[: len(finals)], None if c is None else rest[-1])
+    y, *finals, c = _Inference.apply(call, call.x, *call.states)
+    return Outputs(y, finals, c)
 
 
 def _forward(call: LayerCall, save: bool) -> tuple[Outputs, Tensor]:
