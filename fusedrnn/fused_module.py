@@ -48,6 +48,8 @@ def _module_of(function: Callable[..., Any]) -> str:
 class Called:
     """How our modules are called: one node in a torch.fx graph; an answer to TorchScript and the exporters by it."""
 
+    _or_else = ""
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if symbolic_tracing() and (node := _node(self, args, kwargs)) is not None:
             return node  # with the hooks
@@ -57,13 +59,14 @@ class Called:
 
     def __prepare_scriptable__(self) -> torch.nn.Module:  # by torch.jit.script
         raise NotImplementedError(
-            f"fusedrnn.{type(self).__name__} cannot be compiled by TorchScript: use torch.export.export, or, before"
-            " torch.jit.script, fusedrnn.revert(model), which makes torch.nn modules of fusedrnn's"
+            f"fusedrnn.{type(self).__name__} cannot be compiled by TorchScript: use torch.export.export{self._or_else}"
         )
 
 
 class FusedModule(Called, HasOptions):
     """What our modules do not share with torch.nn's: packed weights for inference, and how they are called."""
+
+    _or_else = ", or fusedrnn.revert(model), which makes torch.nn modules of fusedrnn's, before torch.jit.script"
 
     def register_forward_hook(self, hook: Callable[..., Any], **kwargs: Any) -> RemovableHandle:
         """As in torch.nn, but for the hooks that Opacus puts on modules of classes it does not know: they miss the

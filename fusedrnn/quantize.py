@@ -12,7 +12,7 @@ from . import modules, options
 from .convert import ConversionEntry, check_model, listed, own_class, title
 from .inference import cache
 from .quantized import MOST_INT8, QuantizedCell, QuantizedRecurrent, short, small_dtype
-from .torch_internals import flat_weights, weight_names
+from .torch_internals import flat_weights, hooks_before, weight_names
 
 _CLASSES = {getattr(nn, name) for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")}
 _CLASSES |= {getattr(modules, name) for name in modules.__all__} - {modules.FusedRNNBase}
@@ -114,14 +114,14 @@ def _obstacle(module: nn.Module, cls: type[nn.Module]) -> str | None:
         return "a subclass with code of its own"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
-    if any(type(hook).__module__.startswith("torch.nn.utils.") for hook in module._forward_pre_hooks.values()):
+    if any(type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks_before(module)):
         return "its weights are computed by a hook of torch.nn.utils: remove that first"
     return None
 
 
 def _obstacle_in(module: nn.Module, weights: list[Tensor], made: QuantizedRecurrent | QuantizedCell) -> str | None:
     own = {name for name in (*_kept(module), *_members(module)) if "hook" not in name}
-    for name in sorted(own & {*vars(made), *made._buffers}):
+    for name in sorted(own & {*vars(made), *dict(made.named_buffers())}):
         return f"its attribute {name} would meet that of a quantized module"
     if len(weights) != len(made._weight_names):
         return f"it has {len(weights)} weights, its sizes say {len(made._weight_names)}"

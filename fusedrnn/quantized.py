@@ -26,7 +26,7 @@ from .inference.plain_call import form_of, plain_call
 from .layer.autograd import in_place, wants_gradient
 from .layer.call import Weights
 from .layer.dropout import kept_parts, rates
-from .torch_internals import heard
+from .torch_internals import heard, own_buffers
 
 __all__ = ["QuantizedCell", "QuantizedRecurrent"]
 
@@ -120,7 +120,7 @@ class _Quantized(Called, nn.Module):
 
     def _lists(self) -> tuple[list[Tensor], list[Tensor]]:
         """Weights and scales, in the order in which kernels take them."""
-        own, found = self._buffers, []
+        own, found = own_buffers(self), []
         for names in (self._weight_names, self._scale_names):
             found.append([own[n] if n in own else getattr(self, n) for n in names])  # computed, or no buffer any more
         return found[0], found[1]
@@ -161,12 +161,12 @@ class _Quantized(Called, nn.Module):
     def _apply(self, *args: Any, **kwargs: Any) -> _Quantized:
         """As in torch.nn, but .to(dtype), .half() and so on change no type."""
         cache.forget(self)
-        before = dict(self._buffers)
+        before = dict(own_buffers(self))
         super()._apply(*args, **kwargs)
         for name, buffer in before.items():
-            after = self._buffers[name]
+            after = own_buffers(self)[name]
             if buffer is not None and after.dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(after.device)
+                setattr(self, name, buffer.to(after.device))
         return self
 
 

@@ -203,6 +203,17 @@ def heard(module: nn.Module) -> bool:
     )
 
 
+def hooks_before(module: nn.Module) -> list[Any]:
+    """What is called before the module's forward. Without the name: nothing, as if no hook computed a weight."""
+    return list(getattr(module, "_forward_pre_hooks", {}).values())
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """The module's buffers, not its children's. Without the name: as named_buffers gives them."""
+    found = getattr(module, "_buffers", None)
+    return dict(module.named_buffers(recurse=False)) if found is None else found
+
+
 def weight_names(module: nn.RNNBase) -> list[str]:
     """The weights of a sequence module, in the order in which kernels take them. Without the name: as torch.nn names
     them.
