@@ -80,6 +80,9 @@ FUSEDRNN_INLINE Vec<float> load(const BFloat16* p) {
 #if defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 64 && !defined(FUSEDRNN_AVX2_AS_AVX512)
   Words words;  // g++ widens the two halves of a vector apart
   asm("vpmovzxwd %1, %0" : "=v"(words) : "m"(*reinterpret_cast<const HalfWordsUnaligned*>(p)));
+#elif defined(__x86_64__) && FUSEDRNN_VECTOR_BYTES == 32
+  Words words;
+  asm("vpmovzxwd %1, %0" : "=x"(words) : "m"(*reinterpret_cast<const HalfWordsUnaligned*>(p)));
 #else
   const Words words = __builtin_convertvector(HalfWords(*reinterpret_cast<const HalfWordsUnaligned*>(p)), Words);
 #endif
