@@ -321,7 +321,8 @@ class QuantizedCell(_Quantized):
         if input.dim() == 1:
             x, states = x.unsqueeze(0), None if states is None else tuple(s.unsqueeze(0) for s in states)
         finals = tuple(s.to(dtype) for s in self._one(x, states))
-        finals = tuple(s.squeeze(0) for s in finals) if input.dim() == 1 else finals
+        if input.dim() == 1:
+            finals = tuple(in_place(Tensor.squeeze_, Tensor.squeeze, s, 0) for s in finals)
         return finals if self._two_states else finals[0]
 
     def _one(self, x: Tensor, states: tuple[Tensor, ...] | None) -> Sequence[Tensor]:

@@ -279,6 +279,7 @@ def test_tools_that_take_our_modules() -> None:
     cell = nn.LSTMCell(3, 4)
     fusedrnn.quantize(cell)
     cell(torch.randn(2, 3, requires_grad=True))[0].relu_()
+    cell(torch.randn(3, requires_grad=True))[0].relu_()
     with pytest.raises(NotImplementedError, match="QuantizedRecurrent cannot be compiled by TorchScript"):
         torch.jit.script(model)
     with pytest.raises(NotImplementedError, match="not by TorchScript"):
