@@ -20,6 +20,8 @@ struct TileUse {};  // there are none
 //
 #include "gemm.h"
 //
+#include "product.h"
+//
 #include "pack.h"
 //
 #include "outer.h"
