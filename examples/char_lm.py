@@ -383,16 +383,26 @@ def compare(args: argparse.Namespace, text: str, source: str) -> int:
     return 0 if agree else 1
 
 
+def join(args: argparse.Namespace) -> None:
+    """Make the process group: of those that torchrun started, or of one, since checkpoints ask for a group."""
+    launched = dist.is_torchelastic_launched()
+    if launched or args.checkpoint:
+        # Imported before the group exists. Otherwise DistributedDataParallel and checkpoints import them later, and
+        # default arguments in them keep the group and its threads, which may abort the interpreter when it ends.
+        import torch.distributed.checkpoint
+        import torch.distributed.nn  # noqa: F401
+
+        one = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("gloo", **one)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison; 0 if the loss curves agree, 1 if not."""
     arguments = parser()
     args = arguments.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    if dist.is_torchelastic_launched():
-        dist.init_process_group("gloo")
-    elif args.checkpoint:  # which asks for a group, here of one process
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    join(args)
     try:
         with contextlib.redirect_stdout(sys.stdout if Processes().rank == 0 else None):
             return compare(args, *read_text(args.text))

@@ -19,6 +19,18 @@ import fusedrnn
 EXAMPLE = Path(__file__).parent.parent / "examples" / "char_lm.py"
 SMALL = ["--hidden", "13", "--embedding", "7", "--batch", "3", "--seq", "11", "--steps", "6", "--sample", "25"]
 
+# Runs the example and prints the threads of the process group that are left: each of them may abort the interpreter's
+# end, when it frees a tensor.
+WATCHED = """
+import runpy, sys
+from pathlib import Path
+try:
+    runpy.run_path({!r}, run_name="__main__")
+finally:
+    names = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+    sys.__stdout__.write(f"at the end: {{[name for name in names if 'gloo' in name]}}\\n")
+"""
+
 
 @pytest.fixture(scope="module")
 def char_lm():
@@ -179,7 +191,9 @@ def test_two_processes(losses, text, tmp_path):
     expected = losses("--steps", "7")
     options = ("--checkpoint", str(tmp_path / "run"))
     losses(*options, "--steps", "3")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(EXAMPLE)]
+    watched = tmp_path / "watched.py"
+    watched.write_text(WATCHED.format(str(EXAMPLE)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(watched)]
     small = [*SMALL, "--batch", "4", "--dtype", "float64", "--steps", "6", "--text", str(text), "--out", str(tmp_path)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
@@ -187,6 +201,7 @@ def test_two_processes(losses, text, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("the curves agree") == 1 and "goes on after step 3" in done.stdout
+    assert done.stdout.count("at the end: []") == 2, done.stdout
     assert is_png(tmp_path / "char_lm.png")
     for found, known in zip(losses(*options, "--steps", "7"), expected, strict=True):
         assert found == pytest.approx(known, rel=1e-12)
