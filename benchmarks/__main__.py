@@ -9,6 +9,7 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ import torch
 import fusedrnn
 
 from . import report
-from .cases import CASES, CELL_NAMES, Case, cell_names
+from .cases import CASES, CELL_NAMES, DTYPES, Case, cell_names
 from .measure import MIN_ROUNDS, Disagreement, measure
 
 
@@ -31,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     add("--all", action="store_true", help="every case of the registry")
     add("--only", metavar="REGEX", help="every case of the registry whose name has a match")
     add("--cells", type=cell_names, metavar="NAMES", help=f"only these, separated by commas: {', '.join(CELL_NAMES)}")
+    add("--dtype", choices=DTYPES, help="this element type in place of each chosen case's own")
     add("--list", action="store_true", help="print the names of the chosen cases and stop")
     add("--quick", action="store_true", help="three rounds a case: a look, no figure to report")
     add("--seconds", type=float, default=2.0, help="time for the rounds of a case (default: %(default)s)")
@@ -57,6 +59,8 @@ def choose(args: argparse.Namespace) -> list[Case]:
         for case in CASES.values()
         if case.cell in cells and (everything or case.main) and pattern.search(case.name)
     ]
+    if args.dtype:  # of cases that differ in it alone, one
+        chosen = list(dict.fromkeys(replace(case, dtype=args.dtype) for case in chosen))
     if not chosen:
         raise ValueError("no case matches; --all --list prints them all")
     return chosen

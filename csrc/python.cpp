@@ -6,6 +6,8 @@
 #include <ATen/record_function.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/autograd/graph_task.h>
+#include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -163,6 +165,17 @@ void settings_of_torch(int* settings) {
   *settings = static_cast<int>(tf32) | static_cast<int>(!torch.deterministicAlgorithms()) << 1;
 }
 
+// For each tensor that a Function of Python was given, whether the backward pass at work asks for its gradient: not all
+// that could have one are asked for. None where `ctx` is not of the node at work.
+py::object wanted_edges(const py::object& ctx) {
+  const auto node = torch::autograd::get_current_node();
+  if (!node || torch::autograd::get_current_graph_task_id() < 0) return py::none();
+  if (!py::reinterpret_steal<py::object>(torch::autograd::functionToPyObject(node)).is(ctx)) return py::none();
+  py::list wanted;
+  for (size_t i = 0; i < node->num_outputs(); ++i) wanted.append(node->task_should_compute_output(i));
+  return wanted;
+}
+
 PyObject* backward_of_step = nullptr;  // of fusedrnn.layer.autograd
 
 std::vector<at::Tensor> by_python(const StepGradients& of) {
@@ -284,6 +297,8 @@ PYBIND11_MODULE(_fast, m) {
         Py_XDECREF(before);
       },
       "What computes the gradients of a step where the kernels alone will not do.");
+  m.def("wanted_edges", wanted_edges, py::arg("ctx"),
+        "For each tensor of a Function at work, whether its gradient is asked for; None where it is not known.");
   m.def("prepare_step", prepare_step, py::arg("x"), py::arg("weights"), py::arg("cell"), py::arg("form"),
         py::arg("zoneout") = Zoneout(0, 0), py::arg("scales") = py::none(),
         "A capsule with stacked layers of one direction, prepared for one batch size; None where there can be none.");

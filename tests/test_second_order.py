@@ -26,7 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fusedrnn
 from fusedrnn.cells import CELLS
-from fusedrnn.layer import differentiable
+from fusedrnn.layer import autograd, differentiable
+from fusedrnn.layer.call import Needs
 
 OUTPUTS = ("y", "h_n", "c_n")
 
@@ -180,8 +181,8 @@ def test_products_are_counted_as_those_of_a_loop() -> None:
     with FlopCounterMode(display=False) as counter:
         dx.square().sum().backward()
     rows, w_ih, w_hh = 18, 15 * 4, 15 * 5
-    inputs = 2 * rows * w_ih * (1 + 1 + 1 + 2)  # gates again, their tangents; dx; dW_ih of two terms
-    recurrent = 2 * rows * w_hh * (1 + 1 + 1 + 1 + 2)  # gates again, both scans, the first adjoints; dW_hh
+    inputs = 2 * rows * w_ih * (1 + 1 + 2)  # the gates' tangents; dx; dW_ih of two terms
+    recurrent = 2 * rows * w_hh * (1 + 1 + 1 + 2)  # both scans, the first adjoints; dW_hh
     assert counter.get_total_flops() == inputs + recurrent
 
 
@@ -301,3 +302,32 @@ def test_many_products_at_once(cell: str) -> None:
     (_, found), (_, same) = (f(loss, x, along) for f in (torch.autograd.functional.hvp, torch.autograd.functional.vhp))
     torch.testing.assert_close(found, torch.tensordot(hessian, along, dims=3))
     torch.testing.assert_close(same, found)
+
+
+@pytest.mark.skipif(fusedrnn._C.build()["fast"] is None, reason="the ops alone do not know what is asked for")
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_what_nobody_asks_for_is_not_computed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.autograd.grad by the input alone, of a layer whose weights have gradients too; and its own derivative."""
+    asked: list[Needs] = []
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: asked.append(args[-1]) or function(*args)
+
+    monkeypatch.setattr(autograd, "_backward", watched(autograd._backward))
+    monkeypatch.setattr(autograd, "hessian_vector_product", watched(autograd.hessian_vector_product))
+    module, x = getattr(fusedrnn, name)(3, 4), torch.randn(5, 2, 3, requires_grad=True)
+    whole = torch.autograd.grad(module(x)[0].square().sum(), [x, *module.parameters()])
+    assert asked.pop()[:2] == (True, True)
+    for wanted in ([x], [module.weight_ih_l0], [module.bias_hh_l0, x]):
+        found = torch.autograd.grad(module(x)[0].square().sum(), wanted, create_graph=True)
+        by_x = wanted[-1] is x
+        assert asked.pop()[:2] == (by_x, len(wanted) > 1 or not by_x)
+        for tensor, gradient in zip(wanted, found, strict=True):
+            index = next(i for i, t in enumerate([x, *module.parameters()]) if t is tensor)
+            assert torch.equal(gradient, whole[index])
+        torch.autograd.grad(found[0].square().sum(), [module.weight_hh_l0])
+        assert asked == [Needs(False, True)] * 2  # the second pass; the first, from what that gives dy
+        asked.clear()
+    module(x)[0].sum().backward()
+    assert asked.pop()[:2] == (True, True) and x.grad is not None and module.weight_hh_l0.grad is not None
+    assert not asked

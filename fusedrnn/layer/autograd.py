@@ -180,7 +180,7 @@ class RecurrentLayer(torch.autograd.Function):
         call, gradients = LayerCall.of(*ctx.static, *tensors), OutputGradients(dy, dc, dfinals)
         if dy is dc is None and all(d is None for d in dfinals):
             return (None,) * len(ctx.needs_input_grad)
-        wanted = LayerCall.leaves_of(ctx.needs_input_grad)
+        wanted = LayerCall.leaves_of(_wanted(ctx, (*ctx.static, *tensors)))
         needs = Needs(wanted[0], any(wanted[1 + len(call.states) :]))
         if call.options.batch_first:
             y, gradients = y.transpose(0, 1), gradients._replace(y=None if dy is None else dy.transpose(0, 1))
@@ -203,6 +203,17 @@ class RecurrentLayer(torch.autograd.Function):
             _, *result = RecurrentLayerBackward.apply(*needs[:2], y, saved, *call.flat, *gradients.flat)
             result += [None] * (len(wanted) - len(result))
         return LayerCall.with_leaves([d if need else None for d, need in zip(result, wanted, strict=True)])
+
+
+def _wanted(ctx: Any, arguments: Sequence[Any]) -> Sequence[bool]:
+    """Which of a Function's arguments this backward pass asks a gradient of: ``torch.autograd.grad`` need not ask for
+    all that have one.
+    """
+    edges = None if is_compiling() else _C.wanted_edges(ctx)
+    if edges is None or len(edges) != sum(isinstance(t, Tensor) for t in arguments):
+        return ctx.needs_input_grad
+    of_tensors = iter(edges)
+    return tuple(isinstance(t, Tensor) and next(of_tensors) for t in arguments)
 
 
 class _Context(NamedTuple):
@@ -315,7 +326,8 @@ class RecurrentLayerBackward(torch.autograd.Function):
             v = v._replace(weights=[None] * len(call.weights))
         if all(d is None for d in v.flat):
             return (None,) * len(ctx.needs_input_grad)
-        wanted = Leaves.of(call.cell, LayerCall.leaves_of(ctx.needs_input_grad[4 : -len(gradients.flat)]))
+        asked = _wanted(ctx, (None, None, y, saved, *ctx.static, *tensors))
+        wanted = Leaves.of(call.cell, LayerCall.leaves_of(asked[4 : -len(gradients.flat)]))
         # In the tensors' own type, whatever autocast is on around backward().
         with _without_autocast(call.x):
             if call.noise.any or torch.is_grad_enabled() or transformed():

@@ -8,7 +8,8 @@ Equations: ``docs/derivations.md``; tests hold :func:`layer` equal to the kernel
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,58 +22,100 @@ States = tuple[Tensor, ...]
 Recurrent = Callable[[Tensor, int, int], Tensor]  # (h, first, last) -> W_hh h + b_hh of these gates
 
 
-def _rnn_tanh(x: Tensor, rec: Recurrent, h: Tensor) -> States:
-    return (torch.tanh(x + rec(h, 0, 1)),)  # (R1), (R2)
+def _rnn_tanh(act: Any, x: Tensor, rec: Recurrent, h: Tensor) -> States:
+    return (act.tanh(x + rec(h, 0, 1)),)  # (R1), (R2)
 
 
-def _rnn_relu(x: Tensor, rec: Recurrent, h: Tensor) -> States:
-    return (torch.relu(x + rec(h, 0, 1)),)  # (R1), (R3)
+def _rnn_relu(act: Any, x: Tensor, rec: Recurrent, h: Tensor) -> States:
+    return (act.relu(x + rec(h, 0, 1)),)  # (R1), (R3)
 
 
-def _residual_rnn(x: Tensor, rec: Recurrent, h: Tensor) -> States:
-    return (h + torch.tanh(x + rec(h, 0, 1)),)  # (S1), (S2)
+def _residual_rnn(act: Any, x: Tensor, rec: Recurrent, h: Tensor) -> States:
+    return (h + act.tanh(x + rec(h, 0, 1)),)  # (S1), (S2)
 
 
-def _lstm(x: Tensor, rec: Recurrent, h: Tensor, c: Tensor) -> States:
+def _lstm(act: Any, x: Tensor, rec: Recurrent, h: Tensor, c: Tensor) -> States:
     a_i, a_f, a_g, a_o = (x + rec(h, 0, 4)).chunk(4, dim=1)
-    c = torch.sigmoid(a_f) * c + torch.sigmoid(a_i) * torch.tanh(a_g)  # (L1), (L2), (L3), (L5)
-    return torch.sigmoid(a_o) * torch.tanh(c), c  # (L4), (L6)
+    i, f, g, o = act.sigmoid(a_i), act.sigmoid(a_f), act.tanh(a_g), act.sigmoid(a_o)  # (L1), (L2), (L3), (L4)
+    c = f * c + i * g  # (L5)
+    return o * torch.tanh(c), c  # (L6)
 
 
-def _gru(x: Tensor, rec: Recurrent, h: Tensor) -> States:
+def _gru(act: Any, x: Tensor, rec: Recurrent, h: Tensor) -> States:
     sizes = [2 * h.size(1), h.size(1)]
     x_gates, x_n = x.split(sizes, dim=1)
     rec_gates, rec_n = rec(h, 0, 3).split(sizes, dim=1)
-    r, z = torch.sigmoid(x_gates + rec_gates).chunk(2, dim=1)  # (G1), (G2)
-    n = torch.tanh(x_n + r * rec_n)  # (G3)
+    r, z = act.sigmoid(x_gates + rec_gates).chunk(2, dim=1)  # (G1), (G2)
+    n = act.tanh(x_n + r * rec_n)  # (G3)
     return (n + z * (h - n),)  # (G4)
 
 
-def _gru_reset_before(x: Tensor, rec: Recurrent, h: Tensor) -> States:
+def _gru_reset_before(act: Any, x: Tensor, rec: Recurrent, h: Tensor) -> States:
     x_gates, x_n = x.split([2 * h.size(1), h.size(1)], dim=1)
-    r, z = torch.sigmoid(x_gates + rec(h, 0, 2)).chunk(2, dim=1)  # (H1), (H2)
-    n = torch.tanh(x_n + rec(r * h, 2, 3))  # (H3), (H4)
+    r, z = act.sigmoid(x_gates + rec(h, 0, 2)).chunk(2, dim=1)  # (H1), (H2)
+    n = act.tanh(x_n + rec(r * h, 2, 3))  # (H3), (H4)
     return (n + z * (h - n),)  # (H5)
 
 
 class Step(NamedTuple):
-    """One step of a cell, and what weight gradients multiply, from the saved values (each a unit's, as csrc/cells
-    orders them).
-    """
+    """One step of a cell, and how the saved values (each a unit's, as csrc/cells orders them) take part in it."""
 
-    of: Callable[..., States]  # (W_ih x + b_ih of all gates, :data:`Recurrent`, states) -> states
+    of: Callable[..., States]  # (activations, W_ih x + b_ih of all gates, :data:`Recurrent`, states) -> states
     operand: Callable[[States, Tensor], Tensor] | None = None  # (saved, h_{t-1}) -> q, of a cell with two products
     output: Callable[[States, Tensor], Tensor] | None = None  # (saved, c_t) -> h_t before its projection
+    # The gates' values among the saved ones, in the order in which ``of`` asks ``activations`` for them. None: there
+    # are not all, and :class:`KnownActivations` cannot stand for them.
+    gates: tuple[int, ...] | None = None
+    product: int | None = None  # W_hh h + b_hh of the last gate, where its value matters apart from an activation
 
 
 STEPS: dict[str, Step] = {
-    "rnn_tanh": Step(_rnn_tanh),
-    "rnn_relu": Step(_rnn_relu),
-    "residual_rnn": Step(_residual_rnn),
-    "lstm": Step(_lstm, output=lambda saved, c: saved[3] * torch.tanh(c)),  # (L6)
-    "gru": Step(_gru),
-    "gru_reset_before": Step(_gru_reset_before, operand=lambda saved, h: saved[0] * h),  # (H3)
+    "rnn_tanh": Step(_rnn_tanh, gates=()),
+    "rnn_relu": Step(_rnn_relu, gates=()),
+    "residual_rnn": Step(_residual_rnn, gates=(0,)),
+    "lstm": Step(_lstm, output=lambda saved, c: saved[3] * torch.tanh(c), gates=(0, 1, 2, 3)),  # (L6)
+    "gru": Step(_gru, gates=(0, 1, 3), product=2),
+    "gru_reset_before": Step(_gru_reset_before, operand=lambda saved, h: saved[0] * h, gates=(0, 1, 2)),  # (H3)
 }
+
+
+class KnownActivations:
+    """In the place of ``torch`` in a step: activations whose values the forward pass has kept. What they are applied to
+    is not read; all derivatives are there.
+    """
+
+    def __init__(self, values: Sequence[Tensor]) -> None:
+        self._values = iter(values)  # each a unit's
+
+    def sigmoid(self, a: Tensor) -> Tensor:
+        return self._next(a, torch.ops.aten.sigmoid_backward)
+
+    def tanh(self, a: Tensor) -> Tensor:
+        return self._next(a, torch.ops.aten.tanh_backward)
+
+    def relu(self, a: Tensor) -> Tensor:
+        return self._next(a, partial(torch.ops.aten.threshold_backward, threshold=0))
+
+    def _next(self, a: Tensor, backward: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        values = [next(self._values)]
+        while len(values) * values[0].size(1) < a.size(1):
+            values.append(next(self._values))
+        return _Known.apply(a, torch.cat(values, dim=1), backward)
+
+
+class _Known(torch.autograd.Function):
+    """``value``, as that of an activation of ``a``: ``backward(d, value)`` is its derivative by a, times d."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, value: Tensor, backward: Callable[[Tensor, Tensor], Tensor]) -> Tensor:  # noqa: D102
+        found = value.detach()
+        ctx.of = backward
+        ctx.save_for_backward(found)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        return ctx.of(d, *ctx.saved_tensors), None, None
 
 
 def layer(call: LayerCall) -> Outputs:
@@ -156,7 +199,7 @@ def _direction(
             ended.append(tuple(s[rows[t] :] for s in states))
             states = tuple(s[: rows[t]] for s in states)
         count = rows[t]
-        before, states = states, step(projections[t], recurrent, *states)
+        before, states = states, step(torch, projections[t], recurrent, *states)
         if w_hr is not None:
             states = (linear(states[0], w_hr), *states[1:])
         states = tuple(

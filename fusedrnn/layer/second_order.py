@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 
 from ..cells import CELLS
 from .call import LayerCall, Leaves, Needs, OutputGradients, Weights
-from .differentiable import STEPS, previous
+from .differentiable import STEPS, KnownActivations, previous
 
 
 def hessian_vector_product(
@@ -87,28 +87,45 @@ class _Direction:
         self.order = range(len(rows))[:: -1 if reverse else 1]
         self.w_ih, self.w_hh, b_ih, b_hh, self.w_hr = arguments.weights
         self.bias = b_ih is not None
-        gates, step = len(CELLS[cell].gates), STEPS[cell].of
-        self.hidden, self.two_states = self.w_hh.size(0) // gates, len(CELLS[cell].states) == 2
+        info, step = CELLS[cell], STEPS[cell]
+        gates = len(info.gates)
+        self.hidden, self.two_states = self.w_hh.size(0) // gates, len(info.states) == 2
         before = [previous(y, arguments.states[0], rows, reverse)]
         if self.two_states:
-            begin = CELLS[cell].saved * self.hidden
+            begin = info.saved * self.hidden
             before += [previous(saved[:, begin : begin + self.hidden], arguments.states[1], rows, reverse)]
         # The gates in parts: those that multiply h_{t-1}, then those that multiply q.
         self.parts: list[slice] = []
         operands, products = [], []
 
+        zero, count = self.x.new_zeros(()), self.x.size(0)  # for what nothing depends on, if the gates are known
+
+        def saved_of(index: int) -> Tensor:
+            return saved[:, index * self.hidden : (index + 1) * self.hidden]
+
         def product(operand: Tensor, first: int, last: int) -> Tensor:
             part = slice(first * self.hidden, last * self.hidden)
             self.parts.append(part)
             operands.append(operand)
-            rec = linear(operand.detach(), self.w_hh[part], None if b_hh is None else b_hh[part])
+            if step.gates is None:
+                rec = linear(operand.detach(), self.w_hh[part], None if b_hh is None else b_hh[part])
+            elif step.product is None:
+                rec = zero.expand(count, part.stop - part.start)
+            else:
+                rest = zero.expand(count, part.stop - part.start - self.hidden)
+                rec = torch.cat([rest, saved_of(step.product)], dim=1)
             products.append(rec.requires_grad_())
             return rec
 
+        if step.gates is None:
+            activations, inputs = torch, linear(self.x, self.w_ih, b_ih)
+        else:
+            activations = KnownActivations([saved_of(i) for i in step.gates] or [y])
+            inputs = zero.expand(count, gates * self.hidden)
         with torch.enable_grad():  # of one step's elementwise part, all steps at once
-            inputs = linear(self.x, self.w_ih, b_ih).requires_grad_()
+            inputs = inputs.detach().requires_grad_()
             before[-1] = before[-1].detach().requires_grad_()  # alone has a path around the products (cell.h)
-            self.outputs = [*step(inputs, product, *before), *operands[1:]]  # (T1)
+            self.outputs = [*step.of(activations, inputs, product, *before), *operands[1:]]  # (T1)
         self.operands = [operand.detach() for operand in operands]
         self.leaves = [inputs, *products, before[-1]]
         # (T2): of each output by inputs (N, G*H), by each part's products (N, its gates*H), by the state (N, H)
@@ -233,8 +250,13 @@ class _Direction:
         found = torch.autograd.grad(
             [g for g, _ in curved], self.leaves, [dot for _, dot in curved], allow_unused=True, materialize_grads=True
         )
-        # Copies: what adds two leaves has one gradient for both.
-        return first[0].detach(), [t.clone(memory_format=torch.contiguous_format) for t in found]
+        # The scans write into them: each has memory of its own. (What adds two leaves has one gradient for both.)
+        others, own = {t.untyped_storage().data_ptr() for t in (*deltas, *tangents)}, []
+        for t in found:
+            shared = t.untyped_storage().data_ptr() in others
+            own.append(t.clone(memory_format=torch.contiguous_format) if shared else t.contiguous())
+            others.add(own[-1].untyped_storage().data_ptr())
+        return first[0].detach(), own
 
     def _adjoints_dot(
         self, d_products: Sequence[Tensor], d_last: Tensor, d_operands: Sequence[Tensor], d_m: Tensor | None
