@@ -39,7 +39,7 @@ ROOT = Path(__file__).parent
 OF_CUDA = (ROOT / "csrc/cuda").glob
 CUDA_SOURCES = sorted(str(path.relative_to(ROOT)) for path in [*OF_CUDA("*.cu"), *OF_CUDA("*.cpp")])
 SOURCES = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")}
-FAST = ["csrc/autograd.cpp", "csrc/parameters.cpp", "csrc/python.cpp", "csrc/training.cpp"]
+FAST = ["csrc/autograd.cpp", "csrc/parameters.cpp", "csrc/python.cpp", "csrc/second_order.cpp", "csrc/training.cpp"]
 SOURCES = sorted(SOURCES - set(CUDA_SOURCES) - set(FAST))
 # One translation unit an instruction set: the largest first, so that parallel jobs end together.
 SOURCES.sort(key=lambda name: ("isa_" not in name, name))

@@ -3,12 +3,16 @@
 *penalty*: the gradient of the input, squared, differentiated by input and parameters, as WGAN-GP does. *hvp*: the
 product of the Hessian by all parameters and a vector. *jvp*: the tangent of the outputs along the input, forward mode.
 The whole of each is timed, first forward pass included, with the same weights, in turn, after results were compared.
+Cells in a loop of Python, too.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +28,42 @@ from .measure import MIN_ROUNDS, Disagreement, Timer, make_layer, run_rounds
 SHAPES = (
     (1, 8, 32, 32), (50, 16, 32, 32), (100, 4, 64, 64), (50, 32, 128, 128), (20, 64, 256, 256), (20, 128, 512, 512)
 )  # fmt: skip
-CASES = {case.name: case for cell in ("lstm", "gru", "rnn") for s in SHAPES if (case := Case(cell, "train", s))}
+CELL_SHAPES = ((1, 8, 32), (20, 8, 32), (20, 1, 64), (20, 32, 256), (5, 128, 512))  # T, B, H = I
+
+
+@dataclass(frozen=True)
+class CellCase:
+    """A cell that makes T steps in a loop of Python."""
+
+    cell: str
+    shape: tuple[int, int, int, int]
+
+    @property
+    def name(self) -> str:
+        return f"{self.cell}-" + "-".join(f"{letter}{size}" for letter, size in zip("TBIH", self.shape))
+
+    def make(self, library: ModuleType) -> nn.Module:
+        return Loop(getattr(library, self.cell)(*self.shape[2:]))
+
+
+class Loop(nn.Module):
+    """A cell as a layer."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        state, outputs = None, []
+        for x_t in x:
+            state = self.cell(x_t, state)
+            outputs.append(state[0] if isinstance(state, tuple) else state)
+        return torch.stack(outputs), state
+
+
+_LAYERS = [Case(cell, "train", shape) for cell in ("lstm", "gru", "rnn") for shape in SHAPES]
+_CELLS = [CellCase(cell, (T, B, H, H)) for cell in ("LSTMCell", "GRUCell", "RNNCell") for T, B, H in CELL_SHAPES]
+CASES: dict[str, Case | CellCase] = {case.name: case for case in (*_LAYERS, *_CELLS)}
 TOLERANCE = 1e-3  # of the largest value: second derivatives in float32
 HEADER = f"{'case':30} {'what':8} {'ms: fusedrnn':>12} {'torch.nn':>9}   ratio"
 Call = Callable[[], list[Tensor]]
@@ -58,18 +97,22 @@ def tangent(layer: nn.Module, x: Tensor, dy: Tensor) -> Call:
 WHAT = {"penalty": penalty, "hvp": hvp, "jvp": tangent}
 
 
-def contenders(case: Case, what: str) -> dict[str, Call]:
+def contenders(case: Case | CellCase, what: str) -> dict[str, Call]:
     """Calls by library. Of torch.nn's LSTM forward mode is refused in float32: there is none."""
     torch.manual_seed(1)
     T, B, I, H = case.shape
     x, dy = torch.randn(T, B, I), torch.randn(T, B, H)
-    ours, theirs = (make_layer(library, case, torch.float32) for library in (fusedrnn, nn))
+    libraries = fusedrnn, nn
+    if isinstance(case, CellCase):
+        ours, theirs = map(case.make, libraries)
+    else:
+        ours, theirs = (make_layer(library, case, torch.float32) for library in libraries)
     theirs.load_state_dict(ours.state_dict())
     calls = {"fusedrnn": WHAT[what](ours, x, dy)}
     return calls if what == "jvp" and case.cell == "lstm" else calls | {"torch.nn": WHAT[what](theirs, x, dy)}
 
 
-def check(case: Case, calls: dict[str, Call]) -> None:
+def check(case: Case | CellCase, calls: dict[str, Call]) -> None:
     """Raises Disagreement where results differ."""
     if "torch.nn" not in calls:
         return
@@ -80,7 +123,7 @@ def check(case: Case, calls: dict[str, Call]) -> None:
             raise Disagreement(f"{case.name}: result {i} deviates by {deviation:.1e} of its largest value")
 
 
-def measure(case: Case, what: str, seconds: float, min_rounds: int = MIN_ROUNDS) -> str:
+def measure(case: Case | CellCase, what: str, seconds: float, min_rounds: int = MIN_ROUNDS) -> str:
     """A row: medians of interleaved rounds, torch.nn's time over ours."""
     calls, threads = contenders(case, what), torch.get_num_threads()
     check(case, calls)
@@ -100,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no such case: {', '.join(unknown)}; there are {', '.join(CASES)}")
     print(report.describe(report.machine(torch.get_num_threads())), HEADER, sep="\n", flush=True)
     for name in args.cases:
-        for what in WHAT:
+        for what in WHAT if isinstance(CASES[name], Case) else ("penalty", "hvp"):
             print(measure(CASES[name], what, args.seconds), flush=True)
     return 0
 

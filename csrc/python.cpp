@@ -18,6 +18,7 @@
 #include "borrowed.h"
 #include "interface.h"
 #include "parameters.h"
+#include "second_order.h"
 #include "training.h"
 
 namespace py = pybind11;
@@ -196,6 +197,34 @@ std::vector<at::Tensor> by_python(const StepGradients& of) {
   return result;
 }
 
+// The gradients of a step of a cell, with their graph, or None: see second_order.h. from: those of the next states, or
+// None; wanted: of x, the states and the weights.
+py::object gradients_of_step(const std::string& cell, const at::Tensor& x, std::vector<at::Tensor> states,
+                             std::vector<at::Tensor> weights, const at::Tensor& h, const at::Tensor& saved,
+                             const std::vector<std::optional<at::Tensor>>& from, const std::vector<bool>& wanted) {
+  CellStep step{library->find_cell(cell), x, std::move(states), std::move(weights)};
+  std::vector<at::Tensor> given;
+  for (const auto& t : from) given.push_back(t.value_or(at::Tensor()));
+  if (step.cell < 0 || wanted.size() != 1 + step.states.size() + step.weights.size() || watched()) return py::none();
+  std::vector<at::Tensor> all = step.weights, held = step.states;
+  all.insert(all.end(), held.begin(), held.end());
+  all.insert(all.end(), {x, h, saved});
+  for (const at::Tensor& t : given) {
+    if (t.defined()) all.push_back(t);
+  }
+  if (!std::all_of(all.begin(), all.end(), plain) || !library->fits(call_of(step)) || !differentiates_twice(step)) {
+    return py::none();
+  }
+  std::vector<at::Tensor> found;
+  {
+    const py::gil_scoped_release release;
+    found = gradients_with_graph({step, h, saved, given, wanted});
+  }
+  py::list result;
+  for (const at::Tensor& t : found) result.append(t.defined() ? wrapped(t) : py::none());
+  return result;
+}
+
 // The next states of a module's cell, with their graph, or None: see training.h.
 py::object train_cell(const py::object& x, const py::object& states, const py::object& weights, const py::object& cell,
                       const py::object& form, const py::object& kept) {
@@ -297,6 +326,9 @@ PYBIND11_MODULE(_fast, m) {
         Py_XDECREF(before);
       },
       "What computes the gradients of a step where the kernels alone will not do.");
+  m.def("gradients_of_step", gradients_of_step, py::arg("cell"), py::arg("x"), py::arg("states"), py::arg("weights"),
+        py::arg("h"), py::arg("saved"), py::arg("given"), py::arg("wanted"),
+        "The gradients of one step of a cell, to be differentiated again; None where only the ops will do.");
   m.def("wanted_edges", wanted_edges, py::arg("ctx"),
         "For each tensor of a Function at work, whether its gradient is asked for; None where it is not known.");
   m.def("prepare_step", prepare_step, py::arg("x"), py::arg("weights"), py::arg("cell"), py::arg("form"),

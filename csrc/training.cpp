@@ -12,6 +12,7 @@
 #include <unordered_map>
 
 #include "borrowed.h"
+#include "second_order.h"
 
 namespace fusedrnn {
 
@@ -250,8 +251,6 @@ KeptSums::Found KeptSums::find(const CellConstants& cell, const CellStep& step) 
   return found;
 }
 
-namespace {
-
 ModuleCall call_of(CellStep& step) {
   ModuleCall call;
   call.cell = step.cell;
@@ -266,12 +265,24 @@ ModuleCall call_of(CellStep& step) {
   return call;
 }
 
-// A result, which nobody else holds, without its first dimension of one: that of time or of directions.
 at::Tensor without_first(const Tensor& t) {
   at::Tensor result = as_torch(t);
   result.unsafeGetTensorImpl()->set_sizes_contiguous(result.sizes().slice(1).vec());
   return result;
 }
+
+// Whether nobody but autograd looks on.
+static bool all_plain(const List& from, const List& saved) {
+  const auto derived = [](const at::Tensor& t) { return t.defined() && (!plain(t) || t._fw_grad(0).defined()); };
+  return !watched() && std::none_of(from.begin(), from.end(), derived) &&
+         std::none_of(saved.begin(), saved.end(), derived);
+}
+
+bool needs_long_way(const List& from, const List& saved) {
+  return at::GradMode::is_enabled() || !all_plain(from, saved);
+}
+
+namespace {
 
 // Whether x and h are parameters of somebody's, or views of one, which an optimizer may write in the backward pass.
 struct Copies {
@@ -310,13 +321,6 @@ List by_kernel(CellStep& step, at::Tensor& h, at::Tensor& saved, List& from, con
   return result;
 }
 
-// Whether the kernels will not do.
-bool needs_long_way(const List& from, const List& saved) {
-  const auto derived = [](const at::Tensor& t) { return t.defined() && (!plain(t) || t._fw_grad(0).defined()); };
-  return at::GradMode::is_enabled() || watched() || std::any_of(from.begin(), from.end(), derived) ||
-         !std::all_of(saved.begin(), saved.end(), plain);
-}
-
 struct CellGradient : torch::autograd::Function<CellGradient> {
   // weights: themselves, or what stands for them.
   static List forward(AutogradContext* ctx, CellStep& step, const KeptSums::Found& kept, const at::Tensor& x,
@@ -351,9 +355,14 @@ struct CellGradient : torch::autograd::Function<CellGradient> {
     const bool waits = ctx->saved_data["waits"].toBool();
     Sums* const sums = waits ? Boxed<Sums>::in(ctx->saved_data["sums"].toTensor()) : nullptr;
     const Copies copies = {ctx->saved_data["copies x"].toBool(), ctx->saved_data["copies h"].toBool()};
-    List found = needs_long_way(from, saved)
-                     ? long_way({step, h, of_pass, from, wanted})
-                     : by_kernel(step, h, of_pass, from, wanted, sums, task_of<CellGradient>(ctx), copies);
+    List found;
+    if (!needs_long_way(from, saved)) {
+      found = by_kernel(step, h, of_pass, from, wanted, sums, task_of<CellGradient>(ctx), copies);
+    } else if (all_plain(from, saved) && differentiates_twice(step)) {
+      found = gradients_with_graph({step, h, of_pass, from, wanted});
+    } else {
+      found = long_way({step, h, of_pass, from, wanted});
+    }
     TORCH_CHECK(found.size() == wanted.size(), "fusedrnn: ", found.size(), " gradients of ", wanted.size());
     for (size_t i = 0; i < wanted.size(); ++i) {
       if (!wanted[i]) found[i] = at::Tensor();
@@ -371,6 +380,10 @@ void connect_training(const Interface* with, LongWay way) {
   library = with;
   long_way = way;
 }
+
+const Interface& training_library() { return *library; }
+
+LongWay way_of_python() { return long_way; }
 
 List train(CellStep step, KeptSums& kept) {
   const CellConstants& cell = library->constants(step.cell);

@@ -54,6 +54,16 @@ using LongWay = std::vector<at::Tensor> (*)(const StepGradients&);
 
 // Before the first step: what is used from then on.
 void connect_training(const Interface* library, LongWay long_way);
+const Interface& training_library();
+LongWay way_of_python();
+
+// As the library takes a step, and a result of it, which nobody else holds, without its first dimension of one: that of
+// time or of directions.
+ModuleCall call_of(CellStep& step);
+at::Tensor without_first(const Tensor& t);
+
+// Whether the kernels alone will not do, for these gradients and what was saved.
+bool needs_long_way(const std::vector<at::Tensor>& from, const std::vector<at::Tensor>& saved);
 
 // The next states with their graph.
 std::vector<at::Tensor> train(CellStep step, KeptSums& kept);

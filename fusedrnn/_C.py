@@ -87,12 +87,12 @@ if _fast is not None:
     kept_parameters, packed_weights = _fast.kept_parameters, _fast.packed_weights
     packed_bytes, packed_uses = _fast.packed_bytes, _fast.packed_uses
     train_cell, kept_sums, set_long_way = _fast.train_cell, _fast.kept_sums, _fast.set_long_way
-    wanted_edges = _fast.wanted_edges
+    gradients_of_step, wanted_edges = _fast.gradients_of_step, _fast.wanted_edges
 else:
 
     def _nothing(*args: Any, **kwargs: Any) -> None:
         """What ``_fast`` gives where only the ops will do."""
 
     fits = infer = prepare_step = step = kept_parameters = packed_weights = _nothing
-    train_cell = kept_sums = set_long_way = wanted_edges = _nothing
+    train_cell = kept_sums = set_long_way = gradients_of_step = wanted_edges = _nothing
     packed_bytes = packed_uses = lambda kept: 0

@@ -324,10 +324,11 @@ def test_per_sample_gradients_are_compared_before_they_are_timed(capsys, monkeyp
 
 def test_second_derivatives_are_compared_before_they_are_timed(capsys, monkeypatch):
     cases = {case.name: case for cell in ("lstm", "rnn") for case in [Case(cell, "train", (5, 4, 8, 8))]}
-    monkeypatch.setattr(second_order, "CASES", cases)
-    assert second_order.main([*cases, "--seconds", "0.01"]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-6:]]
-    assert [row[1] for row in rows] == ["penalty", "hvp", "jvp"] * 2
+    cells = {case.name: case for case in [second_order.CellCase("GRUCell", (5, 4, 8, 8))]}
+    monkeypatch.setattr(second_order, "CASES", cases | cells)
+    assert second_order.main([*cases, *cells, "--seconds", "0.01"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-8:]]
+    assert [row[1] for row in rows] == ["penalty", "hvp", "jvp"] * 2 + ["penalty", "hvp"]
     assert rows[2][3:] == ["refused", "-"] and all(float(row[2]) > 0 for row in rows)
     calls = second_order.contenders(next(iter(cases.values())), "hvp")
     wrong = [t * 1.01 for t in calls["fusedrnn"]()]

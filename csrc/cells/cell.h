@@ -36,6 +36,9 @@
 //   candidate(saved, prev)                      c_t again, where the state is another (zoneout)
 // A cell with kProjectable adds
 //   output(saved, cur)                          the unprojected output again, for the weight gradient
+// A cell with one product may add, for second derivatives of single steps (csrc/second_order.cpp),
+//   tangent(saved, prev, cur, x, rec, dot, saved_dot)   the forward step's tangents: x, rec of its arguments; dot: in
+//                                               of the states at t-1, out at t; saved_dot: out, of what it saves
 #pragma once
 
 #include <cmath>

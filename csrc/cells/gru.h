@@ -40,6 +40,18 @@ struct Gru {
     dx[1] = drec[1] = d[0] * (prev[0] - n) * z * (one - z);  // (G8)
     d[0] = d[0] * z;                                         // (G9): the direct path to h_{t-1}
   }
+
+  template <class V>
+  FUSEDRNN_INLINE static void tangent(const Values<V, 4>& saved, const Values<V, 1>& prev, const Values<V, 1>&,
+                                      const Values<V, 3>& x, const Values<V, 3>& rec, Values<V, 1>& dot,
+                                      Values<V, 4>& saved_dot) {
+    const V r = saved[0], z = saved[1], rec_n = saved[2], n = saved[3], one = V(1);
+    const V r_dot = r * (one - r) * (x[0] + rec[0]);                                          // (T15)
+    const V z_dot = z * (one - z) * (x[1] + rec[1]);                                          // (T15)
+    const V n_dot = (one - n * n) * (x[2] + r_dot * rec_n + r * rec[2]);                      // (T16)
+    dot[0] = n_dot + z_dot * (prev[0] - n) + z * (dot[0] - n_dot);                            // (T17)
+    saved_dot[0] = r_dot, saved_dot[1] = z_dot, saved_dot[2] = rec[2], saved_dot[3] = n_dot;  // (T3)
+  }
 };
 
 // The original paper's form (reset_after=False): the reset gate scales h_{t-1} before the product.

@@ -50,6 +50,21 @@ struct Lstm {
   }
 
   template <class V>
+  FUSEDRNN_INLINE static void tangent(const Values<V, 4>& saved, const Values<V, 2>& prev, const Values<V, 2>& cur,
+                                      const Values<V, 4>& x, const Values<V, 4>& rec, Values<V, 2>& dot,
+                                      Values<V, 4>& saved_dot) {
+    const V i = saved[0], f = saved[1], g = saved[2], o = saved[3];
+    const V one = V(1), tanh_c = tanh(cur[1]);                                               // (L6)
+    const V i_dot = i * (one - i) * (x[0] + rec[0]);                                         // (T12)
+    const V f_dot = f * (one - f) * (x[1] + rec[1]);                                         // (T12)
+    const V g_dot = (one - g * g) * (x[2] + rec[2]);                                         // (T12)
+    const V o_dot = o * (one - o) * (x[3] + rec[3]);                                         // (T12)
+    dot[1] = f_dot * prev[1] + f * dot[1] + i_dot * g + i * g_dot;                           // (T13)
+    dot[0] = o_dot * tanh_c + o * (one - tanh_c * tanh_c) * dot[1];                          // (T14)
+    saved_dot[0] = i_dot, saved_dot[1] = f_dot, saved_dot[2] = g_dot, saved_dot[3] = o_dot;  // (T12)
+  }
+
+  template <class V>
   FUSEDRNN_INLINE static V candidate(const Values<V, 4>& saved, const Values<V, 2>& prev) {
     return saved[1] * prev[1] + saved[0] * saved[2];  // (L5)
   }

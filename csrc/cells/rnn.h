@@ -23,6 +23,13 @@ struct RnnTanh {
     dx[0] = drec[0] = d[0] * (V(1) - cur[0] * cur[0]);  // (R4)
     d[0] = V(0);                                        // (R5): only through W_hh
   }
+
+  template <class V>
+  FUSEDRNN_INLINE static void tangent(const Values<V, 0>&, const Values<V, 1>&, const Values<V, 1>& cur,
+                                      const Values<V, 1>& x, const Values<V, 1>& rec, Values<V, 1>& dot,
+                                      Values<V, 0>&) {
+    dot[0] = (V(1) - cur[0] * cur[0]) * (x[0] + rec[0]);  // (T10)
+  }
 };
 
 struct RnnRelu {
@@ -42,6 +49,13 @@ struct RnnRelu {
                                        Values<V, 1>& d, Values<V, 1>& dx, Values<V, 1>& drec) {
     dx[0] = drec[0] = relu_gradient(cur[0], d[0]);  // (R4)
     d[0] = V(0);                                    // (R5)
+  }
+
+  template <class V>
+  FUSEDRNN_INLINE static void tangent(const Values<V, 0>&, const Values<V, 1>&, const Values<V, 1>& cur,
+                                      const Values<V, 1>& x, const Values<V, 1>& rec, Values<V, 1>& dot,
+                                      Values<V, 0>&) {
+    dot[0] = relu_gradient(cur[0], x[0] + rec[0]);  // (T10)
   }
 };
 
@@ -63,6 +77,14 @@ struct ResidualRnn {
                                        Values<V, 1>& d, Values<V, 1>& dx, Values<V, 1>& drec) {
     dx[0] = drec[0] = d[0] * (V(1) - saved[0] * saved[0]);  // (S3)
     // (S4): d[0] stays, the identity path to h_{t-1}
+  }
+
+  template <class V>
+  FUSEDRNN_INLINE static void tangent(const Values<V, 1>& saved, const Values<V, 1>&, const Values<V, 1>&,
+                                      const Values<V, 1>& x, const Values<V, 1>& rec, Values<V, 1>& dot,
+                                      Values<V, 1>& saved_dot) {
+    saved_dot[0] = (V(1) - saved[0] * saved[0]) * (x[0] + rec[0]);  // (T10)
+    dot[0] = dot[0] + saved_dot[0];                                 // (T11)
   }
 };
 

@@ -194,7 +194,8 @@ class RecurrentLayer(torch.autograd.Function):
                 found = differentiable.gradients(call, cotangents, leaves)
             result = [found.get(i) for i in range(len(wanted))]
         elif _is_one_step(call):
-            result = _one_step(call, gradients)
+            by_hand = None if isinstance(ctx, _Context) else _one_step_by_hand(call, gradients, y, saved, wanted)
+            result = by_hand or _one_step(call, gradients)
         # Another Function only where its result may be differentiated. Dynamo traces none inside a backward.
         elif is_compiling() or not (torch.is_grad_enabled() or transformed()):
             dx, dstates, dweights, *_ = _backward(call, gradients, y, saved, needs)
@@ -217,7 +218,7 @@ def _wanted(ctx: Any, arguments: Sequence[Any]) -> Sequence[bool]:
 
 
 class _Context(NamedTuple):
-    """What ``RecurrentLayer.backward`` reads of a call."""
+    """What ``RecurrentLayer.backward`` reads of a call; of C++, which has asked: what is by hand there is done."""
 
     static: Sequence[Any]
     saved_tensors: Sequence[Tensor | None]
@@ -256,6 +257,30 @@ def _is_one_step(call: LayerCall) -> bool:
         and call.batch_sizes is None
         and call.x.size(0) == 1
     )
+
+
+def _one_step_by_hand(
+    call: LayerCall, gradients: OutputGradients, y: Tensor, saved: Tensor, wanted: Sequence[bool]
+) -> list[Tensor | None] | None:
+    """The gradients of x, the initial states and the weights, with a graph whose own derivative is by hand too; None
+    where C++ has none (``csrc/second_order.h``).
+    """
+    if call.bidirectional or call.noise.any or gradients.c is not None or len(call.weights) not in (2, 4):
+        return None
+    count = len(call.states)
+    given = sum(s is not None for s in call.states)
+    if 0 < given < count or any(wanted[1 + given : 1 + count]):
+        return None
+    h = [None if d is None else d[0] for d in (gradients.y, gradients.finals[0])]
+    h = h[0] if h[1] is None else h[1] if h[0] is None else h[0] + h[1]
+    others = [None if d is None else d[0] for d in gradients.finals[1:]]
+    states = [s[0] for s in call.states[:given]]
+    asked = [*wanted[: 1 + given], *wanted[1 + count :]]
+    found = _C.gradients_of_step(call.cell, call.x[0], states, call.weights, y[0], saved, [h, *others], asked)
+    if found is None:
+        return None
+    found = [None if d is None else d.unsqueeze(0) for d in found[: 1 + given]] + found[1 + given :]
+    return [*found[: 1 + given], *([None] * (count - given)), *found[1 + given :]]
 
 
 def _one_step(call: LayerCall, gradients: OutputGradients) -> list[Tensor | None]:
