@@ -21,7 +21,7 @@ using List = torch::autograd::variable_list;
 
 // The elementwise part of a step, [B, *] each, of type S; null: zeros. G gates, of which the last `split` have two
 // gradients, as in BackwardProblem::dgates.
-struct Elements2 {
+struct StepTangents {
   int64_t B, H, saved_stride;
   const void *saved, *h, *c, *y;           // c: before the step
   const void *dh, *dc;                     // gradients of the next states
@@ -32,13 +32,13 @@ struct Elements2 {
 };
 
 template <class S>
-S at(const void* row, int64_t i) {
+S value_at(const void* row, int64_t i) {
   return row ? static_cast<const S*>(row)[i] : S(0);
 }
 
 // Forward once more, as tangents, then the backward pass of numbers and their tangents.
 template <class Cell, class S>
-void tangents_of_rows(const Elements2& p, int64_t first, int64_t last) {
+void tangents_of_rows(const StepTangents& p, int64_t first, int64_t last) {
   constexpr int G = Cell::kGates, K = Cell::kSaved, Z = Cell::kStates, kSplit = Cell::kSplit;
   using D = Dual<S>;
   const int64_t H = p.H;
@@ -52,18 +52,19 @@ void tangents_of_rows(const Elements2& p, int64_t first, int64_t last) {
       Values<S, G> x, rec;
       for (int k = 0; k < K; ++k) saved[k] = saved_row[k * H + u];
       for (int g = 0; g < G; ++g) {
-        x[g] = at<S>(p.x_dot, (b * G + g) * H + u);
-        rec[g] = at<S>(p.rec_dot, (b * G + g) * H + u);
+        x[g] = value_at<S>(p.x_dot, (b * G + g) * H + u);
+        rec[g] = value_at<S>(p.rec_dot, (b * G + g) * H + u);
       }
-      prev[0] = at<S>(p.h, i), cur[0] = at<S>(p.y, i), dot[0] = Z == 1 ? at<S>(p.prev_dot, i) : S(0);
-      if constexpr (Z > 1) prev[1] = at<S>(p.c, i), cur[1] = saved_row[K * H + u], dot[1] = at<S>(p.prev_dot, i);
+      prev[0] = value_at<S>(p.h, i), cur[0] = value_at<S>(p.y, i), dot[0] = Z == 1 ? value_at<S>(p.prev_dot, i) : S(0);
+      if constexpr (Z > 1)
+        prev[1] = value_at<S>(p.c, i), cur[1] = saved_row[K * H + u], dot[1] = value_at<S>(p.prev_dot, i);
       Values<D, K> saved_both;
       Values<D, Z> prev_both, cur_both, d;
       Values<D, G> dx, drec;
       for (int z = 0; z < Z; ++z) prev_both[z] = {prev[z], dot[z]};
       Cell::tangent(saved, prev, cur, x, rec, dot, saved_dot);
       for (int k = 0; k < K; ++k) saved_both[k] = {saved[k], saved_dot[k]};
-      for (int z = 0; z < Z; ++z) cur_both[z] = {cur[z], dot[z]}, d[z] = {at<S>(z ? p.dc : p.dh, i), S(0)};
+      for (int z = 0; z < Z; ++z) cur_both[z] = {cur[z], dot[z]}, d[z] = {value_at<S>(z ? p.dc : p.dh, i), S(0)};
       Cell::backward(saved_both, prev_both, cur_both, d, dx, drec);
       for (int g = 0; g < G; ++g) gates_row[g * H + u] = drec[g].dot;
       for (int g = G - kSplit; g < G; ++g) gates_row[(g + kSplit) * H + u] = dx[g].dot;
@@ -74,7 +75,7 @@ void tangents_of_rows(const Elements2& p, int64_t first, int64_t last) {
   }
 }
 
-using Rows = void (*)(const Elements2&, int64_t, int64_t);
+using Rows = void (*)(const StepTangents&, int64_t, int64_t);
 struct OfCell {
   Rows float32, float64;
 };
@@ -126,6 +127,9 @@ struct Part {
   int64_t column, row, size;
 };
 
+constexpr const char* kChanged =
+    "fusedrnn: what a cell had saved for its second derivative has another shape or type now";
+
 struct Twice {
   CellStep step;
   at::Tensor y, saved, gates, dh, dc;  // gates: their gradients
@@ -137,42 +141,46 @@ struct Twice {
     List leaves = {step.x};
     leaves.insert(leaves.end(), step.states.begin(), step.states.end());
     leaves.insert(leaves.end(), step.weights.begin(), step.weights.end());
-    const Leaves at = Leaves::of(leaves, states), v = Leaves::of(vector, states);
-    const int64_t B = at.x.size(0), H = at.w_hh.size(1), all = cell.gates * H, split = cell.split * H;
+    const Leaves leaf = Leaves::of(leaves, states), v = Leaves::of(vector, states);
+    const int64_t B = leaf.x.size(0), H = leaf.w_hh.size(1), all = cell.gates * H, split = cell.split * H;
 
     at::Tensor x_dot, rec_dot;                      // (T3)
     at::Tensor& rec = split > 0 ? rec_dot : x_dot;  // one sum serves both
     const auto add = [&](at::Tensor& sum, const at::Tensor& bias) {
-      if (bias.defined()) sum = sum.defined() ? sum.add_(bias) : bias.expand({B, all}).contiguous();
+      if (bias.defined()) sum = sum.defined() ? sum.add_(bias) : bias.repeat({B, 1});
     };
-    add_product(x_dot, v.x, turned(at.w_ih));
-    add_product(x_dot, at.x, turned(v.w_ih));
+    add_product(x_dot, v.x, turned(leaf.w_ih));
+    add_product(x_dot, leaf.x, turned(v.w_ih));
     add(x_dot, v.b_ih);
-    add_product(rec, v.h, turned(at.w_hh));
-    add_product(rec, at.h, turned(v.w_hh));
+    add_product(rec, v.h, turned(leaf.w_hh));
+    add_product(rec, leaf.h, turned(v.w_hh));
     add(rec, v.b_hh);
 
-    const auto empty = [&](int64_t columns) { return at::empty({B, columns}, at.x.options()); };
+    const auto empty = [&](int64_t columns) { return at::empty({B, columns}, leaf.x.options()); };
     at::Tensor gates_dot = empty(all + split), h_dot = empty(H), direct = empty(H), c_dot;
     if (cell.states > 1) c_dot = empty(H);
-    const at::Tensor kept[] = {read_as_rows(at.h), read_as_rows(at.c), read_as_rows(dh), read_as_rows(dc),
-                               read_as_rows(cell.states > 1 ? v.c : v.h)};
-    const Elements2 elements = {B,
-                                H,
-                                saved.size(-1),
-                                read(saved),
-                                read(kept[0]),
-                                read(kept[1]),
-                                read(y),
-                                read(kept[2]),
-                                read(kept[3]),
-                                read(x_dot),
-                                read(rec_dot),
-                                read(kept[4]),
-                                data_of(gates_dot),
-                                data_of(h_dot),
-                                data_of(c_dot),
-                                data_of(direct)};
+    const auto of_units = [&](const at::Tensor& t) { return checked(t, {B, H}); };
+    const at::Tensor h = of_units(leaf.h), c = of_units(leaf.c), y_rows = of_units(y), dh_rows = of_units(dh),
+                     dc_rows = of_units(dc), prev_dot = of_units(cell.states > 1 ? v.c : v.h),
+                     of_x = checked(x_dot, {B, all}), of_h = checked(rec_dot, {B, all}),
+                     saved_rows = checked(saved, {1, B, saved.size(-1)});
+    TORCH_CHECK(saved.size(-1) >= (cell.saved + cell.states - 1) * H, kChanged);
+    const StepTangents elements = {.B = B,
+                                   .H = H,
+                                   .saved_stride = saved.size(-1),
+                                   .saved = read(saved_rows),
+                                   .h = read(h),
+                                   .c = read(c),
+                                   .y = read(y_rows),
+                                   .dh = read(dh_rows),
+                                   .dc = read(dc_rows),
+                                   .x_dot = read(of_x),
+                                   .rec_dot = read(of_h),
+                                   .prev_dot = read(prev_dot),
+                                   .gates_dot = data_of(gates_dot),
+                                   .h_dot = data_of(h_dot),
+                                   .c_dot = data_of(c_dot),
+                                   .direct_dot = data_of(direct)};
     const Rows rows = rows_of(step);
     constexpr int64_t kElements = 4096;  // that are worth a thread
     at::parallel_for(0, B, std::max<int64_t>(1, kElements / std::max<int64_t>(1, H)),
@@ -200,22 +208,22 @@ struct Twice {
     };
     const size_t w = 1 + states;
     if (wanted[0]) {
-      for (const Part& part : inputs) by_operand(result[0], part, at.w_ih, v.w_ih);
+      for (const Part& part : inputs) by_operand(result[0], part, leaf.w_ih, v.w_ih);
     }
     if (states > 0 && wanted[1]) {
-      by_operand(result[1], recurrent, at.w_hh, v.w_hh);
+      by_operand(result[1], recurrent, leaf.w_hh, v.w_hh);
       if (cell.states == 1) result[1].add_(direct);
     }
     if (states > 1) result[2] = direct;
     if (wanted[w]) {
-      result[w] = at::empty_like(at.w_ih, at::MemoryFormat::Contiguous);
-      for (const Part& part : inputs) by_weight(result[w], part, at.x, v.x);
+      result[w] = at::empty_like(leaf.w_ih, at::MemoryFormat::Contiguous);
+      for (const Part& part : inputs) by_weight(result[w], part, leaf.x, v.x);
     }
     if (wanted[w + 1]) {
-      result[w + 1] = at::empty_like(at.w_hh, at::MemoryFormat::Contiguous);
-      by_weight(result[w + 1], recurrent, at.h, v.h);
+      result[w + 1] = at::empty_like(leaf.w_hh, at::MemoryFormat::Contiguous);
+      by_weight(result[w + 1], recurrent, leaf.h, v.h);
     }
-    if (at.b_ih.defined() && (wanted[w + 2] || wanted[w + 3])) {
+    if (leaf.b_ih.defined() && (wanted[w + 2] || wanted[w + 3])) {
       const at::Tensor sums = gates_dot.sum(0);
       result[w + 3] = sums.narrow(0, 0, all).clone();
       result[w + 2] = result[w + 3].clone();
@@ -224,7 +232,12 @@ struct Twice {
     return {std::move(result), {h_dot, c_dot}};
   }
 
-  static at::Tensor read_as_rows(const at::Tensor& t) { return t.defined() ? t.contiguous() : t; }
+  // Whose memory is read: a hook of saved tensors may have given another.
+  at::Tensor checked(const at::Tensor& t, at::IntArrayRef sizes) const {
+    if (!t.defined()) return t;
+    TORCH_CHECK(plain(t) && t.is_cpu() && t.sizes() == sizes && t.scalar_type() == step.x.scalar_type(), kChanged);
+    return t.contiguous();
+  }
 };
 
 struct StepGradient : torch::autograd::Function<StepGradient> {

@@ -180,6 +180,46 @@ def test_autocast_around_it(name: str, options: dict[str, Any], short: dict[str,
     assert short["long"] == 0
 
 
+@kinds
+def test_vectors_of_the_caller_are_not_written_to(name: str, options: dict[str, Any]) -> None:
+    """One row, and no vector for the weights: a bias alone is where the tangents begin."""
+    cell, x = getattr(fusedrnn, name)(I, H, **options), torch.randn(1, I)
+    h0 = torch.randn(1, H, requires_grad=True)
+    state = cell(x, (h0, torch.randn(1, H)) if name == "LSTMCell" else h0)
+    y = state[0] if isinstance(state, tuple) else state
+    first = torch.autograd.grad(y.square().sum(), [cell.bias_ih, cell.bias_hh, h0], create_graph=True)
+    vectors = [torch.randn_like(g) for g in first]
+    before = [v.clone() for v in vectors]
+    torch.autograd.grad(first, [cell.weight_hh], vectors)
+    assert all(map(torch.equal, vectors, before))
+
+
+@kinds
+def test_hooks_of_saved_tensors(name: str, options: dict[str, Any]) -> None:
+    """They may give copies, of any strides; what has another shape or type is refused before it is read."""
+    expected = None
+    changes = [lambda t: t, lambda t: t.t().contiguous().t() if t.dim() == 2 else t.clone()]
+    for change in changes:
+        cell, x = getattr(fusedrnn, name)(I, H, **options), torch.ones(B, I, requires_grad=True)
+        with torch.no_grad():
+            for p in cell.parameters():
+                p.copy_(torch.linspace(-1, 1, p.numel()).view_as(p))
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, change):
+            state = cell(x)
+            y = state[0] if isinstance(state, tuple) else state
+            (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+            found = torch.autograd.grad(dx.square().sum(), [x, *cell.parameters()])
+        expected = expected or found
+        torch.testing.assert_close(found, expected)
+    for wrong in (lambda t: t[..., :1], lambda t: t.half(), lambda t: t[:0], lambda t: t.double()):
+        state = cell(x)
+        y, dy = state[0] if isinstance(state, tuple) else state, torch.ones(B, H, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, wrong):
+            (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
+        with pytest.raises(RuntimeError):
+            torch.autograd.grad(dx, [dy, *cell.parameters()], torch.ones_like(dx), allow_unused=True)
+
+
 @pytest.mark.parametrize("batch", [0, 1])
 def test_no_samples_and_one(batch: int, short: dict[str, int]) -> None:
     for name in ("RNNCell", "LSTMCell", "GRUCell"):
