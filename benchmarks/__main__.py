@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     add("--regimes", action="store_true", help="print geometric means of cases alike too")
     add("--json", type=Path, metavar="FILE", help="write machine and results")
     add("--plot", type=Path, metavar="FILE", help="write a chart of the ratios (PNG)")
-    add("--readme", type=Path, metavar="FILE", help="put the table between the markers of this file")
+    add("--readme", type=Path, metavar="FILE", help="put a table of shapes between the markers of this file")
     return result
 
 
@@ -60,7 +60,8 @@ def choose(args: argparse.Namespace) -> list[Case]:
         if case.cell in cells and (everything or case.main) and pattern.search(case.name)
     ]
     if args.dtype:  # of cases that differ in it alone, one
-        chosen = list(dict.fromkeys(replace(case, dtype=args.dtype) for case in chosen))
+        alike = [replace(case, dtype=args.dtype, main=False) for case in chosen]
+        chosen = list({case.name: case for case in alike}.values())
     if not chosen:
         raise ValueError("no case matches; --all --list prints them all")
     return chosen
@@ -101,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         report.write_json(args.json, results, info)
     if args.readme:
-        report.update_readme(args.readme, report.markdown(results, info))
+        report.update_readme(args.readme, report.by_shape(results, info), report.block(info))
     if args.plot:
         from .plot import plot  # matplotlib takes a second to load
 

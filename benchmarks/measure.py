@@ -125,26 +125,37 @@ class Problem:
 def check(case: Case, ours: nn.Module, problem: Problem) -> float:
     """Compare outputs, and gradients if the case trains, with the same layer in float64; the largest deviation.
 
-    The reference is torch.nn's layer, or our own where torch.nn has none. Raises Disagreement.
+    The reference is torch.nn's layer, or our own where torch.nn has none. Raises Disagreement; not where torch.nn's
+    layer of the case's type deviates as far: with a ReLU rounding lets a gradient pass or stop.
     """
-    reference = make_layer(nn if case.has_torch else fusedrnn, case, torch.float64)
-    reference.load_state_dict(ours.state_dict())
+    library = nn if case.has_torch else fusedrnn
+    reference, theirs = (make_layer(library, case, dtype) for dtype in (torch.float64, DTYPES[case.dtype]))
+    for other in (reference, theirs):
+        other.load_state_dict(ours.state_dict())
     parameters = ["d" + name for name, _ in ours.named_parameters()]
     deviation = 0.0
     for mode, names in (("infer", ["output", "h_n", "c_n"]), ("train", ["dx", *parameters])):
         if mode == "train" and case.mode == "infer":
             continue
-        got = problem.call(ours, DTYPES[case.dtype], mode)()
         want = problem.call(reference, torch.float64, mode)()
-        for name, a, b in zip(names, got, want):
-            worst = ((a.double() - b).abs().max() / b.abs().max()).item()
-            if not worst <= TOLERANCE[case.dtype]:  # catches NaN
+        worst = _deviations(problem.call(ours, DTYPES[case.dtype], mode)(), want)
+        allowed = [TOLERANCE[case.dtype]] * len(worst)
+        if case.has_torch and not all(found <= most for found, most in zip(worst, allowed)):
+            of_torch = _deviations(problem.call(theirs, DTYPES[case.dtype], mode)(), want)
+            allowed = [max(most, of) for most, of in zip(allowed, of_torch)]
+        for name, found, most in zip(names, worst, allowed):
+            if not found <= most:  # catches NaN
                 raise Disagreement(
-                    f"{case.name}: {name} deviates by {worst:.1e} of its largest value,"
-                    f" allowed {TOLERANCE[case.dtype]:.0e} for {case.dtype}"
+                    f"{case.name}: {name} deviates by {found:.1e} of its largest value, allowed {most:.0e} for"
+                    f" {case.dtype}"
                 )
-            deviation = max(deviation, worst)
+            deviation = max(deviation, found)
     return deviation
+
+
+def _deviations(found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
+    """Of each, in parts of the largest value."""
+    return [((a.double() - b).abs().max() / b.abs().max()).item() for a, b in zip(found, expected)]
 
 
 class Timer:

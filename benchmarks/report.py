@@ -37,6 +37,7 @@ def machine(threads: int) -> dict[str, str | int | float]:
         "cpu": processor(),
         "cores": cores(),
         "isa": fusedrnn._C.isa(),
+        "vector_bytes": fusedrnn._C.vector_bytes(),
         "threads": threads,
         "fusedrnn": fusedrnn.__version__,
         "torch": torch.__version__,
@@ -119,12 +120,36 @@ def markdown(results: Sequence[Result], info: dict) -> str:
         torch_time, ratio = "not there", ""
         if result.ratio is not None:
             torch_time = f"{_short(result.torch_ms)} ({result.torch_threads})"
-            ratio = f"**{result.ratio:.2f}** ({result.ratio_low:.2f}-{result.ratio_high:.2f})"
+            ratio = _ratio(result)
         rows.append(
             f"| {result.case.name} | {torch_time} | {_short(result.ours_ms)} | {ratio} | {_short(result.gflops)}"
             f" | {result.percent:.0f} |"
         )
     return "\n".join(rows) + "\n"
+
+
+def by_shape(results: Sequence[Result], info: dict) -> str:
+    """A shorter table: inference and training of a shape in one row. Of cases that torch.nn has."""
+    rows = [
+        f"{describe(info)}.",
+        "",
+        "| case | infer, ms: torch.nn / fusedrnn | ratio | train, ms | ratio | % of peak |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    modes: dict[str, dict[str, Result]] = {}
+    for result in results:
+        if result.ratio is not None:
+            modes.setdefault(result.case.name.replace(f"-{result.case.mode}-", " ", 1), {})[result.case.mode] = result
+    for name, own in modes.items():
+        cells = []
+        for found in (own.get("infer"), own.get("train")):
+            cells += [f"{_short(found.torch_ms)} / {_short(found.ours_ms)}", _ratio(found)] if found else ["", ""]
+        rows.append(f"| {name} | {' | '.join(cells)} | {' / '.join(f'{r.percent:.0f}' for r in own.values())} |")
+    return "\n".join(rows) + "\n"
+
+
+def _ratio(result: Result) -> str:
+    return f"**{result.ratio:.2f}** ({result.ratio_low:.2f}-{result.ratio_high:.2f})"
 
 
 def regimes(results: Sequence[Result]) -> str:
@@ -150,6 +175,11 @@ def regimes(results: Sequence[Result]) -> str:
         row = [" / ".join(mean(mode, cell) for mode in modes) for cell in (None, *cells)]
         rows.append(f"| {regime} | {len(alike)} | " + " | ".join(row) + " |")
     return "\n".join(rows)
+
+
+def block(info: dict) -> str:
+    """Which of a page's tables a machine's figures belong in: those with AVX-512 have one of their own."""
+    return "benchmarks-avx512" if info["vector_bytes"] == 64 else "benchmarks"
 
 
 def update_readme(file: Path, table: str, name: str = "benchmarks") -> None:

@@ -1,7 +1,8 @@
 """The command ``python -m benchmarks.single_steps``: cells in a loop of Python, as attention decoders use them.
 
 *infer*: STEPS steps in inference mode. *train*: STEPS steps, the sum of all h, and its gradients with respect to the
-parameters and the inputs. *once*: the same of a single step. Microseconds a step, medians of interleaved rounds;
+parameters and the inputs. *once*: the same of a single step. *function*: as *train*, ours by ``fusedrnn.functional``
+with weights that are no module's, torch.nn's the module. Microseconds a step, medians of interleaved rounds;
 results were compared first. torch.nn runs with one thread or with all, whichever is faster for it; fusedrnn with all.
 """
 
@@ -9,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from statistics import geometric_mean
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 import fusedrnn
+from fusedrnn import functional
 
 from . import report
 from .measure import MIN_ROUNDS, Disagreement, Timer, run_rounds
@@ -23,7 +26,7 @@ SHAPES = ((1, 64), (1, 256), (8, 128), (32, 256), (64, 512), (128, 512))  # B, H
 CELLS = ("LSTMCell", "GRUCell", "RNNCell")
 STEPS = 20
 TOLERANCE = 1e-4  # of the largest value
-HEADER = f"{'case':24} {'mode':6} {'torch.nn, us':>15} {'fusedrnn':>9}   ratio (quartiles)"
+HEADER = f"{'case':24} {'mode':8} {'torch.nn, us':>15} {'fusedrnn':>9}   ratio (quartiles)"
 Call = Callable[[], list[Tensor]]
 
 
@@ -50,7 +53,7 @@ def train(cell: nn.Module, x: Tensor) -> Call:
     inputs = [x_t.requires_grad_() for x_t in x.clone()]
     leaves = [*inputs, *cell.parameters()]
     with torch.no_grad():
-        before = cell(x[0])
+        before = cell(x[0], None)
     return call
 
 
@@ -58,7 +61,25 @@ def once(cell: nn.Module, x: Tensor) -> Call:
     return train(cell, x[:1])
 
 
-MODES = {"infer": infer, "train": train, "once": once}
+class Function(nn.Module):
+    """A cell's weights, and the functional cell."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.of, self.weights = FUNCTIONS[type(cell).__name__], nn.ParameterList(cell.parameters())
+
+    def forward(self, x: Tensor, state: Any) -> Any:
+        return self.of(x, state, *self.weights)
+
+
+FUNCTIONS = {"LSTMCell": functional.lstm_cell, "GRUCell": functional.gru_cell, "RNNCell": functional.rnn_cell}
+
+
+def by_function(cell: nn.Module, x: Tensor) -> Call:
+    return train(Function(cell) if isinstance(cell, fusedrnn.fused_module.FusedModule) else cell, x)
+
+
+MODES = {"infer": infer, "train": train, "once": once, "function": by_function}
 
 
 def contenders(name: str, mode: str, B: int, H: int) -> tuple[Call, Call]:
@@ -92,7 +113,7 @@ def rows(seconds: float, min_rounds: int = MIN_ROUNDS) -> Iterator[str]:
                 low, ratio, high = np.quantile(rounds[:, 1] / rounds[:, 0], [0.25, 0.5, 0.75])
                 ratios[mode].append(ratio)
                 times = f"{us[1]:10.1f} ({best.threads}t) {us[0]:9.1f}"
-                yield f"{case:24} {mode:6} {times}   {ratio:.2f} ({low:.2f}-{high:.2f})"
+                yield f"{case:24} {mode:8} {times}   {ratio:.2f} ({low:.2f}-{high:.2f})"
     for mode, of_mode in ratios.items():
         yield f"{mode}: geometric mean {geometric_mean(of_mode):.2f}, lowest {min(of_mode):.2f}"
 

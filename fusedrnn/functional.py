@@ -20,6 +20,7 @@ from torch.nn.functional import dropout as _dropout
 from torch.nn.utils.rnn import PackedSequence
 
 from .cells import CELLS
+from .inference.plain_call import plain_cell
 from .layer.autograd import RecurrentLayer, in_place, recurrent_layer
 from .layer.call import LayerCall, Owner, Weights
 from .layer.dropout import Rates, draw, drop_input, drop_weights
@@ -338,6 +339,9 @@ def recurrent_cell(
         b_ih = torch.zeros_like(b_hh) if b_ih is None else b_ih
         b_hh = torch.zeros_like(b_ih) if b_hh is None else b_hh
     weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
+    found = plain_cell(cell, input, hx, weights)
+    if found is not None:
+        return found
     _check_cell_and_weights(cell, weights)
     if len(hx) != len(CELLS[cell].states):
         raise RuntimeError(f"{cell} expects {len(CELLS[cell].states)} hidden state(s), got {len(hx)}")

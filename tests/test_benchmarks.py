@@ -88,6 +88,22 @@ def test_flops(case, flops):
     assert case.flops() == flops
 
 
+def test_both_kinds_of_machine_have_a_table_in_the_readme():
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    names = {report.block({"vector_bytes": width}) for width in (16, 32, 64)}
+    assert len(names) == 2
+    for name in names:
+        table = text.split(report.BEGIN.replace("benchmarks", name))[1].split(report.END.replace("benchmarks", name))[0]
+        assert table.count("\n| lstm ") == table.count("\n| gru ") == table.count("\n| rnn ") == 3
+
+
+def test_a_choice_of_the_element_type():
+    args = command.parser().parse_args(["--all", "--dtype", "bfloat16"])
+    chosen = command.choose(args)
+    assert {case.dtype for case in chosen} == {"bfloat16"} and len({case.name for case in chosen}) == len(chosen)
+    assert {(case.cell, case.shape) for case in chosen} == {(case.cell, case.shape) for case in CASES.values()}
+
+
 @pytest.mark.parametrize("case", [case for case in CASES.values() if case.ragged], ids=lambda case: case.name)
 def test_ragged_lengths_never_increase(case):
     lengths = case.lengths()
@@ -97,7 +113,9 @@ def test_ragged_lengths_never_increase(case):
 
 def test_every_output_of_the_command(tiny, tmp_path, capsys):
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    name = report.block({"vector_bytes": fusedrnn._C.vector_bytes()})
+    begin, end = (marker.replace("benchmarks", name) for marker in (report.BEGIN, report.END))
+    readme.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     files = {name: tmp_path / "out" / name for name in ("r.json", "r.png")}
     options = ["--all", "--quick", "--threads", "1", "--markdown", "--readme", str(readme)]
     options += ["--json", str(files["r.json"]), "--plot", str(files["r.png"])]
@@ -106,8 +124,9 @@ def test_every_output_of_the_command(tiny, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert all(case.name in printed for case in tiny)
     text = readme.read_text()
-    assert text.startswith(f"before\n{report.BEGIN}\n") and text.endswith(f"{report.END}\nafter\n")
-    assert "old" not in text and all(f"| {case.name} |" in text for case in tiny)
+    assert text.startswith(f"before\n{begin}\n") and text.endswith(f"{end}\nafter\n")
+    shapes = {case.name.replace(f"-{case.mode}-", " ", 1) for case in tiny if case.has_torch}
+    assert "old" not in text and all(text.count(f"| {shape} |") == 1 for shape in shapes)
     assert files["r.png"].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
     found = json.loads(files["r.json"].read_text())

@@ -21,7 +21,7 @@ FILES = {
 #: From below to above: what stands in a row imports from its own folder and from rows before it. The modules that
 #: people run stand above the package itself, ``__init__``.
 ROWS = (
-    ("extension",), ("_C",), ("cells", "torch_internals"), ("layer",), ("options",), ("functional",), ("inference",),
+    ("extension",), ("_C",), ("cells", "torch_internals"), ("layer",), ("options",), ("inference",), ("functional",),
     ("insight",), ("fused_module",), ("single_step",), ("modules", "quantized"),
     ("convert", "init", "onnx", "patch", "reference"), ("quantize",), ("__init__",), ("compare", "info"), ("gradflow",),
 )  # fmt: skip

@@ -11,7 +11,8 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._C import kept_sums, packed_bytes, packed_weights
 
@@ -38,6 +39,19 @@ cached: weakref.WeakKeyDictionary[nn.Module, Cached] = weakref.WeakKeyDictionary
 def find(module: nn.Module) -> Cached:
     """What is kept of the module, from now on."""
     return cached.get(module) or cached.setdefault(module, Cached())
+
+
+_of_weights = WeakTensorKeyDictionary()  # w_hh that is no module's, a leaf -> what the steps with it share
+
+
+def sums_of(w_hh: Tensor) -> Any:
+    """What steps of a cell share when they train, whose weights are no module's."""
+    if not w_hh.is_leaf:  # of this step alone, mostly
+        return kept_sums()
+    found = _of_weights.get(w_hh)
+    if found is None:
+        found = _of_weights[w_hh] = kept_sums()
+    return found
 
 
 def forget(module: nn.Module) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._C import fits, infer, train_cell
+from .._C import fits, infer, packed_weights, train_cell
 from ..cells import CELLS
 from ..layer.autograd import in_place, recurrent_layer
 from ..layer.call import PLAIN, LayerCall, Options, Owner
@@ -96,3 +96,20 @@ def plain_call(
     finals = recurrent_layer(LayerCall(cell, input.unsqueeze(0), given, weights)).finals
     finals = [in_place(Tensor.squeeze_, Tensor.squeeze, s, 0) for s in finals]
     return finals[0], *finals
+
+
+def plain_cell(
+    cell: str, input: Tensor, states: Sequence[Tensor | None], weights: Sequence[Tensor]
+) -> tuple[Tensor, ...] | None:
+    """One step with weights that are no module's: the next states. None where anything is different, as above."""
+    if cell not in CELLS or len(states) != len(CELLS[cell].states) or weights[1].dim() != 2:
+        return None
+    if torch.compiler.is_compiling() or dual_level() >= 0:
+        return None
+    given = None if all(s is None for s in states) else tuple(states)
+    hidden = weights[1].size(1)
+    form = 2, 1, 1, weights[0].size(-1), hidden, hidden
+    if infers():
+        found = infer(input, given, weights, cell, form, packed_weights(), (0.0, 0.0))
+        return None if found is None else found[1:]
+    return train_cell(input, given, weights, cell, form, cache.sums_of(weights[1]))
