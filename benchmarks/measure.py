@@ -126,7 +126,7 @@ def check(case: Case, ours: nn.Module, problem: Problem) -> float:
     """Compare outputs, and gradients if the case trains, with the same layer in float64; the largest deviation.
 
     The reference is torch.nn's layer, or our own where torch.nn has none. Raises Disagreement; not where torch.nn's
-    layer of the case's type deviates as far: with a ReLU rounding lets a gradient pass or stop.
+    layer of the case's type deviates half as far: with a ReLU rounding lets a gradient pass or stop.
     """
     library = nn if case.has_torch else fusedrnn
     reference, theirs = (make_layer(library, case, dtype) for dtype in (torch.float64, DTYPES[case.dtype]))
@@ -142,7 +142,7 @@ def check(case: Case, ours: nn.Module, problem: Problem) -> float:
         allowed = [TOLERANCE[case.dtype]] * len(worst)
         if case.has_torch and not all(found <= most for found, most in zip(worst, allowed)):
             of_torch = _deviations(problem.call(theirs, DTYPES[case.dtype], mode)(), want)
-            allowed = [max(most, of) for most, of in zip(allowed, of_torch)]
+            allowed = [max(most, 2 * of) for most, of in zip(allowed, of_torch)]
         for name, found, most in zip(names, worst, allowed):
             if not found <= most:  # catches NaN
                 raise Disagreement(

@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(line(results[-1]), flush=True)
     print(summary(results))
     if args.readme:
-        report.update_readme(args.readme, markdown(results, info), "peers")
+        report.update_readme(args.readme, markdown(results, info), report.block(info, "peers"))
     return 0
 
 

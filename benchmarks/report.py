@@ -177,9 +177,9 @@ def regimes(results: Sequence[Result]) -> str:
     return "\n".join(rows)
 
 
-def block(info: dict) -> str:
+def block(info: dict, name: str = "benchmarks") -> str:
     """Which of a page's tables a machine's figures belong in: those with AVX-512 have one of their own."""
-    return "benchmarks-avx512" if info["vector_bytes"] == 64 else "benchmarks"
+    return f"{name}-avx512" if info["vector_bytes"] == 64 else name
 
 
 def update_readme(file: Path, table: str, name: str = "benchmarks") -> None:
