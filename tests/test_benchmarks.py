@@ -409,8 +409,8 @@ def test_cells_are_compared_before_they_are_timed(capsys, monkeypatch):
     assert single_steps.main(["--seconds", "0.01"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
     cells = [cell for cell in single_steps.CELLS for _ in single_steps.MODES]
-    assert [row[0] for row in rows[:-3]] == cells and all(float(row[7]) > 0 for row in rows[:-3])
-    assert [row[0] for row in rows[-3:]] == ["infer:", "train:", "once:"]
+    assert [row[0] for row in rows[:-4]] == cells and all(float(row[7]) > 0 for row in rows[:-4])
+    assert [row[0] for row in rows[-4:]] == ["infer:", "train:", "once:", "function:"]
     monkeypatch.setattr(fusedrnn.GRUCell, "forward", lambda self, x, state=None: x * self.weight_hh.sum())
     with pytest.raises(measure.Disagreement, match="GRUCell B2 H8: result 0 deviates"):
         list(single_steps.rows(0.01))
