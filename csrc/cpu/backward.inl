@@ -176,7 +176,8 @@ class BackwardPass {
   void run_item(const Item& item, int index) {
     initial_carries(item);
     clear_ends();
-    if (p_.weight_gradients) clear_weight_sums(item, index);
+    if (p_.weight_gradients) clear_weight_sums(item, index, false);
+    bool begun = false;  // the sums of the weights' gradients
     team_.meet();
     for (int64_t s0 = 0, s1 = 0; s0 < item.steps; s0 = s1) {
       int64_t rows = 0;
@@ -191,11 +192,15 @@ class BackwardPass {
       // dL/dh_{t-1} of the chunk's last step, into the carry.
       step(item, row - later, later, row, 0, severed(item, s1, later));
       if (p_.norms) give_norms(item, s0, s1, rows);
-      if (p_.weight_gradients) weight_gradients(item, index, s0, s1, rows);
+      if (p_.weight_gradients && rows > 0) {
+        weight_gradients(item, index, s0, s1, rows, begun);
+        begun = true;
+      }
       if (p_.dgates) give_gate_gradients(item, s0, s1, rows);
       if (p_.dx) input_gradient(item, s0, s1, rows);
       team_.meet();  // before the next chunk's dG
     }
+    if (p_.weight_gradients && !begun) clear_weight_sums(item, index, true);
     final_carries(item);
     team_.meet();
   }
@@ -295,8 +300,8 @@ class BackwardPass {
 
   // weight_gradients.inl
   WeightSums weight_sums(const Item& item, int index) const;
-  void clear_weight_sums(const Item& item, int index) const;
-  void weight_gradients(const Item& item, int index, int64_t s0, int64_t s1, int64_t rows);
+  void clear_weight_sums(const Item& item, int index, bool all) const;
+  void weight_gradients(const Item& item, int index, int64_t s0, int64_t s1, int64_t rows, bool add);
   void gather_operands(const Item& item, int64_t s0, int64_t s1, Range own);
   void clear_operands(Range own, int64_t rows);
   V second_operand(const Row& at, const T* mask, int64_t u) const;

@@ -111,11 +111,11 @@ void row_tile(const E* const* a, int64_t steps, const P* b, int64_t pitch, Sums<
   }
 }
 
-// out[m * ldo + v] += sum_k a[k][m] * b[k][v], for weight gradients: k runs over rows. `blocks` tiles, one below the
-// other: a: [blocks][steps][MR] words; b: [steps][kTileWidth] of vectors; out: [blocks * MR][n], where n may end inside
-// a vector.
+// out[m * ldo + v] = sum_k a[k][m] * b[k][v], or += with `add`, for weight gradients: k runs over rows. `blocks` tiles,
+// one below the other: a: [blocks][steps][MR] words; b: [steps][kTileWidth] of vectors; out: [blocks * MR][n], where n
+// may end inside a vector.
 template <class E, int MR, int NR, class S = typename Sums<E>::Scalar>
-void outer_tiles(int64_t blocks, const E* a, const E* b, int64_t steps, S* out, int64_t ldo, int64_t n) {
+void outer_tiles(int64_t blocks, const E* a, const E* b, int64_t steps, S* out, int64_t ldo, int64_t n, bool add) {
   using Type = WordsOf<E>;
   constexpr int L = Vec<S>::kLanes, kWords = L * kPair<E>;
   for (int64_t i = 0; i < blocks; ++i, out += MR * ldo) {
@@ -145,8 +145,8 @@ void outer_tiles(int64_t blocks, const E* a, const E* b, int64_t steps, S* out, 
       for (int m = 0; m < MR; ++m) {
         S* p = out + m * ldo;
         int64_t j = 0;
-        for (; j + L <= n; j += L) store(p + j, load(p + j) + load(tile[m] + j));
-        for (; j < n; ++j) p[j] += tile[m][j];
+        for (; j + L <= n; j += L) store(p + j, add ? load(p + j) + load(tile[m] + j) : load(tile[m] + j));
+        for (; j < n; ++j) p[j] = add ? p[j] + tile[m][j] : tile[m][j];
       }
       continue;
     }
@@ -155,7 +155,7 @@ void outer_tiles(int64_t blocks, const E* a, const E* b, int64_t steps, S* out, 
 #pragma GCC unroll 4
       for (int v = 0; v < NR; ++v) {
         S* p = out + m * ldo + v * L;
-        store(p, Vec<S>(load(p).v + acc[m][v]));
+        store(p, Vec<S>(add ? load(p).v + acc[m][v] : acc[m][v]));
       }
     }
   }
@@ -184,7 +184,7 @@ void copy_columns(const E* a, int64_t lda, int64_t K, E* to) {
 template <class E, class P = E>
 struct Tiles {
   using RowTile = void (*)(const E* const*, int64_t, const P*, int64_t, Sums<E>*, int, bool);
-  using OuterTiles = void (*)(int64_t, const E*, const E*, int64_t, typename Sums<E>::Scalar*, int64_t, int64_t);
+  using OuterTiles = void (*)(int64_t, const E*, const E*, int64_t, typename Sums<E>::Scalar*, int64_t, int64_t, bool);
   using Copy = void (*)(const E*, int64_t, int64_t, E*);
   template <int n>
   using Sizes = std::make_integer_sequence<int, n>;

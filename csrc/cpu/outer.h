@@ -24,12 +24,12 @@ struct Strips {
   }
 };
 
-// out[m * ldo + n] += sum_k a[k * lda + m] * b(k, n) for m in [0, M), n in [0, b.n), k in [0, K).
-// kSumRows rows at a time: their part of `a` is copied into blocks as wide as a tile, which stay in the first-level
+// out[m * ldo + n] = sum_k a[k * lda + m] * b(k, n), or += with `add`, for m in [0, M), n in [0, b.n), k in [0, K), K >
+// 0. kSumRows rows at a time: their part of `a` is copied into blocks as wide as a tile, which stay in the first-level
 // cache and meet one strip of b after another. A sum of sums over kSumRows: the rounding error of one long sum would
 // exceed torch.nn's.
 template <class E, class S>
-void outer_product(const E* a, int64_t lda, int64_t K, int64_t M, const Strips<E>& b, S* out, int64_t ldo) {
+void outer_product(const E* a, int64_t lda, int64_t K, int64_t M, const Strips<E>& b, S* out, int64_t ldo, bool add) {
   constexpr int64_t kSumRows = 64, kBytes = 16 << 10, kColumns = Strips<E>::kColumns;
   constexpr int64_t kBlocks = kBytes / (kOuterRows * kSumRows * sizeof(E));
   alignas(64) E copy[kBlocks * kOuterRows * kSumRows];
@@ -45,7 +45,7 @@ void outer_product(const E* a, int64_t lda, int64_t K, int64_t M, const Strips<E
       for (int64_t n0 = 0; n0 < b.n; n0 += kColumns) {
         const int64_t n = min64(kColumns, b.n - n0);
         const int nr = static_cast<int>(ceil_div(n, Sums<E>::kLanes));
-        Tiles<E>::outer_tiles_of(nr, mr)(blocks, copy, b.at(k0, n0), steps, out + m0 * ldo + n0, ldo, n);
+        Tiles<E>::outer_tiles_of(nr, mr)(blocks, copy, b.at(k0, n0), steps, out + m0 * ldo + n0, ldo, n, add || k0 > 0);
       }
     }
   }
@@ -54,8 +54,8 @@ void outer_product(const E* a, int64_t lda, int64_t K, int64_t M, const Strips<E
 #if defined(FUSEDRNN_AMX)
 // The same by tiles: kSumRows rows of 32 columns of `a` become rows of a left operand.
 template <class S>
-void outer_product(const BFloat16* a, int64_t lda, int64_t K, int64_t M, const Strips<BFloat16>& b, S* out,
-                   int64_t ldo) {
+void outer_product(const BFloat16* a, int64_t lda, int64_t K, int64_t M, const Strips<BFloat16>& b, S* out, int64_t ldo,
+                   bool add) {
   constexpr int64_t kSumRows = 512, kColumns = 2 * kTileRows, kStride = kSumRows + 32;  // elements
   constexpr int L = Vec<S>::kLanes;
   static_assert(L == kTileRows);
@@ -63,6 +63,7 @@ void outer_product(const BFloat16* a, int64_t lda, int64_t K, int64_t M, const S
   alignas(64) S tiles[kColumns * Strips<BFloat16>::kColumns];
   for (int64_t k0 = 0; k0 < K; k0 += kSumRows) {
     const int64_t kn = min64(kSumRows, K - k0), steps = steps_of<BFloat16>(kn);
+    const bool more = add || k0 > 0;
     for (int64_t m0 = 0; m0 < M; m0 += kColumns) {
       const int64_t mn = min64(kColumns, M - m0);
       for (int64_t m = 0; m < mn; m += L) {
@@ -85,11 +86,12 @@ void outer_product(const BFloat16* a, int64_t lda, int64_t K, int64_t M, const S
         const int64_t stride = whole ? ldo : Strips<BFloat16>::kColumns;
         tile_products(mn, vectors, tile_source(left, kStride * 2), tile_source(b.at(k0, n0), kTileWidth * kTileBytes),
                       steps / kTileRows, tile_sums(whole ? to : tiles, stride * static_cast<int64_t>(sizeof(S))),
-                      whole);
+                      whole && more);
         for (int64_t m = 0; m < mn && !whole; ++m) {
           for (int64_t j = 0; j < n; j += L) {
             S* p = to + m * ldo + j;
-            store(p, load<S>(p, n - j) + load(tiles + m * stride + j), n - j);
+            const Vec<S> own = load(tiles + m * stride + j);
+            store(p, more ? load<S>(p, n - j) + own : own, n - j);
           }
         }
       }

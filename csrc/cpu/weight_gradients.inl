@@ -13,27 +13,28 @@ typename BackwardPass<Cell, T>::WeightSums BackwardPass<Cell, T>::weight_sums(co
   return {s_.dw_ih + index * G * H * I, s_.dw_hh + index * G * H * R, s_.dw_hr + index * R * H, b};
 }
 
-// Each member clears its own rows.
+// Each member clears its own rows: of the biases' sums, and of the others if no row comes that would begin them.
 template <class Cell, class T>
-void BackwardPass<Cell, T>::clear_weight_sums(const Item& item, int index) const {
+void BackwardPass<Cell, T>::clear_weight_sums(const Item& item, int index, bool all) const {
   const WeightSums sum = weight_sums(item, index);
   const auto clear = [](S* from, int64_t n) {
     if (n > 0) __builtin_memset(from, 0, n * sizeof(S));  // there is no W_ih without an input
   };
   const int64_t u0 = units_.begin * L, un = min64(z_.H, units_.end * L) - u0;
-  for (int g = 0; g < G; ++g) {
+  for (int c = 0; c < C; ++c) clear(sum.b + c * z_.H + u0, un);
+  for (int g = 0; g < G && all; ++g) {
     clear(sum.w_ih + (g * z_.H + u0) * z_.I, un * z_.I);
     clear(sum.w_hh + (g * z_.H + u0) * z_.R, un * z_.R);
   }
-  for (int c = 0; c < C; ++c) clear(sum.b + c * z_.H + u0, un);
-  if (z_.projected) {
+  if (z_.projected && all) {
     const int64_t p0 = outputs_.begin * L, pn = min64(z_.R, outputs_.end * L) - p0;
     clear(sum.w_hr + p0 * z_.H, pn * z_.H);
   }
 }
 
 template <class Cell, class T>
-void BackwardPass<Cell, T>::weight_gradients(const Item& item, int index, int64_t s0, int64_t s1, int64_t rows) {
+void BackwardPass<Cell, T>::weight_gradients(const Item& item, int index, int64_t s0, int64_t s1, int64_t rows,
+                                             bool add) {
   const Timed timed(Phase::kWeightGradient);
   const Range words = part(steps_of<E>(rows), team_.me, team_.members);
   gather_operands(item, s0, s1, {words.begin * kPair<E>, min64(rows, words.end * kPair<E>)});
@@ -45,12 +46,12 @@ void BackwardPass<Cell, T>::weight_gradients(const Item& item, int index, int64_
   for (int g = 0; g < G; ++g) {
     const E* dx = b_.dg_operand + (g < G - kSplit ? g : g + kSplit) * gate_ + u0;
     const E* drec = b_.dg_operand + g * gate_ + u0;
-    outer_product(dx, operand_ldg_, rows, un, b_.x, to.w_ih + (g * H + u0) * I, I);
-    outer_product(drec, operand_ldg_, rows, un, g < F ? b_.h : b_.m, to.w_hh + (g * H + u0) * R, R);
+    outer_product(dx, operand_ldg_, rows, un, b_.x, to.w_ih + (g * H + u0) * I, I, add);
+    outer_product(drec, operand_ldg_, rows, un, g < F ? b_.h : b_.m, to.w_hh + (g * H + u0) * R, R, add);
   }
   if (z_.projected) {
     const int64_t p0 = outputs_.begin * L, pn = min64(R, outputs_.end * L) - p0;
-    outer_product(b_.dh_operand + p0, operand_ldh_, rows, pn, b_.m, to.w_hr + p0 * H, H);
+    outer_product(b_.dh_operand + p0, operand_ldh_, rows, pn, b_.m, to.w_hr + p0 * H, H, add);
   }
   const Timed timed_biases(Phase::kBiasGradient);
   for (int c = 0; c < C; ++c) {
