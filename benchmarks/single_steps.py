@@ -61,18 +61,18 @@ def once(cell: nn.Module, x: Tensor) -> Call:
     return train(cell, x[:1])
 
 
+FUNCTIONS = {"LSTMCell": functional.lstm_cell, "GRUCell": functional.gru_cell, "RNNCell": functional.rnn_cell}
+
+
 class Function(nn.Module):
     """A cell's weights, and the functional cell."""
 
     def __init__(self, cell: nn.Module) -> None:
         super().__init__()
-        self.of, self.weights = FUNCTIONS[type(cell).__name__], nn.ParameterList(cell.parameters())
+        self.of, self.cell, self.weights = FUNCTIONS[type(cell).__name__], cell, list(cell.parameters())
 
     def forward(self, x: Tensor, state: Any) -> Any:
         return self.of(x, state, *self.weights)
-
-
-FUNCTIONS = {"LSTMCell": functional.lstm_cell, "GRUCell": functional.gru_cell, "RNNCell": functional.rnn_cell}
 
 
 def by_function(cell: nn.Module, x: Tensor) -> Call:

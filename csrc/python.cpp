@@ -205,7 +205,13 @@ py::object gradients_of_step(const std::string& cell, const at::Tensor& x, std::
   CellStep step{library->find_cell(cell), x, std::move(states), std::move(weights)};
   std::vector<at::Tensor> given;
   for (const auto& t : from) given.push_back(t.value_or(at::Tensor()));
-  if (step.cell < 0 || wanted.size() != 1 + step.states.size() + step.weights.size() || watched()) return py::none();
+  if (step.cell < 0) throw py::value_error("unknown cell '" + cell + "'");
+  const size_t count = library->constants(step.cell).states, weights_given = step.weights.size();
+  if ((weights_given != 2 && weights_given != 4) || (step.states.size() != 0 && step.states.size() != count) ||
+      given.size() != count || wanted.size() != 1 + step.states.size() + weights_given) {
+    throw py::value_error("a step takes all of its states or none, two weights or four, and a gradient of each state");
+  }
+  if (x.dim() != 2 || step.weights[1].dim() != 2 || watched()) return py::none();
   std::vector<at::Tensor> all = step.weights, held = step.states;
   all.insert(all.end(), held.begin(), held.end());
   all.insert(all.end(), {x, h, saved});

@@ -214,7 +214,7 @@ struct Twice {
       by_operand(result[1], recurrent, leaf.w_hh, v.w_hh);
       if (cell.states == 1) result[1].add_(direct);
     }
-    if (states > 1) result[2] = direct;
+    if (states > 1 && wanted[2]) result[2] = direct;
     if (wanted[w]) {
       result[w] = at::empty_like(leaf.w_ih, at::MemoryFormat::Contiguous);
       for (const Part& part : inputs) by_weight(result[w], part, leaf.x, v.x);
@@ -259,7 +259,9 @@ struct StepGradient : torch::autograd::Function<StepGradient> {
                                                          borrowed(saved), {of.wanted[0], weights, true, false});
     List to_save(leaves.begin(), leaves.end());
     to_save.insert(to_save.end(), from.begin(), from.end());
-    to_save.insert(to_save.end(), {h, saved, without_first(g.gates)});
+    // A cell that saves nothing reads h again; of a layer it is a view of y, which its caller may write.
+    const bool reads_h = training_library().constants(step.cell).saved == 0;
+    to_save.insert(to_save.end(), {reads_h ? h.is_view() ? h.clone() : h : step.x, saved, without_first(g.gates)});
     ctx->save_for_backward(std::move(to_save));
     ctx->saved_data["cell"] = std::string(training_library().constants(step.cell).name);
     ctx->saved_data["states"] = static_cast<int64_t>(states);
@@ -296,8 +298,9 @@ struct StepGradient : torch::autograd::Function<StepGradient> {
     for (int64_t i = 0, next = 0; i < leaves; ++i) {
       if (first[i]) vector[i] = v[next++];
     }
+    const bool reads_h = training_library().constants(cell).saved == 0;
     Twice twice = {{cell, saved[0], {begin + 1, weights}, {weights, end}},
-                   last[0],
+                   reads_h ? last[0] : at::Tensor(),
                    last[1],
                    last[2],
                    from[0],
@@ -346,7 +349,9 @@ struct StepGradient : torch::autograd::Function<StepGradient> {
     for (size_t i = 0, next = 0; i < from.size(); ++i) {
       if (from[i].defined()) cotangents[i] = end[static_cast<int64_t>(next++)];
     }
-    const List found = way_of_python()({step, twice.y, twice.saved, cotangents, first});
+    // (Where a graph is wanted it reads no y, which is not there for every cell.)
+    const at::Tensor y = twice.y.defined() ? twice.y : at::zeros_like(twice.gates);
+    const List found = way_of_python()({step, y, twice.saved, cotangents, first});
     List outputs, vectors;
     for (size_t i = 0; i < leaves; ++i) {
       if (!vector[i].defined() || !found[i].defined() || !found[i].requires_grad()) continue;
@@ -365,7 +370,7 @@ struct StepGradient : torch::autograd::Function<StepGradient> {
 
 }  // namespace
 
-bool differentiates_twice(const CellStep& step) { return rows_of(step); }
+bool differentiates_twice(const CellStep& step) { return step.x.is_cpu() && rows_of(step); }
 
 List gradients_with_graph(const StepGradients& of) {
   List leaves = {of.step.x};

@@ -6,7 +6,7 @@
 
 namespace fusedrnn {
 
-// Whether there are second derivatives by hand for the cell, in float32 and float64.
+// Whether there are second derivatives by hand for the cell: on the CPU, in float32 and float64.
 bool differentiates_twice(const CellStep& step);
 
 // What the long way gives for plain tensors, with its graph: the gradients of x, the states and the weights.

@@ -194,6 +194,33 @@ def test_vectors_of_the_caller_are_not_written_to(name: str, options: dict[str, 
     assert all(map(torch.equal, vectors, before))
 
 
+@pytest.mark.parametrize("name", ["RNN", "LSTM", "GRU"])
+def test_outputs_may_be_written_in_between(name: str) -> None:
+    found = []
+    for change in (False, True):
+        torch.manual_seed(2)
+        layer, x = getattr(fusedrnn, name)(I, H), torch.randn(1, B, I, requires_grad=True)
+        y = layer(x)[0]
+        (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        if change:
+            y.mul_(2)
+        found.append(torch.autograd.grad(dx.square().sum(), [x, layer.weight_hh_l0]))
+    assert all(map(torch.equal, *found))
+
+
+def test_wrong_counts_are_refused() -> None:
+    x, h, saved, d = torch.randn(2, 3), torch.randn(2, 4), torch.randn(1, 2, 16), torch.randn(2, 4)
+    weights = [torch.randn(*shape).requires_grad_() for shape in ((12, 3), (12, 4), (12,), (12,))]
+    for states, own, given, wanted in (
+        ([h], weights, [d] * 10, 6), ([h] * 3, weights, [d], 8), ([h], weights[:1], [d], 3), ([h], [], [d], 2),
+        ([h], weights, [], 6), ([h], weights, [d], 5),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="all of its states or none"):
+            _C.gradients_of_step("gru", x, states, own, h, saved, given, [True] * wanted)
+    with pytest.raises(ValueError, match="unknown cell"):
+        _C.gradients_of_step("elman", x, [h], weights, h, saved, [d], [True] * 6)
+
+
 @kinds
 def test_hooks_of_saved_tensors(name: str, options: dict[str, Any]) -> None:
     """They may give copies, of any strides; what has another shape or type is refused before it is read."""

@@ -84,6 +84,7 @@ def test_what_is_wrong_is_said(name: str) -> None:
         ((x, None, *weights), "Expected 2D input"),
         ((x[0].float(), None, *weights), "one dtype"),
         ((x[0], None, weights[0], weights[1][0]), "w_hh must have 2 dimensions"),
+        ((x[0], None, torch.tensor(1.0), weights[1]), "w_ih must have 2 dimensions"),
     ):
         with pytest.raises(RuntimeError, match=message):
             cell(*arguments)

@@ -25,6 +25,7 @@ class BackwardPass {
   struct Shared : SharedPass {
     int64_t chunk_rows;
     bool direct;  // weight gradients accumulate in the result itself
+    bool packed;  // weights; else they are read as they lie, for so few rows
     E *w_ih[2], *w_hh[2], *w_rest[2], *w_hr[2];
     S *dw_ih, *dw_hh, *dw_hr, *db;  // [items][...], db: [items][C*H]
   };
@@ -76,6 +77,7 @@ class BackwardPass {
     s.chunk_rows = min64(kMostRows, max64(kLeastRows, s.chunk_rows));
     s.most_rows = min64(p.size.N, s.chunk_rows + s.most_samples);
     s.direct = !kConvert && s.plan.slices == 1;
+    s.packed = !std::is_same_v<T, E> || kPair<E> > 1 || p.size.N > kRowsUnpacked;
     return s.allocate([&](Carver& carver) { carve_shared(p, s, carver); },
                       [&](Carver& carver) { carve_team(p, s, carver); });
   }
@@ -86,12 +88,13 @@ class BackwardPass {
     const LayerSizes& z = p.size;
     const int64_t gate = whole_steps<E>(z.H);
     const int64_t inputs = ceil_div(z.I, L) * L, units = ceil_div(z.H, L) * L, outputs = ceil_div(z.R, L) * L;
+    const auto panels = [&](int64_t size) { return carver.take<E>(s.packed ? size : 0); };
     s.flags = carver.take<Flag>(s.plan.teams * s.plan.members);
     for (int d = 0; d < z.D; ++d) {
-      s.w_ih[d] = carver.take<E>(p.dx ? G * gate * inputs : 0);
-      s.w_hh[d] = carver.take<E>(F * gate * outputs);
-      s.w_rest[d] = carver.take<E>((G - F) * gate * outputs);
-      s.w_hr[d] = carver.take<E>(z.projected ? whole_steps<E>(z.R) * units : 0);
+      s.w_ih[d] = panels(p.dx ? G * gate * inputs : 0);
+      s.w_hh[d] = panels(F * gate * outputs);
+      s.w_rest[d] = panels((G - F) * gate * outputs);
+      s.w_hr[d] = panels(z.projected ? whole_steps<E>(z.R) * units : 0);
     }
     const int64_t items = p.weight_gradients ? z.D * s.plan.slices : 0, own = s.direct ? 0 : items;
     s.dw_ih = carver.take<S>(own * G * z.H * z.I);
@@ -146,6 +149,7 @@ class BackwardPass {
   }
 
   void pack() const {
+    if (!s_.packed) return;
     const Timed timed(Phase::kPack);
     const Packing packing{s_.plan, thread_, s_.threads};
     const auto own = [&](int d, const void* w, int64_t blocks, int64_t rows, int64_t n, E* panels) {
@@ -163,7 +167,11 @@ class BackwardPass {
     }
   }
 
-  static Weights<E, T> packed(const E* panels) { return {panels, nullptr, 0}; }
+  // A right operand, packed or as it lies: W from row `first` on, of n columns.
+  Weights<E, T> weights(const E* panels, const void* w, int64_t first, int64_t n) const {
+    if (s_.packed) return {panels, nullptr, 0};
+    return {nullptr, nullptr, n, static_cast<const T*>(w) + first * n};
+  }
 
   void run_items() {
     if (index_ >= s_.plan.teams) return;
@@ -364,7 +372,7 @@ class BackwardPass {
     });
     const Inner gates{(G - kSplit) * gate_, kSplit * gate_, G * gate_};
     product<1>(
-        packed(s_.w_ih[item.d]), gates, {0, ceil_div(z_.I, L)}, own,
+        weights(s_.w_ih[item.d], p_.weights[item.d].w_ih, 0, z_.I), gates, {0, ceil_div(z_.I, L)}, own,
         [&](int64_t r) { return b_.dg_operand + r * operand_ldg_; },
         [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA { prefetch_to_write(out[r] + u, n); },
         [&](int64_t r, int64_t v, const V* acc, int) { store(out[r] + v * L, acc[0], z_.I - v * L); });

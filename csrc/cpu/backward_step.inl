@@ -39,6 +39,7 @@ void BackwardPass<Cell, T>::step(const Item& item, int64_t later_row, int64_t la
   const int d = item.d;
   const E* later_dg = b_.dg_operand + later_row * operand_ldg_;
   const int64_t both = min64(later, now);
+  const auto w_hh = weights(s_.w_hh[d], p_.weights[d].w_hh, 0, s.R);
   const auto dg_row = [&](int64_t r) { return later_dg + r * s.operand_ldg; };
   const auto carried = [&](int64_t r, int64_t u) { return load(s.carry_h + r * s.ldh + u); };
   // What the step after sends: through the products and by the direct path.
@@ -67,11 +68,11 @@ void BackwardPass<Cell, T>::step(const Item& item, int64_t later_row, int64_t la
   // Rows of what is sent are complete before the cell takes them, if they are clipped by norm or some send nothing.
   const bool apart = severed > 0 || p_.clip_by_norm;
   if (!apart) {
-    product<1>(packed(s_.w_hh[d]), gates, outputs_, {0, both}, dg_row, expect,
+    product<1>(w_hh, gates, outputs_, {0, both}, dg_row, expect,
                [&](int64_t r, int64_t v, const V* acc, int) { take_dh(r, v * L, sent(r, v, acc[0])); });
   }
   product<1>(
-      packed(s_.w_hh[d]), gates, outputs_, {apart ? severed : both, later}, dg_row, nothing_expected,
+      w_hh, gates, outputs_, {apart ? severed : both, later}, dg_row, nothing_expected,
       [&](int64_t r, int64_t v, const V* acc, int) { store(s.carry_h + r * s.ldh + v * L, sent(r, v, acc[0])); });
   if (p_.clip_by_norm) limit({severed, later});
   for (int64_t r = 0; r < severed; ++r) {
@@ -85,14 +86,15 @@ void BackwardPass<Cell, T>::step(const Item& item, int64_t later_row, int64_t la
   if (s.projected) {
     team_.meet();
     product<1>(
-        packed(s_.w_hr[d]), Inner{s.R}, units_, {0, now}, [&](int64_t r) { return s.dh_operand + r * s.operand_ldh; },
+        weights(s_.w_hr[d], p_.weights[d].w_hr, 0, s.H), Inner{s.R}, units_, {0, now},
+        [&](int64_t r) { return s.dh_operand + r * s.operand_ldh; },
         [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA { expect_saved(s, s.rows[r], u, n); },
         [&](int64_t r, int64_t v, const V* acc, int) { cell_backward(s, r, v * L, acc[0], V(0)); });
   }
   if constexpr (kTwoStage) {
     team_.meet();
     product<1>(
-        packed(s_.w_rest[d]), Inner{(G - F) * s.gate}, outputs_, {0, now},
+        weights(s_.w_rest[d], p_.weights[d].w_hh, F * s.H, s.R), Inner{(G - F) * s.gate}, outputs_, {0, now},
         [&](int64_t r) { return s.dg_operand + r * s.operand_ldg + F * s.gate; }, nothing_expected,
         [&](int64_t r, int64_t v, const V* acc, int) { first_stage_backward(s, r, v * L, acc[0]); });
   }

@@ -97,12 +97,58 @@ void dot_rows_of_bytes(const E* const* a, int64_t n, int64_t K, const T* w, int6
   if (r < n) dot_rows_of_bytes<1>(a + r, K, w, rows, out + r * pitch, pitch);
 }
 
+// out[m * pitch + v] = sum_k a[m][k] * w[k * columns + v * lanes + lane] for MR rows and NV vectors, of whose columns
+// `left` exist: a product with weights as they lie, whose rows are the inner dimension.
+template <class E>
+struct RowsInRuns {
+  const E* const* first;
+  const E* const* second;
+  Inner inner;
+};
+template <int MR, int NV, class E>
+void few_rows_product(RowsInRuns<E> a, const E* w, int64_t columns, int64_t left, Sums<E>* out, int64_t pitch) {
+  constexpr int L = Sums<E>::kLanes;
+  Sums<E> sum[MR][NV];
+  for (int m = 0; m < MR; ++m) {
+    for (int v = 0; v < NV; ++v) sum[m][v] = Sums<E>(0);
+  }
+  const auto run = [&](const E* const* row, int64_t K) FUSEDRNN_INLINE_LAMBDA {
+    for (int64_t k = 0; k < K; ++k, w += columns) {
+      Sums<E> own[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) own[v] = load<E>(w + v * L, left - v * L);
+#pragma GCC unroll 4
+      for (int m = 0; m < MR; ++m) {
+        const Sums<E> same(row[m][k]);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) sum[m][v] = sum[m][v] + same * own[v];
+      }
+    }
+  };
+  run(a.first, a.inner.first);
+  run(a.second, a.inner.second);
+  for (int m = 0; m < MR; ++m) {
+    for (int v = 0; v < NV; ++v) out[m * pitch + v] = sum[m][v];
+  }
+}
+
+template <int NV, class E>
+void few_rows_product(RowsInRuns<E> a, int64_t n, const E* w, int64_t columns, int64_t left, Sums<E>* out,
+                      int64_t pitch) {
+  int64_t r = 0;
+  const auto from = [&](int64_t row) { return RowsInRuns<E>{a.first + row, a.second + row, a.inner}; };
+  for (; r + 4 <= n; r += 4) few_rows_product<4, NV>(from(r), w, columns, left, out + r * pitch, pitch);
+  for (; r + 2 <= n; r += 2) few_rows_product<2, NV>(from(r), w, columns, left, out + r * pitch, pitch);
+  if (r < n) few_rows_product<1, NV>(from(r), w, columns, left, out + r * pitch, pitch);
+}
+
 // The right operand of a product: packed panels, or, for a few rows that are not worth the packing, W itself.
 template <class E, class T, class P = E>
 struct Weights {
   const P* panels;
   const T* rows;  // [kGroup * units][K], null if packed
   int64_t units;
+  const T* columns = nullptr;  // [K][units], likewise
 };
 
 // Rows times weights: for each own vector v and each row r, epilogue(r, v, acc, stride): gate g of the product is
@@ -138,6 +184,20 @@ FUSEDRNN_INLINE void product(const Weights<E, T, P>& weights, Inner inner, Range
       Sums<E>* results = out;
       for (int64_t v0 = first; v0 < last; v0 += U) {
         const int nv = static_cast<int>(min64(U, last - v0)), width = kGroup * nv;
+        if constexpr (kGroup == 1 && kPair<E> == 1 && std::is_same_v<E, T>) {
+          if (weights.columns) {
+            const auto vectors_of = [&](auto count, int v) FUSEDRNN_INLINE_LAMBDA {
+              const int64_t at = (v0 + v) * L;
+              few_rows_product<count()>(RowsInRuns<E>{row[0], row[1], inner}, n, weights.columns + at, weights.units,
+                                        weights.units - at, results + v, width);
+            };
+            int v = 0;
+            for (; v + 4 <= width; v += 4) vectors_of(std::integral_constant<int, 4>(), v);
+            for (; v < width; ++v) vectors_of(std::integral_constant<int, 1>(), v);
+            results += n * width;
+            continue;
+          }
+        }
         const P* panel = weights.rows ? nullptr : weights.panels + v0 * steps * kGroup * kWords;
         for (int w = 0; w < width && weights.rows; ++w) {
           const int64_t u = (v0 + w % nv) * L;

@@ -102,7 +102,7 @@ def plain_cell(
     cell: str, input: Tensor, states: Sequence[Tensor | None], weights: Sequence[Tensor]
 ) -> tuple[Tensor, ...] | None:
     """One step with weights that are no module's: the next states. None where anything is different, as above."""
-    if cell not in CELLS or len(states) != len(CELLS[cell].states) or weights[1].dim() != 2:
+    if cell not in CELLS or len(states) != len(CELLS[cell].states) or any(w.dim() != 2 for w in weights[:2]):
         return None
     if torch.compiler.is_compiling() or dual_level() >= 0:
         return None
