@@ -203,13 +203,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--threads", type=int, default=torch.get_num_threads(), help="default: what torch chooses")
     add("--readme", type=Path, metavar="FILE", help="put the table between the markers of this file")
     args = parser.parse_args(argv)
-    cases = [c for c in CASES.values() if can_say(c) and c.cell in args.cells]
-    if args.only is None:
-        cases = [case for case in cases if case.shape in SHAPES and case.directions == 1 and case.dtype == "float32"]
-        alike = [case for case in cases if case.shape in BFLOAT16_SHAPES and case.cell in ("lstm", "gru")]
-        cases += [replace(case, dtype="bfloat16") for case in alike]
-    else:
-        cases = [case for case in cases if re.search(args.only, case.name)]
+    said = [case for case in CASES.values() if can_say(case)]
+    usual = [case for case in said if case.shape in SHAPES and case.directions == 1 and case.dtype == "float32"]
+    alike = [c for c in usual if c.shape in BFLOAT16_SHAPES and c.cell in ("lstm", "gru")]
+    usual += [replace(case, dtype="bfloat16", main=False) for case in alike]
+    if args.only is not None:
+        everything = {case.name: case for case in (*said, *usual)}
+        usual = [case for name, case in everything.items() if re.search(args.only, name)]
+    cases = [case for case in usual if case.cell in args.cells]
     if not cases:
         parser.error("no case matches")
     info = report.machine(args.threads)

@@ -231,7 +231,7 @@ py::object gradients_of_step(const std::string& cell, const at::Tensor& x, std::
   return result;
 }
 
-// The next states of a module's cell, with their graph, or None: see training.h.
+// The next states of a cell, with their graph, or None: see training.h.
 py::object train_cell(const py::object& x, const py::object& states, const py::object& weights, const py::object& cell,
                       const py::object& form, const py::object& kept) {
   const auto sums = object_in<KeptSums>(kept);
@@ -321,7 +321,7 @@ PYBIND11_MODULE(_fast, m) {
         "Stacked layers on a dense batch, without gradients: y and the final states; None where only the ops will do.");
   m.def(
       "kept_sums", [] { return capsule_of(std::make_shared<KeptSums>()); },
-      "A capsule for what the steps of a module's cell share when they train.");
+      "A capsule for what the steps of a cell with the same weights share when they train.");
   m.def("train_cell", train_cell, py::arg("x"), py::arg("states"), py::arg("weights"), py::arg("cell"), py::arg("form"),
         py::arg("kept"), "One step of a cell with its graph: the next states; None where only the ops will do.");
   m.def(

@@ -308,7 +308,7 @@ struct StepGradient : torch::autograd::Function<StepGradient> {
     List result(1 + wanted.size());  // the arguments: of, the leaves, from
     if (std::none_of(v.begin(), v.end(), [](const at::Tensor& t) { return t.defined(); })) return result;
     List found;
-    if (needs_long_way(v, saved)) {
+    if (at::GradMode::is_enabled() || !all_plain(v, saved)) {
       std::vector<bool> needed;
       for (int64_t i = 0; i < leaves; ++i) needed.push_back(first[i]);
       found = long_way_twice(twice, from, needed, vector, wanted);

@@ -271,15 +271,10 @@ at::Tensor without_first(const Tensor& t) {
   return result;
 }
 
-// Whether nobody but autograd looks on.
-static bool all_plain(const List& from, const List& saved) {
+bool all_plain(const List& from, const List& saved) {
   const auto derived = [](const at::Tensor& t) { return t.defined() && (!plain(t) || t._fw_grad(0).defined()); };
   return !watched() && std::none_of(from.begin(), from.end(), derived) &&
          std::none_of(saved.begin(), saved.end(), derived);
-}
-
-bool needs_long_way(const List& from, const List& saved) {
-  return at::GradMode::is_enabled() || !all_plain(from, saved);
 }
 
 namespace {
@@ -356,9 +351,10 @@ struct CellGradient : torch::autograd::Function<CellGradient> {
     Sums* const sums = waits ? Boxed<Sums>::in(ctx->saved_data["sums"].toTensor()) : nullptr;
     const Copies copies = {ctx->saved_data["copies x"].toBool(), ctx->saved_data["copies h"].toBool()};
     List found;
-    if (!needs_long_way(from, saved)) {
+    const bool alone = all_plain(from, saved);
+    if (alone && !at::GradMode::is_enabled()) {
       found = by_kernel(step, h, of_pass, from, wanted, sums, task_of<CellGradient>(ctx), copies);
-    } else if (all_plain(from, saved) && differentiates_twice(step)) {
+    } else if (alone && differentiates_twice(step)) {
       found = gradients_with_graph({step, h, of_pass, from, wanted});
     } else {
       found = long_way({step, h, of_pass, from, wanted});

@@ -2,7 +2,7 @@
 // less time than an autograd Function of Python would.
 //
 // The gradients of the weights are products of few rows in each step, and torch would add as many of them as there are
-// steps. Here a step of a module's cell hands its rows on: between the steps and the weights there is a node
+// steps. Here a step of a cell hands its rows on: between the steps and the weights there is a node
 // (WeightSums of training.cpp) that autograd calls after all of them, and that multiplies the rows of all steps at
 // once.
 #pragma once
@@ -62,8 +62,8 @@ LongWay way_of_python();
 ModuleCall call_of(CellStep& step);
 at::Tensor without_first(const Tensor& t);
 
-// Whether the kernels alone will not do, for these gradients and what was saved.
-bool needs_long_way(const std::vector<at::Tensor>& from, const std::vector<at::Tensor>& saved);
+// Whether nobody but autograd looks on, for these gradients and what was saved. Else only the long way will do.
+bool all_plain(const std::vector<at::Tensor>& from, const std::vector<at::Tensor>& saved);
 
 // The next states with their graph.
 std::vector<at::Tensor> train(CellStep step, KeptSums& kept);

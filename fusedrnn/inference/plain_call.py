@@ -1,4 +1,5 @@
-"""A module's call with plain tensors: checked by the kernels' own predicate alone (``fits`` of ``csrc/inference.h``).
+"""A call with plain tensors, of a module or a functional cell: checked by the kernels' own predicate alone (``fits`` of
+``csrc/inference.h``).
 
 A step of a small layer is often all there is to do, and torch.nn's checks in Python would take several times as long.
 """
