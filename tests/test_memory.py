@@ -40,7 +40,7 @@ def guarded(t: Tensor) -> Tensor:
 
 
 def run_guarded() -> None:
-    """Forward and backward of every cell, dtype and a few awkward sizes, all inputs guarded."""
+    """Forward and backward of every cell, dtype and a few awkward sizes, steps, small matrices; all inputs guarded."""
     faulthandler.enable()
     torch.set_num_threads(1)
     for cell, info in CELLS.items():
@@ -56,6 +56,9 @@ def run_guarded() -> None:
                 torch.set_num_threads(threads)
                 check(Case(cell, T=T, B=B, I=I, H=H, dtype=dtype))
             torch.set_num_threads(1)
+        for kind in (None, "int8", "bfloat16"):
+            for B, I, H in ((1, 1, 1), (2, 3, 5), (3, 17, 9), (7, 67, 33), (4, 64, 48)):
+                check_inference(Case(cell, T=1, B=B, I=I, H=H), kind)
 
 
 def check(case: Case) -> None:
@@ -68,6 +71,23 @@ def check(case: Case) -> None:
     with torch.no_grad():
         for _ in range(3):  # the weights are packed, kept and used again
             assert module(tensors["x"].detach())[0].isfinite().all()
+
+
+def check_inference(case: Case, kind: str | None) -> None:
+    """A step, and a call of several, of a module with float32 or smaller matrices."""
+    module = case.module().eval()
+    if kind:
+        fusedrnn.quantize(module, dtype=kind)
+    for name, t in (*module.named_parameters(), *module.named_buffers()):
+        owner = module.get_submodule(name.rpartition(".")[0])
+        held = guarded(t)
+        setattr(owner, name.rpartition(".")[2], nn.Parameter(held) if isinstance(t, nn.Parameter) else held)
+    with torch.no_grad():
+        x = guarded(case.tensors()["x"])
+        y, state = module.step(x[0])
+        guard = (lambda t: tuple(map(guarded, t))) if isinstance(state, tuple) else guarded
+        for found in (y, module.step(x[0], guard(state))[0], module(guarded(x.repeat(9, 1, 1)))[0]):
+            assert found.isfinite().all()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="protects pages with mprotect")

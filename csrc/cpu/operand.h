@@ -96,6 +96,9 @@ FUSEDRNN_INLINE WordsOf<E> words_of(const T* p, int64_t n) {
   } else {
     constexpr int kMost = Sums<E>::kLanes * kPair<E>;
     if (__builtin_expect(n >= kMost, 1)) return load_words(p);
+#if defined(FUSEDRNN_MASKED_LOADS)
+    if (n % kPair<E> == 0) return (WordsOf<E>)load_words_masked(p, n / kPair<E>);
+#endif
     T words[kMost] = {};
     for (int64_t i = 0; i < n; ++i) words[i] = p[i];
     return load_words(words);

@@ -12,41 +12,13 @@ struct Inner {
 constexpr auto nothing_expected = [](int64_t, int64_t, int64_t) {};
 constexpr auto nothing_more = [](int64_t, int64_t, const auto*, int) {};
 
-// out[u] = sum_k a[k] * w[u * K + k] for L rows of w, of which `rows` exist: a product without packed weights.
-template <class E, class T>
-Sums<E> dot_rows(const E* a, int64_t K, const T* w, int64_t rows) {
-  constexpr int L = Sums<E>::kLanes, kWords = L * kPair<E>, kSums = L < 8 ? 8 / L : 1;  // eight or more, as in row_tile
-  const T* row[L];
-  for (int u = 0; u < L; ++u) row[u] = w + (u < rows ? u : rows - 1) * K;
-  WordsOf<E> sum[kSums][L] = {};
-  int64_t k = 0;
-  for (; k + kSums * kWords <= K; k += kSums * kWords) {
-#pragma GCC unroll 4
-    for (int i = 0; i < kSums; ++i) {
-      const WordsOf<E> x = load_words(a + k + i * kWords);
-#pragma GCC unroll 16
-      for (int u = 0; u < L; ++u) add_product<E>(sum[i][u], x, weight_words_of<E>(row[u] + k + i * kWords));
-    }
-  }
-  for (; k < K; k += kWords) {  // what is past the end is zero in both
-    const WordsOf<E> x = words_of<E>(a + k, K - k);
-    for (int u = 0; u < L; ++u) add_product<E>(sum[0][u], x, weight_words_of<E>(row[u] + k, K - k));
-  }
-  Sums<E> total[L];
-#pragma GCC unroll 16
-  for (int u = 0; u < L; ++u) {
-    total[u].v = sum[0][u];
-#pragma GCC unroll 4
-    for (int i = 1; i < kSums; ++i) total[u].v += sum[i][u];
-  }
-  return sums_of_lanes(total);
-}
-
-// The same of int8 for MR rows of the left operand, out[m] for each: four rows of w at a time, which lie one behind the
-// other in memory, and are read once for all of them.
+// out[m * pitch], lane u = sum_k a[m][k] * w[u * K + k] for MR rows of the left operand and L rows of w, of which
+// `rows` exist: a product without packed weights. Four rows of w at a time, which lie one behind the other in memory,
+// are read once for all of them.
+constexpr int kDotRows = FUSEDRNN_VECTOR_BYTES == 64 ? 4 : 2;  // with four rows of w, half the registers
 template <int MR, class E, class T>
-void dot_rows_of_bytes(const E* const* a, int64_t K, const T* w, int64_t rows, Sums<E>* out, int64_t pitch) {
-  constexpr int L = Sums<E>::kLanes, kWords = L * kPair<E>, kUnits = L < 4 ? L : 4, kSums = 4 / MR;
+void dot_rows(const E* const* a, int64_t K, const T* w, int64_t rows, Sums<E>* out, int64_t pitch) {
+  constexpr int L = Sums<E>::kLanes, kWords = L * kPair<E>, kUnits = L < 4 ? L : 4, kSums = kDotRows / MR;
   Sums<E> total[MR][L];
   for (int u0 = 0; u0 < L; u0 += kUnits) {
     const T* row[kUnits];
@@ -90,11 +62,11 @@ void dot_rows_of_bytes(const E* const* a, int64_t K, const T* w, int64_t rows, S
 }
 
 template <class E, class T>
-void dot_rows_of_bytes(const E* const* a, int64_t n, int64_t K, const T* w, int64_t rows, Sums<E>* out, int64_t pitch) {
+void dot_rows(const E* const* a, int64_t n, int64_t K, const T* w, int64_t rows, Sums<E>* out, int64_t pitch) {
   int64_t r = 0;
-  for (; r + 4 <= n; r += 4) dot_rows_of_bytes<4>(a + r, K, w, rows, out + r * pitch, pitch);
-  for (; r + 2 <= n; r += 2) dot_rows_of_bytes<2>(a + r, K, w, rows, out + r * pitch, pitch);
-  if (r < n) dot_rows_of_bytes<1>(a + r, K, w, rows, out + r * pitch, pitch);
+  for (; kDotRows == 4 && r + 4 <= n; r += 4) dot_rows<kDotRows>(a + r, K, w, rows, out + r * pitch, pitch);
+  for (; r + 2 <= n; r += 2) dot_rows<2>(a + r, K, w, rows, out + r * pitch, pitch);
+  if (r < n) dot_rows<1>(a + r, K, w, rows, out + r * pitch, pitch);
 }
 
 // out[m * pitch + v] = sum_k a[m][k] * w[k * columns + v * lanes + lane] for MR rows and NV vectors, of whose columns
@@ -202,14 +174,8 @@ FUSEDRNN_INLINE void product(const Weights<E, T, P>& weights, Inner inner, Range
         for (int w = 0; w < width && weights.rows; ++w) {
           const int64_t u = (v0 + w % nv) * L;
           const T* own = weights.rows + (w / nv * weights.units + u) * inner.first;
-          if constexpr (kPair<E> == 4) {
-            dot_rows_of_bytes(row[0], n, inner.first, own, weights.units - u, results + w, width);
-            for (int64_t r = 0; r < n && kUnsignedWeights<E>; ++r) results[r * width + w].v += start[r].v;
-          } else {
-            for (int64_t r = 0; r < n; ++r) {
-              results[r * width + w] = dot_rows(row[0][r], inner.first, own, weights.units - u);
-            }
-          }
+          dot_rows(row[0], n, inner.first, own, weights.units - u, results + w, width);
+          for (int64_t r = 0; r < n && kUnsignedWeights<E>; ++r) results[r * width + w].v += start[r].v;
         }
 #if defined(FUSEDRNN_AMX)
         if (!weights.rows && n > kFewRows) {

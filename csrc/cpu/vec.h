@@ -122,10 +122,43 @@ FUSEDRNN_INLINE void store(int8_t* p, Vec<float> a) {
   *reinterpret_cast<Bytes*>(p) = __builtin_convertvector(bits, Bytes);
 }
 
-// The first n lanes only, n <= kLanes; the others load as zero. Full vectors take the fast path.
+// The first n lanes of a vector, n <= kLanes. A masked instruction touches no memory past them; a copy lane by lane,
+// which is what there is without one, is read as a vector before it has reached the cache, and waits. (AddressSanitizer
+// sees the copy alone.)
+template <class S>
+constexpr int64_t kWordsOf = sizeof(S) / sizeof(uint32_t);
+typedef uint32_t WordsAnywhere __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES), aligned(1), may_alias));
+#if !defined(__x86_64__) || defined(__SANITIZE_ADDRESS__)
+#elif FUSEDRNN_VECTOR_BYTES == 64 && !defined(FUSEDRNN_AVX2_AS_AVX512)
+#define FUSEDRNN_MASKED_LOADS
+#define FUSEDRNN_MASKED_STORES
+FUSEDRNN_INLINE uint16_t first_words(int64_t n) { return static_cast<uint16_t>((1u << (n > 0 ? n : 0)) - 1); }
+FUSEDRNN_INLINE Words load_words_masked(const void* p, int64_t n) {
+  Words words;
+  asm("vmovdqu32 %1, %0%{%2%}%{z%}" : "=v"(words) : "m"(*static_cast<const WordsAnywhere*>(p)), "Yk"(first_words(n)));
+  return words;
+}
+FUSEDRNN_INLINE void store_words_masked(void* p, Words words, int64_t n) {
+  asm("vmovdqu32 %1, %0%{%2%}" : "+m"(*static_cast<WordsAnywhere*>(p)) : "v"(words), "Yk"(first_words(n)));
+}
+#elif FUSEDRNN_VECTOR_BYTES == 32
+#define FUSEDRNN_MASKED_LOADS
+FUSEDRNN_INLINE Words load_words_masked(const void* p, int64_t n) {
+  typedef Raw<float>::Int Lanes;
+  Words words;
+  const Lanes mask = Lanes{0, 1, 2, 3, 4, 5, 6, 7} < static_cast<int32_t>(n);
+  asm("vpmaskmovd %1, %2, %0" : "=x"(words) : "m"(*static_cast<const WordsAnywhere*>(p)), "x"(mask));
+  return words;
+}
+#endif
+
+// The other lanes load as zero. Full vectors take the fast path.
 template <class S, class T>
 FUSEDRNN_INLINE Vec<S> load(const T* p, int64_t n) {
   if (__builtin_expect(n >= Vec<S>::kLanes, 1)) return load(p);
+#if defined(FUSEDRNN_MASKED_LOADS)
+  if constexpr (std::is_same_v<S, T>) return (typename Raw<S>::Type)load_words_masked(p, n * kWordsOf<S>);
+#endif
   T lanes[Vec<S>::kLanes] = {};
   for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
   return load(lanes);
@@ -134,6 +167,9 @@ FUSEDRNN_INLINE Vec<S> load(const T* p, int64_t n) {
 template <class S, class T>
 FUSEDRNN_INLINE void store(T* p, Vec<S> a, int64_t n) {
   if (__builtin_expect(n >= Vec<S>::kLanes, 1)) return store(p, a);
+#if defined(FUSEDRNN_MASKED_STORES)
+  if constexpr (std::is_same_v<S, T>) return store_words_masked(p, (Words)a.v, n * kWordsOf<S>);
+#endif
   T lanes[Vec<S>::kLanes];
   store(lanes, a);
   for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
