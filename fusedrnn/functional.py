@@ -315,6 +315,21 @@ def _rnn_cell_name(nonlinearity: str) -> str:
     return f"rnn_{nonlinearity}"
 
 
+def check_states_of_step(hx: Sequence[Tensor | None], batch: int, hidden_size: int) -> None:
+    """States of a single step are (B, H), or None. Raises RuntimeError, with the messages of torch.nn's cells."""
+    for index, state in enumerate(hx):
+        if state is None:
+            continue
+        if state.dim() != 2:
+            raise RuntimeError(f"Expected 2D hidden{index} (batch x hidden_size), but got {state.dim()}D tensor")
+        if state.size(0) != batch:
+            raise RuntimeError(f"Input batch size {batch} doesn't match hidden{index} batch size {state.size(0)}")
+        if state.size(1) != hidden_size:
+            raise RuntimeError(
+                f"hidden{index} has inconsistent hidden_size: got {state.size(1)}, expected {hidden_size}"
+            )
+
+
 def recurrent_cell(
     cell: str,
     input: Tensor,
@@ -351,17 +366,7 @@ def recurrent_cell(
     hx, weights = rest[: len(hx)], rest[len(hx) :]
     if x.size(1) != w_ih.size(1):
         raise RuntimeError(f"input has inconsistent input_size: got {x.size(1)} expected {w_ih.size(1)}")
-    for index, state in enumerate(hx):
-        if state is None:
-            continue
-        if state.dim() != 2:
-            raise RuntimeError(f"Expected 2D hidden{index} (batch x hidden_size), but got {state.dim()}D tensor")
-        if state.size(0) != x.size(0):
-            raise RuntimeError(f"Input batch size {x.size(0)} doesn't match hidden{index} batch size {state.size(0)}")
-        if state.size(1) != w_hh.size(1):
-            raise RuntimeError(
-                f"hidden{index} has inconsistent hidden_size: got {state.size(1)}, expected {w_hh.size(1)}"
-            )
+    check_states_of_step(hx, x.size(0), w_hh.size(1))
     for tensor in (*hx, *weights):
         if tensor is not None and tensor.dtype != x.dtype:
             raise RuntimeError(f"input, hidden state and weights must have one dtype, got {x.dtype} and {tensor.dtype}")

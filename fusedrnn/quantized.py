@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import _C
 from .cells import CELLS
-from .functional import recurrent
+from .functional import check_states_of_step, recurrent
 from .fused_module import Called, as_states
 from .inference import cache
 from .inference.plain_call import form_of, plain_call
@@ -130,6 +130,14 @@ class _Quantized(Called, nn.Module):
         bias = (rows,) if self.bias else None
         w_hr = (proj_size, self.hidden_size) if proj_size else None
         return Weights((rows, input_size), (rows, width), bias, bias, w_hr)
+
+    @property
+    def nonlinearity(self) -> str:
+        """ "tanh" or "relu", of an RNN alone, as torch.nn's."""
+        family, _, activation = self.cell.partition("_")
+        if family != "rnn":
+            raise AttributeError(f"{self.cell} has no nonlinearity to choose")
+        return activation
 
     @property
     def _two_states(self) -> bool:
@@ -285,6 +293,16 @@ class QuantizedRecurrent(_Quantized):
             text += f", {name}={getattr(self, name)}" if getattr(self, name) != (name == "bias") else ""
         return text + (f", zoneout={self.zoneout}" if self.zoneout else "") + f", {short(self.dtype)}"
 
+    @property
+    def mode(self) -> str:
+        """The cell, as torch.nn's modules name it: "LSTM", "GRU", "RNN_TANH", "RNN_RELU"."""
+        return "GRU" if self.cell.startswith("gru") else self.cell.upper()  # either GRU, as in ours
+
+    @property
+    def dropout(self) -> float:
+        """0: nothing is trained."""
+        return 0.0
+
 
 _FORWARD = QuantizedRecurrent.forward  # whose work ``step`` does without calling it
 
@@ -332,6 +350,7 @@ class QuantizedCell(_Quantized):
             found = plain_call(self, self.cell, form, x, states, weights, scales=scales)
             if found is not None:
                 return found[1:]
+        check_states_of_step(states or (), x.size(0), self.hidden_size)
         given = None if states is None else tuple(s.unsqueeze(0) for s in states)
         _, finals = recurrent(self.cell, x.unsqueeze(0), given, weights, scales=scales)
         return [in_place(Tensor.squeeze_, Tensor.squeeze, s, 0) for s in finals]

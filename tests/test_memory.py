@@ -51,7 +51,7 @@ def run_guarded() -> None:
                 for each in (case, ragged(case), projected):
                     check(each)
             # Packed weights: panels whose strips are three, two and one vector wide; one row, two rows, a team.
-            shapes = (11, 1, 25, 49, 1), (12, 2, 24, 73, 1), (11, 1, 48, 97, 2), (60, 1, 70, 130, 2)
+            shapes = (17, 1, 25, 49, 1), (12, 2, 24, 73, 1), (17, 1, 48, 97, 2), (60, 1, 70, 130, 2)
             for T, B, I, H, threads in shapes:
                 torch.set_num_threads(threads)
                 check(Case(cell, T=T, B=B, I=I, H=H, dtype=dtype))

@@ -87,6 +87,8 @@ def test_every_class(name: str, dtype: str) -> None:
     before = sum(p.numel() * p.element_size() for p in module.parameters())
     assert sum(b.numel() * b.element_size() for b in small.buffers()) < (0.45 if dtype == "int8" else 0.6) * before
     assert not list(small.parameters())
+    for attribute in ("mode", "nonlinearity"):  # which code around a module asks for
+        assert getattr(small, attribute, None) == getattr(module, attribute, None)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
@@ -357,6 +359,8 @@ def test_other_types_come_and_go(dtype: torch.dtype) -> None:
         (lambda q: q(torch.ones(3, 2, 12), (torch.ones(4, 2, 24), 3)), TypeError, "lstm must be a tensor, got int"),
         (lambda q: q(torch.ones(3, 2, 12), (torch.ones(4, 2, 24), None)), TypeError, "must be a tensor, got NoneType"),
         (lambda q: QuantizedCell("gru", 3, 4)(torch.ones(2, 3), [torch.ones(2, 4)]), TypeError, "a tensor, got list"),
+        (lambda q: QuantizedCell("gru", 3, 4)(torch.ones(2, 3), torch.ones(2, 5)), RuntimeError, "got 5, expected 4"),
+        (lambda q: QuantizedCell("gru", 3, 4)(torch.ones(2, 3), torch.ones(3, 4)), RuntimeError, "2 doesn't match"),
         (lambda q: QuantizedRecurrent("lsmt", 3, 4), ValueError, "cell must be one of"),
         (lambda q: QuantizedRecurrent("gru", 3, 4, proj_size=2), ValueError, "proj_size must be below hidden_size"),
         (lambda q: QuantizedRecurrent("lstm", 3, 4, proj_size=4), ValueError, "proj_size must be below hidden_size"),

@@ -77,7 +77,7 @@ class BackwardPass {
     s.chunk_rows = min64(kMostRows, max64(kLeastRows, s.chunk_rows));
     s.most_rows = min64(p.size.N, s.chunk_rows + s.most_samples);
     s.direct = !kConvert && s.plan.slices == 1;
-    s.packed = !std::is_same_v<T, E> || kPair<E> > 1 || p.size.N > kRowsUnpacked;
+    s.packed = !std::is_same_v<T, E> || kPair<E> > 1 || p.size.N > kRowsUnpackedBackward;
     return s.allocate([&](Carver& carver) { carve_shared(p, s, carver); },
                       [&](Carver& carver) { carve_team(p, s, carver); });
   }

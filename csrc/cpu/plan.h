@@ -10,7 +10,8 @@
 namespace fusedrnn {
 
 constexpr int kMaxThreads = 256;
-constexpr int64_t kRowsUnpacked = 10;  // so few rows in all are multiplied by the weights as they are
+// So few rows in all are multiplied by the weights as they lie, in the forward and in the backward pass.
+constexpr int64_t kRowsUnpacked = 16, kRowsUnpackedBackward = 10;
 
 struct Plan {
   int teams;
