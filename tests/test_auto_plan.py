@@ -68,6 +68,25 @@ def test_both_ways_are_measured_once_and_kept(tmp_path: Path) -> None:
     assert again.returncode == 0 and file.read_text().splitlines() == [first, *lines]
 
 
+def test_a_chaotic_network_condemns_no_kernel(tmp_path: Path) -> None:
+    """Both ways are right, and their results are far apart after 60 steps: the first ones say that they agree."""
+    code = """
+import torch, fusedrnn
+torch.backends.cudnn.allow_tf32 = False
+torch.manual_seed(0)
+layer, results = fusedrnn.RNN(8, 64), []
+torch.nn.init.normal_(layer.weight_hh_l0, std=3 / 8)
+x = torch.randn(60, 4, 8)
+for length in (60, 8):
+    y = layer(x[:length].requires_grad_())[0]
+    y.sum().backward()
+"""
+    done = run(code, tmp_path, "auto")
+    assert done.returncode == 0 and "deviate" not in done.stderr, done.stderr
+    lines = (tmp_path / "fusedrnn" / "choices.txt").read_text().splitlines()[1:]
+    assert len(lines) == 4 and all(line.endswith("\t") for line in lines)  # no failure
+
+
 def test_each_call_goes_by_the_settings_of_its_time(tmp_path: Path) -> None:
     """In deterministic mode what is known is taken, and nothing is measured; TF32 is another kind of call."""
     code = """

@@ -122,6 +122,18 @@ def test_a_call_that_shows_nothing_decides_nothing(file: Path, reason: str) -> N
     assert found.choose(KIND, Device()) == "persistent"
 
 
+@pytest.mark.parametrize("reason", ["no memory", "not finite"])
+def test_what_shows_nothing_is_not_tried_for_ever(file: Path, reason: str) -> None:
+    device, found = Device(deviation=None), choices(file)
+    device.room = "memory" not in reason
+    begun: list[bool] = []
+    device.begin = lambda: begun.append(True) or device.room
+    for _ in range(10):
+        assert found.choose(KIND, device) == "stepwise"
+    assert len(begun) == 3 and not file.exists() and found.take_remarks() == []
+    assert choices(file).choose(KIND, Device()) == "persistent"  # another process
+
+
 def test_of_another_machine(file: Path) -> None:
     choices(file).choose(KIND, Device())
     other = choices(file, MACHINE.replace("580", "590"))
@@ -181,6 +193,31 @@ def test_a_file_of_something_else_is_left_alone(
     monkeypatch.delenv("FUSEDRNN_DEBUG")
     choices(file)
     assert debugged() == ""  # nobody else is told
+
+
+def test_a_pipe_in_its_place_is_not_waited_for(file: Path, debugged: Callable[[], str]) -> None:
+    file.parent.mkdir(parents=True)
+    os.mkfifo(file)
+    assert choices(file).choose(KIND, Device()) == "persistent"
+    assert debugged() == f"fusedrnn: {file} is not a file of choices that can be read: ignored\n"
+
+
+def test_a_file_that_has_grown_begins_anew(file: Path, debugged: Callable[[], str]) -> None:
+    """Every build and driver adds its lines: those of this one stay."""
+    old = MACHINE.replace("580", "570")
+    lines = [f"{old}\t{KIND} {i:04}\tpersistent\t2\t1\t\n" for i in range((2**20 - 200) // (len(LINE) + 5))]
+    file.parent.mkdir(parents=True)
+    file.write_text(HEADER + "".join(lines) + LINE)
+    found = choices(file)
+    assert found.choose(KIND, None) == "persistent"
+    while file.stat().st_size > 2**19 and len(found.known()) < 100:
+        found.choose(f"{KIND} {len(found.known())}", Device())
+    assert choices(file).known() == found.known() and 1 < len(found.known()) < 100
+    file.write_text(HEADER + "".join(lines) + "".join(lines[:100]))  # by a build that did not look
+    found = choices(file)
+    assert "begins anew" in debugged() and found.known() == {}
+    found.choose(KIND, Device())
+    assert file.read_text() == HEADER + LINE
 
 
 def test_where_no_file_can_be(tmp_path: Path, debugged: Callable[[], str]) -> None:

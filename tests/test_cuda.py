@@ -65,6 +65,43 @@ def test_small_layers(cell: str, plan: str, monkeypatch: pytest.MonkeyPatch) -> 
         assert all(t.isfinite().all() for t in gradients(*leaves(Case(cell, T=3, proj_size=2, bidirectional=True))))
 
 
+#: What a cluster of several blocks is for, by the plan; an LSTM in float32 takes two from H = 65, four from 129.
+CLUSTERS = ("lstm", "gru", "rnn_tanh")
+
+
+@pytest.mark.parametrize("cell", CLUSTERS)
+def test_small_batches_in_clusters(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the sanitizers: few steps, many blocks."""
+    monkeypatch.setenv("FUSEDRNN_CUDA_PLAN", "persistent")
+    for dtype, H in ((torch.float32, 200), (torch.bfloat16, 500)):
+        case = Case(cell, T=2, B=9, I=5, H=H, bidirectional=True, dtype=dtype)
+        assert all(t.isfinite().all() for t in gradients(*leaves(case)))
+
+
+@pytest.mark.parametrize("H", [200, 250, 256, 512, 1000])
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32, "tf32"], ids=str)
+@pytest.mark.parametrize("cell", CLUSTERS)
+def test_clusters_agree_with_float64(cell: str, dtype: torch.dtype | str, H: int) -> None:
+    """The kernels for many steps, of up to 8 blocks: no further off than the steps one by one, over twice a rounding.
+    Sizes that the plan has no cluster for go step by step, both times.
+    """
+    case = Case(cell, T=6, B=19, I=33, H=H, dtype=torch.float32 if dtype == "tf32" else dtype, lengths=(6,) * 9 + (3,) * 10)
+    ours, wanted, hx = leaves(case)
+    states = 1 + len(CELLS[cell].states)
+    exact = copy.deepcopy(ours).double().cpu()
+    x, *h = (t.detach().double().cpu().requires_grad_() for t in wanted[:states])
+    expected = gradients(exact, [x, *h, *exact.parameters()], tuple(h) if len(h) > 1 else h[0], packer(case))
+    errors = {}
+    for plan in ("stepwise", "persistent"):
+        with pytest.MonkeyPatch.context() as patch, tf32(dtype == "tf32"):
+            patch.setenv("FUSEDRNN_CUDA_PLAN", plan)
+            found = gradients(ours, [*wanted[:states], *ours.parameters()], hx, packer(case))
+        errors[plan] = [(a.double().cpu() - t).norm() / t.norm() for a, t in zip(found, expected, strict=True)]
+    rounding = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, "tf32": 2.0**-11, torch.float32: 2.0**-22}[dtype]
+    for stepwise, persistent in zip(errors["stepwise"], errors["persistent"], strict=True):
+        assert persistent <= 2 * stepwise + rounding
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_the_same_bits_in_a_hundred_runs(cell: str) -> None:
     case = Case(cell, T=20, B=16, I=64, H=128, num_layers=2, bidirectional=True, dtype=torch.float32)

@@ -101,7 +101,7 @@ struct HostWays {
 };
 
 struct Emulated : Host {
-  static constexpr int64_t kMostUnits = 256;  // beyond this the fibers take too long
+  static constexpr int64_t kMostUnits = 512;  // beyond this the fibers take too long
 
   bool tf32;
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iostream>
@@ -21,6 +22,7 @@ namespace fs = std::filesystem;
 constexpr const char* kHeader = "fusedrnn choices 1";
 constexpr std::uintmax_t kMostBytes = 1 << 20;  // of a file that is read
 constexpr int kTrials = 5;                      // of which the least counts
+constexpr int kAttempts = 3;                    // that come to nothing, before a process makes no more
 const char* const kNames[] = {"stepwise", "persistent"};
 
 // A field of a line, whatever it holds.
@@ -83,12 +85,22 @@ void Choices::read() {
   std::error_code error;
   const fs::file_status status = fs::status(file_, error);
   if (status.type() == fs::file_type::not_found) return;
-  const std::uintmax_t bytes = fs::is_regular_file(status) ? fs::file_size(file_, error) : kMostBytes + 1;
-  std::ifstream in(file_);
+  const bool regular = fs::is_regular_file(status);  // a pipe would wait for a writer
+  std::ifstream in;
   std::string line;
-  if (error || bytes > kMostBytes || !in || (bytes > 0 && (!std::getline(in, line) || line != kHeader))) {
+  const auto is_ours = [&] {
+    std::string first(std::strlen(kHeader) + 1, ' ');
+    return static_cast<bool>(in.read(first.data(), static_cast<std::streamsize>(first.size()))) &&
+           first == std::string(kHeader) + '\n';
+  };
+  if (regular) in.open(file_);
+  if (!in.is_open() || (fs::file_size(file_, error) > 0 && !is_ours())) {
     writes_ = false;
     debug(file_ + " is not a file of choices that can be read: ignored");
+    return;
+  }
+  if (fs::file_size(file_, error) > kMostBytes) {
+    debug(file_ + " has grown beyond " + std::to_string(kMostBytes) + " bytes: it begins anew");
     return;
   }
   int wrong = 0;
@@ -115,20 +127,37 @@ void Choices::keep(const std::string& kind, const Choice& choice) {
                        " and are not used for such calls: " + choice.failure +
                        ". Please report this with the output of python -m fusedrnn.info");
   }
-  if (file_.empty() || !writes_) return;
+  if (!file_.empty() && writes_) write(kind, choice);
+}
+
+// At the end of the file; a file that has grown too large begins anew, with what is known of this machine.
+void Choices::write(const std::string& kind, const Choice& choice) {
   std::error_code error;
   const fs::path path(file_);
   if (!fs::exists(path.parent_path(), error)) fs::create_directories(path.parent_path(), error);
-  const bool fresh = !fs::exists(path, error) || fs::file_size(path, error) == 0;
-  std::ofstream out(file_, std::ios::app);
-  std::string text = fresh ? std::string(kHeader) + '\n' : ends_line_ ? "" : "\n";
-  text += line_of(machine_, kind, choice);
+  const bool there = fs::exists(path, error);
+  std::string text = line_of(machine_, kind, choice);
+  const bool full = there && fs::file_size(path, error) + text.size() > kMostBytes;
+  if (full) {
+    text.clear();
+    for (const auto& [own, known] : known_) text += line_of(machine_, own, known);
+  }
+  if (full || !there || fs::file_size(path, error) == 0) text = std::string(kHeader) + '\n' + text;
+  else if (!ends_line_) text = '\n' + text;
   ends_line_ = true;
+  std::ofstream out(file_, full ? std::ios::trunc : std::ios::app);
   if (out) out.write(text.data(), static_cast<std::streamsize>(text.size())).flush();
   if (!out) {
     writes_ = false;
     debug(file_ + " cannot be written: what is measured is not kept");
   }
+}
+
+// Of a trial that came to nothing. A later call may have the memory, or finite results; but not every call tries.
+Way Choices::unmeasured(const std::string& kind) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (++attempts_[kind] == kAttempts) known_[kind] = Choice();
+  return Way::kStepwise;
 }
 
 Way Choices::choose(const std::string& given, const Trial* trial) {
@@ -142,12 +171,12 @@ Way Choices::choose(const std::string& given, const Trial* trial) {
   const std::lock_guard<std::mutex> alone(trials_);
   if (const auto way = found()) return *way;  // meanwhile
   Choice choice;
-  if (!trial->begin()) return Way::kStepwise;                      // a later call may have the memory
+  if (!trial->begin()) return unmeasured(kind);
   if (!trial->run(Way::kStepwise).empty()) return Way::kStepwise;  // the call will fail, and say so
   choice.failure = trial->run(Way::kPersistent);
   if (choice.failure.empty()) {
     const std::optional<double> deviation = trial->deviation();
-    if (!deviation) return Way::kStepwise;  // nothing to hold results against
+    if (!deviation) return unmeasured(kind);  // nothing to hold results against
     if (!(*deviation <= 1)) {
       choice.failure = "results deviate by " + std::to_string(*deviation) + " times what is allowed";
     }

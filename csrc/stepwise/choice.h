@@ -46,6 +46,8 @@ class Choices {
  private:
   void read();
   void keep(const std::string& kind, const Choice& choice);
+  void write(const std::string& kind, const Choice& choice);
+  Way unmeasured(const std::string& kind);
   static void debug(const std::string& text);
 
   const std::string file_, machine_;
@@ -53,6 +55,7 @@ class Choices {
   bool ends_line_ = true;     // the file's last line is complete
   mutable std::mutex mutex_;  // of all below
   std::map<std::string, Choice> known_;
+  std::map<std::string, int> attempts_;  // that came to nothing
   std::vector<std::string> remarks_;
   std::mutex trials_;  // one at a time: two would disturb one another
 };
