@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -60,7 +61,8 @@ def test_what_is_missing_is_said_at_once_and_with_what_to_do() -> None:
         "packages",
     ):
         assert sum(lack.startswith(begin) for lack in nothing) == 1, (begin, nothing)
-    assert "pip install hypothesis ninja numpy pybind11 pytest setuptools" in nothing[-1]
+    assert "pip install hypothesis ninja numpy pybind11 pytest 'setuptools>=77'" in nothing[-1]
+    assert any(lack == "nvcc: not found; install CUDA's toolkit, or set CUDA_HOME to where it is" for lack in nothing)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +73,8 @@ def test_what_is_missing_is_said_at_once_and_with_what_to_do() -> None:
         ({"capability": None, "why_no_gpu": "no driver"}, ("timing",), "a GPU: torch says: no driver"),
         ({"capability": (7, 5)}, ("tests",), "8.0 or more (Ampere): A GPU has 7.5"),
         ({"nvcc": "12.8"}, ("build",), "nvcc of CUDA 13"),
-        ({"nvcc": ""}, ("build",), "CUDA_HOME"),
+        ({"nvcc": ""}, ("build",), "install CUDA's toolkit 13, or set CUDA_HOME"),
+        ({"nvcc": "", "named": "CUDA_HOME=/old"}, ("build",), "CUDA_HOME=/old, and there is no bin/nvcc: set it"),
         ({"cublas": False}, ("build",), "cublas_v2.h"),
         ({"sanitizer": False}, ("build", "sanitizer", "timing"), 'make gpu ARGS="build timing"'),
         ({"packages": EVERYTHING.packages - {"hypothesis"}}, ("tests",), "-m pip install hypothesis"),
@@ -94,6 +97,63 @@ def test_this_machine_is_looked_at() -> None:
     assert found.torch == torch.__version__ and found.python == sys.version_info[:2] and not found.compiler
     assert {"numpy", "pytest", "ninja", "pybind11"} <= found.packages and found.python_header
     assert (found.capability is None) == (not torch.cuda.is_available()) and (found.gpu or found.why_no_gpu)
+
+
+def program(file: Path, text: str = "") -> Path:
+    """A script of the shell."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"#!/bin/sh\n{text}\n")
+    file.chmod(0o755)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("settings", "found", "named"),
+    [
+        ({"CUDA_HOME": "home"}, "home", "CUDA_HOME"),
+        ({"CUDA_HOME": "stale"}, None, "CUDA_HOME"),
+        ({"CUDA_HOME": "stale", "PATH": "path/bin"}, None, "CUDA_HOME"),
+        ({"CUDA_PATH": "stale", "PATH": "path/bin"}, "path", ""),
+        ({"CUDA_PATH": "stale", "PATH": ""}, None, "CUDA_PATH"),
+        ({"CUDA_PATH": "home", "PATH": ""}, "home", "CUDA_PATH"),
+    ],
+)
+def test_nvcc_is_the_one_that_setup_takes(
+    settings: dict[str, str], found: str | None, named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("home", "path"):
+        program(tmp_path / folder / "bin" / "nvcc")
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, str(tmp_path / value))
+    assert needs.nvcc() == (found and str(tmp_path / found / "bin" / "nvcc"))
+    assert needs.look().named == (named and f"{named}={tmp_path / settings[named]}")
+
+
+@pytest.mark.parametrize(("version", "does"), [("66.1.0", False), ("70.1", False), ("77.0.3", True)])
+def test_setuptools_must_be_one_that_builds(
+    version: str, does: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older ones do not read pyproject.toml, or lack the module that setup.py imports."""
+    folder = tmp_path / f"setuptools-{version}.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: setuptools\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert ("setuptools" in needs.look().packages) == does
+    assert f'"setuptools>={needs.SETUPTOOLS}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_ninja_is_a_program_that_the_build_can_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the folder of this Python too, whose environment need not be active."""
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "python"))
+    without = (folder for folder in os.get_exec_path() if not shutil.which("ninja", path=folder))
+    monkeypatch.setenv("PATH", os.pathsep.join(without))
+    assert "ninja" not in needs.look().packages  # though the module is there
+    program(tmp_path / "bin" / "ninja", "echo 1.13")
+    assert "ninja" in needs.look().packages
+    found = shutil.which("ninja", path=parts.environment(None)["PATH"])
+    assert found == str(tmp_path / "bin" / "ninja")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

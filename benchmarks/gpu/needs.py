@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,9 +17,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Found", "look", "missing", "nvcc", "sanitizer"]
+__all__ = ["Found", "look", "missing", "nvcc", "path", "sanitizer"]
 
 OLDEST_PYTHON, OLDEST_TORCH, OLDEST_GPU = (3, 11), (2, 11), (8, 0)
+SETUPTOOLS = 77  # as in pyproject.toml; older ones do not read it, or lack bdist_wheel
 PACKAGES = {
     "build": ("setuptools", "ninja", "pybind11"),
     "tests": ("pytest", "hypothesis", "numpy"),
@@ -40,6 +43,7 @@ class Found:
     why_no_gpu: str = ""
     device: bool = False  # a GPU that the system knows of
     nvcc: str = ""  # its version
+    named: str = ""  # the variable, with its value, in which nvcc is looked for
     cublas: bool = False  # the header
     compiler: str = ""  # why it does not do, or empty
     python_header: bool = False
@@ -48,30 +52,48 @@ class Found:
 
 def _printed(*command: str | Path, given: str = "") -> tuple[bool, str]:
     """Whether a command succeeds, and what it prints."""
+    settings = os.environ | {"PATH": path()}
     try:
-        done = subprocess.run(command, input=given, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, input=given, capture_output=True, text=True, check=False, env=settings)
     except OSError as error:
         return False, str(error)
     return done.returncode == 0, done.stdout + done.stderr
 
 
-def _tool(name: str) -> str | None:
-    """Where a program of CUDA's toolkit is: the one of CUDA_HOME, that on the path, or that of the usual place."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
-    for home in filter(None, homes):
-        if found := shutil.which(name, path=str(Path(home, "bin"))):
-            return found
-    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+def path() -> str:
+    """PATH as the parts have it: with the folder of this Python, whose environment need not be active."""
+    given, here = os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)
+    return given if here in given.split(os.pathsep) else here + os.pathsep + given
+
+
+def _named() -> str:
+    """The variable that names the toolkit's folder: as for setup.py and torch, nvcc on PATH goes before CUDA_PATH."""
+    if os.environ.get("CUDA_HOME"):
+        return "CUDA_HOME"
+    return "CUDA_PATH" if os.environ.get("CUDA_PATH") and not shutil.which("nvcc", path=path()) else ""
 
 
 def nvcc() -> str | None:
-    """CUDA's compiler."""
-    return _tool("nvcc")
+    """CUDA's compiler: the one that setup.py takes."""
+    if name := _named():
+        return shutil.which("nvcc", path=str(Path(os.environ[name], "bin")))
+    return shutil.which("nvcc", path=path()) or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
 def sanitizer() -> str | None:
-    """CUDA's checker of memory."""
-    return _tool("compute-sanitizer")
+    """CUDA's checker of memory: the one beside nvcc, that on PATH, or that of the usual place."""
+    folders = [Path(found).parent] if (found := nvcc()) else []
+    return shutil.which("compute-sanitizer", path=os.pathsep.join(map(str, [*folders, path(), "/usr/local/cuda/bin"])))
+
+
+def _is_there(package: str) -> bool:
+    """Whether a part could use it."""
+    if package == "ninja":  # torch runs the program
+        return _printed("ninja", "--version")[0]
+    if package == "setuptools":
+        first = next(iter(importlib.metadata.distributions(name=package)), None)
+        return first is not None and _version(first.version) >= (SETUPTOOLS,)
+    return importlib.util.find_spec(package) is not None
 
 
 def look() -> Found:
@@ -81,9 +103,11 @@ def look() -> Found:
     program = "int main() { return []<class T>(T x) { return x; }(0); }"
     does, told = _printed(*compiler.split(), "-std=c++20", "-x", "c++", "-fsyntax-only", "-", given=program)
     release = re.search(r"release ([\d.]+)", _printed(nvcc(), "--version")[1]) if nvcc() else None
+    named = _named()
     facts = {
-        "packages": frozenset(name for name in names if importlib.util.find_spec(name)),
+        "packages": frozenset(filter(_is_there, names)),
         "nvcc": release[1] if release else "",
+        "named": f"{named}={os.environ[named]}" if named else "",
         "compiler": "" if does else f"{compiler}: {told.strip().partition(chr(10))[0] or 'fails'}",
         "python_header": Path(sysconfig.get_path("include"), "Python.h").exists(),
         "sanitizer": sanitizer() is not None,
@@ -133,10 +157,11 @@ def missing(found: Found, parts: Collection[str]) -> list[str]:
         has = ".".join(map(str, found.capability))
         lacks.append(f"a GPU of compute capability 8.0 or more (Ampere): {found.gpu} has {has}")
     major = found.cuda.partition(".")[0]
-    if build and not found.nvcc:
-        lacks.append(
-            f"nvcc: not found; install CUDA's toolkit {major}, or set CUDA_HOME to where it is".replace("  ", " ")
-        )
+    toolkit = f"CUDA's toolkit {major}".rstrip()
+    if build and not found.nvcc and found.named:
+        lacks.append(f"nvcc: {found.named}, and there is no bin/nvcc: set it to the folder of {toolkit}, or unset it")
+    elif build and not found.nvcc:
+        lacks.append(f"nvcc: not found; install {toolkit}, or set CUDA_HOME to where it is")
     elif build and found.cuda and found.nvcc.partition(".")[0] != major:
         lacks.append(f"nvcc of CUDA {major}, as torch's: this is {found.nvcc}; set CUDA_HOME")
     if build and found.cuda and found.nvcc and not found.cublas:
@@ -149,5 +174,6 @@ def missing(found: Found, parts: Collection[str]) -> list[str]:
         others = " ".join(part for part in parts if part != "sanitizer")
         lacks.append(f'compute-sanitizer (CUDA\'s toolkit): not found; or leave it out: make gpu ARGS="{others}"')
     if wanted:
-        lacks.append(f"packages: {sys.executable} -m pip install {' '.join(sorted(wanted))}")
+        names = (f"setuptools>={SETUPTOOLS}" if name == "setuptools" else name for name in sorted(wanted))
+        lacks.append(f"packages: {shlex.join([sys.executable, '-m', 'pip', 'install', *names])}")
     return lacks

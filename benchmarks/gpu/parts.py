@@ -48,11 +48,13 @@ def folder() -> Path:
 
 
 def environment(built: Path | None) -> dict[str, str]:
-    """In which Python finds the package that was built in a folder before the checkout's, even in the checkout. What
-    FUSEDRNN_CUDA_PLAN=auto measures is kept there too, not where the user's own programs find it.
+    """In which Python finds the package that was built in a folder before the checkout's, even in the checkout, and
+    torch finds the ninja of this Python. What FUSEDRNN_CUDA_PLAN=auto measures is kept in that folder too, not where
+    the user's own programs find it.
     """
     paths = [built / "lib", ROOT] if built else [ROOT]
     own = {"PYTHONPATH": os.pathsep.join(map(str, paths)), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
+    own["PATH"] = needs.path()
     return own | ({"XDG_CACHE_HOME": str(built / "cache")} if built else {})
 
 
