@@ -200,6 +200,21 @@ def test_it_stops_after_a_part_that_fails(tmp_path: Path, monkeypatch: pytest.Mo
     assert found["tests"]["status"] == 3 and found["tests"]["last"] == "here is why" and "timing" not in found
 
 
+def test_the_gpu_is_the_one_that_torch_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the first that nvidia-smi knows of; without a name that both know, what torch tells alone."""
+    program(tmp_path / "nvidia-smi", 'echo "$1" | grep -q id=GPU-12ab && echo "580.1, 1 MHz" || echo "another"')
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    properties = types.SimpleNamespace(uuid="12ab")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "the second GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
+    assert report.gpu() == {"name": "the second GPU", "driver_version": "580.1", "clocks.sm": "1 MHz"}
+    del properties.uuid
+    assert report.gpu() == {"name": "the second GPU"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert report.gpu() == {}
+
+
 def test_a_part_that_is_cut_off_fails_or_is_missing(tmp_path: Path) -> None:
     slow = parts.Part((sys.executable, "-uc", "import time; print('begun'); time.sleep(60)"), 3)
     found = parts.run("slow", slow, tmp_path)

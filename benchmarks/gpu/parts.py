@@ -20,7 +20,7 @@ from pathlib import Path
 
 from . import needs
 
-__all__ = ["KINDS", "ROOT", "Part", "environment", "folder", "parts", "run", "watched"]
+__all__ = ["KINDS", "ROOT", "Part", "environment", "folder", "parts", "run", "smi", "watched"]
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("build", "tests", "sanitizer", "timing")
@@ -148,16 +148,27 @@ def run(name: str, part: Part, out: Path, cwd: Path = ROOT, built: Path | None =
     return {"status": status, "seconds": round(time.monotonic() - start, 1), "last": lines[-1][:200] if lines else ""}
 
 
+def smi(facts: str) -> list[str]:
+    """The command that asks nvidia-smi for facts of the GPU that torch takes; its own order may be another. Empty:
+    there is no nvidia-smi, no GPU, or no name that both have for it.
+    """
+    import torch
+
+    uuid = getattr(torch.cuda.get_device_properties(), "uuid", None) if torch.cuda.is_available() else None
+    if not uuid or not shutil.which("nvidia-smi"):
+        return []
+    return ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={facts}"]
+
+
 @contextmanager
 def watched(file: Path) -> Iterator[None]:
     """Clocks, power and reasons to slow down, twice a second, into a file; nothing without nvidia-smi."""
-    if not shutil.which("nvidia-smi"):
+    command = smi("clocks.sm,power.draw,clocks_event_reasons.active")
+    if not command:
         yield
         return
-    facts = "clocks.sm,power.draw,clocks_event_reasons.active"
-    command = ["nvidia-smi", f"--query-gpu={facts}", "--format=csv", "-lms", "500"]
     with file.open("w") as out:
-        watch = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        watch = subprocess.Popen([*command, "--format=csv", "-lms", "500"], stdout=out, stderr=subprocess.STDOUT)
         try:
             yield
         finally:

@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 from statistics import geometric_mean
 
-from .parts import ROOT, environment
+from .parts import ROOT, environment, smi
 
 __all__ = ["commit", "gpu", "markdown", "plot", "publish", "summary", "versions", "write"]
 
-FACTS = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.draw"
+FACTS = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.draw"
 VERSIONS = """
 import json, platform, torch, fusedrnn
 print(json.dumps({"fusedrnn": fusedrnn.__version__, "torch": torch.__version__, "cuda": torch.version.cuda,
@@ -26,13 +26,16 @@ MODES = ("forward", "both")
 
 
 def gpu() -> dict[str, str]:
-    """What nvidia-smi tells of the first GPU now; empty without one."""
-    if not shutil.which("nvidia-smi"):
+    """The name of the GPU that torch takes, and what nvidia-smi tells of it now; empty without one."""
+    import torch
+
+    if not torch.cuda.is_available():
         return {}
-    command = ["nvidia-smi", f"--query-gpu={FACTS}", "--format=csv,noheader"]
-    told = subprocess.run(command, capture_output=True, text=True, check=False)
-    values = told.stdout.splitlines()[0].split(", ") if told.returncode == 0 and told.stdout else []
-    return dict(zip(FACTS.split(","), values))
+    command, values = smi(FACTS), []
+    if command:
+        told = subprocess.run([*command, "--format=csv,noheader"], capture_output=True, text=True, check=False)
+        values = told.stdout.strip().split(", ") if told.returncode == 0 else []
+    return {"name": torch.cuda.get_device_name()} | dict(zip(FACTS.split(","), values))
 
 
 def commit() -> str:
