@@ -116,7 +116,7 @@ phases: $(SETUP) | check
 # Everything there is to run on a machine with a GPU, in the environment that is active: its torch is for that GPU. It
 # builds in a folder of its own.
 gpu:
-	@$(PYTHON) -m benchmarks.gpu $(ARGS)
+	@"$(PYTHON)" -m benchmarks.gpu $(ARGS)
 
 # The AVX-512 kernels on a processor that has AVX2 alone: the same source, two registers a vector. No timing.
 test-avx512: $(SETUP) | check

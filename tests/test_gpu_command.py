@@ -200,6 +200,13 @@ def test_it_stops_after_a_part_that_fails(tmp_path: Path, monkeypatch: pytest.Mo
     assert found["tests"]["status"] == 3 and found["tests"]["last"] == "here is why" and "timing" not in found
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_takes_a_python_whose_path_has_a_space(tmp_path: Path) -> None:
+    python = program(tmp_path / "a folder" / "python", 'echo "ran: $*"')
+    done = subprocess.run(["make", "gpu", f"PYTHON={python}", "ARGS=--quick"], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "ran: -m benchmarks.gpu --quick\n", done.stderr
+
+
 def test_the_gpu_is_the_one_that_torch_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not the first that nvidia-smi knows of; without a name that both know, what torch tells alone."""
     program(tmp_path / "nvidia-smi", 'echo "$1" | grep -q id=GPU-12ab && echo "580.1, 1 MHz" || echo "another"')
