@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import types
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -195,9 +198,130 @@ def test_it_stops_after_a_part_that_fails(tmp_path: Path, monkeypatch: pytest.Mo
     never = parts.Part((sys.executable, "-c", "raise SystemExit('begun')"), 30)
     monkeypatch.setattr(command, "parts", lambda *_: {"tests": failing, "timing": never})
     assert command.main(["--device", "cpu", "--limit", "9", "--out", str(tmp_path)]) == 1
-    assert f'ARGS="tests timing --device cpu --limit 9.0 --out {tmp_path}"' in capsys.readouterr().out
+    assert f"ARGS='tests timing --device cpu --limit 9.0 --out {tmp_path}'" in capsys.readouterr().out
     found = json.loads((tmp_path / "report.json").read_text())["parts"]
     assert found["tests"]["status"] == 3 and found["tests"]["last"] == "here is why" and "timing" not in found
+
+
+def test_what_has_passed_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Even if it is of the same kind as what fails; the command that is told may be pasted as it is."""
+    out, passes = tmp_path / "a folder", parts.Part((sys.executable, "-c", "pass"), 30)
+    failing = parts.Part((sys.executable, "-c", "raise SystemExit(3)"), 30)
+    each = {"tests": passes, "tests-persistent": failing, "timing": passes}
+    monkeypatch.setattr(command, "parts", lambda *_: each)
+    assert command.main(["--device", "cpu", "--out", str(out)]) == 1
+    make, gpu, *settings = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    (words,) = (shlex.split(setting[5:]) for setting in settings if setting.startswith("ARGS="))
+    assert (make, gpu) == ("make", "gpu") and words[:2] == ["tests-persistent", "timing"]
+    assert words[2:] == ["--device", "cpu", "--out", str(out)]
+    each["tests-persistent"] = passes
+    assert command.main(words) == 0
+    assert "tests: begun" not in capsys.readouterr().out
+    found = json.loads((out / "report.json").read_text())["parts"]
+    assert {name: part["status"] for name, part in found.items()} == dict.fromkeys(each, 0)
+
+
+def test_parts_are_chosen_by_kind_or_name_and_told_as_short_as_can_be() -> None:
+    names = list(parts.parts(Path("out"), "cuda"))
+    assert command.chosen(names, [], "cuda") == names
+    assert command.chosen(names, ["tests"], "cuda") == ["build", "tests", "tests-persistent"]
+    assert command.chosen(names, ["sanitizer-racecheck", "timing"], "cpu") == ["timing"]
+    racecheck = names.index("sanitizer-racecheck")
+    left = ["sanitizer-racecheck", "sanitizer-synccheck", "sanitizer-initcheck", "timing"]
+    assert command.shortest(names[racecheck:], names) == left
+    assert command.shortest(names[racecheck - 1 :], names) == ["sanitizer", "timing"]
+
+
+def test_parts_of_other_sources_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where git tells nothing."""
+    passes = parts.Part((sys.executable, "-c", "pass"), 30)
+    monkeypatch.setattr(command, "parts", lambda *_: {"tests": passes, "timing": passes})
+    monkeypatch.setattr(command, "commit", lambda: "")
+    for sources, kept in (("a", ["timing"]), ("a", ["timing", "tests"]), ("b", ["timing"])):
+        monkeypatch.setattr(command, "digest", lambda: sources)
+        assert command.main([kept[-1], "--device", "cpu", "--out", str(tmp_path)]) == 0
+        assert list(json.loads((tmp_path / "report.json").read_text())["parts"]) == kept
+
+
+def test_the_digest_is_of_the_sources(tmp_path: Path) -> None:
+    for name in ("setup.py", "pyproject.toml", "csrc/cuda/a.cu", "fusedrnn/a.py", "tests/a.py", "benchmarks/a.py"):
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    first = report.digest(tmp_path)
+    (tmp_path / "fusedrnn" / "_ops.so").touch()
+    assert report.digest(tmp_path) == first
+    for name in ("setup.py", "csrc/cuda/a.cu", "tests/a.py"):
+        (tmp_path / name).write_text("changed")
+        assert report.digest(tmp_path) != first, name
+        (tmp_path / name).write_text("")
+    (tmp_path / "csrc/cuda/a.cu").rename(tmp_path / "csrc/cuda/b.cu")
+    assert report.digest(tmp_path) != first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["tests", "--device", "cpu"], "is damaged"), (["--publish"], "is damaged"), (["--publish"], "no report.json")],
+)
+def test_a_report_that_cannot_be_read_is_an_error_of_one_line(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if said == "is damaged":
+        (tmp_path / "report.json").write_text('{"parts": {"te')
+    assert command.main([*arguments, "--out", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and said in line and str(tmp_path) in line
+
+
+STOPPED = """
+import sys
+from benchmarks.gpu import __main__ as command, parts
+code = "import os, sys, time; print(os.getpid(), file=open(sys.argv[1], 'w'), flush=True); time.sleep(60)"
+part = parts.Part((sys.executable, "-c", code, sys.argv[1]), 60)
+command.parts = lambda *_: {"tests": part, "tests-persistent": part}
+command.versions = lambda built: {}
+raise SystemExit(command.main(["--device", "cpu", "--out", sys.argv[2]]))
+"""
+
+
+def until(holds: Callable[[], bool]) -> None:
+    limit = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+
+
+def ended(process: str) -> bool:
+    """Whether it is gone, or a zombie."""
+    state = Path("/proc") / process / "stat"
+    return not state.exists() or state.read_text().split()[2] == "Z"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_part_too(number: signal.Signals, tmp_path: Path) -> None:
+    file = tmp_path / "process"
+    running = subprocess.Popen(
+        [sys.executable, "-c", STOPPED, str(file), str(tmp_path)], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    until(lambda: file.exists() and file.read_text().endswith("\n"))
+    running.send_signal(number)
+    told, errors = running.communicate(timeout=60)
+    assert running.returncode == 128 + number and "Traceback" not in errors
+    until(lambda: ended(file.read_text().strip()))
+    *_, line = told.splitlines()
+    assert line.startswith(f"stopped by {number.name}. To go on from there: make gpu") and "'tests --device cpu" in line
+    assert json.loads((tmp_path / "report.json").read_text())["parts"]["tests"]["status"] is None
+
+
+def test_signals_that_are_ignored_stay_so() -> None:
+    """SIGHUP under nohup, say."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with parts.signals() as came:
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert came == [signal.SIGTERM] and signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
@@ -233,10 +357,7 @@ pathlib.Path({str(child)!r}).write_text(str(subprocess.Popen(["sleep", "60"]).pi
 time.sleep(60)
 """
     assert parts.run("parent", parts.Part((sys.executable, "-c", code), 3), tmp_path)["status"] is None
-    state, limit = Path("/proc") / child.read_text() / "stat", time.monotonic() + 10
-    while alive := state.exists() and state.read_text().split()[2] != "Z":  # the signal is sent, not yet obeyed
-        assert time.monotonic() < limit, alive
-        time.sleep(0.05)
+    until(lambda: ended(child.read_text()))  # the signal is sent, not yet obeyed
     limited = parts.parts(tmp_path, "cuda", limit=100)
     assert limited["build"].seconds is None and {p.seconds for n, p in limited.items() if n != "build"} == {100}
 
@@ -397,6 +518,6 @@ def test_the_report_for_people_and_the_readme(tmp_path: Path) -> None:
 )
 def test_what_failed_or_had_no_gpu_is_not_published(change: dict, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(json.dumps(REPORT | change))
-    with pytest.raises(RuntimeError, match="not to be published"):
+    with pytest.raises(report.Unusable, match="not to be published"):
         report.publish(tmp_path, tmp_path / "results", tmp_path / "README.md")
     assert not (tmp_path / "results").exists()

@@ -13,14 +13,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import needs
 
-__all__ = ["KINDS", "ROOT", "Part", "environment", "folder", "parts", "run", "smi", "watched"]
+__all__ = ["KINDS", "ROOT", "Part", "environment", "folder", "parts", "run", "signals", "smi", "watched"]
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("build", "tests", "sanitizer", "timing")
@@ -124,8 +124,26 @@ class Progress:
             print("\r", end="")
 
 
-def run(name: str, part: Part, out: Path, cwd: Path = ROOT, built: Path | None = None) -> dict:
-    """Run a part, its output in a log: the exit status (None: cut off), the seconds, the last line."""
+@contextmanager
+def signals() -> Iterator[list[int]]:
+    """The signals to stop that have come. They are noted, not obeyed at once: a part is ended with what it started."""
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    obeyed = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in obeyed}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run(
+    name: str, part: Part, out: Path, cwd: Path = ROOT, built: Path | None = None, came: Sequence[int] = ()
+) -> dict:
+    """Run a part, its output in a log, until it ends, its time is over or a signal to stop ``came``: the exit status
+    (None: cut off), the seconds, the last line.
+    """
     start, log = time.monotonic(), out / f"{name}.log"
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -135,7 +153,7 @@ def run(name: str, part: Part, out: Path, cwd: Path = ROOT, built: Path | None =
         progress = Progress(name, log, part.progress)
         try:
             while (status := process.poll()) is None:
-                if part.seconds is not None and time.monotonic() - start > part.seconds:
+                if came or (part.seconds is not None and time.monotonic() - start > part.seconds):
                     break
                 time.sleep(POLL)
                 progress.look()

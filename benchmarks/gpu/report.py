@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import math
@@ -14,8 +15,9 @@ from statistics import geometric_mean
 
 from .parts import ROOT, environment, smi
 
-__all__ = ["commit", "gpu", "markdown", "plot", "publish", "summary", "versions", "write"]
+__all__ = ["Unusable", "commit", "digest", "gpu", "markdown", "plot", "publish", "read", "summary", "versions", "write"]
 
+SUFFIXES = {".cpp", ".cu", ".cuh", ".h", ".inl", ".py"}
 FACTS = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.draw"
 VERSIONS = """
 import json, platform, torch, fusedrnn
@@ -23,6 +25,10 @@ print(json.dumps({"fusedrnn": fusedrnn.__version__, "torch": torch.__version__, 
                   "cudnn": torch.backends.cudnn.version(), "python": platform.python_version()}))
 """
 MODES = ("forward", "both")
+
+
+class Unusable(RuntimeError):
+    """A report is missing or damaged, or not to be published."""
 
 
 def gpu() -> dict[str, str]:
@@ -45,6 +51,15 @@ def commit() -> str:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     except FileNotFoundError:
         return ""
+
+
+def digest(root: Path = ROOT) -> str:
+    """Of the sources that are built, run and tested: it tells their versions apart where git does not."""
+    files = [root / "setup.py", root / "pyproject.toml"]
+    for folder in ("csrc", "fusedrnn", "benchmarks", "tests"):
+        files += (path for path in sorted((root / folder).rglob("*")) if path.suffix in SUFFIXES)
+    each = (f"{path.relative_to(root)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files)
+    return hashlib.sha256("\n".join(each).encode()).hexdigest()
 
 
 def versions(built: Path | None = None) -> dict[str, str]:
@@ -195,21 +210,36 @@ def write(report: dict, out: Path) -> str:
     return "\n".join([*head(report), "", summary(report), *failures(report)])
 
 
+def read(out: Path) -> dict:
+    """The report in ``out``.
+
+    Raises:
+        Unusable: there is none, or it is damaged.
+    """
+    file = out / "report.json"
+    if not file.exists():
+        raise Unusable(f"no report.json in {out}: make gpu writes one")
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise Unusable(f"{file} is damaged ({error}): delete it, or name another folder with --out") from error
+
+
 def publish(out: Path, results: Path, readme: Path) -> Path:
     """Copy the report of ``out`` into ``results``, by its GPU and date, and renew a page's table from it.
 
     Raises:
-        RuntimeError: it is not of a GPU, a part of it failed, or the tests or the timing are missing.
+        Unusable: there is none, it is not of a GPU, a part of it failed, or the tests or the timing are missing.
     """
-    from ..report import update_readme  # (needs the extension, which `build` may have to make first)
-
-    report = json.loads((out / "report.json").read_text())
+    report = read(out)
     facts = report["gpu"]["before"]
     failed = [name for name, found in report["parts"].items() if found["status"] != 0]
     failed += [f"no {name}" for name in ("tests", "timing") if name not in report["parts"]]
     failed += ["quick"] if report.get("quick") else []
     if report["device"] != "cuda" or not facts or failed:
-        raise RuntimeError(f"not to be published: {', '.join(failed) or 'no GPU'}")
+        raise Unusable(f"not to be published: {', '.join(failed) or 'no GPU'}")
+    from ..report import update_readme  # (needs the extension, which `build` may have to make first)
+
     results.mkdir(parents=True, exist_ok=True)
     name = f"{report['date']}-{facts['name'].replace(' ', '-')}"
     for suffix in ("json", "md", "png"):
