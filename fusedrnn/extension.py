@@ -23,6 +23,42 @@ BUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 FOLDER = Path(__file__).parent
 OLDEST = (2, 11)
 
+#: What the system tells of a library that does not load, and the sentence for it: {0} is what the first group matches.
+REASONS = (
+    (
+        r"(.+): cannot open shared object file: Permission denied",
+        "this user may not read {0}: permit it (chmod a+r, and a+x for the folders above it)",
+    ),
+    (
+        r"(.+): cannot open shared object file(?=: No such|$)",
+        "{0} is missing on this system: install it, or build again: {build}",
+    ),
+    (r"version `GLIBC_([\d.]+)' not found", "built for glibc {0} or newer, running {glibc}: build it here: {build}"),
+    (
+        r"(\S+): version `((?:GLIBCXX|CXXABI)_[\d.]+)' not found",
+        "built with a newer C++ runtime than the one loaded first, {0}, which has no {1}: update that one (in a conda"
+        " environment: conda install -c conda-forge libstdcxx-ng), or build again with its compiler: {build}",
+    ),
+    (
+        r"failed to map segment",
+        "the system does not let it be loaded as a program: its folder is on a file system mounted noexec, or memory"
+        " is limited (ulimit -v): install fusedrnn in another folder, or raise the limit",
+    ),
+    (
+        r"cannot allocate memory in static TLS block",
+        "the libraries loaded before it have used up the memory for thread-local variables: import fusedrnn first,"
+        " before other libraries",
+    ),
+    (
+        r"undefined symbol: (\w+)",
+        "built for {of}, running torch {running}, which has no {0}: build again with it: {build}",
+    ),
+    (
+        r"ELF header|ELF class|file too short|Exec format|not a mach-o|incompatible architecture",
+        "damaged, or built for another machine, running {machine}: build it here: {build}",
+    ),
+)
+
 
 def library(folder: Path, running: str = torch.__version__) -> Path:
     """The library in ``folder``.
@@ -48,7 +84,7 @@ def versions(running: str = torch.__version__) -> str:
 
 def built(folder: Path) -> str:
     """The versions that each ``_fast`` in ``folder`` is of, in words."""
-    found = [re.match(r"_fast-torch(\d+)_(\d+)-\D+(\d)(\d+)", path.name) for path in folder.glob("_fast-*.*")]
+    found = [re.match(r"_fast-torch(\d+)_(\d+)-\D+(\d)(\d+)", path.name) for path in folder.glob("_fast-*.so")]
     if not any(found):
         return "none"
     of_torch = sorted({(int(m[1]), int(m[2])) for m in found if m})
@@ -59,12 +95,17 @@ def built(folder: Path) -> str:
 
 def module(folder: Path, running: str = torch.__version__) -> Path | None:
     """The ``_fast`` that fits; None if there is none."""
-    return next(iter(folder.glob(f"_fast-{versions(running)}.*")), None)
+    found = folder / f"_fast-{versions(running)}.so"
+    return found if found.exists() else None
 
 
-def reason(told: str, running: str = torch.__version__, cuda: str | None = torch.version.cuda) -> str:
-    """Why a library does not load, and what to do, from what the system has told."""
-    of_cuda = r"(?:libtorch_cuda|libc10_cuda|libcu\w+)\.so(?:\.(\d+))?\S*: cannot open shared object"
+def reason(
+    told: str, running: str = torch.__version__, cuda: str | None = torch.version.cuda, folder: Path = FOLDER
+) -> str:
+    """Why a library in ``folder`` does not load, and what to do, from what the system has told."""
+    of_cuda = (
+        r"(?:libtorch_cuda|libc10_cuda|libcu\w+)\.so(?:\.(\d+))?\S*: cannot open shared object file(?=: No such|$)"
+    )
     if found := re.search(of_cuda, told):
         has = f"CUDA {cuda}" if cuda else "no CUDA"
         needed = f"CUDA {found[1]}" if found[1] else "CUDA"
@@ -72,14 +113,12 @@ def reason(told: str, running: str = torch.__version__, cuda: str | None = torch
             f"built for {needed}, running torch {running}, which has {has}: install a torch for {needed}, or build"
             f" again: {BUILD}"
         )
-    if found := re.search(r"(\S+): cannot open shared object", told):
-        return f"{found[1]} is missing on this system: install it, or build again: {BUILD}"
-    if found := re.search(r"version `GLIBC_([\d.]+)' not found", told):
-        return f"built for glibc {found[1]} or newer, running {platform.libc_ver()[1]}: build it here: {BUILD}"
-    if found := re.search(r"undefined symbol: (\w+)", told):
-        return f"built for another torch, running {running}, which has no {found[1]}: build again with it: {BUILD}"
-    if re.search(r"ELF header|ELF class|file too short|Exec format|not a mach-o|incompatible architecture", told):
-        return f"damaged, or built for another machine, running {platform.machine()}: build it here: {BUILD}"
+    of = built(folder)
+    known = {"of": "another torch" if of == "none" else of, "running": running, "build": BUILD}
+    known |= {"glibc": platform.libc_ver()[1], "machine": platform.machine()}
+    for pattern, sentence in REASONS:
+        if found := re.search(pattern, told):
+            return sentence.format(*found.groups(), **known)
     return told
 
 
@@ -87,7 +126,7 @@ def load() -> tuple[ctypes.CDLL, ModuleType | None]:
     """Both, the module connected to the library.
 
     Raises:
-        ImportError: the library is not there, does not load, or one of its kind is there already.
+        ImportError: the library is not there, is not ours, does not load, or one of its kind is there already.
     Warns:
         RuntimeWarning: there is no module that fits.
     """
@@ -101,8 +140,10 @@ def load() -> tuple[ctypes.CDLL, ModuleType | None]:
         raise ImportError(f"fusedrnn: {path.name} cannot be loaded: {reason(str(error.__cause__ or error))}") from error
     loaded = ctypes.CDLL(str(path))
     for function, result in (("fusedrnn_description", ctypes.c_char_p), ("fusedrnn_interface", ctypes.c_void_p)):
+        if not hasattr(loaded, function):
+            raise ImportError(f"fusedrnn: {path} is another library: it has no {function}. Build it again: {BUILD}")
         getattr(loaded, function).restype = result
-    fast, why = None, f"no _fast for {versions()} in {FOLDER}"
+    fast, why = None, f"no _fast for {versions()} in {FOLDER} (built for: {built(FOLDER)})"
     if fitting := module(FOLDER):
         spec = importlib.util.spec_from_file_location("fusedrnn._fast", fitting)
         try:

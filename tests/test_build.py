@@ -59,8 +59,13 @@ def test_a_module_that_does_not_load_is_done_without(tmp_path: Path) -> None:
         ("libc10_cuda.so: cannot open shared object file: No such file", "no CUDA: install a torch for CUDA, or build"),
         ("libgomp.so.1: cannot open shared object file", "libgomp.so.1 is missing on this system: install it, or"),
         ("libc.so.6: version `GLIBC_2.99' not found (required by x)", "built for glibc 2.99 or newer, running "),
-        ("_ops.so: undefined symbol: torch_new", "running 2.13.0+cpu, which has no torch_new: build again with it"),
+        ("_ops.so: undefined symbol: torch_new", "running torch 2.13.0+cpu, which has no torch_new: build again"),
         ("_ops.so: wrong ELF class: ELFCLASS32", "built for another machine, running "),
+        (
+            "/c/lib/libstdc++.so.6: version `GLIBCXX_3.4.99' not found (required by x)",
+            "C++ runtime than the one loaded first, /c/lib/libstdc++.so.6, which has no GLIBCXX_3.4.99: update that",
+        ),
+        ("x.so: cannot open shared object file: Too many open files",) * 2,
         ("something else", "something else"),
     ],
 )  # fmt: skip
@@ -68,6 +73,35 @@ def test_why_a_library_does_not_load(told: str, says: str) -> None:
     """One sentence: built for what, running what, what to do."""
     found = fusedrnn.extension.reason(told, "2.13.0+cpu", None)
     assert says in found and ("pip install" in found) == (told != says) and "\n" not in found
+
+
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ("/a b/_ops.so: cannot open shared object file: Permission denied", "may not read /a b/_ops.so: permit it"),
+        ("libcublas.so.13: cannot open shared object file: Permission denied", "may not read libcublas.so.13: permit"),
+        ("_ops.so: failed to map segment from shared object: Operation not permitted", "mounted noexec, or memory"),
+        ("libgomp.so.1: cannot allocate memory in static TLS block", "import fusedrnn first, before other libraries"),
+    ],
+)
+def test_a_library_that_another_build_would_not_help(told: str, says: str) -> None:
+    found = fusedrnn.extension.reason(told, "2.13.0+cpu", None)
+    assert says in found and "install it" not in found and fusedrnn.extension.BUILD not in found
+
+
+def test_a_missing_symbol_names_what_was_built(tmp_path: Path) -> None:
+    told = "_ops.so: undefined symbol: torch_new"
+    assert fusedrnn.extension.reason(told, folder=tmp_path).startswith("built for another torch, running torch ")
+    (tmp_path / "_fast-torch2_12-cpython-310-x86_64-linux-gnu.so").touch()
+    assert fusedrnn.extension.reason(told, folder=tmp_path).startswith("built for torch 2.12; Python 3.10, running ")
+
+
+def test_another_library_is_an_import_error(tmp_path: Path) -> None:
+    """It loads, and has nothing of ours."""
+    there = package(tmp_path, "_ops*")
+    shutil.copyfile(torch._C.__file__, there / "_ops.so")
+    done = python("import fusedrnn", tmp_path)
+    assert f"ImportError: fusedrnn: {there / '_ops.so'} is another library: it has no fusedrnn_" in done.stderr
 
 
 def test_a_library_that_does_not_load_is_an_import_error(tmp_path: Path) -> None:
@@ -222,6 +256,7 @@ for name in ("RNN", "LSTM", "GRU"):
     (line,) = (line for line in told.splitlines() if line.startswith("short calls"))
     assert "by the ops alone" in line and "pip install" in line
     known = "torch 2.9" if versions and "2_9" in versions else "Python 3.5" if versions else "none"
+    assert re.search(rf"no _fast for .* \(built for: (.*; )?{known}", done.stderr)
     assert f"but for {known}" in line or f"; {known})" in line
 
 
@@ -246,8 +281,11 @@ def test_the_library_depends_on_no_version_of_torch_or_python() -> None:
 def test_a_module_of_the_same_minor_versions_is_loaded(running: str, tmp_path: Path) -> None:
     soabi = sysconfig.get_config_var("SOABI")
     fitting = tmp_path / f"_fast-torch2_13-{soabi}.so"
-    for name in ("_ops.so", fitting.name, f"_fast-torch2_1-{soabi}.so", "_fast-torch2_13-cpython-27mu.so"):
+    others = (f"{fitting.name}.bak", f"_fast-torch2_13-{soabi}.bak", f"_fast-torch2_12-{soabi}.so.old")
+    for name in (*others, "_ops.so", f"_fast-torch2_1-{soabi}.so", "_fast-torch2_13-cpython-27mu.so"):
         (tmp_path / name).touch()
+    assert fusedrnn.extension.module(tmp_path, running) is None
+    fitting.touch()
     assert fusedrnn.extension.module(tmp_path, running) == fitting
     assert fusedrnn.extension.module(tmp_path, "2.12.1") is None
     assert fusedrnn.extension.library(tmp_path, running) == tmp_path / "_ops.so"
