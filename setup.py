@@ -52,26 +52,27 @@ if sys.platform == "darwin":
 FLAGS += shlex.split(os.environ.get("FUSEDRNN_CXX_FLAGS", ""))
 
 
-def with_cuda() -> bool:
-    """Whether to compile the CUDA kernels."""
+def with_cuda() -> str:
+    """The version of CUDA to compile the kernels with; empty: none."""
     wish = os.environ.get("FUSEDRNN_CUDA") or "auto"
     if wish not in ("auto", "0", "1"):
         sys.exit(f"FUSEDRNN_CUDA must be auto, 0 or 1, got {wish!r}")
-    missing = None
+    missing, version = None, ""
     if not torch.version.cuda:
         missing = f"torch {torch.__version__} is built without CUDA"
     elif not CUDA_HOME or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
         missing = "nvcc is not found: set CUDA_HOME"
     else:
         told = subprocess.run([Path(CUDA_HOME) / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
-        release = re.search(r"release (\d+)", told)
-        if not release or release[1] != torch.version.cuda.partition(".")[0]:
+        release = re.search(r"release ((\d+)\.\d+)", told)
+        version = release[1] if release else ""
+        if not release or release[2] != torch.version.cuda.partition(".")[0]:
             missing = f"torch is built for CUDA {torch.version.cuda}, nvcc in {CUDA_HOME} is of another major version"
     if missing and wish == "1":
         sys.exit(f"FUSEDRNN_CUDA=1, but {missing}")
     if missing and torch.version.cuda and wish == "auto":
         print(f"fusedrnn: building without CUDA kernels: {missing}")
-    return wish != "0" and not missing
+    return "" if wish == "0" or missing else version
 
 
 def torch_headers() -> list[str]:
@@ -125,7 +126,7 @@ if CUDA:
     too_old = [found for found in re.findall(r"\d+\.\d+", os.environ["TORCH_CUDA_ARCH_LIST"]) if float(found) < 8]
     if too_old:
         sys.exit(f"TORCH_CUDA_ARCH_LIST names {', '.join(too_old)}: the CUDA kernels need 8.0 or more")
-    FLAGS.append("-DFUSEDRNN_CUDA")
+    FLAGS.append(f"-DFUSEDRNN_CUDA={CUDA}")
 FLAGS.append(f'-DFUSEDRNN_FLAGS="{" ".join(FLAGS)}"')  # for fusedrnn.info
 
 TORCHES, PYTHONS = headers()

@@ -7,6 +7,9 @@
 #include "stepwise/choice.h"
 #include "stepwise/settings.h"
 
+#define FUSEDRNN_TEXT(macro) FUSEDRNN_TEXT_OF(macro)
+#define FUSEDRNN_TEXT_OF(value) #value
+
 namespace {
 
 using namespace fusedrnn;
@@ -67,9 +70,9 @@ std::string description() {
 #endif
        << ", \"cuda\": "
 #if defined(FUSEDRNN_CUDA)
-       << "true"
+       << quoted(FUSEDRNN_TEXT(FUSEDRNN_CUDA))
 #else
-       << "false"
+       << "null"
 #endif
        << "}}";
   return text.str();

@@ -24,13 +24,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _describe_cuda(built: bool) -> str:
+def _describe_cuda(built: str | None) -> str:
     if not built:
         return "not in this build"
-    if not torch.cuda.is_available():
-        return f"built for CUDA {torch.version.cuda}; no GPU here"
-    count, name = torch.cuda.device_count(), torch.cuda.get_device_name()
-    return f"built for CUDA {torch.version.cuda}; {count} GPU(s), the first {name}"
+    gpus = "no GPU here"
+    if torch.cuda.is_available():
+        gpus = f"{torch.cuda.device_count()} GPU(s), the first {torch.cuda.get_device_name()}"
+    return f"built with CUDA {built}, torch for {torch.version.cuda}; {gpus}"
 
 
 def _describe_plan() -> str:

@@ -85,7 +85,8 @@ def test_clusters_agree_with_float64(cell: str, dtype: torch.dtype | str, H: int
     """The kernels for many steps, of up to 8 blocks: no further off than the steps one by one, over twice a rounding.
     Sizes that the plan has no cluster for go step by step, both times.
     """
-    case = Case(cell, T=6, B=19, I=33, H=H, dtype=torch.float32 if dtype == "tf32" else dtype, lengths=(6,) * 9 + (3,) * 10)
+    kind = torch.float32 if dtype == "tf32" else dtype
+    case = Case(cell, T=6, B=19, I=33, H=H, dtype=kind, lengths=(6,) * 9 + (3,) * 10)
     ours, wanted, hx = leaves(case)
     states = 1 + len(CELLS[cell].states)
     exact = copy.deepcopy(ours).double().cpu()

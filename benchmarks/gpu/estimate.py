@@ -20,7 +20,7 @@ __all__ = ["page", "step"]
 CLOCK = 1.755e9  # Hz, of an H100 that computes
 MULTIPROCESSORS = {1: 132, 2: 132, 4: 128, 8: 120}  # that clusters of so many blocks can use; of 4: a guess
 SAMPLES = 8  # of a cluster
-SHARED = 227 * 1024
+SHARED = {9: 227 * 1024, 8: 163 * 1024}  # bytes of a block, by the GPU's major version: H100, A100
 BATCHES = (1, 8, 16, 32, 64, 256)
 #: Microseconds a step of an ideal kernel, LSTM, bfloat16, forward, by H and the batches above.
 FLOOR = {
@@ -35,11 +35,20 @@ HIDDEN = tuple(FLOOR)
 
 def step(cell: str, dtype: str, hidden: int, batch: int, backward: bool) -> float | None:
     """Microseconds; None where there is no kernel."""
-    plan = probes.persistent_plan(cell, dtype, hidden, backward, 9, SHARED)
+    plan = probes.persistent_plan(cell, dtype, hidden, backward, 9, SHARED[9])
     if plan["refusal"]:
         return None
     blocks = math.ceil(batch / SAMPLES) * plan["blocks"]
     return 1e6 * plan["cycles"] * math.ceil(blocks / MULTIPROCESSORS[plan["blocks"]]) / CLOCK
+
+
+def largest(cell: str, dtype: str, major: int) -> int | None:
+    """The largest H of the tables that both passes have a kernel for."""
+    served = [
+        hidden for hidden in HIDDEN
+        if not any(probes.persistent_plan(cell, dtype, hidden, way, major, SHARED[major])["refusal"] for way in (0, 1))
+    ]  # fmt: skip
+    return max(served, default=None)
 
 
 def _row(*texts: object) -> str:
@@ -56,15 +65,15 @@ def page() -> str:
         f"its constants are guesses or come from the compiler's output), at {CLOCK / 1e9} GHz. It may well be wrong by",
         "a factor of two: it tells one layer from another, no kernel from a competitor's.",
         "",
-        "LSTM, bfloat16, forward: microseconds a step, and in brackets how often that is the floor, the time of an",
-        "ideal kernel with its products at full rate and one exchange of h.",
+        "LSTM, bfloat16, forward: microseconds a step, and in brackets the floor, an estimate too: the time of an",
+        "ideal kernel with its products at full rate and one exchange of h. Where the model is below it, one is wrong.",
         "",
         _row("H", *(f"B = {batch}" for batch in BATCHES)),
         "|---|" + "---:|" * len(BATCHES),
     ]
     for hidden, floors in FLOOR.items():
         found = (step("lstm", "bfloat16", hidden, batch, False) for batch in BATCHES)
-        texts = (f"{us:.2f} ({us / floor:.1f})" if us else "no kernel" for us, floor in zip(found, floors, strict=True))
+        texts = (f"{us:.2f} ({floor:.2f})" if us else "no kernel" for us, floor in zip(found, floors, strict=True))
         lines.append(_row(hidden, *texts))
     lines += [
         "",
@@ -80,6 +89,17 @@ def page() -> str:
                 both = (step(cell, dtype, hidden, 32, backward) for backward in (False, True))
                 texts.append(" / ".join(f"{us:.2f}" if us else "none" for us in both))
             lines.append(_row(cell, dtype, *texts))
+    lines += [
+        "",
+        "The largest of these H that both passes have a kernel for (others go step by step), which follows from the",
+        "plan's sizes alone: an A100 has one block where an H100 has a cluster of up to eight.",
+        "",
+        _row("cell", "type", "H100", "A100"),
+        "|---|---|---:|---:|",
+    ]
+    for cell in ("lstm", "gru", "rnn_tanh"):
+        for dtype in ("bfloat16", "tf32", "float32"):
+            lines.append(_row(cell, dtype, *(largest(cell, dtype, major) or "none" for major in (9, 8))))
     return "\n".join(lines) + "\n"
 
 
