@@ -30,8 +30,8 @@ using List = torch::autograd::variable_list;
 const Interface* library = nullptr;
 LongWay long_way = nullptr;
 
-constexpr int64_t kFewRows = 256;     // of a step that wait for others; more are worth a product of their own
-constexpr int64_t kMostRows = 16384;  // that wait
+constexpr int64_t kFewRows = 32;     // of a step that wait for others; more are worth a product of their own
+constexpr int64_t kMostRows = 4096;  // that wait
 
 // The number of the backward pass that calls this node; none if it is called by hand or by compiled autograd.
 template <class F>

@@ -136,7 +136,7 @@ def own_class(module: nn.Module) -> type[nn.Module]:
 
 def _obstacle_to_convert(module: nn.Module) -> str | None:
     if own_class(module) not in _FUSED:
-        return "a subclass with code of its own"
+        return "a subclass, whose code may be its own"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
     for name, parameter in module.named_parameters():
@@ -154,7 +154,7 @@ def _obstacle_to_revert(module: nn.Module) -> str | None:
     if isinstance(module, modules.FusedRNNBase) or not of(module).reset_after:
         return "torch.nn has no such cell"
     if cls not in _TORCH:
-        return "a subclass with code of its own"
+        return "a subclass, whose code may be its own"
     missing = [name for name in changed(of(module)) if name != "recompute"]  # which changes no number
     return f"torch.nn has no {', '.join(missing)}" if missing else None
 

@@ -111,7 +111,7 @@ def _weights(module: nn.Module) -> list[Tensor]:
 
 def _obstacle(module: nn.Module, cls: type[nn.Module]) -> str | None:
     if cls not in _CLASSES:
-        return "a subclass with code of its own"
+        return "a subclass, whose code may be its own"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
     if any(type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks_before(module)):

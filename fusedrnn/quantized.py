@@ -105,7 +105,7 @@ class _Quantized(Called, nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """As in torch.nn, but a matrix of another kind is an error, and nothing is copied: int8 without its scales, or
-        whole numbers in the place of bfloat16, are other weights.
+        whole numbers in the place of bfloat16, are other weights. float32 is rounded to bfloat16.
         """
         given = {name: state_dict.get(prefix + name) for name in self._weight_names}
         wrong = [
@@ -161,7 +161,11 @@ class _Quantized(Called, nn.Module):
             )
 
     def train(self, mode: bool = True) -> _Quantized:
-        """As in torch.nn, but this module stays in eval: it has nothing to train, and drops nothing."""
+        """As in torch.nn, but this module stays in eval: it has nothing to train, and drops nothing. What inference has
+        kept is freed for training.
+        """
+        if mode:
+            cache.forget(self)
         super().train(mode)
         self.training = False
         return self

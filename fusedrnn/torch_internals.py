@@ -50,6 +50,11 @@ def transformed() -> bool:
     return _transforms_active() if _transforms_active is not None else not is_compiling()
 
 
+def tracked(t: Tensor) -> bool:
+    """Whether a transform of torch.func differentiates by this tensor, in either mode."""
+    return torch._C._functorch.is_gradtrackingtensor(t)
+
+
 def functionalizing() -> bool:
     """Whether torch.func.functionalize is among the transforms. Without the names: never, and it refuses layers."""
     if _interpreter_stack is None or _functionalize is None:

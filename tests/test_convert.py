@@ -290,7 +290,7 @@ def test_the_report_reads_well() -> None:
         "1 recurrent module replaced\n"
         "  plain: torch.nn.LSTM: now fusedrnn.LSTM\n"
         "1 recurrent module left alone\n"
-        f"  mine: {__name__}.Mine: a subclass with code of its own"
+        f"  mine: {__name__}.Mine: a subclass, whose code may be its own"
     )
     assert str(fusedrnn.convert(nn.Linear(2, 2))) == "0 recurrent modules replaced\n0 recurrent modules left alone"
     assert str(fusedrnn.convert(nn.GRU(2, 2))).splitlines()[1] == "  (the model itself): torch.nn.GRU: now fusedrnn.GRU"

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from inference import same, tensors
+from tolerances import assert_close
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
@@ -189,7 +190,7 @@ def test_what_is_left_alone() -> None:
         "infinite": "weight_ih_l0 is not finite in float32",
         "shape": "weight_hh_l0 has shape [15, 1], its sizes say [15, 5]",
         "zoneout": "its attribute zoneout would meet that of a quantized module",
-        "own": "a subclass with code of its own",
+        "own": "a subclass, whose code may be its own",
         "elsewhere": "weight_ih_l0 is on device meta, these kernels are for the CPU",
     }
     assert all(type(model[name]) is before[name] for name in reasons)
@@ -253,6 +254,27 @@ def test_checkpoints_of_another_kind(of: str, to: str) -> None:
         ):
             module.load_state_dict(source.state_dict(), strict=strict)
         assert all(torch.equal(t, before[name]) for name, t in module.state_dict().items())
+
+
+def test_transforms_are_told_that_there_is_no_gradient() -> None:
+    module, x = nn.LSTM(4, 5), torch.randn(3, 2, 4)
+    fusedrnn.quantize(module)
+    for differentiate in (torch.func.grad(lambda x: module(x)[0].sum()), lambda x: torch.func.jvp(module, (x,), (x,))):
+        with pytest.raises(RuntimeError, match="weights alone is for inference and has no gradient"):
+            differentiate(x)
+    y = torch.func.vmap(lambda x: module(x)[0], in_dims=1, out_dims=1)(x[:, :, None])
+    assert_close("mapped", y.squeeze(2), module(x)[0])
+
+
+def test_training_frees_what_inference_has_kept() -> None:
+    module, x = nn.LSTM(4, 5), torch.randn(30, 2, 4)
+    fusedrnn.quantize(module)
+    for _ in range(3):
+        module(x)
+    kept = fusedrnn.inference.cache.cached
+    assert module in kept
+    module.train()
+    assert module not in kept and not module.training
 
 
 def test_a_step_is_what_forward_is() -> None:

@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 
 from .. import _C
 from ..cells import CELLS
-from ..torch_internals import dual_level, exporting, functionalizing, transformed
+from ..torch_internals import dual_level, exporting, functionalizing, tracked, transformed
 from . import differentiable
 from .batching import is_batched_by_autograd, map_backward
 from .call import Gradients, LayerCall, Leaves, Needs, Options, OutputGradients, Outputs
@@ -86,6 +86,8 @@ class _Inference(torch.autograd.Function):
 
 
 def _without_gradient(call: LayerCall) -> Outputs:
+    if transformed() and any(t is not None and tracked(t) for t in (call.x, *call.states)):
+        raise RuntimeError(_NO_GRADIENT)
     if transformed() or not wants_gradient(call.x, call.states):
         return _forward(call, save=False)[0]
     if is_compiling():
