@@ -47,8 +47,8 @@ def quantize(model: nn.Module, dtype: str | torch.dtype = "int8") -> Quantizatio
 
     They are for inference on the CPU (:mod:`fusedrnn.quantized`). ``"int8"``: a quarter of the memory, and the more
     speed the larger the matrices; a scale for each row of a matrix, and for each row of x and h as they come, without
-    calibration. ``"bfloat16"``: half of the memory; the matrices alone, multiplied in float32, which is sooner where a
-    batch is so small that reading them is the work.
+    calibration. ``"bfloat16"``: half of the memory; the matrices alone, multiplied in float32, which is sooner where
+    reading them is the work: steps of few samples through large layers.
 
     >>> print(fusedrnn.quantize(model.eval()))
     1 recurrent module quantized

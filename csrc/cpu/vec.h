@@ -122,11 +122,11 @@ FUSEDRNN_INLINE void store(int8_t* p, Vec<float> a) {
   *reinterpret_cast<Bytes*>(p) = __builtin_convertvector(bits, Bytes);
 }
 
-// The first n lanes of a vector, n <= kLanes. A masked instruction touches no memory past them; a copy lane by lane,
-// which is what there is without one, is read as a vector before it has reached the cache, and waits. (AddressSanitizer
-// sees the copy alone.)
 template <class S>
 constexpr int64_t kWordsOf = sizeof(S) / sizeof(uint32_t);
+// The first n lanes of a vector, n <= kLanes, come below. A masked instruction touches no memory past them; a copy lane
+// by lane, which is what there is without one, is read as a vector before it has reached the cache, and waits.
+// (AddressSanitizer sees the copy alone.)
 typedef uint32_t WordsAnywhere __attribute__((vector_size(FUSEDRNN_VECTOR_BYTES), aligned(1), may_alias));
 #if !defined(__x86_64__) || defined(__SANITIZE_ADDRESS__)
 #elif FUSEDRNN_VECTOR_BYTES == 64 && !defined(FUSEDRNN_AVX2_AS_AVX512)
