@@ -49,7 +49,7 @@ def backward_lines(path: Path) -> Iterator[tuple[int, str]]:
             inside = bool(re.search(r"static (void backward|V dc_of)", line))
         elif line == "  }":
             inside = every
-        elif inside and re.match(r"\s+(?:(const V|dx|drec|d|sum)\b.* = |return ).*;", line):
+        elif inside and re.match(r"\s+(?:(const V|dx|drec|dunit|d|sum)\b.* = |return ).*;", line):
             yield number, line
 
 
@@ -93,9 +93,9 @@ def build(mutant: Mutant, workspace: Path) -> None:
     built = max((ROOT / "build").glob("temp.*"), key=lambda path: path.stat().st_mtime)
     changed = workspace / "isa_base.o"
     compiler = os.environ.get("CXX", "c++")
-    flags = "-std=c++17 -O1 -fopenmp -ffp-contract=fast -fPIC -fvisibility=hidden -w".split()
+    flags = "-std=c++20 -O1 -fopenmp -ffp-contract=fast -fPIC -fvisibility=hidden -w".split()
     subprocess.run([compiler, *flags, "-c", workspace / "csrc/cpu/isa_base.cpp", "-o", changed], check=True)
-    objects = [path for path in built.rglob("*.o") if path.name != "isa_base.o"]
+    objects = [path for path in (built / "fusedrnn._ops").rglob("*.o") if path.name != "isa_base.o"]
     libraries = [f"-L{path}" for path in library_paths()] + "-lc10 -ltorch -ltorch_cpu -ltorch_python".split()
     extension = workspace / "fusedrnn" / "_ops.so"
     subprocess.run([compiler, "-shared", changed, *objects, *libraries, "-o", extension], check=True)
