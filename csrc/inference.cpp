@@ -341,7 +341,6 @@ std::optional<Inferred> infer(const ModuleCall& call, PackedWeights& kept, const
 std::unique_ptr<Stepper> Stepper::make(const ModuleCall& call, const Zoneout& zoneout) {
   const Tensor& x = call.x;
   bool dense = has_kernels(x) && call.one_step && call.directions == 1 && x.size(0) > 0;
-  dense = dense && (x.size(0) <= kRowsUnpacked || x.size(0) > kRowsKept);  // else a call of the layer has panels
   const Tensors scales = call.scales.value_or(Tensors());
   for (const Tensors* list : {&call.weights, &scales}) {
     for (const Tensor& w : *list) dense = dense && w.is_contiguous();

@@ -257,19 +257,3 @@ def test_threads_of_python_share_a_module(threads: Callable) -> None:
         with ThreadPoolExecutor(len(xs)) as pool:
             for found, values in zip(pool.map(calls, xs), expected, strict=True):
                 assert all(same(each, values) for each in found)
-
-
-@pytest.mark.parametrize("dtype", [None, "int8", "bfloat16"])
-@pytest.mark.parametrize("rows", [16, 17])
-def test_steps_of_many_samples_read_what_is_kept(rows: int, dtype: str | None) -> None:
-    """Up to 16 rows are multiplied by the weights as they lie; more would pack them anew at every step."""
-    module, x = fusedrnn.LSTM(7, 9), torch.randn(4, rows, 7)
-    if dtype is not None:
-        fusedrnn.quantize(module, dtype)
-    state, outputs = None, []
-    for x_t in x:
-        y, state = module.step(x_t, state)
-        outputs.append(y)
-    uses = _C.packed_uses(kept(module))
-    assert uses == (2 if rows > 16 else 0)  # the first step looks, the second packs
-    torch.testing.assert_close(torch.stack(outputs), module(x)[0], rtol=1e-5, atol=1e-5)
