@@ -26,6 +26,10 @@ CHOICES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "rnn_relu": ("rnn_relu", "RNN", {"nonlinearity": "relu"}),
     "gru_before": ("gru_reset_before", "GRU", {"reset_after": False}),
     "residual": ("residual_rnn", "ResidualRNN", {}),
+    "mgu": ("mgu", "MGU", {}),
+    "peephole": ("peephole_lstm", "PeepholeLSTM", {}),
+    "indrnn": ("indrnn_tanh", "IndRNN", {"nonlinearity": "tanh"}),
+    "indrnn_relu": ("indrnn_relu", "IndRNN", {"nonlinearity": "relu"}),
 }
 CELL_NAMES = {name: cell for name, (cell, _, _) in CHOICES.items()}
 MODES = ("infer", "train")
@@ -120,14 +124,16 @@ class Case:
         """Floating point operations of the matrix products alone; those of a training step count three times.
 
         One step of one sample takes 2 G H (I + R) in W_ih x and W_hh h, R = P or H being the size of h, and
-        2 H P more in a projection. The backward pass computes the gradient of both operands of each product.
+        2 H P more in a projection; without a product with h it is 2 G H I. The backward pass computes the gradient of
+        both operands of each product.
         """
         _, _, I, H = self.shape
-        G, R = len(CELLS[CELL_NAMES[self.cell]].gates), self.projection or H
+        info, R = CELLS[CELL_NAMES[self.cell]], self.projection or H
+        G, of_h = len(info.gates), R if info.product else 0
         step = 0
         for layer in range(self.layers):
             inputs = I if layer == 0 else self.directions * R
-            step += self.directions * (2 * G * H * (inputs + R) + 2 * H * self.projection)
+            step += self.directions * (2 * G * H * (inputs + of_h) + 2 * H * self.projection)
         return sum(self.lengths()) * step * (3 if self.mode == "train" else 1)
 
 

@@ -97,7 +97,8 @@ py::dict persistent_plan(const std::string& cell, const std::string& multiplier,
     const auto take = [&](auto c) {
       using Cell = decltype(c);
       if (cell == Cell::kName) {
-        loop.gates = Cell::kGates, loop.split = Cell::kSplit, loop.states = Cell::kStates, loop.saved = Cell::kSaved;
+        loop.gates = Cell::kGates, loop.split = Cell::kSplit + Cell::kParameters, loop.states = Cell::kStates,
+        loop.saved = Cell::kSaved;
       }
     };
     (take(Cells()), ...);

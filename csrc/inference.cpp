@@ -232,7 +232,7 @@ bool fits(const ModuleCall& call) {
   for (const int64_t size : {call.layers, call.I, call.H, call.R}) {
     if (size < 0 || size > kMost) return false;
   }
-  const auto order = WeightOrder::of(call.weights.size(), call.parts());
+  const auto order = WeightOrder::of(cell, call.weights.size(), call.parts());
   if (!order || call.H == 0 || call.R == 0) return false;
   const Matrices matrices = matrices_of(call.scales);
   const bool int8 = matrices == Matrices::kInt8;
@@ -243,7 +243,7 @@ bool fits(const ModuleCall& call) {
   if (x.elements().kernel_dtype() < 0 || !steps_fit(x)) return false;
   if (int8 && std::max({call.I, call.H, call.R * call.directions}) > kMostBytes) return false;
   const bool small_fit = x.elements() == Elements(DType::kFloat32) && backend_of(x).small_weights;
-  if (matrices != Matrices::kAsInput && !small_fit) return false;
+  if (matrices != Matrices::kAsInput && (!small_fit || cell.parameters > 0)) return false;
   if (call.one_step && call.parts() > 1 && (call.h0 || call.c0)) return false;  // they have no room for several layers
   const int64_t B = x.size(batch), width = call.R * call.directions;
   for (const auto& [state, columns] : {std::pair(&call.h0, call.R), std::pair(&call.c0, call.H)}) {
@@ -254,7 +254,7 @@ bool fits(const ModuleCall& call) {
   bool fit = true;
   for (int64_t part = 0; fit && part < call.parts(); ++part) {
     const int64_t columns = part < call.directions ? call.I : width;
-    each_weight(order->at(call.weights.data(), part), cell.gates, columns, call.H, call.R,
+    each_weight(order->at(call.weights.data(), part), cell, columns, call.H, call.R,
                 [&](const char*, const Tensor& w, Sizes shape) {
                   fit = fit && fits(w, x, shape, elements_of_weight(x, shape, matrices));
                 });
@@ -403,7 +403,7 @@ std::optional<Inferred> Stepper::step(const Tensor& x, const OptionalTensor& h0,
   if (!fit) return std::nullopt;
   const Tensor y = empty({B, R}, x), h_n = empty({layers, B, R}, x);
   const Tensor c_n = empty({two_states() ? layers : 0, B, H}, x);
-  const WeightOrder order = *WeightOrder::of(weights.size(), layers);
+  const WeightOrder order = *WeightOrder::of(layers_[0].constants(), weights.size(), layers);
   const auto state = [&](const OptionalTensor& t, int64_t l, int64_t width) {
     return t ? static_cast<const char*>(input(*t)) + l * B * width * x.element_bytes() : nullptr;
   };

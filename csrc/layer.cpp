@@ -34,15 +34,24 @@ bool few_enough(const Tensor& x) {
 
 }  // namespace
 
-std::optional<WeightOrder> WeightOrder::of(int64_t weights, int64_t directions) {
+std::optional<WeightOrder> WeightOrder::of(const CellConstants& cell, int64_t weights, int64_t directions) {
   const int64_t each = directions > 0 ? weights / directions : 0;
   if (each < 2 || each > 5 || each * directions != weights) return std::nullopt;
-  return WeightOrder{each, each >= 4, each % 2 == 1};
+  const bool parameters = cell.parameters > 0, product = cell.first > 0, odd = each % 2 == 1;
+  const bool of_units = parameters && product;  // a weight of their own
+  if (of_units && !odd) return std::nullopt;
+  return WeightOrder{each, each >= 4, odd && !of_units, parameters, product};
 }
 
 ListedWeights WeightOrder::at(const Tensor* weights, int64_t direction) const {
-  const Tensor* const w = weights + direction * each;
-  return {w, w + 1, biases ? w + 2 : nullptr, biases ? w + 3 : nullptr, projected ? w + each - 1 : nullptr};
+  const Tensor *const w = weights + direction * each, *const last = w + each - 1;
+  const Tensor* const of_units = !parameters ? nullptr : product ? last : w + 1;
+  return {w,
+          product ? w + 1 : nullptr,
+          biases ? w + 2 : nullptr,
+          biases ? w + 3 : nullptr,
+          projected ? last : nullptr,
+          of_units};
 }
 
 Matrices matrices_of(const std::optional<Tensors>& scales) {
@@ -146,27 +155,30 @@ void read_steps(Layer& layer, const OptionalTensor& batch_sizes) {
 }
 
 void read_weights(Layer& layer, const Tensors& weights, const std::optional<Tensors>& scales, int directions) {
-  const auto order = WeightOrder::of(weights.size(), directions);
-  check(order.has_value(), "weights must hold w_ih, w_hh[, b_ih, b_hh][, w_hr] for each of ", directions,
+  const CellConstants& cell = layer.constants();
+  const auto order = WeightOrder::of(cell, weights.size(), directions);
+  const char* const last = cell.projectable ? "[, w_hr]" : cell.parameters > 0 && cell.first > 0 ? ", w_unit" : "";
+  check(order.has_value(), "weights must hold w_ih, w_hh[, b_ih, b_hh]", last, " for each of ", directions,
         " direction(s), got ", weights.size(), " tensors");
   LayerSizes& z = layer.size;
   z.D = directions;
   z.projected = order->projected;
   z.I = layer.x.size(-1);
-  const int64_t G = layer.constants().gates;
-  check(!z.projected || layer.constants().projectable, "cell ", layer.constants().name,
-        " cannot be projected: w_hr given");
-  const Tensor& w_hh = *order->at(weights.data(), 0).w_hh;  // [G*H, R]
+  check(!z.projected || cell.projectable, "cell ", cell.name, " cannot be projected: w_hr given");
+  const Tensor& w_hh = weights[1];  // [G*H, R], or [U*H] without a product
+  const int64_t blocks = order->product ? cell.gates : cell.parameters;
   check_there(w_hh, "w_hh");
-  check(w_hh.dim() == 2 && w_hh.size(0) % G == 0 && w_hh.size(0) > 0, "w_hh must have shape [", G, "*H, H], got ",
-        w_hh.sizes());
-  z.H = w_hh.size(0) / G;
+  check(w_hh.dim() == (order->product ? 2 : 1) && w_hh.size(0) % blocks == 0 && w_hh.size(0) > 0,
+        "w_hh must have shape [", blocks, order->product ? "*H, H], got " : "*H], got ", w_hh.sizes());
+  z.H = w_hh.size(0) / blocks;
   z.R = z.projected ? w_hh.size(1) : z.H;
   layer.matrices = matrices_of(scales);
+  check(layer.matrices == Matrices::kAsInput || cell.parameters == 0, "cell ", cell.name,
+        " has parameters of its units: no matrices in int8 or bfloat16");
   const auto contiguous = [](const Tensor* t) { return t ? aligned(t->contiguous()) : Tensor(); };
   for (int d = 0; d < directions; ++d) {
     const ListedWeights w = order->at(weights.data(), d);
-    each_weight(w, G, z.I, z.H, z.R, [&](const char* name, const Tensor& t, Sizes shape) {
+    each_weight(w, cell, z.I, z.H, z.R, [&](const char* name, const Tensor& t, Sizes shape) {
       check_tensor(t, layer.x, name, shape, elements_of_weight(layer.x, shape, layer.matrices));
     });
     layer.weights.push_back(w.map(contiguous));
@@ -185,7 +197,7 @@ void read_weights(Layer& layer, const Tensors& weights, const std::optional<Tens
         " tensors");
   for (int d = 0; d < directions; ++d) {
     const DirectionScales s = order->scales_at(scales->data(), d);
-    each_scale(s, G, z.H, z.R,
+    each_scale(s, cell.gates, z.H, z.R,
                [&](const char* name, const Tensor& t, Sizes shape) { check_tensor(t, layer.x, name, shape); });
     layer.scales.push_back({contiguous(&s.ih), contiguous(&s.hh), z.projected ? contiguous(&s.hr) : Tensor()});
   }

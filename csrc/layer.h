@@ -20,12 +20,15 @@ using ListedWeights = PerWeight<const Tensor*>;  // in a list of the ops
 
 // Calls visit(name, weight, shape) for each that is there.
 template <class Visit>
-void each_weight(const ListedWeights& w, int64_t gates, int64_t I, int64_t H, int64_t R, const Visit& visit) {
+void each_weight(const ListedWeights& w, const CellConstants& cell, int64_t I, int64_t H, int64_t R,
+                 const Visit& visit) {
+  const int64_t gates = cell.gates;
   visit("w_ih", *w.w_ih, Sizes({gates * H, I}));
-  visit("w_hh", *w.w_hh, Sizes({gates * H, R}));
+  if (w.w_hh) visit("w_hh", *w.w_hh, Sizes({gates * H, R}));
   if (w.b_ih) visit("b_ih", *w.b_ih, Sizes({gates * H}));
   if (w.b_hh) visit("b_hh", *w.b_hh, Sizes({gates * H}));
   if (w.w_hr) visit("w_hr", *w.w_hr, Sizes({R, H}));
+  if (w.w_unit) visit("w_unit", *w.w_unit, Sizes({cell.parameters * H}));
 }
 
 // Of int8 matrices; hr undefined without a projection.
@@ -33,13 +36,14 @@ struct DirectionScales {
   Tensor ih, hh, hr;
 };
 
-// What a list of weights holds for each direction: w_ih, w_hh[, b_ih, b_hh][, w_hr], in this order.
+// What a list of weights holds for each direction: w_ih, w_hh[, b_ih, b_hh][, w_hr], in this order. Of a cell with
+// parameters of its units they are the last in the place of w_hr; without a product with h they are w_hh.
 struct WeightOrder {
   int64_t each;
-  bool biases, projected;
+  bool biases, projected, parameters, product;
 
   // Of a list of so many, for so many directions (of all layers); none if there is no such list.
-  static std::optional<WeightOrder> of(int64_t weights, int64_t directions);
+  static std::optional<WeightOrder> of(const CellConstants& cell, int64_t weights, int64_t directions);
   ListedWeights at(const Tensor* weights, int64_t direction) const;
   // Scales that go with int8 matrices, likewise: s_ih, s_hh[, s_hr].
   int64_t scales() const { return projected ? 3 : 2; }

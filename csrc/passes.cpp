@@ -41,7 +41,7 @@ LayerGradients empty_gradients(const Layer& layer, const Tensors& weights, const
   if (need.x && z.D == 2 && !added) g.x_part[1] = computed({z.N, z.I});
   g.h0 = empty({z.D, z.B, z.R}, x);
   g.c0 = empty({cell.states == 2 ? z.D : 0, z.B, z.H}, x);
-  g.gates = computed({z.D, rows_of_gates, (cell.gates + cell.split) * z.H});
+  g.gates = computed({z.D, rows_of_gates, cell.columns() * z.H});
   g.h = computed({z.D, z.projected ? rows_of_gates : 0, z.R});
   g.norms = computed({z.D, need.norms ? z.N : 0, 2 * cell.states + cell.gates});
   for (const Tensor& w : weights) {
@@ -61,20 +61,21 @@ void fill_results(BackwardProblem& p, const Layer& layer, const LayerGradients& 
   }
   p.dh0 = output(g.h0, {z.D, z.B, z.R});
   p.dc0 = output(g.c0, {z.D, z.B, z.H});
-  p.dgates = output(g.gates, {z.D, z.N, (cell.gates + cell.split) * z.H});
+  p.dgates = output(g.gates, {z.D, z.N, cell.columns() * z.H});
   p.dh = output(g.h, {z.D, z.N, z.R});
   p.norms = output(g.norms, {z.D, z.N, 2 * cell.states + cell.gates});
   p.weight_gradients = need.weights;
   if (!need.weights) return;
-  const WeightOrder order = *WeightOrder::of(g.weights.size(), z.D);
+  const WeightOrder order = *WeightOrder::of(cell, g.weights.size(), z.D);
   const int64_t units = cell.gates * z.H;
   const auto result = [](const Tensor* t, std::initializer_list<int64_t> shape) {
     return t ? output(*t, shape) : nullptr;
   };
   for (int d = 0; d < z.D; ++d) {
     const ListedWeights dw = order.at(g.weights.data(), d);
-    p.dw[d] = {result(dw.w_ih, {units, z.I}), result(dw.w_hh, {units, z.R}), result(dw.b_ih, {units}),
-               result(dw.b_hh, {units}), result(dw.w_hr, {z.R, z.H})};
+    p.dw[d] = {result(dw.w_ih, {units, z.I}), result(dw.w_hh, {units, z.R}),
+               result(dw.b_ih, {units}),      result(dw.b_hh, {units}),
+               result(dw.w_hr, {z.R, z.H}),   result(dw.w_unit, {cell.parameters * z.H})};
   }
 }
 

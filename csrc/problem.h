@@ -50,15 +50,16 @@ inline bool has_even_rows(const RowView& x, const LayerSizes& z) {
 // Something for each weight of one direction; null or empty for one that the layer does not have.
 template <class P>
 struct PerWeight {
-  P w_ih;  // of [G*H, I]
-  P w_hh;  // of [G*H, R]
-  P b_ih;  // of [G*H]
-  P b_hh;  // of [G*H]
-  P w_hr;  // of [R, H]
+  P w_ih;    // of [G*H, I]
+  P w_hh;    // of [G*H, R]
+  P b_ih;    // of [G*H]
+  P b_hh;    // of [G*H]
+  P w_hr;    // of [R, H]
+  P w_unit;  // of [U*H]: parameters of each unit (kParameters of cells/cell.h)
 
   template <class F>
   auto map(const F& f) const {
-    return PerWeight<decltype(f(w_ih))>{f(w_ih), f(w_hh), f(b_ih), f(b_hh), f(w_hr)};
+    return PerWeight<decltype(f(w_ih))>{f(w_ih), f(w_hh), f(b_ih), f(b_hh), f(w_hr), f(w_unit)};
   }
 };
 using LayerWeights = PerWeight<const void*>;  // contiguous
@@ -125,8 +126,8 @@ struct BackwardProblem {
   void* dh0;         // [D, B, R]
   void* dc0;         // [D, B, H], cells with two states
   // In the compute type, or null: not wanted. A row of dgates: dL/d(W_hh h + b_hh) of all gates, then
-  // dL/d(W_ih x + b_ih) of the last kSplit; that of the others is the same.
-  void* dgates;  // [D, N, (G + kSplit)*H]
+  // dL/d(W_ih x + b_ih) of the last kSplit; that of the others is the same. Then what the row adds to dL/d(w_unit).
+  void* dgates;  // [D, N, (G + kSplit + U)*H]
   void* dh;      // [D, N, R]: dL/dh_t of a projected layer, by all ways (with keep_h, of what the cell gives)
   // In the compute type, or null: not wanted. Of each row the norms of what the later steps, dh_n and dc_n send to h_t
   // and, with two states, c_t; of dL/dh_t and dL/dc_t, by all ways; of each gate's gradient, that of W_ih x + b_ih.

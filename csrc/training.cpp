@@ -384,7 +384,7 @@ LongWay way_of_python() { return long_way; }
 List train(CellStep step, KeptSums& kept) {
   const CellConstants& cell = library->constants(step.cell);
   const auto differentiated = [](const at::Tensor& w) { return w.requires_grad(); };
-  const bool one_product = cell.first == cell.gates;
+  const bool one_product = cell.first == cell.gates && cell.parameters == 0;
   const bool adds_up =
       one_product && step.x.size(0) <= kFewRows &&
       std::all_of(step.weights.begin(), step.weights.end(), [](const at::Tensor& w) { return w.is_leaf(); }) &&

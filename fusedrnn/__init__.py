@@ -11,6 +11,7 @@ from . import extension  # noqa: F401  # isort: skip  before all that loads the 
 from . import functional, init, onnx, reference
 from .cells import CELLS, CellInfo
 from .convert import ConversionReport, convert, revert
+from .further_modules import MGU, IndRNN, PeepholeLSTM
 from .insight.recording import LayerGradients, record_gradients
 from .layer import autograd, ops
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, ResidualRNN, RNNCell
@@ -28,9 +29,12 @@ __all__ = [
     "FusedOptions",
     "GRU",
     "GRUCell",
+    "IndRNN",
     "LSTM",
     "LSTMCell",
     "LayerGradients",
+    "MGU",
+    "PeepholeLSTM",
     "QuantizationReport",
     "QuantizedCell",
     "QuantizedRecurrent",

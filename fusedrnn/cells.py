@@ -18,8 +18,11 @@ class CellInfo:
         states: names of the states carried through time, ``h`` first.
         saved: values kept for the backward pass per unit, sample and step, besides the states.
         projectable: whether ``h`` may be a projection ``W_hr m`` of the cell's output ``m``.
+        parameters: names of the parameters of a unit, vectors of H beside the weights, in the order of ``weight_unit``.
+        product: whether gates multiply ``h_{t-1}``. Where they do not, ``weight_hh`` (U*H) is the units' parameters.
         keeps: the gate that multiplies the state before, for initialisers. None: there is none.
-        takes: the gate that multiplies what is new, if it is another than ``keeps``. None: it is not.
+        takes: the gate that multiplies what is new, if it is another than ``keeps``. None: it is not. Of a cell where
+            it alone has a name, what it does not take is kept.
     """
 
     name: str
@@ -27,8 +30,20 @@ class CellInfo:
     states: tuple[str, ...] = ("h",)
     saved: int = 0
     projectable: bool = False
+    parameters: tuple[str, ...] = ()
+    product: bool = True
     keeps: str | None = None
     takes: str | None = None
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of H rows in ``weight_hh``."""
+        return len(self.gates) if self.product else len(self.parameters)
+
+    @property
+    def has_unit_weight(self) -> bool:
+        """Whether the units' parameters are a weight of their own, ``weight_unit``."""
+        return self.product and len(self.parameters) > 0
 
 
 CELLS: dict[str, CellInfo] = {
@@ -42,5 +57,17 @@ CELLS: dict[str, CellInfo] = {
         ),
         CellInfo("gru", gates=("r", "z", "n"), saved=4, keeps="z"),
         CellInfo("gru_reset_before", gates=("r", "z", "n"), saved=3, keeps="z"),
+        CellInfo("mgu", gates=("f", "n"), saved=2, takes="f"),
+        CellInfo(
+            "peephole_lstm",
+            gates=("i", "f", "g", "o"),
+            states=("h", "c"),
+            saved=4,
+            parameters=("p_i", "p_f", "p_o"),
+            keeps="f",
+            takes="i",
+        ),
+        CellInfo("indrnn_tanh", gates=("h",), parameters=("u",), product=False),
+        CellInfo("indrnn_relu", gates=("h",), parameters=("u",), product=False),
     )
 }

@@ -33,6 +33,7 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 3e-5, torch.bfloat16: 6e-2}
 
 WEIGHTS = {"W_ih": "weight_ih_l0", "W_hh": "weight_hh_l0", "b_ih": "bias_ih_l0", "b_hh": "bias_hh_l0"}
 PROJECTION = {"W_hr": "weight_hr_l0"}
+OF_UNITS = {"W_unit": "weight_unit_l0"}
 STATES = ("h0", "c0")
 
 
@@ -55,6 +56,10 @@ CHOICES = {
     "rnn": Cell("rnn", "rnn_tanh", nn.RNN),
     "rnn_relu": Cell("rnn", "rnn_relu", nn.RNN, options={"nonlinearity": "relu"}),
     "residual_rnn": Cell("residual_rnn", "residual_rnn"),
+    "mgu": Cell("mgu", "mgu"),
+    "peephole_lstm": Cell("peephole_lstm", "peephole_lstm"),
+    "indrnn": Cell("indrnn", "indrnn_tanh"),
+    "indrnn_relu": Cell("indrnn", "indrnn_relu", options={"nonlinearity": "relu"}),
 }
 
 
@@ -74,8 +79,14 @@ class Problem:
         info = CELLS[cell.registry]
         rows, bound = len(info.gates) * H, H**-0.5
         normal = {"x": (T, B, I), "h0": (B, P or H)} | ({"c0": (B, H)} if "c" in info.states else {})
-        uniform = {"W_ih": (rows, I), "W_hh": (rows, P or H), "b_ih": (rows,), "b_hh": (rows,)}
-        uniform |= {"W_hr": (P, H)} if P else {}
+        units = (len(info.parameters) * H,)
+        uniform = {
+            "W_ih": (rows, I),
+            "W_hh": (rows, P or H) if info.product else units,
+            "b_ih": (rows,),
+            "b_hh": (rows,),
+        }
+        uniform |= {"W_hr": (P, H)} if P else {"W_unit": units} if info.has_unit_weight else {}
         outputs = {"y": (T, B, P or H)} | {state + "_n": normal[state + "0"] for state in info.states}
 
         def rounded(values: Array) -> Array:
@@ -135,7 +146,7 @@ def autograd_results(problem: Problem, layer: Callable[..., list[Tensor]]) -> Re
         tensors = {name: torch.from_numpy(array).to(problem.dtype) for name, array in problem.arrays.items()}
         leaves = {name: nn.Parameter(tensor) for name, tensor in tensors.items()}
         states = [leaves[name] for name in STATES if name in leaves]
-        weights = {name: leaves[name] for name in (*WEIGHTS, *PROJECTION) if name in leaves}
+        weights = {name: leaves[name] for name in (*WEIGHTS, *PROJECTION, *OF_UNITS) if name in leaves}
         outputs = layer(problem.cell, leaves["x"], states, weights)
         d_outputs = [torch.from_numpy(array).to(problem.dtype) for array in problem.d_outputs.values()]
         grads = torch.autograd.grad(outputs, list(leaves.values()), d_outputs)

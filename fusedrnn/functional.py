@@ -69,7 +69,7 @@ def _stack(
         call = stack._replace(
             x=drop_input(x, drop.input, stack.batch_sizes, layout),
             states=[None if s is None else s if num_layers == 1 else s[own] for s in stack.states],
-            weights=drop_weights(stack.weights[layer * each : (layer + 1) * each], drop.weight, directions),
+            weights=drop_weights(stack.info, stack.weights[layer * each : (layer + 1) * each], drop.weight, directions),
             scales=None if stack.scales is None else stack.scales[layer * each_scales : (layer + 1) * each_scales],
             options=options if last else options._replace(batch_first=False),
             owner=None if owner is None or torch.compiler.is_compiling() else Owner(weakref.ref(owner), layer, layout),
@@ -98,15 +98,15 @@ def _check_cell_and_weights(cell: str, weights: Sequence[Tensor]) -> None:
     for index, weight in enumerate(weights):
         if not isinstance(weight, Tensor):
             raise TypeError(f"weights[{index}] must be a tensor, got {type(weight).__name__}")
-    for name, weight in zip(("w_ih", "w_hh"), weights):
-        if weight.dim() != 2:
-            raise RuntimeError(f"{name} must have 2 dimensions, got {weight.dim()}")
+    for name, weight, dims in zip(("w_ih", "w_hh"), weights, (2, 1 + CELLS[cell].product)):
+        if weight.dim() != dims:
+            raise RuntimeError(f"{name} must have {dims} dimension{'s' * (dims > 1)}, got {weight.dim()}")
 
 
-def _check_hidden_sizes(weights: Sequence[Tensor], parts: int) -> None:
+def _check_hidden_sizes(cell: str, weights: Sequence[Tensor], parts: int) -> None:
     """One H and R for all layers and directions, ``parts`` of them, whose states lie in one tensor."""
     first = weights[1].shape
-    for layer, (_, w_hh, *_) in enumerate(Weights.split(weights, parts)):
+    for layer, (_, w_hh, *_) in enumerate(Weights.split(CELLS[cell], weights, parts)):
         if w_hh.shape != first:
             raise RuntimeError(
                 f"w_hh must have one shape in all layers and directions, {list(first)}, got {list(w_hh.shape)} in the"
@@ -118,7 +118,8 @@ def _check_states(
     cell: str, states: Sequence[Tensor | None], rows: int, batch: tuple[int, ...], weights: Sequence[Tensor]
 ) -> None:
     """The initial states' shapes, before anything is cut out of them."""
-    hidden, out = weights[1].size(0) // len(CELLS[cell].gates), weights[1].size(1)  # H, and R: H or P
+    hidden = weights[1].size(0) // CELLS[cell].blocks
+    out = weights[1].size(1) if CELLS[cell].product else hidden  # R: H or P
     for name, state in zip(CELLS[cell].states, states, strict=True):
         expected = (rows, *batch, out if name == "h" else hidden)
         if state is not None and state.shape != expected:
@@ -151,7 +152,9 @@ def recurrent(
         hx: the initial states, one tensor for each state of the cell: h_0 (L*D, B, R) and, for the LSTM, c_0
             (L*D, B, H); without the B dimension for unbatched input; None for zeros. R is H, or P with a projection.
         weights: for each layer and direction w_ih (G*H, I or D*R), w_hh (G*H, R)[, b_ih (G*H), b_hh (G*H)]
-            [, w_hr (P, H)], in the order of ``torch.nn.LSTM._flat_weights``; gates in torch.nn's order.
+            [, w_hr (P, H)], in the order of ``torch.nn.LSTM._flat_weights``; gates in torch.nn's order. Of a cell with
+            parameters of its units (:class:`CellInfo`), vectors of H, the last is w_unit (U*H); where gates multiply
+            no h, they are w_hh (U*H).
         dropout: probability, on the output of every layer but the last, if ``training``.
         lengths: the steps of each sample, (B,) integers from 0 to T in any order, on any device. The output is zero
             beyond a sample's end, the final states are those of its own last step (without a step, the initial ones),
@@ -193,19 +196,18 @@ def recurrent(
     directions = 2 if bidirectional else 1
     parts = num_layers * directions
     each, rest = divmod(len(weights), parts) if parts > 0 else (0, 0)
-    if rest or each not in Weights.counts(CELLS[cell].projectable):
-        projection = "[, w_hr]" if CELLS[cell].projectable else ""
+    if rest or each not in Weights.counts(CELLS[cell]):
         raise ValueError(
-            f"weights must hold w_ih, w_hh[, b_ih, b_hh]{projection} for each of {num_layers} layer(s) x {directions} "
+            f"weights must hold {Weights.named(CELLS[cell])} for each of {num_layers} layer(s) x {directions} "
             f"direction(s), got {len(weights)} tensors"
         )
-    each_scales = 2 + each % 2
+    each_scales = 3 if CELLS[cell].projectable and each % 2 else 2
     if scales and len(scales) != parts * each_scales:
         raise ValueError(
             f"scales must hold {'s_ih, s_hh, s_hr'[: 6 * each_scales - 2]} for each of {num_layers} layer(s) x "
             f"{directions} direction(s), got {len(scales)} tensors"
         )
-    _check_hidden_sizes(weights, parts)
+    _check_hidden_sizes(cell, weights, parts)
     packed = input if isinstance(input, PackedSequence) else None
     x = input.data if packed is not None else input
     unbatched = packed is None and x.dim() == 2

@@ -37,12 +37,14 @@ def orthogonal_(module: _Module, gain: float = 1.0, generator: Generator | None 
 
     Raises:
         TypeError: ``module`` is not a recurrent layer or cell, ``gain`` not a number.
-        ValueError: a recurrent weight is parametrized or pruned, ``gain`` is not finite.
+        ValueError: a recurrent weight is parametrized or pruned, or a vector (IndRNN), ``gain`` is not finite.
     """
-    gates = _info(module).gates
+    info = _info(module)
+    if not info.product:
+        raise ValueError(f"{type(module).__name__} has no matrix to make orthogonal: its weight_hh is a vector")
     gain = _number("gain", gain)
     for weight in _parameters(module, "weight_hh"):
-        for block in weight.chunk(len(gates)):
+        for block in weight.chunk(len(info.gates)):
             drawn = torch.empty_like(block, dtype=torch.promote_types(block.dtype, torch.float32))
             block.copy_(nn.init.orthogonal_(drawn, gain, generator))
     return module
@@ -50,7 +52,8 @@ def orthogonal_(module: _Module, gain: float = 1.0, generator: Generator | None 
 
 @torch.no_grad()
 def forget_bias_(module: _Module, value: float = 1.0) -> _Module:
-    """Set the bias of the gate that keeps the state (:class:`CellInfo`; LSTM: f, GRU: z): b_ih + b_hh = value.
+    """Set the bias of the gate that keeps the state (:class:`CellInfo`; LSTM: f, GRU: z): b_ih + b_hh = value. Of a
+    cell with a gate that takes alone (MGU: f), b_ih + b_hh = -value: what it does not take is kept.
 
     torch.nn adds two biases of (G*H). Here the gate's H rows of bias_ih get ``value`` and those of bias_hh zero: with
     ``value`` in both the sum is twice that, and with it in one the noise of the other stays. Without input and state
@@ -64,8 +67,9 @@ def forget_bias_(module: _Module, value: float = 1.0) -> _Module:
     """
     info, layers = _biases(module)
     value = _number("value", value)
+    gate, sign = (info.takes, -1) if info.keeps is None else (info.keeps, 1)
     for gates in layers:
-        _set(gates[info.keeps], torch.full_like(gates[info.keeps][0], value))
+        _set(gates[gate], torch.full_like(gates[gate][0], sign * value))
     return module
 
 
@@ -73,11 +77,11 @@ def forget_bias_(module: _Module, value: float = 1.0) -> _Module:
 def chrono_(module: _Module, T_max: float, T_min: float = 2.0, generator: Generator | None = None) -> _Module:
     """Draw time scales of T_min to T_max steps, one for each unit: chrono initialisation (Tallec and Ollivier 2018).
 
-    LSTM: b_f = log(u), b_i = -b_f; GRU: b_z = log(u), z as in h_t = (1 - z) * n + z * h_{t-1}; other cells by ``keeps``
-    and ``takes`` of their :class:`CellInfo`. u of (H), each layer's and direction's own, is uniform on
-    [T_min - 1, T_max - 1], by default the paper's [1, T_max - 1]. Without input and state the gate is u / (1 + u), so
-    that a unit forgets in 1 / (1 - f) = 1 + u steps. b is bias_ih + bias_hh: bias_ih gets it all, those rows of bias_hh
-    zero; the other gates stay. float16 and bfloat16 draw in float32.
+    LSTM: b_f = log(u), b_i = -b_f; GRU: b_z = log(u), z as in h_t = (1 - z) * n + z * h_{t-1}; MGU: b_f = -log(u);
+    other cells by ``keeps`` and ``takes`` of their :class:`CellInfo`. u of (H), each layer's and direction's own, is
+    uniform on [T_min - 1, T_max - 1], by default the paper's [1, T_max - 1]. Without input and state the gate is
+    u / (1 + u), so that a unit forgets in 1 / (1 - f) = 1 + u steps. b is bias_ih + bias_hh: bias_ih gets it all, those
+    rows of bias_hh zero; the other gates stay. float16 and bfloat16 draw in float32.
 
     Raises:
         TypeError: ``module`` is not a recurrent layer or cell, ``T_max`` or ``T_min`` not a number.
@@ -88,10 +92,11 @@ def chrono_(module: _Module, T_max: float, T_min: float = 2.0, generator: Genera
     if not 2 <= T_min < T_max:
         raise ValueError(f"T_min and T_max must be 2 <= T_min < T_max, got T_min {T_min}, T_max {T_max}")
     for gates in layers:
-        rows = gates[info.keeps][0]
+        rows = gates[info.keeps or info.takes][0]
         u = torch.empty_like(rows, dtype=torch.promote_types(rows.dtype, torch.float32))
         bias = u.uniform_(T_min - 1, T_max - 1, generator=generator).log_()
-        _set(gates[info.keeps], bias)
+        if info.keeps is not None:
+            _set(gates[info.keeps], bias)
         if info.takes is not None:
             _set(gates[info.takes], -bias)
     return module
@@ -121,7 +126,7 @@ def _biases(module: nn.Module) -> tuple[CellInfo, list[dict[str, tuple[Tensor, T
     """The cell; for each layer and direction, by gate, the rows (H) of bias_ih and of bias_hh."""
     info = _info(module)
     gates = info.gates
-    if info.keeps is None:
+    if info.keeps is None and info.takes is None:
         raise ValueError(f"{type(module).__name__} has no gate that keeps the state: expected an LSTM, GRU or cell")
     if not module.bias:
         raise ValueError(f"{type(module).__name__} must have biases, got bias=False")

@@ -25,6 +25,7 @@ from .inference.plain_call import form_of, infers, plain_call
 from .inference.streaming import Usual, step
 from .single_step import GRUCell, LSTMCell, RNNCell  # old pickles look for them here
 from .torch_internals import (
+    add_weight,
     flat_weights,
     forget_weight,
     own_checks,
@@ -85,7 +86,8 @@ def _forward(
             raise RuntimeError(f"For {kind} input, {what} should also be {dim}-D but got {got}")
         batched = input if dim == 3 else input.unsqueeze(0 if module.batch_first else 1)
         _check_args(module, batched, None, states and [s if dim == 3 else s.unsqueeze(1) for s in states], two_states)
-    expected = len(CELLS[cell].gates) * module.hidden_size, module.proj_size or module.hidden_size
+    expected = CELLS[cell].blocks * module.hidden_size, module.proj_size or module.hidden_size
+    expected = expected if CELLS[cell].product else expected[:1]
     if weights[1].shape != expected:
         raise RuntimeError(f"weight_hh_l0 must have shape {list(expected)}, got {list(weights[1].shape)}")
     output, finals, *steps = recurrent(
@@ -178,9 +180,14 @@ class _SequenceModule(FusedModule):
             vars(self)["reset_parameters"] = lambda: None  # not before they have their shapes
             super().__init__("RNN_TANH", **given)  # one gate
             del vars(self)["reset_parameters"]
-            self.mode, gates = cell.upper(), len(CELLS[cell].gates)
+            self.mode, info = cell.upper(), CELLS[cell]
             for name, one in own_parameters(self).items():
-                setattr(self, name, torch.nn.Parameter(one.new_empty(gates * one.size(0), *one.shape[1:])))
+                shape = len(info.gates) * one.size(0), *one.shape[1:]
+                if name.startswith("weight_hh") and not info.product:
+                    shape = (info.blocks * one.size(0),)
+                setattr(self, name, torch.nn.Parameter(one.new_empty(shape)))
+            if info.has_unit_weight:
+                add_weight(self, "weight_unit", len(info.parameters) * self.hidden_size)
             refer_strongly(self)
             self.reset_parameters()
         options.tell(self, own)
@@ -306,7 +313,8 @@ class FusedRNNBase(_SequenceModule, torch.nn.RNNBase):
     """A layer of a cell that torch.nn does not have: a subclass says which, ``_cell``, its name in the registry.
 
     Arguments, parameters and shapes are those of :class:`torch.nn.GRU`, with the cell's G gates in the place of three:
-    weight_ih (G*H, I), weight_hh (G*H, H). Of a cell with two states, hx and the final states are pairs.
+    weight_ih (G*H, I), weight_hh (G*H, H). Of a cell with two states, hx and the final states are pairs. Parameters of
+    the units (:class:`CellInfo`) are weight_unit (U*H), or weight_hh (U*H) where gates multiply no h.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -324,9 +332,9 @@ class FusedRNNBase(_SequenceModule, torch.nn.RNNBase):
     ) -> None:  # fmt: skip
         if "proj_size" in others:
             raise ValueError(f"proj_size argument is only supported for LSTM, not {type(self).__name__}")
-        if type(self)._cell is None:
+        if self._cell is None:
             raise TypeError(f"{type(self).__name__} has no cell: make a subclass that names one, _cell = 'gru'")
-        _SequenceModule.__init__(self, dict(locals()), type(self)._cell)
+        _SequenceModule.__init__(self, dict(locals()), self._cell)
 
     def forward(
         self, input: Tensor | PackedSequence, hx: Tensor | tuple[Tensor, Tensor] | None = None, *,
@@ -363,16 +371,26 @@ Returns:
 """
 _ARGUMENTS = {
     "input_size": "I, the elements of x_t", "hidden_size": "H, the elements of h_t", "num_layers": "1; stacked layers",
-    "nonlinearity": '"tanh"; or "relu"', "bias": "True; whether there are b_ih and b_hh",
+    "nonlinearity": '"{}"; "tanh" or "relu"', "bias": "True; whether there are b_ih and b_hh",
     "batch_first": "False; whether input and output are (B, T, *) instead of (T, B, *)",
     "dropout": "0.0; probability, in training, on every element of the output of each layer but the last",
     "bidirectional": "False; whether a second direction goes from the last step to the first",
     "proj_size": "0; P, the elements of h_t = W_hr (o * tanh(c_t)), 0 for h_t as it is",
     "device": "of the parameters", "dtype": "of the parameters",
 }  # fmt: skip
-for _cls in _CLASSES if __doc__ else ():  # python -OO leaves docstrings out
-    _own = [f"    {n}: {_ARGUMENTS[n]}." for n in inspect.signature(_cls.__init__).parameters if n in _ARGUMENTS]
-    _cls.__doc__ = "\n".join([inspect.cleandoc(_cls.__doc__), "", "Arguments, with their defaults:", *_own])
-    _cls.__doc__ += options.documentation(*(() if _cls is GRU else ("reset_after",)))
-    _cls.__init__.__doc__ = "As torch.nn's, and the options of the class, by name."
-    _cls.forward.__doc__ = _FORWARD
+
+
+def document(cls: type[_SequenceModule]) -> type[_SequenceModule]:
+    """The class, its docstrings with what all have in common."""
+    if cls.__doc__:  # python -OO leaves docstrings out
+        taken = inspect.signature(cls.__init__).parameters.items()
+        own = [f"    {n}: {_ARGUMENTS[n].format(p.default)}." for n, p in taken if n in _ARGUMENTS]
+        cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__), "", "Arguments, with their defaults:", *own])
+        cls.__doc__ += options.documentation(*(() if cls is GRU else ("reset_after",)))
+        cls.__init__.__doc__ = "As torch.nn's, and the options of the class, by name."
+        cls.forward.__doc__ = _FORWARD
+    return cls
+
+
+for _cls in _CLASSES:
+    document(_cls)

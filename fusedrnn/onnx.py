@@ -3,8 +3,8 @@
     torch.onnx.export(model, (x,), "model.onnx", dynamo=True, custom_translation_table=fusedrnn.onnx.table())
 
 One operator a layer, both directions, with PackedSequence input too (its ``sequence_lens``), made in the model or from
-inputs of it. What the operators cannot say raises: a projection, the residual RNN, bfloat16. Needs onnxscript, which
-only this module imports.
+inputs of it. What the operators cannot say raises: a projection, other cells (ResidualRNN, MGU, IndRNN), bfloat16.
+Needs onnxscript, which only this module imports.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ _OPERATORS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "rnn_tanh": ("RNN", "h", {"activations": ["Tanh"]}),
     "rnn_relu": ("RNN", "h", {"activations": ["Relu"]}),
     "lstm": ("LSTM", "iofg", {}),
+    "peephole_lstm": ("LSTM", "iofg", {}),
     "gru": ("GRU", "zrn", {"linear_before_reset": 1}),
     "gru_reset_before": ("GRU", "zrn", {"linear_before_reset": 0}),
 }
@@ -61,15 +62,15 @@ def _layer(op: Any, call: LayerCall) -> tuple[Any, Any, Any, Any]:
     _check(cell, weights[0], x.dtype)
     name, order, attributes = _OPERATORS[cell]
     hidden = weights[0].w_hh.shape[1]
-    gates = CELLS[cell].gates
-    rows = [gates.index(gate) * hidden + unit for gate in order for unit in range(hidden)]
+    peepholes = [f"p_{gate}" for gate in order if f"p_{gate}" in CELLS[cell].parameters]
 
-    def stack(*names: str) -> Any:
+    def stack(*names: str, blocks: Sequence[str] = CELLS[cell].gates, order: Sequence[str] = order) -> Any:
         """[D, len(names) * G * H, ...]: these weights of each direction, gates in ONNX's order."""
         parts = [[getattr(own, name) for name in names] for own in weights]
+        rows = [blocks.index(block) * hidden + unit for block in order for unit in range(hidden)]
         if all(_is_constant(part) for own in parts for part in own):
-            return _stacked(parts, order, rows)
-        if len(gates) > 1:
+            return _stacked(parts, "".join(order), rows)
+        if len(blocks) > 1:
             parts = [[op.Gather(part, op.Constant(value_ints=rows), axis=0) for part in own] for own in parts]
         return op.Concat(*(op.Unsqueeze(op.Concat(*own, axis=0), [0]) for own in parts), axis=0)
 
@@ -86,6 +87,7 @@ def _layer(op: Any, call: LayerCall) -> tuple[Any, Any, Any, Any]:
         bias,
         lengths,
         *call.states,
+        *([stack("w_unit", blocks=CELLS[cell].parameters, order=peepholes)] if peepholes else []),
         hidden_size=hidden,
         direction="bidirectional" if call.bidirectional else "forward",
         **attributes,

@@ -129,7 +129,7 @@ class HasOptions:
     """A module of ours. One that torch.nn's constructor has made, or a pickle of it, has the class's options."""
 
     fused_options: FusedOptions = DEFAULT
-    _cell: str | None = None  # of a class that torch.nn does not have: its cell's name in the registry
+    _cell: str | None = None  # of a class, or module, that torch.nn does not have: its cell's name in the registry
 
 
 def of(module: nn.Module) -> FusedOptions:
@@ -183,8 +183,8 @@ def cell_of(module: nn.RNNBase | nn.RNNCellBase) -> str:
         return f"rnn_{module.nonlinearity}"
     if isinstance(module, _RNN) and module.mode not in ("RNN_TANH", "RNN_RELU"):
         raise AssertionError(f"mode must be RNN_TANH or RNN_RELU, got {module.mode}")
-    if isinstance(module, HasOptions) and type(module)._cell is not None:
-        return type(module)._cell
+    if isinstance(module, HasOptions) and module._cell is not None:
+        return module._cell
     cell = str(module.mode).lower()  # of a class that copies the methods of torch.nn's or ours
     if cell not in CELLS:
         raise AssertionError(f"mode must be the name of a cell, got {module.mode}")

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import modules, options
+from . import further_modules, modules, options
+from .cells import CELLS
 from .convert import ConversionEntry, check_model, listed, own_class, title
 from .inference import cache
 from .quantized import MOST_INT8, QuantizedCell, QuantizedRecurrent, short, small_dtype
@@ -16,6 +17,7 @@ from .torch_internals import flat_weights, hooks_before, weight_names
 
 _CLASSES = {getattr(nn, name) for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")}
 _CLASSES |= {getattr(modules, name) for name in modules.__all__} - {modules.FusedRNNBase}
+_CLASSES |= {getattr(further_modules, name) for name in further_modules.__all__}
 #: What torch.nn's constructors and ours leave in a module.
 _OWN = {*vars(nn.LSTM(1, 1)), *vars(nn.RNN(1, 1)), *vars(nn.RNNCell(1, 1)), "fused_options"}
 
@@ -58,9 +60,10 @@ def quantize(model: nn.Module, dtype: str | torch.dtype = "int8") -> Quantizatio
 
     A module keeps its identity and its hooks: its class changes, parameters become buffers. ``model`` itself may be
     one. Computed weights (``torch.nn.utils.parametrize``) are taken as they are now. Dropout and options for training
-    are left out, zoneout stays. Left alone, with the reason in the report: subclasses with code of their own, modules
-    whose ``forward`` was replaced on the instance or whose weights a hook computes, weights that are on another device
-    than the CPU or not finite. A second call changes nothing.
+    are left out, zoneout stays. Left alone, with the reason in the report: subclasses with code of their own, cells
+    whose units have parameters (PeepholeLSTM, IndRNN), modules whose ``forward`` was replaced on the instance or whose
+    weights a hook computes, weights that are on another device than the CPU or not finite. A second call changes
+    nothing.
 
     Raises:
         TypeError: ``model`` is not a torch.nn.Module.
@@ -112,6 +115,8 @@ def _weights(module: nn.Module) -> list[Tensor]:
 def _obstacle(module: nn.Module, cls: type[nn.Module]) -> str | None:
     if cls not in _CLASSES:
         return "a subclass, whose code may be its own"
+    if CELLS[options.cell_of(module)].parameters:
+        return "its units have parameters of their own, which kernels with small matrices do not read"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
     if any(type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks_before(module)):

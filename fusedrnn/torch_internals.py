@@ -227,8 +227,29 @@ def weight_names(module: nn.RNNBase) -> list[str]:
     if names is not None:
         return names
     kinds = ["weight_ih", "weight_hh"] + ["bias_ih", "bias_hh"] * module.bias + ["weight_hr"] * (module.proj_size > 0)
+    kinds += ["weight_unit"] * hasattr(module, "weight_unit_l0")
     directions = ("", "_reverse")[: 1 + module.bidirectional]
     return [f"{kind}_l{layer}{end}" for layer in range(module.num_layers) for end in directions for kind in kinds]
+
+
+def add_weight(module: nn.RNNBase, kind: str, size: int) -> None:
+    """A further parameter (size) of each layer and direction, after its others, as torch.nn's constructor adds them.
+    Without the names: the parameters alone.
+    """
+    directions = ("", "_reverse")[: 1 + module.bidirectional]
+    ends = [f"_l{layer}{end}" for layer in range(module.num_layers) for end in directions]
+    before = weight_names(module)
+    each = len(before) // len(ends)
+    for i, end in enumerate(ends):
+        for name in before[i * each : (i + 1) * each]:  # to the end: parameters() has the order of the weights
+            parameter = getattr(module, name)
+            delattr(module, name)
+            setattr(module, name, parameter)
+        setattr(module, kind + end, nn.Parameter(module.weight_ih_l0.new_empty(size)))
+    if hasattr(module, "_all_weights"):
+        module._all_weights = [[*names, kind + end] for names, end in zip(module._all_weights, ends, strict=True)]
+        module._flat_weights_names = [name for names in module._all_weights for name in names]
+        module._init_flat_weights()
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:

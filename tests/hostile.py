@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from loops import two_states
+from loops import TWINS, two_states, weight_shapes
 
 from fusedrnn.cells import CELLS
 
@@ -154,10 +154,8 @@ class Layers:
         found = []
         for layer in range(self.layers):
             width = self.D * self.R if layer else self.I
-            G = len(CELLS[self.cell].gates) * self.H
-            for _ in range(self.D):
-                shapes = [(G, width), (G, self.R), *([(G,)] * 2 if self.bias else [])]
-                found += [self.random(*s, scale=0.4) for s in shapes + ([(self.R, self.H)] if self.projected else [])]
+            shapes = weight_shapes(self.cell, width, self.H, self.R if self.projected else 0, self.bias)
+            found += [self.random(*s, scale=0.4) for s in shapes * self.D]
         return found
 
 
@@ -204,7 +202,7 @@ ZONEOUTS = (
 
 def op(draw: random.Random, *, backward: bool) -> Call:
     z = layers(draw, stacked=False)
-    if backward and z.cell in ("rnn_relu", "residual_rnn"):  # a kink, a state without bounds: not in 16 bits
+    if backward and (TWINS[z.cell].kink or z.cell == "residual_rnn"):  # a kink, a state without bounds: not in 16 bits
         z.dtype = draw.choice(DTYPES[:2])
     some = lambda value: value if draw.random() < 0.5 else None  # noqa: E731
     sizes = None
@@ -270,7 +268,7 @@ def infer(draw: random.Random) -> Call:
     begin += [f"layers = {z.layers}", f"zoneout = {draw.choice(ZONEOUTS[:2])}", "kept = _C.packed_weights()"]
     tensors = [name for name, value in names.items() if value] + [f"weights[{i}]" for i in range(len(z.weights()))]
     begin += [f"I, H, R = {z.I}, {z.H}, {z.R}"]
-    states = "states = None if h0 is None and c0 is None else (h0, c0) if cell == 'lstm' else (h0,)"
+    states = "states = None if h0 is None and c0 is None else (h0, c0) if 'lstm' in cell else (h0,)"
     form = f"form = {2 if step else 3}, layers, 2 if bidirectional else 1, I, H, R"
     call = "_C.infer(x, states, weights, cell, form, kept, zoneout)"
     if draw.random() < 0.4:
@@ -293,7 +291,7 @@ def step(draw: random.Random) -> Call:
     begin += [f"I, H, R = {z.I}, {z.H}, {z.R}"]
     prepare = "prepared = _C.prepare_step(x, weights, cell, (2, layers, 1, I, H, R), zoneout)"
     call = "prepared and _C.step(prepared, x, hx, weights)"
-    usual = "hx = (h0, c0) if cell == 'lstm' and not h0 is c0 is None else h0"
+    usual = "hx = (h0, c0) if 'lstm' in cell and not h0 is c0 is None else h0"
     hx = draw.choice((usual,) * 9 + ("hx = (h0, c0)", "hx = [h0, c0]", "hx = (h0,)", "hx = (h0, c0, x)"))
     tensors = ["x", *(name for name, value in states.items() if value)]
     tensors += [f"weights[{i}]" for i in range(len(z.weights()))]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-BOUNDED = ("lstm", "rnn_tanh", "gru", "gru_reset_before")
+BOUNDED = ("lstm", "rnn_tanh", "gru", "gru_reset_before", "mgu")
 
 
 def scales_of(rows: Tensor, least: float) -> Tensor:
@@ -67,6 +67,10 @@ def layer(
                 size = w_hh.size(1)
                 n = (xs[2] + rounded(r * h, scales) @ w_hh[2 * size :].T + b_hh[2 * size :]).tanh()
             h_next = n + z * (h - n)
+        elif cell == "mgu":
+            f, size = (xs[0] + hs[0]).sigmoid(), w_hh.size(1)
+            n = (xs[1] + rounded(f * h, scales) @ w_hh[size:].T + b_hh[size:]).tanh()
+            h_next = h + f * (n - h)
         else:
             a = xs[0] + hs[0]
             h_next = {"rnn_tanh": a.tanh(), "rnn_relu": a.relu(), "residual_rnn": h + a.tanh()}[cell]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from hostile import Call
-from loops import Steps, op_loop, two_states
+from loops import Steps, op_loop, two_states, weight_shapes
 from tolerances import TOLERANCE
 from torch import Tensor
 
@@ -80,14 +80,15 @@ def name_of(cell: Any) -> str:
 def weights_of(weights: Any, cell: str, D: int, x: Tensor, like: Tensor) -> tuple[list[Tensor], int, int]:
     """Of one layer: the weights, H, R."""
     expect(isinstance(weights, (list, tuple)), "weights is no list")
-    each, G = len(weights) // D, len(CELLS[cell].gates)
+    each, info = len(weights) // D, CELLS[cell]
     expect(each * D == len(weights) and each in (2, 3, 4, 5), "number of weights")
-    expect(each % 2 == 0 or CELLS[cell].projectable, "projected")
-    w_hh = values(weights[1], "w_hh", None, like)
-    expect(w_hh.dim() == 2 and len(w_hh) > 0 and len(w_hh) % G == 0, "w_hh")
-    H = len(w_hh) // G
-    R = w_hh.shape[1] if each % 2 else H
-    shapes = [(G * H, x.shape[-1]), (G * H, R), *([(G * H,)] * 2 if each > 3 else []), *([(R, H)] if each % 2 else [])]
+    expect(each % 2 == 0 or info.projectable or info.has_unit_weight, "projected")
+    expect(each % 2 == 1 or not info.has_unit_weight, "no parameters of the units")
+    w_hh, blocks = values(weights[1], "w_hh", None, like), len(info.gates if info.product else info.parameters)
+    expect(w_hh.dim() == 1 + info.product and len(w_hh) > 0 and len(w_hh) % blocks == 0, "w_hh")
+    H, projected = len(w_hh) // blocks, info.projectable and each % 2 == 1
+    R = w_hh.shape[1] if projected else H
+    shapes = weight_shapes(cell, x.shape[-1], H, R if projected else 0, each > 3)
     return [values(w, f"weights[{i}]", shapes[i % each], like) for i, w in enumerate(weights)], H, R
 
 
@@ -167,14 +168,15 @@ def backward(a: Names) -> dict[str, Any]:
     dx, dh0, *others = found[: len(leaves)]
     dc0 = others.pop(0) if two else x.new_zeros(0, B, H)
     of = {name: found[len(leaves) + i * D * N :][: D * N] for i, name in enumerate(names)}
-    split, gates, projected = SPLIT[cell], bool(a["need_gates"]), len(a["weights"]) // D % 2
-    dgates = x.new_zeros(D, N if gates else 0, (G + split) * H)
+    split, gates, each = SPLIT[cell], bool(a["need_gates"]), len(a["weights"]) // D
+    projected, units = CELLS[cell].projectable and each % 2, len(CELLS[cell].parameters)
+    dgates = x.new_zeros(D, N if gates else 0, (G + split + units) * H)
     dh = x.new_zeros(D, N if gates and projected else 0, R)
     norms = x.new_zeros(D, N if a["need_norms"] else 0, (4 if two else 2) + G)
     for i, (d, n) in enumerate(itertools.product(range(D), range(N))):
         ih, hh = of["ih"][i], of["hh"][i]
         if gates:
-            dgates[d, n] = torch.cat([hh, ih[(G - split) * H :]])
+            dgates[d, n] = torch.cat([hh, ih[(G - split) * H :], *([of["units"][i]] if units else [])])
         if gates and projected:
             dh[d, n] = of["cell_h"][i][0]
         if a["need_norms"]:

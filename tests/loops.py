@@ -2,7 +2,8 @@
 
 Everything here is differentiable by torch.autograd and shares nothing with the code under test. TWINS says, for each
 cell of the registry, its step, our module classes and torch.nn's (None where there is no such class). Shapes:
-x [B, I], states [B, H] each, w_ih [G H, I], w_hh [G H, H or P], b_ih and b_hh [G H] or None.
+x [B, I], states [B, H] each, w_ih [G H, I], w_hh [G H, H or P], b_ih and b_hh [G H] or None; of a cell with
+parameters of its units these come last, w_unit [U H], or are w_hh [U H] if no product reads h.
 """
 
 from __future__ import annotations
@@ -56,6 +57,28 @@ def _gru_reset_before(x, states, w_ih, w_hh, b_ih, b_hh) -> States:
     return ((h - n) * z + n,)  # likewise
 
 
+def _mgu(x, states, w_ih, w_hh, b_ih, b_hh) -> States:
+    (h,) = states
+    x_f, x_n = linear(x, w_ih, b_ih).chunk(2, dim=1)
+    w_f, w_n = w_hh.chunk(2)
+    b_f, b_n = (None, None) if b_hh is None else b_hh.chunk(2)
+    f = torch.sigmoid(x_f + linear(h, w_f, b_f))
+    return (h + f * (torch.tanh(x_n + linear(f * h, w_n, b_n)) - h),)
+
+
+def _peephole_lstm(x, states, w_ih, w_hh, b_ih, b_hh, w_unit) -> States:
+    h, c = states
+    i, f, g, o = (linear(x, w_ih, b_ih) + linear(h, w_hh, b_hh)).chunk(4, dim=1)
+    p_i, p_f, p_o = w_unit.chunk(3)
+    c_next = torch.sigmoid(f + p_f * c) * c + torch.sigmoid(i + p_i * c) * torch.tanh(g)
+    return torch.sigmoid(o + p_o * c_next) * torch.tanh(c_next), c_next
+
+
+def _indrnn(x, states, w_ih, u, b_ih, b_hh, *, activation) -> States:
+    a = linear(x, w_ih, b_ih) + u * states[0]
+    return (activation(a if b_hh is None else a + b_hh),)
+
+
 @dataclass(frozen=True)
 class Twin:
     """What stands opposite a cell of the registry."""
@@ -65,6 +88,7 @@ class Twin:
     cell: Callable[..., nn.Module] | None = None
     torch_layer: Callable[..., nn.Module] | None = None
     torch_cell: Callable[..., nn.Module] | None = None
+    kink: bool = False  # whether its derivative jumps: there 16 bits may round to the other side, and differences fail
 
 
 def _both(name: str, **options) -> dict[str, Callable[..., nn.Module]]:
@@ -80,18 +104,44 @@ def _both(name: str, **options) -> dict[str, Callable[..., nn.Module]]:
 
 TWINS: dict[str, Twin] = {
     "rnn_tanh": Twin(partial(_rnn, activation=torch.tanh), **_both("RNN", nonlinearity="tanh")),
-    "rnn_relu": Twin(partial(_rnn, activation=torch.relu), **_both("RNN", nonlinearity="relu")),
+    "rnn_relu": Twin(partial(_rnn, activation=torch.relu), kink=True, **_both("RNN", nonlinearity="relu")),
     "residual_rnn": Twin(_residual_rnn, fusedrnn.ResidualRNN),
     "lstm": Twin(_lstm, **_both("LSTM")),
     "gru": Twin(_gru, **_both("GRU")),
     "gru_reset_before": Twin(
         _gru_reset_before, partial(fusedrnn.GRU, reset_after=False), partial(fusedrnn.GRUCell, reset_after=False)
     ),
+    "mgu": Twin(_mgu, fusedrnn.MGU),
+    "peephole_lstm": Twin(_peephole_lstm, fusedrnn.PeepholeLSTM),
+    "indrnn_tanh": Twin(partial(_indrnn, activation=torch.tanh), partial(fusedrnn.IndRNN, nonlinearity="tanh")),
+    "indrnn_relu": Twin(
+        partial(_indrnn, activation=torch.relu), partial(fusedrnn.IndRNN, nonlinearity="relu"), kink=True
+    ),
 }
 
 
 def two_states(cell: str) -> bool:
     return len(fusedrnn.CELLS[cell].states) == 2
+
+
+def units_of(cell: str, w_hh: Tensor) -> int:
+    """H."""
+    info = fusedrnn.CELLS[cell]
+    return len(w_hh) // len(info.gates if info.product else info.parameters)
+
+
+def weight_shapes(cell: str, I: int, H: int, proj: int = 0, bias: bool = True) -> list[tuple[int, ...]]:
+    """Of one direction, in the order of the ops."""
+    info = fusedrnn.CELLS[cell]
+    rows, units = len(info.gates) * H, (len(info.parameters) * H,)
+    shapes = [(rows, I), (rows, proj or H) if info.product else units, *[(rows,)] * (2 * bias)]
+    return shapes + [(proj, H)] * bool(proj) + [units] * (info.product and len(info.parameters) > 0)
+
+
+def of_units(cell: str, module: nn.Module, suffix: str = "") -> list[Tensor]:
+    """A step's last argument, of a cell that has parameters of its units besides w_hh."""
+    info = fusedrnn.CELLS[cell]
+    return [getattr(module, "weight_unit" + suffix)] if info.parameters and info.product else []
 
 
 SINGLES = [name for name, twin in TWINS.items() if twin.cell]  # cells with a single-step module
@@ -131,7 +181,8 @@ def cell_loop(cell: str, module: nn.Module, input: Tensor, hx=None):
     if hx is None:
         hx = (zeros, zeros) if two_states(cell) else zeros
     states = hx if two_states(cell) else (hx,)
-    new = TWINS[cell].step(input, states, module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh)
+    weights = [module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh, *of_units(cell, module)]
+    new = TWINS[cell].step(input, states, *weights)
     return new if two_states(cell) else new[0]
 
 
@@ -145,7 +196,7 @@ def _states(module: nn.Module, hx, x: Tensor, cell: str) -> States:
 
 def _run(cell, module, suffix, x, states, active, reset, *, reverse):
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    weights = [getattr(module, name + suffix, None) for name in names]
+    weights = [*(getattr(module, name + suffix, None) for name in names), *of_units(cell, module, suffix)]
     projection = getattr(module, "weight_hr" + suffix, None)
     outputs = [None] * len(x)
     for t in reversed(range(len(x))) if reverse else range(len(x)):
@@ -168,7 +219,7 @@ class Steps:
     h_n: Tensor
     c_n: Tensor | None
     c: Tensor | None  # c_t of every row
-    rows: dict[str, list[Tensor]]  # h, c and what goes on from them: sent_h, sent_c; cell_h; ih, hh
+    rows: dict[str, list[Tensor]]  # h, c and what goes on from them: sent_h, sent_c; cell_h; ih, hh, units
 
 
 class _Limited(torch.autograd.Function):
@@ -193,22 +244,23 @@ def op_loop(
     by_norm: bool = False,
 ) -> Steps:  # fmt: skip
     """A layer as the ops take it, one sample and one step at a time; each step has biases of its own, whose gradients
-    are those of the gates. x (T, B, I) or (N, I), noise: mask_h, keep_h, keep_c."""
+    are those of the gates, and parameters of its units. x (T, B, I) or (N, I), noise: mask_h, keep_h, keep_c."""
     sizes = [x.shape[1]] * x.shape[0] if batch_sizes is None else batch_sizes
     x, each, T, B = x.flatten(0, -2), len(weights) // directions, len(sizes), sizes[0]
     first = [sum(sizes[:t]) for t in range(T)]
     keeps = [None if k is None else k.flatten(0, -2) for k in noise[1:]]
     two = two_states(cell)
-    kinds = ("h", "c", "sent_h", "sent_c", "cell_h", "ih", "hh")
+    kinds = ("h", "c", "sent_h", "sent_c", "cell_h", "ih", "hh", "units")
     rows: dict[str, list] = {name: [None] * (directions * len(x)) for name in kinds}
     finals: list[States] = []
     for d in range(directions):
         w_ih, w_hh, *others = weights[d * each : (d + 1) * each]
         b_ih, b_hh = others[:2] if len(others) > 1 else [w_ih[:, :0].sum(1)] * 2  # zeros
-        w_hr = others[-1] if len(others) % 2 else None
-        hidden = w_hr.shape[1] if w_hr is not None else w_hh.shape[1]
+        projects = fusedrnn.CELLS[cell].projectable and len(others) % 2
+        w_hr, parameters = (others[-1], []) if projects else (None, others[len(others) // 2 * 2 :])
+        hidden = units_of(cell, w_hh)
         for b in range(B):
-            starts = ((h0, w_hh.shape[1]), (c0, hidden))[: 2 if two else 1]
+            starts = ((h0, hidden if w_hr is None else len(w_hr)), (c0, hidden))[: 2 if two else 1]
             states = tuple(x.new_zeros(1, n) if s is None else s[d, b, None] for s, n in starts)
             times = [t for t in range(T) if sizes[t] > b]
             for step, t in enumerate(reversed(times) if d else times):
@@ -217,8 +269,11 @@ def op_loop(
                 if bptt and step and (t + d) % bptt == 0:
                     before = tuple(s.detach() for s in before)
                 own = b_ih.clone(), b_hh.clone()
-                masked = w_hh if noise[0] is None else w_hh * noise[0][d, b]
-                new = TWINS[cell].step(x[at, None], before, w_ih, masked, *own)
+                units = [p.clone() for p in parameters or [w_hh][w_hh.dim() - 1 :]]
+                rows["units"][d * len(x) + at] = units[0] if units else None
+                own_hh = w_hh if w_hh.dim() == 2 else units[0]
+                masked = own_hh if noise[0] is None else own_hh * noise[0][d, b]
+                new = TWINS[cell].step(x[at, None], before, w_ih, masked, *own, *units[: len(parameters)])
                 if w_hr is not None:
                     new = (linear(new[0], w_hr), *new[1:])
                 rows["cell_h"][d * len(x) + at] = new[0]

@@ -219,7 +219,7 @@ def test_a_readme_without_markers_is_an_error(tmp_path, text):
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--cells", "lstm,peephole"], "unknown peephole"),
+    (["--cells", "lstm,clockwork"], "unknown clockwork"),
     (["--only", "("], "no regular expression"),
     (["--only", "nothing-has-this"], "no case matches"),
     (["--threads", "0"], "must be at least 1"),

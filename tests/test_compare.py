@@ -36,7 +36,7 @@ def test_passes(cell: str, dtype: str, capsys: pytest.CaptureFixture[str]) -> No
     info = CELLS[compare.CHOICES[cell].registry]
     names = {"y", "dx", *(f"d{weight}" for weight in compare.WEIGHTS)}
     names |= {name for state in info.states for name in (f"{state}_n", f"d{state}0")}
-    names |= {"dW_hr"} if cell == "lstm_proj" else set()
+    names |= {"dW_hr"} if cell == "lstm_proj" else {"dW_unit"} if info.has_unit_weight else set()
     names |= {f"{name}[{gate}]" for gate in info.gates for name in ("da", "dW_ih", "dW_hh", "db_ih", "db_hh")}
     assert printed == names
     assert ("torch.nn has no such cell" in out) == (TWINS[compare.CHOICES[cell].registry].torch_layer is None)

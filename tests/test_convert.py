@@ -232,7 +232,7 @@ def test_what_torch_nn_lacks_is_not_reverted() -> None:
     report = fusedrnn.revert(model)
     assert [entry.name for entry in report.replaced] == ["gru"]
     assert [entry.name for entry in report.left] == ["paper", "cell", *lacking] and len(lacking) >= 2
-    assert all(type(model[name]).__module__ == "fusedrnn.modules" for name in lacking)
+    assert all(type(model[name]).__module__.startswith("fusedrnn.") for name in lacking)
     assert all("torch.nn has no such cell" in entry.reason for entry in report.left)
     assert type(model["paper"]) is fusedrnn.GRU and not model["paper"].fused_options.reset_after
     subclass = type("Mine", (fusedrnn.LSTM,), {"__doc__": "Somebody's own."})

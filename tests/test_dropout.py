@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import TWINS
+from loops import TWINS, weight_shapes
 from parity import DEVICE
 from test_through_time import Limited
 from tolerances import assert_all_close
@@ -41,6 +41,7 @@ def one_layer(
     for d, (b, length) in product(range(directions), enumerate(lengths)):
         w_ih, w_hh, *rest = weights[d * each : (d + 1) * each]
         biases = tuple(rest[:2]) if each >= 4 else (None, None)
+        of_units = rest[-1:] if CELLS[cell].has_unit_weight else []
         w_hh = w_hh if noise.mask_h is None else w_hh * noise.mask_h[d, b]
         now = tuple(s[d, b : b + 1] for s in states)
         for t in reversed(range(length)) if d else range(length):
@@ -49,8 +50,8 @@ def one_layer(
                 now = tuple(Limited.apply(s, clip, mode) for s in now)
             if bptt and before % bptt == 0 and 0 < before < length:
                 now = tuple(s.detach() for s in now)
-            new = TWINS[cell].step(x[row : row + 1], now, w_ih, w_hh, *biases)
-            new = (linear(new[0], rest[-1]), *new[1:]) if each % 2 else new
+            new = TWINS[cell].step(x[row : row + 1], now, w_ih, w_hh, *biases, *of_units)
+            new = (linear(new[0], rest[-1]), *new[1:]) if each % 2 and not of_units else new
             keeps = [None if k is None else k[row].chunk(directions)[d] for k in noise[1:]]
             now = tuple(n if k is None else k * s + (1 - k) * n for n, s, k in zip(new, now, keeps))
             for state, steps in zip(now, rows):
@@ -70,7 +71,7 @@ def draw(
     the place of zeros and ones.
     """
     g = torch.Generator().manual_seed(seed)
-    gates, two, out, n = len(CELLS[cell].gates), len(CELLS[cell].states) == 2, proj or H, sum(sizes)
+    two, out, n = len(CELLS[cell].states) == 2, proj or H, sum(sizes)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=g, dtype=torch.float64).mul(0.7).to(dtype).requires_grad_()
@@ -82,10 +83,7 @@ def draw(
         return (values if means else (values < 0.4).double() * (1.6 if kind == "m" else 1)).to(dtype)
 
     masks = (("m", directions, sizes[0], out), ("h", n, directions * out), ("c", n, directions * H))
-    weights = []
-    for _ in range(directions):
-        weights += [normal(gates * H, I), normal(gates * H, out), normal(gates * H), normal(gates * H)]
-        weights += [normal(proj, H)] if proj else []
+    weights = [normal(*shape) for shape in weight_shapes(cell, I, H, proj) * directions]
     return {
         "x": normal(n, I),
         "h0": normal(directions, sizes[0], out),

@@ -315,7 +315,8 @@ def test_weights_of_a_wrong_shape(cell: str) -> None:
     for key, shape in (
         ("weight_ih_l0", (3, 4)),
         ("weight_hh_l0", (len(CELLS[cell].gates) * 5, 6)),
-        ("weight_hh_l1", (len(CELLS[cell].gates) * 5,)),
+        ("weight_hh_l1", (len(CELLS[cell].gates) * 5, *[1] * (not CELLS[cell].product))),
+        *[("weight_unit_l1", (5, 1))] * CELLS[cell].has_unit_weight,
         ("bias_ih_l0", (2,)),
         ("bias_hh_l1", (0,)),
     ):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from inference import FLOATS, by_the_ops, same, tensors
 from loops import TWINS
-from parity import Case, run_twin
+from parity import EMULATED, Case, run_twin
 from tolerances import assert_all_close
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -46,6 +46,7 @@ def test_a_deep_stack_holds_two_layers_at_a_time() -> None:
 def test_stacked_layers_side_by_side(cell: str, T: int, B: int, layers: int, threads: Callable) -> None:
     threads(2)
     assert probes.pipeline_steps(T, B, 9, 4, 8, layers, 2) > 0
+    T = min(T, 20) if EMULATED else T
     for dtype in FLOATS:
         for h0 in (True, False):
             case = Case(cell, T=T, B=B, I=4, H=9, num_layers=layers, h0=h0, dtype=dtype)

@@ -30,7 +30,12 @@ for _cell, _twin in TWINS.items():
                 MAKERS[f"{_cell}-{_kind}-stacked"] = (_cell, partial(_maker, num_layers=3, bidirectional=True))
             if "layer" in _kind and CELLS[_cell].projectable:
                 MAKERS[f"{_cell}-{_kind}-projected"] = (_cell, partial(_maker, num_layers=2, proj_size=4))
-KEEPS = {name: info.keeps for name, info in CELLS.items() if info.keeps}
+#: The gate, and whether its bias keeps the state (1) or lets it go (-1).
+KEEPS = {
+    name: (info.keeps, 1) if info.keeps else (info.takes, -1)
+    for name, info in CELLS.items()
+    if info.keeps or info.takes
+}
 GATED = [name for name, (cell, _) in MAKERS.items() if cell in KEEPS]
 INITIALISERS = {
     "orthogonal_": init.orthogonal_,
@@ -84,7 +89,7 @@ def kept_gate(cell: str, module: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("gain", [1.0, 0.7])
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", [name for name, (cell, _) in MAKERS.items() if CELLS[cell].product])
 def test_every_block_is_orthogonal_and_nothing_else_changes(name: str, gain: float) -> None:
     cell, maker = MAKERS[name]
     module = maker(6, H, dtype=torch.float64)
@@ -120,8 +125,9 @@ def test_the_blocks_are_those_of_torch() -> None:
 
 def test_the_gates_that_keep_and_take() -> None:
     """As the papers have them: what ``kept_gate`` does not see of a gate that takes."""
-    expected = {"lstm": ("f", "i"), "gru": ("z", None), "gru_reset_before": ("z", None)}
-    for cell in ("rnn_tanh", "rnn_relu", "residual_rnn", *expected):
+    expected = {"lstm": ("f", "i"), "gru": ("z", None), "gru_reset_before": ("z", None), "mgu": (None, "f")}
+    expected["peephole_lstm"] = ("f", "i")
+    for cell in ("rnn_tanh", "rnn_relu", "residual_rnn", "indrnn_tanh", "indrnn_relu", *expected):
         assert (CELLS[cell].keeps, CELLS[cell].takes) == expected.get(cell, (None, None))
 
 
@@ -130,10 +136,10 @@ def test_the_gates_that_keep_and_take() -> None:
 def test_the_forget_bias_is_the_sum_and_the_gate_its_sigmoid(name: str, value: float) -> None:
     cell, maker = MAKERS[name]
     module = maker(6, H, dtype=torch.float64)
-    expected = snapshot(module)
+    expected, (gate, sign) = snapshot(module), KEEPS[cell]
     for ih, hh in zip(named(expected, "bias_ih"), named(expected, "bias_hh"), strict=True):
-        ih[gate_rows(cell, KEEPS[cell])] = value
-        hh[gate_rows(cell, KEEPS[cell])] = 0
+        ih[gate_rows(cell, gate)] = sign * value
+        hh[gate_rows(cell, gate)] = 0
     assert init.forget_bias_(module, value) is module
     assert same(snapshot(module), expected)
     gate = kept_gate(cell, module)
@@ -144,11 +150,11 @@ def test_the_forget_bias_is_the_sum_and_the_gate_its_sigmoid(name: str, value: f
 def test_chrono_draws_time_scales_within_its_bounds(name: str) -> None:
     cell, maker = MAKERS[name]
     module = maker(6, H, dtype=torch.float64)
-    expected = snapshot(module)
+    expected, (keeps, sign) = snapshot(module), KEEPS[cell]
     assert init.chrono_(module, T_max=200, T_min=100) is module
-    drawn = bias_of(cell, module, KEEPS[cell])
+    drawn = [sign * bias for bias in bias_of(cell, module, keeps)]
     for ih, hh, b in zip(named(expected, "bias_ih"), named(expected, "bias_hh"), drawn, strict=True):
-        for gate, value in {KEEPS[cell]: b, CELLS[cell].takes: -b}.items():
+        for gate, value in {CELLS[cell].keeps: b, CELLS[cell].takes: -b}.items():
             if gate is not None:
                 ih[gate_rows(cell, gate)] = value
                 hh[gate_rows(cell, gate)] = 0
@@ -272,7 +278,7 @@ def test_what_is_no_recurrent_module_is_refused(initialiser: str) -> None:
 @pytest.mark.parametrize("initialiser", ["forget_bias_", "chrono_"])
 def test_gates_and_biases_that_are_not_there_are_refused(initialiser: str) -> None:
     call = INITIALISERS[initialiser]
-    for module in (nn.RNN(3, 4), nn.RNNCell(3, 4), fusedrnn.RNN(3, 4), fusedrnn.ResidualRNN(3, 4)):
+    for module in (nn.RNN(3, 4), nn.RNNCell(3, 4), fusedrnn.RNN(3, 4), fusedrnn.IndRNN(3, 4)):
         before = snapshot(module)
         with pytest.raises(ValueError, match=f"{type(module).__name__} has no gate that keeps the state"):
             call(module)
@@ -280,6 +286,14 @@ def test_gates_and_biases_that_are_not_there_are_refused(initialiser: str) -> No
     for cls in (nn.LSTM, nn.GRUCell, fusedrnn.GRU, fusedrnn.LSTMCell):
         with pytest.raises(ValueError, match=f"{cls.__name__} must have biases, got bias=False"):
             call(cls(3, 4, bias=False))
+
+
+def test_a_vector_has_no_orthogonal_block() -> None:
+    module = fusedrnn.IndRNN(3, 4)
+    before = snapshot(module)
+    with pytest.raises(ValueError, match="IndRNN has no matrix to make orthogonal: its weight_hh is a vector"):
+        init.orthogonal_(module)
+    assert same(snapshot(module), before)
 
 
 BAD_NUMBERS = [

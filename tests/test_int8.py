@@ -10,6 +10,7 @@ import pytest
 import torch
 from inference import same, tensors
 from int8_reference import layer, matrix
+from loops import weight_shapes
 from torch import Tensor, nn
 
 import fusedrnn
@@ -18,6 +19,7 @@ from fusedrnn.quantized import QuantizedRecurrent
 
 pytestmark = [pytest.mark.usefixtures("no_gradients"), pytest.mark.isa, pytest.mark.int8]
 op = torch.ops.fusedrnn.layer_forward.default
+SMALL = [name for name, info in CELLS.items() if not info.parameters]  # those whose matrices may be small
 
 
 def draw_module(cell: str, I: int, H: int, **options) -> QuantizedRecurrent:
@@ -67,7 +69,7 @@ def test_sums_are_exact(T: int, B: int, I: int, H: int, threads: Callable) -> No
 
 @pytest.mark.parametrize("projected", [False, True])
 @pytest.mark.parametrize("h0", [None, 0.3, 4.0])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", SMALL)
 def test_arithmetic(cell: str, h0: float | None, projected: bool, threads: Callable) -> None:
     """A rounding of h may go the other way where it lies between: a rare difference, of one 127th in one factor."""
     if projected and not CELLS[cell].projectable:
@@ -90,7 +92,7 @@ def test_arithmetic(cell: str, h0: float | None, projected: bool, threads: Calla
             assert error.max() < 2e-3, (zoneout, error.max())
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", SMALL)
 def test_pieces_give_the_same_bits(cell: str, threads: Callable) -> None:
     """One call or several, one thread or two, steps, packed or with lengths, one sample or all."""
     for options in ({}, {"num_layers": 2}, {"batch_first": True}, {"zoneout": 0.2}, {"proj_size": 7}):
@@ -156,7 +158,7 @@ def test_h_is_rounded_one_way(cell: str, H: int) -> None:
         assert torch.equal(module(x, given(states))[0][:, 1:], y[:, 1:])
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", SMALL)
 def test_ragged_batches(cell: str, threads: Callable) -> None:
     threads(2)
     module = draw_module(cell, 6, 33, bidirectional=True, num_layers=2)
@@ -173,7 +175,7 @@ def test_ragged_batches(cell: str, threads: Callable) -> None:
 
 
 @pytest.mark.parametrize("strange", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", SMALL)
 def test_what_is_not_finite_is_not_lost(cell: str, strange: float, threads: Callable) -> None:
     """A NaN or an infinity of x makes NaN of its sample from then on, and of no other."""
     threads(2)
@@ -276,7 +278,7 @@ def test_the_op_says_what_does_not_fit() -> None:
         op(x, None, None, None, w, "rnn_tanh", False, False)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", SMALL)
 def test_weights_of_bfloat16(cell: str, threads: Callable) -> None:
     threads(2)
     tolerance = 1e-3 if cell == "residual_rnn" else 1e-5  # which magnifies what it was rounded by
@@ -324,3 +326,27 @@ def test_bfloat16_weights_that_do_not_fit() -> None:
         fusedrnn.LSTM(3, 4, bias=False).bfloat16()(torch.ones(2, 1, 3))
     with pytest.raises(RuntimeError, match="dtype"):
         fusedrnn.functional.rnn(torch.ones(2, 1, 3), None, w)
+
+
+@pytest.mark.parametrize("cell", [name for name in CELLS if name not in SMALL])
+def test_parameters_of_units_are_refused(cell: str) -> None:
+    with pytest.raises(ValueError, match=f"{cell} has parameters of its units"):
+        QuantizedRecurrent(cell, 4, 5)
+    weights = [torch.zeros(shape) for shape in weight_shapes(cell, 4, 5)]
+    for device in ("cpu", "meta"):
+        on_device = [w.to(device) for w in weights]
+        with pytest.raises(RuntimeError, match=f"cell {cell} has parameters of its units: no matrices in int8"):
+            op(
+                torch.zeros(3, 2, 4, device=device),
+                None,
+                None,
+                None,
+                on_device,
+                cell,
+                False,
+                False,
+                None,
+                None,
+                None,
+                [],
+            )

@@ -68,7 +68,7 @@ CHANGES: dict[str, Callable[[Arguments], None]] = {
     "none": lambda a: None,
     "a wider w_ih": weight(0, lambda w: torch.randn(len(w), I + 1)),
     "a longer w_ih": weight(0, lambda w: torch.randn(len(w) + 1, I)),
-    "a narrower w_hh": weight(1, lambda w: w[:, :-1]),
+    "a narrower w_hh": weight(1, lambda w: w[..., :-1]),
     "a longer w_hh": weight(1, lambda w: torch.cat([w, w])),
     "a w_hh of one row too many": weight(1, lambda w: torch.cat([w, w[:1]])),
     "a w_hh of one dimension": weight(1, lambda w: w[0]),

@@ -29,6 +29,7 @@ def layers(**options) -> nn.ModuleDict:
     return nn.ModuleDict(
         {
             "lstm": fusedrnn.LSTM(4, 5, **options),
+            "peephole_lstm": fusedrnn.PeepholeLSTM(4, 5, **options),
             "gru": fusedrnn.GRU(4, 5, **options),
             "gru_reset_before": fusedrnn.GRU(4, 5, reset_after=False, **options),
             "rnn_tanh": fusedrnn.RNN(4, 5, **options),
@@ -38,14 +39,15 @@ def layers(**options) -> nn.ModuleDict:
 
 
 class Each(nn.Module):
-    """All modules on one input; hx, if given, is (h, c), of which all but the LSTM take h."""
+    """All modules on one input; hx, if given, is (h, c), of which all but the LSTMs take h."""
 
     def __init__(self, modules: nn.ModuleDict) -> None:
         super().__init__()
         self.each = modules
 
     def forward(self, x: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> dict:
-        return {name: module(x, hx if hx is None or name == "lstm" else hx[0]) for name, module in self.each.items()}
+        own = {name: hx if hx is None or "lstm" in name else hx[0] for name in self.each}
+        return {name: module(x, own[name]) for name, module in self.each.items()}
 
 
 class Packed(nn.Module):
@@ -94,7 +96,7 @@ def operators(program: torch.onnx.ONNXProgram) -> dict[str, int]:
 def test_every_layer_without_states() -> None:
     model = Each(layers())
     program = exported(model, (torch.randn(3, 2, 4),), ({0: T, 1: B},))
-    assert operators(program) == {"LSTM": 1, "GRU": 2, "RNN": 2}
+    assert operators(program) == {"LSTM": 2, "GRU": 2, "RNN": 2}
     assert_same(model, program, *((torch.randn(*shape, 4),) for shape in ((3, 2), (7, 3), (1, 1))))
 
 
@@ -105,7 +107,7 @@ def test_every_layer_stacked_in_both_directions_with_states() -> None:
         return torch.randn(batch, steps, 4), (torch.randn(4, batch, 5), torch.randn(4, batch, 5))
 
     program = exported(model, args(2, 3), ({0: B, 1: T}, ({1: B}, {1: B})))
-    assert operators(program) == {"LSTM": 2, "GRU": 4, "RNN": 4}
+    assert operators(program) == {"LSTM": 4, "GRU": 4, "RNN": 4}
     assert_same(model, program, args(2, 3), args(3, 7), args(1, 1))
 
 
@@ -114,7 +116,7 @@ def test_without_biases() -> None:
     assert_same(model, exported(model, (torch.randn(3, 2, 4),)), (torch.randn(3, 2, 4),))
 
 
-@pytest.mark.parametrize("name", ["lstm", "gru"])
+@pytest.mark.parametrize("name", ["lstm", "gru", "peephole_lstm"])
 def test_packed(name: str) -> None:
     """The lengths reach the operator, both directions of it; the rows come back in the order of the input's."""
     model = Packed(layers(bidirectional=True)[name])
@@ -123,7 +125,7 @@ def test_packed(name: str) -> None:
         return torch.randn(sum(batch_sizes), 4), torch.tensor(batch_sizes)
 
     program = exported(model, args(3, 2, 1), ({0: N}, {0: T}))
-    assert operators(program) == {name.upper(): 1}
+    assert operators(program) == {name.rpartition("_")[2].upper(): 1}
     assert_same(
         model,
         program,
@@ -189,9 +191,11 @@ def test_a_converted_model_with_computed_weights() -> None:
     [
         (fusedrnn.LSTM(4, 5, proj_size=3), "ONNX's LSTM has no projection"),
         (fusedrnn.ResidualRNN(4, 5), "ONNX has no operator for the cell residual_rnn"),
+        (fusedrnn.MGU(4, 5), "ONNX has no operator for the cell mgu"),
+        (fusedrnn.IndRNN(4, 5), "ONNX has no operator for the cell indrnn_relu"),
         (fusedrnn.GRU(4, 5, dtype=torch.bfloat16), "bfloat16"),
     ],
-    ids=["projection", "residual_rnn", "bfloat16"],
+    ids=["projection", "residual_rnn", "mgu", "indrnn", "bfloat16"],
 )
 def test_what_onnx_cannot_say(layer: nn.Module, words: str) -> None:
     with pytest.raises(torch.onnx.OnnxExporterError) as raised:

@@ -26,6 +26,7 @@ MODULES = {  # of every class: name, module, states
     "our lstm": lambda: fusedrnn.LSTM(12, 24, zoneout=(0.1, 0.05), recurrent_dropout=0.2),
     "our gru": lambda: fusedrnn.GRU(12, 24, reset_after=False, bidirectional=True),
     "residual": lambda: fusedrnn.ResidualRNN(12, 24, num_layers=2),
+    "mgu": lambda: fusedrnn.MGU(12, 24, bidirectional=True),
     "rnn cell": lambda: nn.RNNCell(12, 24, nonlinearity="relu"),
     "lstm cell": lambda: nn.LSTMCell(12, 24, bias=False),
     "gru cell": lambda: fusedrnn.GRUCell(12, 24, reset_after=False),
@@ -176,6 +177,7 @@ def test_what_is_left_alone() -> None:
     model["shape"], model["zoneout"] = nn.GRU(4, 5), nn.LSTM(4, 5)
     model["shape"].weight_hh_l0 = nn.Parameter(torch.ones(15, 1))
     model["zoneout"].zoneout = 0.7
+    model["peepholes"], model["vector"] = fusedrnn.PeepholeLSTM(4, 5), fusedrnn.IndRNN(4, 5)
     model["replaced"].forward = lambda x: x
     weight_norm(model["hook"], "weight_hh_l0")
     with torch.no_grad():
@@ -190,6 +192,8 @@ def test_what_is_left_alone() -> None:
         "infinite": "weight_ih_l0 is not finite in float32",
         "shape": "weight_hh_l0 has shape [15, 1], its sizes say [15, 5]",
         "zoneout": "its attribute zoneout would meet that of a quantized module",
+        "peepholes": "its units have parameters of their own, which kernels with small matrices do not read",
+        "vector": "its units have parameters of their own, which kernels with small matrices do not read",
         "own": "a subclass, whose code may be its own",
         "elsewhere": "weight_ih_l0 is on device meta, these kernels are for the CPU",
     }

@@ -1,10 +1,9 @@
 """The source distribution builds, and CONTRIBUTING's recipe for a cell leaves nothing out.
 
-``recipe/cells.patch`` adds two cells by that recipe: the minimal gated unit, with two gates, which is no number of
-torch.nn's, and two products; and an LSTM with coupled gates, CIFG, with two states that are not projected. Here it is
-applied to an unpacked source distribution, which is built for the base instruction set, and the tests of the new cells
-are run there: they go through the registry. If the patch no longer applies, add the cells to a checkout by hand and
-renew it with ``git diff -U1``.
+``recipe/cells.patch`` adds a cell by that recipe: an LSTM with coupled gates, CIFG, with three gates and two states
+that are not projected, which is like no other. Here it is applied to an unpacked source distribution, which is built
+for the base instruction set, and the tests of the new cell are run there: they go through the registry. If the patch no
+longer applies, add the cell to a checkout by hand and renew it with ``git diff -U1``.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def test_a_cell_is_added_to_the_source_distribution(tmp_path: Path) -> None:
     flags = "-O1 -DFUSEDRNN_BASE_ONLY"
     run([sys.executable, "setup.py", "build_ext", "--inplace"], tree, FUSEDRNN_CXX_FLAGS=flags, MAX_JOBS="2")
     tests = [f"tests/test_{name}.py" for name in FILES]
-    chosen = "mgu or cifg or lacks or registry or every_cell or every_line or every_number"
+    chosen = "cifg or lacks or registry or every_cell or every_line or every_number"
     said = run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *tests], tree)
     passed = int(said.rpartition(" passed")[0].split()[-1])
-    assert passed > 180, said[-2000:]
+    assert passed > 300, said[-2000:]

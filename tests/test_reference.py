@@ -18,7 +18,7 @@ import torch
 from tolerances import TOLERANCE
 
 from fusedrnn import reference
-from fusedrnn.cells import CELLS
+from fusedrnn.cells import CELLS, CellInfo
 from fusedrnn.compare import CHOICES
 from fusedrnn.reference import cells, layers, textbook
 
@@ -31,11 +31,10 @@ NUMERICAL = 1e-8
 
 @dataclass(frozen=True)
 class Case:
-    """A cell as the tests see it: its function names' stem, gates, states and options."""
+    """A cell as the tests see it: its function names' stem, its entry in the registry, and options."""
 
     stem: str
-    gates: int
-    states: tuple[str, ...]
+    info: CellInfo
     options: dict
     projection: bool
 
@@ -45,11 +44,13 @@ class Case:
         rec = R if self.projection else H
         suffix = "_prev" if scope == "cell" else "0"
         shapes = {"x": (B, I) if scope == "cell" else (T, B, I)}
-        shapes |= {state + suffix: (B, rec if state == "h" else H) for state in self.states}
-        shapes |= {"W_ih": (self.gates * H, I), "W_hh": (self.gates * H, rec)}
-        shapes |= {"b_ih": (self.gates * H,), "b_hh": (self.gates * H,)} if bias else {}
+        shapes |= {state + suffix: (B, rec if state == "h" else H) for state in self.info.states}
+        rows, units = len(self.info.gates) * H, (len(self.info.parameters) * H,)
+        shapes |= {"W_ih": (rows, I), "W_hh": (rows, rec) if self.info.product else units}
+        shapes |= {"W_unit": units} if self.info.has_unit_weight else {}
+        shapes |= {"b_ih": (rows,), "b_hh": (rows,)} if bias else {}
         shapes |= {"W_hr": (R, H)} if self.projection else {}
-        outputs = [shapes[state + suffix] for state in self.states]
+        outputs = [shapes[state + suffix] for state in self.info.states]
         outputs = outputs if scope == "cell" else [(T, B, rec), *outputs]
         arrays = {name: 0.5 * rng.standard_normal(shape) for name, shape in shapes.items()}
         return arrays, [rng.standard_normal(shape) for shape in outputs]
@@ -68,9 +69,8 @@ class Case:
 
 
 CASES = {
-    name: Case(cell.stem, len(info.gates), info.states, cell.options, projection=name.endswith("_proj"))
+    name: Case(cell.stem, CELLS[cell.registry], cell.options, projection=name.endswith("_proj"))
     for name, cell in CHOICES.items()
-    for info in [CELLS[cell.registry]]
 }
 
 
@@ -127,7 +127,7 @@ def test_gate_gradients(name: str) -> None:
     case = CASES[name]
     arrays, d_outputs = case.problem("layer", bias=True)
     grads = case.backward("layer", d_outputs, case.forward("layer", arrays)[1])
-    width = case.gates * H
+    width = len(case.info.gates) * H
     probed = arrays | {
         "x": np.concatenate([arrays["x"], np.zeros((T, B, width))], axis=2),
         "W_ih": np.concatenate([arrays["W_ih"], np.eye(width)], axis=1),

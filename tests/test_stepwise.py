@@ -8,13 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from parity import DEVICE, Case, assert_parity, ragged
+from parity import DEVICE, STEPWISE, Case, assert_parity, ragged
 
-import fusedrnn
 from benchmarks import probes
 from fusedrnn.cells import CELLS
 
-STEPWISE = DEVICE.type == "cuda" or fusedrnn._C.isa() in ("stepwise", "persistent")
 stepwise = pytest.mark.skipif(not STEPWISE, reason="the CPU's own kernels are in use here: test_isa.py runs this")
 SHAPES = {
     "odd": {"T": 7, "B": 3, "I": 5, "H": 9},

@@ -23,13 +23,14 @@ FILES = {
 ROWS = (
     ("extension",), ("_C",), ("cells", "torch_internals"), ("layer",), ("options",), ("inference",), ("functional",),
     ("insight",), ("fused_module",), ("single_step",), ("modules", "quantized"),
-    ("convert", "init", "onnx", "patch", "reference"), ("quantize",), ("__init__",), ("compare", "info"), ("gradflow",),
+    ("further_modules",), ("convert", "init", "onnx", "patch", "reference"), ("quantize",), ("__init__",),
+    ("compare", "info"), ("gradflow",),
 )  # fmt: skip
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
 
 #: What people call: torch.nn's signatures, all that a layer can be told, all that an experiment can.
 PUBLIC = {"functional.recurrent", *(f"modules.{name}.__init__" for name in ("RNN", "LSTM", "GRU", "FusedRNNBase"))}
-PUBLIC |= {"gradflow.train", "quantized.QuantizedRecurrent.__init__"}
+PUBLIC |= {"further_modules.IndRNN.__init__", "gradflow.train", "quantized.QuantizedRecurrent.__init__"}
 MOST_ARGUMENTS = 8
 
 

@@ -88,6 +88,7 @@ def test_one_thread_and_two_give_the_same_bits(cell: str, threads: Callable[[int
     which are then a sum over slices, if the batch is.
     """
     sums = {"dweight_ih_l0", "dweight_hh_l0", "dbias_ih_l0", "dbias_hh_l0"}
+    sums |= {"dweight_unit_l0"} if CELLS[cell].has_unit_weight else set()
     gates = len(CELLS[cell].gates)
     for case, shared in (
         (Case(cell, T=20, B=32, I=288, H=288, dtype=torch.float32), "members"),

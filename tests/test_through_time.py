@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import TWINS
+from loops import TWINS, of_units
 from parity import DEVICE, Case, packer, ragged
 from tolerances import assert_all_close
 from torch import Tensor, nn
@@ -71,7 +71,7 @@ def loop(
                 before = tuple(torch.where(inside.unsqueeze(1), s.detach(), s) for s in before)
             own = linear(x[t], w_ih, b_ih)
             own.retain_grad() if own.requires_grad else None
-            weights = torch.eye(own.size(1), dtype=own.dtype), w_hh, None, b_hh
+            weights = torch.eye(own.size(1), dtype=own.dtype), w_hh, None, b_hh, *of_units(cell, module, suffix)
             new = TWINS[cell].step(own, before, *weights)
             if w_hr is not None:
                 new = (linear(new[0], w_hr), *new[1:])

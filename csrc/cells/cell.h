@@ -8,8 +8,10 @@
 //   kName    registry name                       kGates   blocks of H rows in W_ih and W_hh, in torch.nn's order
 //   kStates  1: h, 2: h and c (see below)        kSaved   values kept a unit for the backward pass
 //   kFirst   gates [0, kFirst) multiply h_{t-1}. If kFirst < kGates, the other gates multiply q, a function of
-//            the first gates and h_{t-1} (GRU with the reset gate applied before the product).
+//            the first gates and h_{t-1} (GRU with the reset gate applied before the product). 0: no gate multiplies
+//            anything, there is no W_hh, and rec is b_hh alone.
 //   kSplit   the last kSplit gates have drec != dx; for all others drec is dx and is not stored twice.
+//   kParameters   parameters of a unit, vectors of H beside the weights: peepholes, a diagonal in the place of W_hh.
 //   kLate    values that the second half of the forward step takes from the first, kLate <= kGates. 0: there is no
 //            second half. The processor works on the halves of several units at once; a whole step is too long a chain
 //            of activations for that.
@@ -34,6 +36,9 @@
 // path around it is c's, as the projection and the second derivative rely on. It adds
 //   dc_of(saved, cur, d)                        dL/dc_t by all ways, of d as it comes into backward
 //   candidate(saved, prev)                      c_t again, where the state is another (zoneout)
+// A cell with kParameters > 0: forward, forward_first and dc_of have one more argument, the last: unit, the parameters.
+// backward and backward_first have two: unit, and dunit, what this sample and step adds to dL/d(unit); backward writes
+// it, backward_first adds to it. Such a cell has no projection.
 // A cell with kProjectable adds
 //   output(saved, cur)                          the unprojected output again, for the weight gradient
 // A cell with one product may add, for second derivatives of single steps (csrc/second_order.cpp),

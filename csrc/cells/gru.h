@@ -8,7 +8,7 @@ namespace fusedrnn {
 // torch.nn's form: the reset gate scales the product W_hn h_{t-1} + b_hn.
 struct Gru {
   static constexpr const char* kName = "gru";
-  static constexpr int kGates = 3, kStates = 1, kSaved = 4, kFirst = 3, kSplit = 1;
+  static constexpr int kGates = 3, kStates = 1, kSaved = 4, kFirst = 3, kSplit = 1, kParameters = 0;
   static constexpr int kLate = 2, kSavedLate = 1;
   static constexpr Bound kBound = Bound::kPrevious;  // a mean of h_{t-1} and n
   static constexpr bool kProjectable = false;
@@ -57,7 +57,7 @@ struct Gru {
 // The original paper's form (reset_after=False): the reset gate scales h_{t-1} before the product.
 struct GruResetBefore {
   static constexpr const char* kName = "gru_reset_before";
-  static constexpr int kGates = 3, kStates = 1, kSaved = 3, kFirst = 2, kSplit = 0, kLate = 0;
+  static constexpr int kGates = 3, kStates = 1, kSaved = 3, kFirst = 2, kSplit = 0, kParameters = 0, kLate = 0;
   static constexpr Bound kBound = Bound::kPrevious;  // likewise
   static constexpr bool kProjectable = false;
 

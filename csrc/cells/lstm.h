@@ -7,7 +7,7 @@ namespace fusedrnn {
 
 struct Lstm {
   static constexpr const char* kName = "lstm";
-  static constexpr int kGates = 4, kStates = 2, kSaved = 4, kFirst = 4, kSplit = 0;
+  static constexpr int kGates = 4, kStates = 2, kSaved = 4, kFirst = 4, kSplit = 0, kParameters = 0;
   static constexpr int kLate = 2, kSavedLate = 0;
   static constexpr Bound kBound = Bound::kOne;  // |o| <= 1, |tanh c| <= 1
   static constexpr bool kProjectable = true;

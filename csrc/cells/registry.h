@@ -2,9 +2,13 @@
 #pragma once
 
 #include "gru.h"
+#include "indrnn.h"
 #include "lstm.h"
+#include "mgu.h"
+#include "peephole.h"
 #include "rnn.h"
 #include "rules.h"
+#include "unit_parameters.h"
 
 namespace fusedrnn {
 
@@ -18,7 +22,11 @@ using Registry = CellList<
     ResidualRnn,
     Lstm,
     Gru,
-    GruResetBefore>;
+    GruResetBefore,
+    Mgu,
+    PeepholeLstm,
+    IndRnnTanh,
+    IndRnnRelu>;
 // clang-format on
 
 }  // namespace fusedrnn

@@ -7,7 +7,7 @@ namespace fusedrnn {
 
 struct RnnTanh {
   static constexpr const char* kName = "rnn_tanh";
-  static constexpr int kGates = 1, kStates = 1, kSaved = 0, kFirst = 1, kSplit = 0, kLate = 0;
+  static constexpr int kGates = 1, kStates = 1, kSaved = 0, kFirst = 1, kSplit = 0, kParameters = 0, kLate = 0;
   static constexpr Bound kBound = Bound::kOne;
   static constexpr bool kProjectable = false;
 
@@ -34,7 +34,7 @@ struct RnnTanh {
 
 struct RnnRelu {
   static constexpr const char* kName = "rnn_relu";
-  static constexpr int kGates = 1, kStates = 1, kSaved = 0, kFirst = 1, kSplit = 0, kLate = 0;
+  static constexpr int kGates = 1, kStates = 1, kSaved = 0, kFirst = 1, kSplit = 0, kParameters = 0, kLate = 0;
   static constexpr Bound kBound = Bound::kNone;
   static constexpr bool kProjectable = false;
 
@@ -61,7 +61,7 @@ struct RnnRelu {
 
 struct ResidualRnn {
   static constexpr const char* kName = "residual_rnn";
-  static constexpr int kGates = 1, kStates = 1, kSaved = 1, kFirst = 1, kSplit = 0, kLate = 0;
+  static constexpr int kGates = 1, kStates = 1, kSaved = 1, kFirst = 1, kSplit = 0, kParameters = 0, kLate = 0;
   static constexpr Bound kBound = Bound::kNone;
   static constexpr bool kProjectable = false;
 

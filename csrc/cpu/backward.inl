@@ -6,8 +6,8 @@
 // all rows of the chunk (weight_gradients.inl). dG of all T is never stored. Slices of the batch accumulate apart and
 // are added in a fixed order, so the same number of threads gives the same bits.
 //
-// Columns of dG: drec of all gates, then dx of the last kSplit gates; [k][H]. As the products read it: [k][H rounded up
-// to whole words].
+// Columns of dG: drec of all gates, then dx of the last kSplit gates, then what the unit's parameters get; [k][H]. As
+// the products read it, without the last: [k][H rounded up to whole words].
 
 template <class Cell, class T>
 class BackwardPass {
@@ -15,8 +15,10 @@ class BackwardPass {
   using E = typename OperandType<T>::Type;
   using V = Vec<S>;
   static constexpr int L = V::kLanes, G = Cell::kGates, F = Cell::kFirst, K = Cell::kSaved, Z = Cell::kStates;
-  static constexpr int kSplit = Cell::kSplit, C = G + kSplit;
-  static constexpr bool kTwoStage = F < G, kConvert = sizeof(T) != sizeof(S);
+  static constexpr int kSplit = Cell::kSplit, kParameters = Cell::kParameters, kFactors = G + kSplit,
+                       C = kFactors + kParameters;
+  static constexpr bool kProduct = F > 0, kTwoStage = kProduct && F < G, kConvert = sizeof(T) != sizeof(S);
+  static constexpr int kRest = kTwoStage ? G - F : 0;
   static constexpr bool kRounded = sizeof(E) != sizeof(S);  // dG, before a product reads it
   static_assert(!kTwoStage || kSplit == 0, "the second stage's products read drec and dx as one");
   static constexpr int64_t kChunkBytes = 1 << 20;  // of dG: it stays in cache between its three uses
@@ -27,6 +29,7 @@ class BackwardPass {
     bool direct;  // weight gradients accumulate in the result itself
     bool packed;  // weights; else they are read as they lie, for so few rows
     E *w_ih[2], *w_hh[2], *w_rest[2], *w_hr[2];
+    S* w_unit[2];
     S *dw_ih, *dw_hh, *dw_hr, *db;  // [items][...], db: [items][C*H]
   };
   struct Row {  // where a row of the chunk finds what forward kept
@@ -82,7 +85,10 @@ class BackwardPass {
                       [&](Carver& carver) { carve_team(p, s, carver); });
   }
 
-  static int64_t operand_stride(const LayerSizes& z) { return row_stride<E>(C * whole_steps<E>(z.H)); }
+  // Of dG as the products read it: dG itself, unless that is rounded.
+  static int64_t operand_stride(const LayerSizes& z) {
+    return kRounded ? row_stride<E>(kFactors * whole_steps<E>(z.H)) : row_stride<E>(C * z.H);
+  }
 
   static void carve_shared(const BackwardProblem& p, Shared& s, Carver& carver) {
     const LayerSizes& z = p.size;
@@ -93,12 +99,13 @@ class BackwardPass {
     for (int d = 0; d < z.D; ++d) {
       s.w_ih[d] = panels(p.dx ? G * gate * inputs : 0);
       s.w_hh[d] = panels(F * gate * outputs);
-      s.w_rest[d] = panels((G - F) * gate * outputs);
+      s.w_rest[d] = panels(kRest * gate * outputs);
+      s.w_unit[d] = carver.take<S>(kParameters * z.H);
       s.w_hr[d] = panels(z.projected ? whole_steps<E>(z.R) * units : 0);
     }
     const int64_t items = p.weight_gradients ? z.D * s.plan.slices : 0, own = s.direct ? 0 : items;
     s.dw_ih = carver.take<S>(own * G * z.H * z.I);
-    s.dw_hh = carver.take<S>(own * G * z.H * z.R);
+    s.dw_hh = carver.take<S>(kProduct ? own * G * z.H * z.R : 0);
     s.dw_hr = carver.take<S>(z.projected ? own * z.R * z.H : 0);
     s.db = carver.take<S>(items * C * z.H);
   }
@@ -125,7 +132,7 @@ class BackwardPass {
       return Strips<E>{carver.take<E>(Strips<E>::elements(n, most)), n, most};
     };
     b.x = strips(z.I, kept);
-    b.h = strips(z.R, kept);
+    b.h = strips(z.R, kProduct ? kept : 0);
     b.m = strips(z.H, kTwoStage || z.projected ? kept : 0);
     b.carry_h = carver.take<S>(samples * row_stride<S>(z.R));
     b.carry_c = carver.take<S>(Z > 1 ? samples * row_stride<S>(z.H) : 0);
@@ -149,6 +156,10 @@ class BackwardPass {
   }
 
   void pack() const {
+    for (int d = 0; d < z_.D && thread_ == 0; ++d) {
+      const T* const own_parameters = static_cast<const T*>(p_.weights[d].w_unit);
+      for (int64_t i = 0; i < kParameters * z_.H; ++i) s_.w_unit[d][i] = to_compute(own_parameters[i]);
+    }
     if (!s_.packed) return;
     const Timed timed(Phase::kPack);
     const Packing packing{s_.plan, thread_, s_.threads};
@@ -158,8 +169,8 @@ class BackwardPass {
     };
     for (int d = 0; d < z_.D; ++d) {
       const LayerWeights& w = p_.weights[d];
-      own(d, w.w_hh, F, z_.H, z_.R, s_.w_hh[d]);
-      if (kTwoStage) own(d, static_cast<const T*>(w.w_hh) + F * z_.H * z_.R, G - F, z_.H, z_.R, s_.w_rest[d]);
+      if (kProduct) own(d, w.w_hh, F, z_.H, z_.R, s_.w_hh[d]);
+      if (kTwoStage) own(d, static_cast<const T*>(w.w_hh) + F * z_.H * z_.R, kRest, z_.H, z_.R, s_.w_rest[d]);
       if (z_.projected) own(d, w.w_hr, 1, z_.R, z_.H, s_.w_hr[d]);
       if (!p_.dx) continue;  // W_ih: read by every member, for rows of its own
       const Range any = packing.any(ceil_div(z_.I, L), kGroupVectors<1>);

@@ -12,13 +12,18 @@ struct BackwardPass<Cell, T>::Step {
   S *dg, *dh, *sent_dh, *sent_dc, *all_dc;
   E *dg_operand, *dh_operand;
   S *carry_h, *carry_c;
+  const S* w_unit;
 
   FUSEDRNN_INLINE V limited(V sent) const { return clip == 0 ? sent : clipped(sent, V(clip)); }
   FUSEDRNN_INLINE const T* mask_of(int64_t r) const { return mask ? mask + r * R : nullptr; }
   // Column k of dG, units from u on.
   FUSEDRNN_INLINE void put(int64_t r, int k, int64_t u, V v) const {
     store(dg + r * ldg + k * H + u, v, H - u);
-    if constexpr (kRounded) store(dg_operand + r * operand_ldg + k * gate + u, v, H - u);
+    if (kRounded && k < kFactors) store(dg_operand + r * operand_ldg + k * gate + u, v, H - u);
+  }
+  FUSEDRNN_INLINE UnitParameters<Cell, V> parameters_of(int64_t u) const {
+    return UnitParameters<Cell, V>::of([&](int k)
+                                           FUSEDRNN_INLINE_LAMBDA { return load<S>(w_unit + k * H + u, H - u); });
   }
 };
 
@@ -34,7 +39,8 @@ void BackwardPass<Cell, T>::step(const Item& item, int64_t later_row, int64_t la
                p_.clip_by_norm ? S(0) : static_cast<S>(p_.clip), b_.rows + row, mask_of(item, 0),
                b_.dg + row * ldg_, b_.dh + row * ldh_, b_.sent_dh + row * ldh_,
                b_.sent_dc + row * ldm_, b_.all_dc + row * ldm_,
-               b_.dg_operand + row * operand_ldg_, b_.dh_operand + row * operand_ldh_, b_.carry_h, b_.carry_c};
+               b_.dg_operand + row * operand_ldg_, b_.dh_operand + row * operand_ldh_, b_.carry_h, b_.carry_c,
+               s_.w_unit[item.d]};
   // clang-format on
   const int d = item.d;
   const E* later_dg = b_.dg_operand + later_row * operand_ldg_;
@@ -94,7 +100,7 @@ void BackwardPass<Cell, T>::step(const Item& item, int64_t later_row, int64_t la
   if constexpr (kTwoStage) {
     team_.meet();
     product<1>(
-        weights(s_.w_rest[d], p_.weights[d].w_hh, F * s.H, s.R), Inner{(G - F) * s.gate}, outputs_, {0, now},
+        weights(s_.w_rest[d], p_.weights[d].w_hh, F * s.H, s.R), Inner{kRest * s.gate}, outputs_, {0, now},
         [&](int64_t r) { return s.dg_operand + r * s.operand_ldg + F * s.gate; }, nothing_expected,
         [&](int64_t r, int64_t v, const V* acc, int) { first_stage_backward(s, r, v * L, acc[0]); });
   }
@@ -163,21 +169,25 @@ FUSEDRNN_INLINE void BackwardPass<Cell, T>::cell_backward(const Step& s, int64_t
   for (int g = 0; g < G; ++g) dx[g] = drec[g] = V(0);
   for (int k = 0; k < K; ++k) saved[k] = load<S>(at.saved + k * H + u, n);
   prev[0] = s.projected ? V(0) : previous_h(at, u, s.R);
+  if constexpr (!kProduct) prev[0] = with_mask(s.mask_of(r), u, s.R, prev[0]);
   if (K == 0 && at.noise.h) cur[0] = load<S>(at.saved + u, n);
   else cur[0] = s.projected ? V(0) : load<S>(at.y + u, n);
   d[0] = dh;
+  UnitParameters<Cell, V> parameters = s.parameters_of(u);
   if constexpr (Z > 1) {
     prev[1] = load<S>(at.c_prev + u, n);
     cur[1] = candidate_c(at, saved, H, u);
     d[1] = load(s.carry_c + r * s.ldm + u);
     if (s.norms) store(s.sent_dc + r * s.ldm + u, d[1]);
     if (at.dc) d[1] = d[1] + load<S>(at.dc + u, n);
-    if (s.norms) store(s.all_dc + r * s.ldm + u, at.noise.c ? d[1] : Cell::dc_of(saved, cur, d));
+    if (s.norms) store(s.all_dc + r * s.ldm + u, at.noise.c ? d[1] : parameters.dc_of(saved, cur, d));
     if (at.noise.c) direct_c = zoneout_backward(at.noise.c(u, n), d[1]);
   }
-  Cell::backward(saved, prev, cur, d, dx, drec);
+  parameters.backward(saved, prev, cur, d, dx, drec);
+  if constexpr (!kProduct) d[0] = with_mask(s.mask_of(r), u, s.R, d[0]);
   for (int g = 0; g < G; ++g) s.put(r, g, u, drec[g]);
   for (int g = G - kSplit; g < G; ++g) s.put(r, g + kSplit, u, dx[g]);
+  for (int k = 0; k < kParameters; ++k) s.put(r, kFactors + k, u, parameters.gradient[k]);
   if (!s.projected) store(s.carry_h + r * s.ldh + u, d[0] + direct);
   if constexpr (Z > 1) store(s.carry_c + r * s.ldm + u, s.limited(d[1] + direct_c));
 }
@@ -195,7 +205,10 @@ FUSEDRNN_INLINE void BackwardPass<Cell, T>::first_stage_backward(const Step& s, 
   const T* mask = s.mask_of(r);
   prev[0] = with_mask(mask, u, s.R, previous_h(at, u, s.R));
   d[0] = V(0);
-  Cell::backward_first(saved, prev, dq, d, dx, drec);
+  UnitParameters<Cell, V> parameters = s.parameters_of(u);
+  for (int k = 0; k < kParameters; ++k) parameters.gradient[k] = load<S>(dg + (kFactors + k) * H, n);
+  parameters.backward_first(saved, prev, dq, d, dx, drec);
   for (int g = 0; g < F; ++g) s.put(r, g, u, drec[g]);
+  for (int k = 0; k < kParameters; ++k) s.put(r, kFactors + k, u, parameters.gradient[k]);
   store(s.carry_h + r * s.ldh + u, load(s.carry_h + r * s.ldh + u) + with_mask(mask, u, s.R, d[0]));
 }

@@ -66,8 +66,11 @@ static_assert(kCells <= kMaxCells);
 template <class... Cells>
 const CellConstants* constants(CellList<Cells...>) {
   static constexpr CellConstants table[] = {{Cells::kName, Cells::kGates, Cells::kStates, Cells::kSaved, Cells::kFirst,
-                                             Cells::kSplit, Cells::kProjectable}...};
-  static_assert(((!Cells::kProjectable || Cells::kStates == 2) && ...), "the drivers project cells with two states");
+                                             Cells::kSplit, Cells::kParameters, Cells::kProjectable}...};
+  static_assert(((!Cells::kProjectable || (Cells::kStates == 2 && Cells::kParameters == 0)) && ...),
+                "the drivers project cells with two states, whose last weight is W_hr");
+  static_assert(((Cells::kFirst > 0 || (Cells::kParameters > 0 && Cells::kStates == 1)) && ...),
+                "a cell without a product has one state, and parameters of its units");
   static_assert(((Cells::kStates == 1 || (Cells::kFirst == Cells::kGates && Cells::kSaved > 0)) && ...),
                 "of a cell with two states the drivers make one product, and save something");
   return table;

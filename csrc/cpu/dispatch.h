@@ -66,8 +66,10 @@ bool forked();
 
 struct CellConstants {
   const char* name;
-  int gates, states, saved, first, split;
+  int gates, states, saved, first, split, parameters;
   bool projectable;
+
+  int columns() const { return gates + split + parameters; }  // blocks of H of a row of dgates (problem.h)
 };
 int find_cell(std::string_view name);  // -1: unknown
 const CellConstants& cell_constants(int cell);

@@ -22,7 +22,10 @@ class ForwardPass {
   using V = Vec<S>;
   using Sum = Sums<E>;
   static constexpr int L = V::kLanes, G = Cell::kGates, F = Cell::kFirst, K = Cell::kSaved, Z = Cell::kStates;
-  static constexpr bool kTwoStage = F < G, kRounded = sizeof(E) != sizeof(S);  // h, before a product reads it
+  static constexpr int kParameters = Cell::kParameters;
+  static constexpr bool kProduct = F > 0, kTwoStage = kProduct && F < G;
+  static constexpr int kRest = kTwoStage ? G - F : 0;
+  static constexpr bool kRounded = sizeof(E) != sizeof(S);  // h, before a product reads it
   static constexpr bool kQuantized = std::is_same_v<E, int8_t>;
   static constexpr Bound kBound = Cell::kBound;
   static_assert(K == 0 || K >= G, "the projection is written where the saved gates go");
@@ -36,7 +39,7 @@ class ForwardPass {
     bool copies_x;  // of another type, or rows that end inside a word
     // panels of each direction
     P *w_ih[2], *w_hh[2], *w_rest[2], *w_hr[2];
-    S *b_ih[2], *b_hh[2];
+    S *b_ih[2], *b_hh[2], *w_unit[2];
     S *s_ih[2], *s_hh[2], *s_hr[2];  // scales of int8 weights
   };
   struct TeamBuffers {
@@ -103,6 +106,7 @@ class ForwardPass {
     for (int d = 0; d < z.D; ++d) {
       s.b_ih[d] = carver.take<S>(G * z.H);
       s.b_hh[d] = carver.take<S>(G * z.H);
+      s.w_unit[d] = carver.take<S>(kParameters * z.H);
       if constexpr (kQuantized) {
         s.s_ih[d] = carver.take<S>(G * z.H);
         s.s_hh[d] = carver.take<S>(G * z.H);
@@ -117,7 +121,7 @@ class ForwardPass {
     for (int d = 0; d < z.D; ++d) {
       s.w_ih[d] = carver.take<P>(whole_steps<E>(z.I) * G * units);
       s.w_hh[d] = carver.take<P>(whole_steps<E>(z.R) * F * units);
-      s.w_rest[d] = carver.take<P>(whole_steps<E>(z.R) * (G - F) * units);
+      s.w_rest[d] = carver.take<P>(whole_steps<E>(z.R) * kRest * units);
       s.w_hr[d] = carver.take<P>(z.projected ? whole_steps<E>(z.H) * outputs : 0);
     }
   }
@@ -164,8 +168,8 @@ class ForwardPass {
       const LayerWeights& w = p_.weights[d];
       if (s_.packed && !s_.ready) {
         pack_weights<G>(d, w.w_ih, z_.H, z_.I, s_.w_ih[d]);
-        pack_weights<F>(d, w.w_hh, z_.H, z_.R, s_.w_hh[d]);
-        if constexpr (kTwoStage) pack_weights<G - F>(d, rest_of(w.w_hh), z_.H, z_.R, s_.w_rest[d]);
+        if constexpr (kProduct) pack_weights<F>(d, w.w_hh, z_.H, z_.R, s_.w_hh[d]);
+        if constexpr (kTwoStage) pack_weights<kRest>(d, rest_of(w.w_hh), z_.H, z_.R, s_.w_rest[d]);
         if (z_.projected) pack_weights<1>(d, w.w_hr, z_.R, z_.H, s_.w_hr[d]);
       }
       if (thread_ == d % s_.threads) {
@@ -173,6 +177,8 @@ class ForwardPass {
           s_.b_ih[d][i] = w.b_ih ? to_compute(static_cast<const T*>(w.b_ih)[i]) : S(0);
           s_.b_hh[d][i] = w.b_hh ? to_compute(static_cast<const T*>(w.b_hh)[i]) : S(0);
         }
+        for (int64_t i = 0; i < kParameters * z_.H; ++i)
+          s_.w_unit[d][i] = to_compute(static_cast<const T*>(w.w_unit)[i]);
         if constexpr (kQuantized) {
           const WeightScales& scales = p_.scales[d];
           __builtin_memcpy(s_.s_ih[d], scales.ih, G * z_.H * sizeof(S));

@@ -90,9 +90,18 @@ void ForwardPass<Cell, Types>::step(const Item& item, int64_t t, int64_t row, in
       rec[g] = number(acc[(g - first) * stride], scales + g * H + u, row_scale) + load(bias + g * H + u);
     }
   };
+  const S* const w_unit = s_.w_unit[item.d];
+  const auto parameters_of = [&](int64_t u) {
+    return UnitParameters<Cell, V>::of([&](int k)
+                                           FUSEDRNN_INLINE_LAMBDA { return load<S>(w_unit + k * H + u, H - u); });
+  };
+  // h_{t-1} as a product reads it, before it is rounded.
+  const auto masked_h = [&](int64_t r, int64_t u) {
+    return with_mask(mask ? mask + r * R : nullptr, u, load(h_prev + r * ldh + u));
+  };
   // The states of a sample, and what becomes of them.
   const auto states = [&](int64_t r, int64_t u, Values<V, Z>& state) {
-    state[0] = projected ? V(0) : load(h_prev + r * ldh + u);
+    state[0] = projected ? V(0) : kProduct ? load(h_prev + r * ldh + u) : masked_h(r, u);
     if constexpr (Z > 1) state[1] = load(c + r * ldc + u);
   };
   const auto keep = [&](int64_t r, int64_t u, int first, int end, const Values<V, K>& saved) {
@@ -136,13 +145,13 @@ void ForwardPass<Cell, Types>::step(const Item& item, int64_t t, int64_t row, in
                  Values<V, Z> prev;
                  V q;
                  inputs(0, F, r, u, acc, stride, x, rec);
-                 prev[0] = with_mask(mask ? mask + r * R : nullptr, u, load(h_prev + r * ldh + u));
-                 Cell::forward_first(x, rec, prev, saved, q);
+                 prev[0] = masked_h(r, u);
+                 parameters_of(u).forward_first(x, rec, prev, saved, q);
                  for (int k = 0; k < F; ++k) store(gates + k * pitch + u, saved[k], pitch - u);
                  put_m(r, u, q);
                });
     team_.meet();
-    product<G - F>(weights(s_.w_rest[item.d], rest_of(w.w_hh), H), Inner{R}, units_, {0, n}, m_row, expect,
+    product<kRest>(weights(s_.w_rest[item.d], rest_of(w.w_hh), H), Inner{R}, units_, {0, n}, m_row, expect,
                    [&](int64_t r, int64_t v, const Sum* acc, int stride) {
                      const int64_t u = v * L;
                      const S* gates = gate_row[r];
@@ -150,9 +159,9 @@ void ForwardPass<Cell, Types>::step(const Item& item, int64_t t, int64_t row, in
                      Values<V, K> saved;
                      Values<V, Z> state;
                      for (int k = 0; k < F; ++k) saved[k] = load<S>(gates + k * pitch + u, pitch - u);
-                     inputs(F, G - F, r, u, acc, stride, x, rec);
+                     inputs(F, kRest, r, u, acc, stride, x, rec);
                      states(r, u, state);
-                     Cell::forward(x, rec, state, saved);
+                     parameters_of(u).forward(x, rec, state, saved);
                      put_h(r, u, state[0]);
                      keep(r, u, F, K, saved);
                    });
@@ -166,18 +175,19 @@ void ForwardPass<Cell, Types>::step(const Item& item, int64_t t, int64_t row, in
       states(r, u, state);
       if constexpr (Cell::kLate > 0) {
         Values<V, Cell::kLate> late;
-        Cell::forward(x, rec, state, saved, late);
+        parameters_of(u).forward(x, rec, state, saved, late);
         for (int i = 0; i < Cell::kLate; ++i) acc[i * stride].v = (WordsOf<E>)late[i].v;
         keep(r, u, 0, K - Cell::kSavedLate, saved);
       } else {
-        Cell::forward(x, rec, state, saved);
+        parameters_of(u).forward(x, rec, state, saved);
         put_output(r, u, state[0]);
         keep(r, u, 0, K, saved);
       }
       if constexpr (Z > 1) put_c(r, u, state[1]);
     };
     const auto hidden = [&](const auto& second) {
-      product<G>(weights(s_.w_hh[item.d], w.w_hh, H), Inner{R}, units_, {0, n}, h_row, expect, first_half, second);
+      const Inner inner{kProduct ? R : 0};
+      product<G>(weights(s_.w_hh[item.d], w.w_hh, H), inner, units_, {0, n}, h_row, expect, first_half, second);
     };
     if constexpr (Cell::kLate > 0) {
       hidden([&](int64_t r, int64_t v, const Sum* acc, int stride) {

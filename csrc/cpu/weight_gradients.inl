@@ -10,7 +10,8 @@ typename BackwardPass<Cell, T>::WeightSums BackwardPass<Cell, T>::weight_sums(co
   if (s_.direct) {
     return {static_cast<S*>(result.w_ih), static_cast<S*>(result.w_hh), static_cast<S*>(result.w_hr), b};
   }
-  return {s_.dw_ih + index * G * H * I, s_.dw_hh + index * G * H * R, s_.dw_hr + index * R * H, b};
+  S* const w_hh = kProduct ? s_.dw_hh + index * G * H * R : nullptr;
+  return {s_.dw_ih + index * G * H * I, w_hh, s_.dw_hr + index * R * H, b};
 }
 
 // Each member clears its own rows: of the biases' sums, and of the others if no row comes that would begin them.
@@ -24,7 +25,7 @@ void BackwardPass<Cell, T>::clear_weight_sums(const Item& item, int index, bool 
   for (int c = 0; c < C; ++c) clear(sum.b + c * z_.H + u0, un);
   for (int g = 0; g < G && all; ++g) {
     clear(sum.w_ih + (g * z_.H + u0) * z_.I, un * z_.I);
-    clear(sum.w_hh + (g * z_.H + u0) * z_.R, un * z_.R);
+    if (kProduct) clear(sum.w_hh + (g * z_.H + u0) * z_.R, un * z_.R);
   }
   if (z_.projected && all) {
     const int64_t p0 = outputs_.begin * L, pn = min64(z_.R, outputs_.end * L) - p0;
@@ -47,6 +48,7 @@ void BackwardPass<Cell, T>::weight_gradients(const Item& item, int index, int64_
     const E* dx = b_.dg_operand + (g < G - kSplit ? g : g + kSplit) * gate_ + u0;
     const E* drec = b_.dg_operand + g * gate_ + u0;
     outer_product(dx, operand_ldg_, rows, un, b_.x, to.w_ih + (g * H + u0) * I, I, add);
+    if (!kProduct) continue;
     outer_product(drec, operand_ldg_, rows, un, g < F ? b_.h : b_.m, to.w_hh + (g * H + u0) * R, R, add);
   }
   if (z_.projected) {
@@ -87,7 +89,9 @@ void BackwardPass<Cell, T>::gather_operands(const Item& item, int64_t s0, int64_
       const Row& at = b_.rows[r];
       for (int64_t i = 0; i < z_.I; i += L) b_.x.put(r, i, load<S>(x + i, z_.I - i));
       const T* mask = mask_of(item, b);
-      for (int64_t u = 0; u < z_.R; u += L) b_.h.put(r, u, with_mask(mask, u, z_.R, previous_h(at, u, z_.R)));
+      for (int64_t u = 0; kProduct && u < z_.R; u += L) {
+        b_.h.put(r, u, with_mask(mask, u, z_.R, previous_h(at, u, z_.R)));
+      }
       if (kTwoStage || z_.projected) {
         for (int64_t u = 0; u < z_.H; u += L) b_.m.put(r, u, second_operand(at, mask, u));
       }
@@ -103,7 +107,7 @@ void BackwardPass<Cell, T>::clear_operands(Range own, int64_t rows) {
   };
   for (int64_t r = max64(own.begin, ceil_div(rows, kPair<E>) * kPair<E>); r < own.end; r += kPair<E>) {
     clear(b_.x, r);
-    clear(b_.h, r);
+    if (kProduct) clear(b_.h, r);
     if (kTwoStage || z_.projected) clear(b_.m, r);
   }
 }
@@ -139,10 +143,11 @@ void BackwardPass<Cell, T>::add_slices() {
     if (kSplit && dw.b_ih) {
       add_slices_of(db + G * H, biases, kSplit * H, static_cast<T*>(dw.b_ih) + (G - kSplit) * H);
     }
+    add_slices_of(db + kFactors * H, biases, kParameters * H, dw.w_unit);
     if (s_.direct) continue;
     const int64_t first = d * s_.plan.slices;
     add_slices_of(s_.dw_ih + first * G * H * z_.I, G * H * z_.I, G * H * z_.I, dw.w_ih);
-    add_slices_of(s_.dw_hh + first * G * H * z_.R, G * H * z_.R, G * H * z_.R, dw.w_hh);
+    if (kProduct) add_slices_of(s_.dw_hh + first * G * H * z_.R, G * H * z_.R, G * H * z_.R, dw.w_hh);
     if (z_.projected) add_slices_of(s_.dw_hr + first * z_.R * H, z_.R * H, z_.R * H, dw.w_hr);
   }
 }

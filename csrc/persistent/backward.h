@@ -21,7 +21,8 @@ template <class Cell, class Products, class Shape, class M>
 FUSEDRNN_KERNEL void backward_loop(M& m, const Shape& s, const BackwardSpan<typename Products::T>& p) {
   using T = typename Products::T;
   using V = typename Products::Value;
-  constexpr int G = Cell::kGates, kSplit = Cell::kSplit, kSaved = Cell::kSaved, kBlocks = G + kSplit;
+  constexpr int G = Cell::kGates, kSplit = Cell::kSplit, kSaved = Cell::kSaved;
+  constexpr int kParameters = Cell::kParameters, kBlocks = G + kSplit + kParameters;
   constexpr bool kTwoStates = Cell::kStates == 2;
   const auto layout = backward_layout<Cell, Products>(s);
   const Place at(s, m.thread());
@@ -51,6 +52,16 @@ FUSEDRNN_KERNEL void backward_loop(M& m, const Shape& s, const BackwardSpan<type
     const bool there = unit < here.units && sample < here.samples;
     dh[i] = there ? p.u.dh[states + sample * H + unit] : 0;
     dc[i] = there && kTwoStates ? p.u.dc[states + sample * H + unit] : 0;
+  }
+
+  float w_unit[kParameters > 0 ? kParameters : 1][2];  // of a lane's units
+#pragma unroll
+  for (int i = 0; i < Place::units(s); ++i) {
+    const int unit = at.unit_of(s, i);
+#pragma unroll
+    for (int k = 0; k < kParameters; ++k) {
+      w_unit[k][i] = unit < here.units ? widen(p.u.w_unit[slot][k * H + here.first_unit + unit]) : 0;
+    }
   }
 
   // What a step reads of each pair. The states before it: of the step before, or h0 and c0.
@@ -100,6 +111,7 @@ FUSEDRNN_KERNEL void backward_loop(M& m, const Shape& s, const BackwardSpan<type
     const int active = here.active(walk.rows()), severed = walk.severs(p.bptt_steps) ? here.active(walk.carried()) : 0;
     const int64_t first = walk.row + here.first_sample;
     float drec[G][4], dx[kSplit > 0 ? kSplit : 1][4], operand_of_dw[4];
+    float of_parameters[kParameters > 0 ? kParameters : 1][4];
 #pragma unroll
     for (int i = 0; i < pairs; ++i) {
       const bool steps = at.sample(s, i) < active && at.unit(s, i) < here.units;
@@ -110,11 +122,14 @@ FUSEDRNN_KERNEL void backward_loop(M& m, const Shape& s, const BackwardSpan<type
       for (int k = 0; k < kSaved; ++k) of_forward[k] = V(saved[i][k]);
       previous[0] = V(h_before[i]), current[0] = V(h[i]), d[0] = V(dh[i] + dy[i]);
       if constexpr (kTwoStates) previous[1] = V(c_before[i]), current[1] = V(c[i]), d[1] = V(dc[i] + dc_given[i]);
-      Cell::backward(of_forward, previous, current, d, of_x, of_h);
+      auto parameters = UnitParameters<Cell, V>::of([&](int k) { return V(w_unit[k][Place::unit_index(s, i)]); });
+      parameters.backward(of_forward, previous, current, d, of_x, of_h);
 #pragma unroll
       for (int gate = 0; gate < G; ++gate) drec[gate][i] = steps ? of_h[gate].v : 0;
 #pragma unroll
       for (int k = 0; k < kSplit; ++k) dx[k][i] = of_x[G - kSplit + k].v;
+#pragma unroll
+      for (int k = 0; k < kParameters; ++k) of_parameters[k][i] = parameters.gradient[k].v;
       dh[i] = steps ? d[0].v : dh[i];
       if constexpr (kTwoStates) dc[i] = steps ? d[1].v : dc[i];
       operand_of_dw[i] = h_before[i];
@@ -137,6 +152,10 @@ FUSEDRNN_KERNEL void backward_loop(M& m, const Shape& s, const BackwardSpan<type
       for (int gate = 0; gate < G; ++gate) dg[(sample * kBlocks + gate) * H + unit] = narrow<T>(drec[gate][i]);
 #pragma unroll
       for (int k = 0; k < kSplit; ++k) dg[(sample * kBlocks + G + k) * H + unit] = narrow<T>(dx[k][i]);
+#pragma unroll
+      for (int k = 0; k < kParameters; ++k) {
+        dg[(sample * kBlocks + G + kSplit + k) * H + unit] = narrow<T>(of_parameters[k][i]);
+      }
       if (p.u.before[slot]) before[sample * H + unit] = narrow<T>(operand_of_dw[i]);
     }
     if (!last) load();

@@ -72,6 +72,16 @@ FUSEDRNN_KERNEL void forward_loop(M& m, const Shape& s, const ForwardSpan<typena
     c[i] = there && kTwoStates ? p.u.c[from] : 0;
   }
 
+  float w_unit[Cell::kParameters > 0 ? Cell::kParameters : 1][2];  // of a lane's units
+#pragma unroll
+  for (int i = 0; i < Place::units(s); ++i) {
+    const int unit = at.unit_of(s, i);
+#pragma unroll
+    for (int k = 0; k < Cell::kParameters; ++k) {
+      w_unit[k][i] = unit < here.units ? widen(p.u.w_unit[slot][k * H + here.first_unit + unit]) : 0;
+    }
+  }
+
   float x[G][4];
   const auto load_x = [&] {
     const float* const rows =
@@ -107,7 +117,8 @@ FUSEDRNN_KERNEL void forward_loop(M& m, const Shape& s, const ForwardSpan<typena
       state[0] = V(h[i]);
       if constexpr (kTwoStates) state[1] = V(c[i]);
       Values<V, kSaved> values;
-      forward_step<Cell>(of_x, of_h, state, values);
+      const auto parameters = UnitParameters<Cell, V>::of([&](int k) { return V(w_unit[k][unit]); });
+      forward_step<Cell>(of_x, of_h, parameters, state, values);
       const bool steps = at.sample(s, i) < active && at.unit(s, i) < here.units;
       h[i] = steps ? state[0].v : h[i];
       if constexpr (kTwoStates) c[i] = steps ? state[1].v : c[i];

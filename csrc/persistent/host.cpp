@@ -33,8 +33,9 @@ template <class Cell, class Products, bool backward>
 Geometry some_geometry(const Steps& steps, int64_t H) {
   const uint64_t drawn = std::minstd_rand(H * 1009 + steps.B * 31 + steps.T + seed())();
   constexpr Multiplier kMultiplier = Products::kMultiplier;
-  const Geometry planned =
-      choose({Cell::kGates, Cell::kSplit, Cell::kStates, Cell::kSaved, kMultiplier, units_for(H), backward}, 8);
+  const Geometry planned = choose({Cell::kGates, Cell::kSplit + Cell::kParameters, Cell::kStates, Cell::kSaved,
+                                   kMultiplier, units_for(H), backward},
+                                  8);
   if (drawn % 5 == 0 && planned.tiles > 0) return planned;
   Geometry s = {};
   s.blocks = 1 << drawn % 3;
@@ -150,7 +151,8 @@ struct Emulated : Host {
   static void run_loop(const BackwardSpan<T>& p) {
     const Geometry s = some_geometry<Cell, Products, true>(p.steps, p.u.H);
     each_row(p, true, [&](int slot, int64_t n) {
-      poison(p.u.dg[slot] + n * (Cell::kGates + Cell::kSplit) * p.u.H, (Cell::kGates + Cell::kSplit) * p.u.H);
+      constexpr int kBlocks = Cell::kGates + Cell::kSplit + Cell::kParameters;
+      poison(p.u.dg[slot] + n * kBlocks * p.u.H, kBlocks * p.u.H);
       if (p.u.before[slot]) poison(p.u.before[slot] + n * p.u.H, p.u.H);
     });
     run(s, p, backward_layout<Cell, Products>(s).bytes,

@@ -14,7 +14,7 @@ enum class Multiplier { kHalves, kTf32, kSplit };
 
 // A loop to be compiled: sizes that its registers and shared memory depend on.
 struct Loop {
-  int gates, split;  // of the cell
+  int gates, split;  // of the cell; split: with the parameters of its units
   int states, saved;
   Multiplier multiplier;
   int units;  // the most that it is for: of kUnits

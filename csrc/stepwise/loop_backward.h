@@ -19,10 +19,11 @@ struct StepwiseBackward {
   using T = Type;
   using S = Compute<T>;
   static constexpr DType kDType = Element<T>::kDType;
-  static constexpr int G = Cell::kGates, kSplit = Cell::kSplit, kBlocks = G + kSplit;
-  static constexpr bool kTwoProducts = Cell::kFirst < G, kOneType = std::is_same_v<S, T>;
+  static constexpr int G = Cell::kGates, kSplit = Cell::kSplit, kBlocks = G + kSplit + Cell::kParameters;
+  static constexpr bool kProduct = Cell::kFirst > 0, kTwoProducts = kProduct && Cell::kFirst < G;
+  static constexpr bool kOneType = std::is_same_v<S, T>;
   // Whether there is a kernel for many steps (persistent/backward.h); and whether it can do those of p.
-  static constexpr bool kPersistent = !kTwoProducts && !std::is_same_v<T, double>;
+  static constexpr bool kPersistent = Cell::kFirst == G && !std::is_same_v<T, double>;
   static bool can_persist(const BackwardProblem& p) {
     return kPersistent && !p.size.projected && !p.noise.mask_h && !p.noise.keep_h.data && !p.noise.keep_c.data &&
            !p.norms && !p.clip_by_norm;
@@ -60,12 +61,13 @@ struct StepwiseBackward {
     if (Cell::kStates == 2) w.dc = arena.take<S>(z.D * z.B * z.H);
     if (kTwoProducts || z.projected) w.through = arena.take<S>(z.D * z.B * z.H);
     w.dg = arena.take<T>(z.D * z.N * kBlocks * z.H);
-    if (p.weight_gradients) w.before = arena.take<T>(z.D * z.N * z.R);
+    if (p.weight_gradients && kProduct) w.before = arena.take<T>(z.D * z.N * z.R);
     if (p.weight_gradients && (kTwoProducts || z.projected)) w.q = arena.take<T>(z.D * z.N * z.H);
     if (z.projected) w.dy_rows = arena.take<T>(z.D * z.N * z.R);
-    if (z.D == 2) w.w_hh = arena.take<T>(2 * G * z.H * z.R);
+    if (z.D == 2 && kProduct) w.w_hh = arena.take<T>(2 * G * z.H * z.R);
     if (z.D == 2 && z.projected) w.w_hr = arena.take<T>(2 * z.R * z.H);
-    if (p.weight_gradients && p.dw[0].b_ih) w.part = arena.take<S>(z.D * parts(z.N) * kBlocks * z.H);
+    if (p.weight_gradients && (p.dw[0].b_ih || p.dw[0].w_unit))
+      w.part = arena.take<S>(z.D * parts(z.N) * kBlocks * z.H);
     if (can_persist(p) && is_ragged(z)) w.active = arena.take<int32_t>(z.T);
     if (p.clip_by_norm) w.scale = arena.take<S>(z.D * z.B * 2);
     if (p.norms) w.dh_rows = arena.take<S>(z.D * z.N * z.R);
@@ -88,7 +90,7 @@ struct StepwiseBackward {
     Arena arena(memory);
     const Work w = arrange<Device>(arena, p);
     const int64_t H = z.H, R = z.R, B = z.B, N = z.N;
-    const T* const w_hh = side_by_side(device, p, &LayerWeights::w_hh, w.w_hh, G * H, R);
+    const T* const w_hh = kProduct ? side_by_side(device, p, &LayerWeights::w_hh, w.w_hh, G * H, R) : nullptr;
     const T* const w_hr = z.projected ? side_by_side(device, p, &LayerWeights::w_hr, w.w_hr, R, H) : nullptr;
     LoadStates<S, T> begin = {B, R, H, nullptr, w.dh, w.dc, {}, {}, {}};
     StoreStates<S, T> finish = {B, R, H, nullptr, w.dh, w.dc, {}, {}};
@@ -104,6 +106,7 @@ struct StepwiseBackward {
       u.mask[s] = typed<T>(p.noise.mask_h, s * B * R);
       u.h0[s] = typed<T>(p.h0, s * B * R);
       u.c0[s] = typed<T>(p.c0, s * B * H);
+      u.w_unit[s] = typed<T>(p.weights[s].w_unit);
       u.y[s] = typed<T>(p.y, s * R);
       u.saved[s] = typed<S>(p.saved, s * N * p.saved_stride);
       u.dg[s] = w.dg + s * N * kBlocks * H;
@@ -193,6 +196,7 @@ struct StepwiseBackward {
                u.through, false);
       device.each(slots.count, rows, H, BackwardFirst<Cell, S, T>{element});
     }
+    if (!kProduct) return;
     // The direct path to h_{t-1} is in dh already.
     multiply(u.dg[0], {width, 0, Cell::kFirst * H}, w_hh, G * H * R, R, sent ? sent : u.dh, !sent);
     if (sent) device.each(slots.count, rows, R, AddMasked<S, T>{element, sent});
@@ -240,28 +244,29 @@ struct StepwiseBackward {
     const Columns of_x = {row_stride(p.x, z), 0, I}, of_h = {R, 0, R}, of_q = {H, 0, H};
     outer(u.dg, {width, 0, own}, xs, of_x, &WeightGradients::w_ih, 0);
     outer(u.dg, {width, G * H, kSplit * H}, xs, of_x, &WeightGradients::w_ih, own * I);
-    outer(u.dg, {width, 0, Cell::kFirst * H}, u.before, of_h, &WeightGradients::w_hh, 0);
+    outer(u.dg, {width, 0, Cell::kFirst * H}, u.before, of_h, &WeightGradients::w_hh, 0);  // none of no gate
     if (kTwoProducts) {
       outer(u.dg, {width, Cell::kFirst * H, (G - Cell::kFirst) * H}, u.q, of_q, &WeightGradients::w_hh,
             Cell::kFirst * H * R);
     }
     if (z.projected) outer(u.dy_rows, of_h, u.q, of_q, &WeightGradients::w_hr, 0);
-    if (w.part) bias_gradients(device, p, slots, w, u);
+    if (w.part) sums_of_gates(device, p, slots, w, u);
   }
 
   template <class Device>
-  static void bias_gradients(Device& device, const BackwardProblem& p, const Slots& slots, const Work& w,
-                             const BackwardBuffers<S, T>& u) {
+  static void sums_of_gates(Device& device, const BackwardProblem& p, const Slots& slots, const Work& w,
+                            const BackwardBuffers<S, T>& u) {
     const LayerSizes& z = p.size;
     const int64_t width = kBlocks * z.H, count = parts(z.N);
     SumRows<S, T> sums = {z.N, width, rows_of_part(z.N), {}, {}};
-    BiasGradients<S, T, G, kSplit> gradients = {z.H, count, {}, {}, {}};
+    SumsOfGates<Cell, S, T> gradients = {z.H, count, {}, {}, {}, {}};
     for (int s = 0; s < slots.count; ++s) {
       const WeightGradients& dw = p.dw[s];
       sums.dg[s] = u.dg[s];
       gradients.part[s] = sums.part[s] = w.part + s * count * width;
       gradients.db_ih[s] = typed<T>(dw.b_ih);
       gradients.db_hh[s] = typed<T>(dw.b_hh);
+      gradients.dw_unit[s] = typed<T>(dw.w_unit);
     }
     device.each(slots.count, count, width, sums);
     device.each(slots.count, 1, width, gradients);

@@ -19,16 +19,17 @@ struct StepwiseForward {
   using S = Compute<T>;
   static constexpr DType kDType = Element<T>::kDType;
   static constexpr int G = Cell::kGates;
-  static constexpr bool kTwoProducts = Cell::kFirst < G, kOneType = std::is_same_v<S, T>;
+  static constexpr bool kProduct = Cell::kFirst > 0, kTwoProducts = kProduct && Cell::kFirst < G;
+  static constexpr bool kOneType = std::is_same_v<S, T>;
   // Whether there is a kernel for many steps (persistent/forward.h); and whether it can do those of p.
-  static constexpr bool kPersistent = !kTwoProducts && !std::is_same_v<T, double>;
+  static constexpr bool kPersistent = Cell::kFirst == G && !std::is_same_v<T, double>;
   static bool can_persist(const ForwardProblem& p) {
     return kPersistent && !p.size.projected && !p.noise.mask_h && !p.noise.keep_h.data && !p.noise.keep_c.data;
   }
 
   struct Work {
     S* x;             // [slots][limit][G*H]
-    S* rec;           // [slots][B][G*H]
+    S* rec;           // [slots][B][G*H] or null
     T* operand;       // [slots][B][R]
     S* h;             // [slots][B][R], or null: `operand` is all there is to know of it
     S* c;             // [slots][B][H] or null
@@ -48,7 +49,7 @@ struct StepwiseForward {
     const int64_t row = z.D * G * z.H;
     w.limit = std::min(z.N, std::max(z.B, Device::kProjectionBytes / (row * static_cast<int64_t>(sizeof(S)))));
     w.x = arena.take<S>(w.limit * row);
-    w.rec = arena.take<S>(z.B * row);
+    if (kProduct) w.rec = arena.take<S>(z.B * row);
     w.operand = arena.take<T>(z.D * z.B * z.R);
     if ((!kOneType && !z.projected) || p.noise.mask_h || p.noise.changes_h()) w.h = arena.take<S>(z.D * z.B * z.R);
     if (Cell::kStates == 2) w.c = arena.take<S>(z.D * z.B * z.H);
@@ -56,7 +57,7 @@ struct StepwiseForward {
     if (kTwoProducts && !p.saved) w.kept = arena.take<S>(z.D * z.B * Cell::kSaved * z.H);
     if (z.D == 2) {
       w.w_ih = arena.take<T>(row * z.I);
-      w.w_hh = arena.take<T>(row * z.R);
+      if (kProduct) w.w_hh = arena.take<T>(row * z.R);
       if (z.projected) w.w_hr = arena.take<T>(2 * z.R * z.H);
     }
     if (can_persist(p) && is_ragged(z)) w.active = arena.take<int32_t>(z.T);
@@ -78,7 +79,7 @@ struct StepwiseForward {
     const Work w = arrange<Device>(arena, p);
     const int64_t H = z.H, R = z.R, B = z.B;
     const Weights weights = {side_by_side(device, p, &LayerWeights::w_ih, w.w_ih, G * H, z.I),
-                             side_by_side(device, p, &LayerWeights::w_hh, w.w_hh, G * H, R),
+                             kProduct ? side_by_side(device, p, &LayerWeights::w_hh, w.w_hh, G * H, R) : nullptr,
                              z.projected ? side_by_side(device, p, &LayerWeights::w_hr, w.w_hr, R, H) : nullptr};
     LoadStates<S, T> begin = {B, R, H, w.operand, w.h, w.c, {}, {}, {}};
     StoreStates<S, T> finish = {B, R, H, w.operand, w.h, w.c, {}, {}};
@@ -94,6 +95,7 @@ struct StepwiseForward {
       u.mask[s] = begin.mask[s] = typed<T>(p.noise.mask_h, s * B * R);
       u.b_ih[s] = typed<T>(p.weights[s].b_ih);
       u.b_hh[s] = typed<T>(p.weights[s].b_hh);
+      u.w_unit[s] = typed<T>(p.weights[s].w_unit);
       u.y[s] = typed<T>(p.y, s * R);
       u.saved[s] = typed<S>(p.saved, s * z.N * p.saved_stride);
     }
@@ -164,7 +166,7 @@ struct StepwiseForward {
     product.b = weights.w_hh, product.ldb = R, product.b_stride = G * H * R;
     product.c = w.rec, product.ldc = G * H, product.c_stride = z.B * G * H;
     product.b_transposed = product.c_compute = true;
-    product_of_rows(device, slots, at.rows, product);
+    if constexpr (kProduct) product_of_rows(device, slots, at.rows, product);
     if constexpr (kTwoProducts) {
       device.each(slots.count, rows, H, ForwardFirst<Cell, S, T>{element});
       product.n = (G - Cell::kFirst) * H;

@@ -35,7 +35,7 @@ class Outputs {
     }
     add(p.dh0, z.D * z.B, z.R, dtype);
     add(p.dc0, z.D * z.B, z.H, dtype);
-    add(p.dgates, z.D * z.N, (cell.gates + cell.split) * z.H, compute_);
+    add(p.dgates, z.D * z.N, cell.columns() * z.H, compute_);
     add(p.dh, z.D * z.N, z.R, compute_);
     add(p.norms, z.D * z.N, 2 * cell.states + cell.gates, compute_);
     for (int d = 0; d < z.D && p.weight_gradients; ++d) {
@@ -45,6 +45,7 @@ class Outputs {
       add(dw.b_ih, 1, cell.gates * z.H, dtype);
       add(dw.b_hh, 1, cell.gates * z.H, dtype);
       add(dw.w_hr, z.R, z.H, dtype);
+      add(dw.w_unit, 1, cell.parameters * z.H, dtype);
     }
   }
 

@@ -6,7 +6,7 @@
 namespace fusedrnn {
 
 // What the steps of a backward pass share. A row of dg holds the gradients of rec for all gates, then those of x for
-// the last kSplit gates, kGates + kSplit blocks of H.
+// the last kSplit gates, then what the units' parameters get: kGates + kSplit + kParameters blocks of H.
 template <class S, class T>
 struct BackwardBuffers {
   int64_t B, H, R, width;
@@ -15,17 +15,18 @@ struct BackwardBuffers {
   PerSlot<const T*> y;      // [N, width], from the direction's first column on
   PerSlot<const S*> saved;  // [N, saved_stride]
   int64_t saved_stride;
-  PerSlot<T*> dg;          // [N, (G + kSplit)*H]
-  PerSlot<const T*> mask;  // [B, R] or null
-  PerSlot<T*> before;      // [N, R]: mask * h_{t-1} of each row, or null
-  PerSlot<T*> q;           // [N, H]: operand of the second product or output before its projection; or null
-  PerSlot<T*> dy_rows;     // [N, R]: dL/d(W_hr (o * tanh(c))) of a projected layer
-  PerSlot<S*> dh_rows;     // [N, R]: dL/dh_t but for dy, or null
-  PerSlot<S*> sent_dc;     // [N, H]: what the later steps and dc_n send to c_t, or null
-  PerSlot<S*> dc_rows;     // [N, H]: dL/dc_t by all ways, or null
-  S* dh;                   // [slots][B][R]: dL/dh of this step but for dy
-  S* dc;                   // [slots][B][H]
-  S* through;              // [slots][B][H]: dL/dq, or the gradient through the projection
+  PerSlot<const T*> w_unit;  // [U*H] or null
+  PerSlot<T*> dg;            // [N, (G + kSplit + U)*H]
+  PerSlot<const T*> mask;    // [B, R] or null
+  PerSlot<T*> before;        // [N, R]: mask * h_{t-1} of each row, or null
+  PerSlot<T*> q;             // [N, H]: operand of the second product or output before its projection; or null
+  PerSlot<T*> dy_rows;       // [N, R]: dL/d(W_hr (o * tanh(c))) of a projected layer
+  PerSlot<S*> dh_rows;       // [N, R]: dL/dh_t but for dy, or null
+  PerSlot<S*> sent_dc;       // [N, H]: what the later steps and dc_n send to c_t, or null
+  PerSlot<S*> dc_rows;       // [N, H]: dL/dc_t by all ways, or null
+  S* dh;                     // [slots][B][R]: dL/dh of this step but for dy
+  S* dc;                     // [slots][B][H]
+  S* through;                // [slots][B][H]: dL/dq, or the gradient through the projection
 };
 
 template <class S, class T>
@@ -80,6 +81,7 @@ struct BackwardStep : BackwardElement<S, T> {
     const auto& u = this->u;
     const int64_t H = u.H, i = (s * u.B + b) * H + j, n = this->at.first[s] + b;
     const S* row = this->saved_row(s, b);
+    auto parameters = UnitParameters<Cell, S>::of([&](int k) { return widen(u.w_unit[s][k * H + j]); });
     Values<S, Cell::kSaved> saved;
     for (int k = 0; k < Cell::kSaved; ++k) saved[k] = row[k * H + j];
     Values<S, Cell::kStates> previous, current, d;
@@ -89,7 +91,7 @@ struct BackwardStep : BackwardElement<S, T> {
       d[0] = u.through[i];
     } else {
       if (u.before[s]) u.before[s][n * H + j] = narrow<T>(this->previous_operand(s, b, j));
-      previous[0] = widen(this->previous_h(s, b, j));
+      previous[0] = Cell::kFirst > 0 ? widen(this->previous_h(s, b, j)) : this->previous_operand(s, b, j);
       current[0] = Cell::kSaved == 0 && this->noise.h[s] ? row[j] : widen(u.y[s][n * u.width + j]);
       if (u.dh_rows[s]) u.dh_rows[s][n * H + j] = u.dh[i];
       d[0] = this->total_dh(s, b, j);
@@ -103,10 +105,10 @@ struct BackwardStep : BackwardElement<S, T> {
       if (u.sent_dc[s]) u.sent_dc[s][n * H + j] = d[1];
       const StepView<T>& dc = this->dc[s];
       if (dc.data) d[1] += widen(dc.data[b * dc.batch + j]);
-      if (u.dc_rows[s]) u.dc_rows[s][n * H + j] = this->noise.c[s] ? d[1] : Cell::dc_of(saved, current, d);
+      if (u.dc_rows[s]) u.dc_rows[s][n * H + j] = this->noise.c[s] ? d[1] : parameters.dc_of(saved, current, d);
       direct_c = this->past(this->noise.c[s], b, j, d[1]);
     }
-    if constexpr (Cell::kFirst < Cell::kGates) {
+    if constexpr (0 < Cell::kFirst && Cell::kFirst < Cell::kGates) {
       const Values<S, 1> operand = {this->previous_operand(s, b, j)};
       if (u.q[s]) u.q[s][n * H + j] = narrow<T>(Cell::recurrent_operand(saved, operand));
     }
@@ -114,10 +116,13 @@ struct BackwardStep : BackwardElement<S, T> {
       if (u.q[s]) u.q[s][n * H + j] = narrow<T>(Cell::output(saved, current));
     }
     Values<S, Cell::kGates> dx = {}, drec = {};
-    Cell::backward(saved, previous, current, d, dx, drec);
-    T* out = u.dg[s] + n * (Cell::kGates + Cell::kSplit) * H + j;
+    parameters.backward(saved, previous, current, d, dx, drec);
+    if constexpr (Cell::kFirst == 0) d[0] = this->with_mask(s, b, j, d[0]);
+    constexpr int kFactors = Cell::kGates + Cell::kSplit;
+    T* out = u.dg[s] + n * (kFactors + Cell::kParameters) * H + j;
     for (int g = 0; g < Cell::kGates; ++g) out[g * H] = narrow<T>(drec[g]);
     for (int g = Cell::kGates - Cell::kSplit; g < Cell::kGates; ++g) out[(g + Cell::kSplit) * H] = narrow<T>(dx[g]);
+    for (int k = 0; k < Cell::kParameters; ++k) out[(kFactors + k) * H] = narrow<T>(parameters.gradient[k]);
     if constexpr (!kProjected) u.dh[i] = d[0] + direct_h;
     if constexpr (Cell::kStates == 2) u.dc[i] = d[1] + direct_c;
   }
@@ -131,15 +136,19 @@ struct BackwardFirst : BackwardElement<S, T> {
     const auto& u = this->u;
     const int64_t H = u.H, i = (s * u.B + b) * H + j;
     const S* row = this->saved_row(s, b);
-    T* out = u.dg[s] + (this->at.first[s] + b) * (Cell::kGates + Cell::kSplit) * H + j;
+    constexpr int kFactors = Cell::kGates + Cell::kSplit;
+    T* out = u.dg[s] + (this->at.first[s] + b) * (kFactors + Cell::kParameters) * H + j;
+    auto parameters = UnitParameters<Cell, S>::of([&](int k) { return widen(u.w_unit[s][k * H + j]); });
+    for (int k = 0; k < Cell::kParameters; ++k) parameters.gradient[k] = widen(out[(kFactors + k) * H]);
     Values<S, Cell::kSaved> saved;
     for (int k = 0; k < Cell::kSaved; ++k) saved[k] = row[k * H + j];
     const Values<S, 1> previous = {this->previous_operand(s, b, j)};
     Values<S, 1> d = {S(0)};
     Values<S, Cell::kGates> dx = {}, drec = {};
     for (int g = 0; g < Cell::kFirst; ++g) dx[g] = drec[g] = widen(out[g * H]);
-    Cell::backward_first(saved, previous, u.through[i], d, dx, drec);
+    parameters.backward_first(saved, previous, u.through[i], d, dx, drec);
     for (int g = 0; g < Cell::kFirst; ++g) out[g * H] = narrow<T>(drec[g]);
+    for (int k = 0; k < Cell::kParameters; ++k) out[(kFactors + k) * H] = narrow<T>(parameters.gradient[k]);
     u.dh[i] += this->with_mask(s, b, j, d[0]);
   }
 };
@@ -211,7 +220,7 @@ struct RowNorms {
   RowView dy;
   PerSlot<const S*> dh;           // [N, R]
   PerSlot<const S*> sent_dc, dc;  // [N, H]
-  PerSlot<const T*> dg;           // [N, (G + kSplit)*H]
+  PerSlot<const T*> dg;           // [N, (G + kSplit + U)*H]
   S* to;                          // [slots][N][columns]
 
   static constexpr int G = Cell::kGates, kSplit = Cell::kSplit;
@@ -233,7 +242,7 @@ struct RowNorms {
     return norm(sum_of_squares<S>(R, 1, [&](int64_t j) { return sent[j] + widen(more[j]); }));
   }
   FUSEDRNN_INLINE S norm_of_gate(int s, int64_t n, int64_t g) const {
-    const T* row = dg[s] + (n * (G + kSplit) + (g < G - kSplit ? g : g + kSplit)) * H;
+    const T* row = dg[s] + (n * (G + kSplit + Cell::kParameters) + (g < G - kSplit ? g : g + kSplit)) * H;
     return norm(sum_of_squares<S>(H, 1, [&](int64_t j) { return widen(row[j]); }));
   }
 };
@@ -253,21 +262,27 @@ struct SumRows {
   }
 };
 
-// The bias gradients: column j of a row of dg is a gate's gradient of x, of rec, or of both.
-template <class S, class T, int kGates, int kSplit>
-struct BiasGradients {
+// The gradients of the biases, which may be null, and of the units' parameters: column j of a row of dg is a gate's
+// gradient of x, of rec, or of both, or that of a unit's parameter.
+template <class Cell, class S, class T>
+struct SumsOfGates {
   int64_t H, parts;
-  PerSlot<const S*> part;  // [parts, (kGates + kSplit)*H]
+  PerSlot<const S*> part;  // [parts, (G + kSplit + U)*H]
   PerSlot<T*> db_ih;       // [G*H]
   PerSlot<T*> db_hh;       // [G*H]
+  PerSlot<T*> dw_unit;     // [U*H]
+
+  static constexpr int G = Cell::kGates, kSplit = Cell::kSplit, kFactors = G + kSplit;
 
   FUSEDRNN_INLINE void operator()(int s, int64_t, int64_t j) const {
     S sum = S(0);
-    for (int64_t p = 0; p < parts; ++p) sum += part[s][p * (kGates + kSplit) * H + j];
+    for (int64_t p = 0; p < parts; ++p) sum += part[s][p * (kFactors + Cell::kParameters) * H + j];
     const T value = narrow<T>(sum);
-    if (j < kGates * H) db_hh[s][j] = value;
-    if (j < (kGates - kSplit) * H) db_ih[s][j] = value;
-    if (j >= kGates * H) db_ih[s][j - kSplit * H] = value;
+    if (j >= kFactors * H) dw_unit[s][j - kFactors * H] = value;
+    if (!db_ih[s]) return;
+    if (j < G * H) db_hh[s][j] = value;
+    if (j < (G - kSplit) * H) db_ih[s][j] = value;
+    if (G * H <= j && j < kFactors * H) db_ih[s][j - kSplit * H] = value;
   }
 };
 

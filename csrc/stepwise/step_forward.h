@@ -8,11 +8,12 @@ namespace fusedrnn {
 // What the steps of a forward pass share.
 template <class S, class T>
 struct ForwardBuffers {
-  int64_t B, H, R, width;  // width: of a row of y, D * R
-  PerSlot<const T*> b_ih;  // [G*H] or null
-  PerSlot<const T*> b_hh;  // [G*H] or null
-  PerSlot<T*> y;           // [N, width], from the direction's first column on
-  PerSlot<S*> saved;       // [N, saved_stride] or null
+  int64_t B, H, R, width;    // width: of a row of y, D * R
+  PerSlot<const T*> b_ih;    // [G*H] or null
+  PerSlot<const T*> b_hh;    // [G*H] or null
+  PerSlot<const T*> w_unit;  // [U*H] or null
+  PerSlot<T*> y;             // [N, width], from the direction's first column on
+  PerSlot<S*> saved;         // [N, saved_stride] or null
   int64_t saved_stride;
   S* kept;                 // [slots][B][kSaved*H]: the saved values of this step alone, if `saved` is null
   const S* rec;            // [slots][B][G*H]: W_hh h_{t-1}
@@ -42,10 +43,15 @@ struct ForwardElement {
     return u.b_ih[s] ? product + widen(u.b_ih[s][g * u.H + j]) : product;
   }
   FUSEDRNN_INLINE S rec_gate(int s, int64_t b, int64_t j, int g) const {
-    const S product = u.rec[((s * u.B + b) * G + g) * u.H + j];
+    const S product = Cell::kFirst > 0 ? u.rec[((s * u.B + b) * G + g) * u.H + j] : S(0);
     return u.b_hh[s] ? product + widen(u.b_hh[s][g * u.H + j]) : product;
   }
   FUSEDRNN_INLINE S previous_h(int64_t i) const { return u.h ? u.h[i] : widen(u.operand[i]); }
+  // As a product reads it.
+  FUSEDRNN_INLINE S masked_h(int s, int64_t i) const { return u.mask[s] ? widen(u.operand[i]) : previous_h(i); }
+  FUSEDRNN_INLINE UnitParameters<Cell, S> parameters(int s, int64_t j) const {
+    return UnitParameters<Cell, S>::of([&](int k) { return widen(u.w_unit[s][k * u.H + j]); });
+  }
 };
 
 // h of a sample's unit j, element i of the driver's buffers, as what comes after finds it: h_{t-1} is there still.
@@ -68,10 +74,10 @@ struct ForwardFirst : ForwardElement<Cell, S, T> {
     const int64_t H = this->u.H, i = (s * this->u.B + b) * H + j;
     Values<S, Cell::kGates> x, rec;
     for (int g = 0; g < Cell::kFirst; ++g) x[g] = this->x_gate(s, b, j, g), rec[g] = this->rec_gate(s, b, j, g);
-    Values<S, 1> previous = {this->u.mask[s] ? widen(this->u.operand[i]) : this->previous_h(i)};
+    Values<S, 1> previous = {this->masked_h(s, i)};
     Values<S, Cell::kSaved> saved;
     S q;
-    Cell::forward_first(x, rec, previous, saved, q);
+    this->parameters(s, j).forward_first(x, rec, previous, saved, q);
     S* row = this->saved_row(s, b);
     for (int k = 0; k < Cell::kFirst; ++k) row[k * H + j] = saved[k];
     this->u.q[i] = narrow<T>(q);
@@ -81,13 +87,14 @@ struct ForwardFirst : ForwardElement<Cell, S, T> {
 // A cell's step, both halves of it.
 template <class Cell, class V>
 FUSEDRNN_INLINE void forward_step(const Values<V, Cell::kGates>& x, const Values<V, Cell::kGates>& rec,
-                                  Values<V, Cell::kStates>& state, Values<V, Cell::kSaved>& saved) {
+                                  const UnitParameters<Cell, V>& parameters, Values<V, Cell::kStates>& state,
+                                  Values<V, Cell::kSaved>& saved) {
   if constexpr (Cell::kLate > 0) {
     Values<V, Cell::kLate> late;
-    Cell::forward(x, rec, state, saved, late);
+    parameters.forward(x, rec, state, saved, late);
     Cell::finish(late, state, saved);
   } else {
-    Cell::forward(x, rec, state, saved);
+    parameters.forward(x, rec, state, saved);
   }
 }
 
@@ -100,7 +107,7 @@ struct ForwardStep : ForwardElement<Cell, S, T> {
     S* row = this->saved_row(s, b);
     Values<S, Cell::kGates> x, rec;
     Values<S, Cell::kSaved> saved;
-    if constexpr (Cell::kFirst < Cell::kGates) {
+    if constexpr (0 < Cell::kFirst && Cell::kFirst < Cell::kGates) {
       for (int k = 0; k < Cell::kFirst; ++k) saved[k] = row[k * H + j];
       for (int g = 0; g < Cell::kFirst; ++g) x[g] = rec[g] = S(0);  // not read again
     }
@@ -109,9 +116,10 @@ struct ForwardStep : ForwardElement<Cell, S, T> {
       rec[g] = this->rec_gate(s, b, j, g);
     }
     Values<S, Cell::kStates> state;
-    state[0] = kProjected ? S(0) : this->previous_h(i);  // no cell that is projected reads it
+    // No cell that is projected reads it.
+    state[0] = kProjected ? S(0) : Cell::kFirst > 0 ? this->previous_h(i) : this->masked_h(s, i);
     if constexpr (Cell::kStates == 2) state[1] = u.c[i];
-    forward_step<Cell>(x, rec, state, saved);
+    forward_step<Cell>(x, rec, this->parameters(s, j), state, saved);
     if constexpr (Cell::kStates == 2) {
       if (this->noise.c[s]) state[1] = zoneout(this->noise.c[s](b, j), u.c[i], state[1]);
       u.c[i] = state[1];

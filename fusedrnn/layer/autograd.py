@@ -357,7 +357,7 @@ class RecurrentLayerBackward(torch.autograd.Function):
         wanted = Leaves.of(call.cell, LayerCall.leaves_of(asked[4 : -len(gradients.flat)]))
         # In the tensors' own type, whatever autocast is on around backward().
         with _without_autocast(call.x):
-            if call.noise.any or torch.is_grad_enabled() or transformed():
+            if call.noise.any or call.info.parameters or torch.is_grad_enabled() or transformed():
                 cotangents, leaves = map(differentiable.numbered, (gradients.flat, call.leaves.flat))
                 found, pull = torch.func.vjp(partial(differentiable.gradients, call), cotangents, leaves)
                 vector = dict(enumerate(v.flat))

@@ -154,9 +154,10 @@ def _weight_gradients(call: LayerCall, count: int, y: Tensor, saved: Tensor, gra
     cell, rows, steps, hidden, out = call.cell, call.x_rows, call.rows, call.hidden, call.width
     x, y, h0, dgates, dh = call.x.flatten(0, rows), y.flatten(0, rows), call.states[0], gradients.gates, gradients.h
     gates, first, split, kept = (_CONSTANTS[cell][name] for name in ("gates", "first", "split", "saved"))
+    factors = gates + split
     found = []
     for d, weights in enumerate(call.by_direction):
-        mine = _unfold(dgates[d], 0, count)  # (N, V, (gates + split) * H)
+        mine = _unfold(dgates[d], 0, count)  # (N, V, (gates + split + parameters) * H)
         values = _unfold(saved[d], 0, count).split(hidden, dim=-1)  # those kept of the cell, then c_t
         inputs = _unfold(x, 0, count)
         start = None if h0 is None else h0[d]
@@ -166,15 +167,17 @@ def _weight_gradients(call: LayerCall, count: int, y: Tensor, saved: Tensor, gra
             return mine[..., begin * hidden : end * hidden]
 
         own = gates - split  # gates whose input part has the gradient of the recurrent part
-        dw_ih = [_outer(of(0, own), inputs), _outer(of(gates, gates + split), inputs)]
-        dw_hh = [_outer(of(0, first), before)]
-        if first < gates:
+        dw_ih = [_outer(of(0, own), inputs), _outer(of(gates, factors), inputs)]
+        dw_hh = [_outer(of(0, first), before) if first else mine[..., factors * hidden :].sum(0)]
+        if 0 < first < gates:
             dw_hh.append(_outer(of(first, gates), STEPS[cell].operand(values[:kept], before)))
         found += [torch.cat(dw_ih, dim=1) if split else dw_ih[0], torch.cat(dw_hh, dim=1)]
         if weights.b_ih is not None:
             sums = mine.sum(0)
-            input_sums = torch.cat([sums[:, : own * hidden], sums[:, gates * hidden :]], dim=1)
+            input_sums = torch.cat([sums[:, : own * hidden], sums[:, gates * hidden : factors * hidden]], dim=1)
             found += [input_sums, sums[:, : gates * hidden]]
+        if weights.w_unit is not None:
+            found.append(mine[..., factors * hidden :].sum(0))
         if weights.w_hr is not None:
             found.append(_outer(_unfold(dh[d], 0, count), STEPS[cell].output(values[:kept], values[kept])))
     return [g.to(x.dtype) for g in found]

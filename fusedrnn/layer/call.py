@@ -91,23 +91,30 @@ class Weights(NamedTuple):
     """
 
     w_ih: Any  # (G*H, I)
-    w_hh: Any  # (G*H, R)
+    w_hh: Any  # (G*H, R); (U*H), the units' parameters, where gates multiply no h
     b_ih: Any = None  # (G*H)
     b_hh: Any = None  # (G*H)
     w_hr: Any = None  # (R, H)
+    w_unit: Any = None  # (U*H), the units' parameters
 
     @staticmethod
-    def counts(projectable: bool) -> tuple[int, ...]:
+    def counts(cell: CellInfo) -> tuple[int, ...]:
         """How many a direction may have."""
-        return (2, 3, 4, 5) if projectable else (2, 4)
+        return (3, 5) if cell.has_unit_weight else (2, 3, 4, 5) if cell.projectable else (2, 4)
+
+    @staticmethod
+    def named(cell: CellInfo) -> str:
+        """What a direction has, for messages."""
+        last = ", w_unit" if cell.has_unit_weight else "[, w_hr]" if cell.projectable else ""
+        return f"w_ih, w_hh[, b_ih, b_hh]{last}"
 
     @classmethod
-    def split(cls, flat: Sequence[Any], directions: int) -> list[Weights]:
+    def split(cls, cell: CellInfo, flat: Sequence[Any], directions: int) -> list[Weights]:
         """From a layer's list, those of each direction; from a stack's, of each layer and direction."""
         each = len(flat) // directions
-        biases, projected = each >= 4, each % 2 == 1
+        biases, last = 4 if each >= 4 else 2, "w_unit" if cell.has_unit_weight else "w_hr"
         parts = [flat[d * each : (d + 1) * each] for d in range(directions)]
-        return [cls(*p[: 4 if biases else 2], **{"w_hr": p[-1]} if projected else {}) for p in parts]
+        return [cls(*p[:biases], **{last: p[-1]} if each % 2 else {}) for p in parts]
 
     @property
     def flat(self) -> list[Any]:
@@ -176,7 +183,8 @@ class Gradients(NamedTuple):
 
     Attributes:
         x, states, weights: those of the arguments.
-        gates: (D, N, (G + split)*H), dL/d(W_hh h + b_hh) of all gates, then dL/d(W_ih x + b_ih) of the last ``split``.
+        gates: (D, N, (G + split + U)*H), dL/d(W_hh h + b_hh) of all gates, then dL/d(W_ih x + b_ih) of the last
+            ``split``, then what the row adds to the gradients of the units' parameters.
         h: (D, N, R), dL/dh_t of a projected layer.
         norms: (D, N, 2*states + G), for :class:`fusedrnn.record_gradients`.
     """
@@ -221,17 +229,17 @@ class LayerCall(NamedTuple):
 
     @property
     def by_direction(self) -> list[Weights]:
-        return Weights.split(self.weights, self.directions)
+        return Weights.split(self.info, self.weights, self.directions)
 
     @property
     def hidden(self) -> int:
         """H."""
-        return self.weights[1].size(0) // len(self.info.gates)
+        return self.weights[1].size(0) // self.info.blocks
 
     @property
     def width(self) -> int:
         """R."""
-        return self.weights[1].size(1)
+        return self.weights[1].size(1) if self.info.product else self.hidden
 
     @property
     def x_rows(self) -> int:

@@ -19,6 +19,7 @@ from ..cells import CELLS
 from .call import LayerCall, Leaves, OutputGradients, Outputs, Weights
 
 States = tuple[Tensor, ...]
+Parameters = tuple[Tensor, ...]  # of the units, each of (H), or the same for all rows
 Recurrent = Callable[[Tensor, int, int], Tensor]  # (h, first, last) -> W_hh h + b_hh of these gates
 
 
@@ -57,10 +58,34 @@ def _gru_reset_before(act: Any, x: Tensor, rec: Recurrent, h: Tensor) -> States:
     return (n + z * (h - n),)  # (H5)
 
 
+def _mgu(act: Any, x: Tensor, rec: Recurrent, h: Tensor) -> States:
+    x_f, x_n = x.chunk(2, dim=1)
+    f = act.sigmoid(x_f + rec(h, 0, 1))  # (U1)
+    n = act.tanh(x_n + rec(f * h, 1, 2))  # (U2), (U3)
+    return (h + f * (n - h),)  # (U4)
+
+
+def _peephole_lstm(act: Any, x: Tensor, rec: Recurrent, h: Tensor, c: Tensor, units: Parameters) -> States:
+    a_i, a_f, a_g, a_o = (x + rec(h, 0, 4)).chunk(4, dim=1)
+    p_i, p_f, p_o = units
+    i, f, g = act.sigmoid(a_i + p_i * c), act.sigmoid(a_f + p_f * c), act.tanh(a_g)  # (Q1), (Q2), (Q3)
+    c = f * c + i * g  # (Q4)
+    return act.sigmoid(a_o + p_o * c) * torch.tanh(c), c  # (Q5), (Q6)
+
+
+def _indrnn_tanh(act: Any, x: Tensor, rec: Recurrent, h: Tensor, units: Parameters) -> States:
+    return (act.tanh(x + rec(h, 0, 1) + units[0] * h),)  # (I1), (I2)
+
+
+def _indrnn_relu(act: Any, x: Tensor, rec: Recurrent, h: Tensor, units: Parameters) -> States:
+    return (act.relu(x + rec(h, 0, 1) + units[0] * h),)  # (I1), (I3)
+
+
 class Step(NamedTuple):
     """One step of a cell, and how the saved values (each a unit's, as csrc/cells orders them) take part in it."""
 
-    of: Callable[..., States]  # (activations, W_ih x + b_ih of all gates, :data:`Recurrent`, states) -> states
+    # (activations, W_ih x + b_ih of all gates, :data:`Recurrent`, states[, :data:`Parameters`]) -> states
+    of: Callable[..., States]
     operand: Callable[[States, Tensor], Tensor] | None = None  # (saved, h_{t-1}) -> q, of a cell with two products
     output: Callable[[States, Tensor], Tensor] | None = None  # (saved, c_t) -> h_t before its projection
     # The gates' values among the saved ones, in the order in which ``of`` asks ``activations`` for them. None: there
@@ -76,6 +101,10 @@ STEPS: dict[str, Step] = {
     "lstm": Step(_lstm, output=lambda saved, c: saved[3] * torch.tanh(c), gates=(0, 1, 2, 3)),  # (L6)
     "gru": Step(_gru, gates=(0, 1, 3), product=2),
     "gru_reset_before": Step(_gru_reset_before, operand=lambda saved, h: saved[0] * h, gates=(0, 1, 2)),  # (H3)
+    "peephole_lstm": Step(_peephole_lstm, gates=(0, 1, 2, 3)),
+    "indrnn_tanh": Step(_indrnn_tanh, gates=()),
+    "indrnn_relu": Step(_indrnn_relu, gates=()),
+    "mgu": Step(_mgu, operand=lambda saved, h: saved[0] * h, gates=(0, 1)),  # (U2)
 }
 
 
@@ -173,20 +202,27 @@ def _direction(
     """One direction: each state at all steps, rows in the order of time, and at the end. ``mask`` (B, R): of h in the
     products; ``keeps``: for each state the part of the one before, by steps.
     """
-    w_ih, w_hh, b_ih, b_hh, w_hr = weights
-    gates, step = len(CELLS[cell].gates), STEPS[cell].of
-    hidden = w_hh.size(0) // gates
+    w_ih, w_hh, b_ih, b_hh, w_hr, w_unit = weights
+    info, step = CELLS[cell], STEPS[cell].of
+    gates, hidden = len(info.gates), w_hh.size(0) // info.blocks
+    w_unit = w_unit if info.product else w_hh
+    units = () if w_unit is None else (w_unit.chunk(len(info.parameters)),)
     projections = linear(x.flatten(0, -2), w_ih, b_ih).split(list(rows))
     parts: dict[int, tuple[Tensor, Tensor | None]] = {}  # cut once: the gradient of each cut has the size of the whole
 
+    def masked(h: Tensor) -> Tensor:
+        return h if mask is None else h * mask[: h.size(0)]  # (Z1)
+
     def recurrent(h: Tensor, first: int, last: int) -> Tensor:
+        if not info.product:
+            return x.new_zeros(()) if b_hh is None else b_hh
         if first not in parts:
             part = slice(first * hidden, last * hidden)
             whole = last - first == gates
             parts[first] = (w_hh, b_hh) if whole else (w_hh[part], None if b_hh is None else b_hh[part])
-        return linear(h if mask is None else h * mask[: h.size(0)], *parts[first])  # (Z1)
+        return linear(masked(h), *parts[first])
 
-    sizes = (w_hh.size(1), hidden)
+    sizes = (w_hh.size(1) if info.product else hidden, hidden)
     start = [x.new_zeros(rows[0], size) if s is None else s for s, size in zip(start, sizes)]
     # Samples beyond those of a step have ended (forward) or not begun (reverse).
     count = rows[-1] if reverse else rows[0]
@@ -199,7 +235,8 @@ def _direction(
             ended.append(tuple(s[rows[t] :] for s in states))
             states = tuple(s[: rows[t]] for s in states)
         count = rows[t]
-        before, states = states, step(torch, projections[t], recurrent, *states)
+        read = states if info.product else (masked(states[0]), *states[1:])
+        before, states = states, step(torch, projections[t], recurrent, *read, *units)
         if w_hr is not None:
             states = (linear(states[0], w_hr), *states[1:])
         states = tuple(

@@ -3,7 +3,8 @@
 In layer l, for each sample and unit, or for each weight, with b(p) one with probability p and zero otherwise:
 
 - *variational* (Gal & Ghahramani 2016): x_t := m_x x_t and W_hh h_{t-1} := W_hh (m_h h_{t-1}) with the same masks
-  m = b(1 - p)/(1 - p) at every step. What goes from h_{t-1} to h_t without a product (GRU, residual RNN) is not masked.
+  m = b(1 - p)/(1 - p) at every step. What goes from h_{t-1} to h_t without a product (GRU, residual RNN) is not masked;
+  of a cell without any product, u h_{t-1} := u (m_h h_{t-1}).
 - *zoneout* (Krueger et al. 2017): h_t := k_t h_{t-1} + (1 - k_t) h'_t, where h'_t is what the cell gives and k_t = b(p)
   is drawn at every step; c_t likewise. h'_t is of the cell's c'_t. Outside training k_t is p, its mean.
 - *weight drop* (Merity et al. 2018, after Wan et al. 2013): W_hh := b(1 - p)/(1 - p) W_hh, the same for the whole call.
@@ -22,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..cells import CellInfo
 from .call import NOISELESS, LayerCall, Noise, Weights
 from .segments import Segments
 
@@ -78,13 +80,13 @@ def drop_input(x: Tensor, rate: float, batch_sizes: Tensor | None, layout: objec
     return x * _mask(x, rate, (int(batch_sizes[0]), x.size(1))).index_select(0, sample)
 
 
-def drop_weights(weights: Sequence[Tensor], rate: float, directions: int) -> Sequence[Tensor]:
+def drop_weights(cell: CellInfo, weights: Sequence[Tensor], rate: float, directions: int) -> Sequence[Tensor]:
     """A layer's, each direction's W_hh with elements dropped."""
     if rate == 0:
         return weights
     dropped = (
         own._replace(w_hh=own.w_hh * _mask(own.w_hh, rate, own.w_hh.shape))
-        for own in Weights.split(weights, directions)
+        for own in Weights.split(cell, weights, directions)
     )
     return [w for own in dropped for w in own.flat]
 

@@ -29,8 +29,8 @@ KERNEL_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 if _C.build()["cuda"]:
     KERNEL_DTYPES["cuda"] = KERNEL_DTYPES["cpu"]
 
-#: Gates of each cell whose gradients before and behind the reset differ: both are in ``dgates``.
-_SPLIT: dict[str, int] = {entry["name"]: entry["split"] for entry in _C.cells()}
+#: Blocks of H in a row of ``dgates``: gates, those whose gradients before and behind the reset differ, parameters.
+_BLOCKS: dict[str, int] = {entry["name"]: entry["gates"] + entry["split"] + entry["parameters"] for entry in _C.cells()}
 
 
 def refuse_older_exporter(name: str) -> None:
@@ -89,21 +89,24 @@ def _check(call: LayerCall, **more: Tensor | None) -> None:
             raise RuntimeError(f"{name} must be on the device of the input, {x.device}, got {tensor.device}")
     _check_steps(x, batch_sizes)
     each, rest = divmod(len(weights), call.directions)
-    if rest or each not in Weights.counts(projectable=True):
+    if not rest and each in (3, 5) and not info.projectable and not info.has_unit_weight:
+        raise RuntimeError(f"cell {cell} cannot be projected: w_hr given")
+    if rest or each not in Weights.counts(info):
         raise RuntimeError(
-            f"weights must hold w_ih, w_hh[, b_ih, b_hh][, w_hr] for each of {call.directions} direction(s), got"
+            f"weights must hold {Weights.named(info)} for each of {call.directions} direction(s), got"
             f" {len(weights)} tensors"
         )
     projected = call.by_direction[0].w_hr is not None
-    if projected and not info.projectable:
-        raise RuntimeError(f"cell {cell} cannot be projected: w_hr given")
-    w_hh, gates = weights[1].shape, len(info.gates)
-    if len(w_hh) != 2 or w_hh[0] % gates or w_hh[0] == 0:
-        raise RuntimeError(f"w_hh must have shape [{gates}*H, H], got {list(w_hh)}")
-    all_gates, H = w_hh[0], w_hh[0] // gates
-    R = w_hh[1] if projected else H
-    shapes = Weights((all_gates, x.size(-1)), (all_gates, R), (all_gates,), (all_gates,), (R, H))
+    w_hh, shape = weights[1].shape, f"[{info.blocks}*H, H]" if info.product else f"[{info.blocks}*H]"
+    if len(w_hh) != 1 + info.product or w_hh[0] % info.blocks or w_hh[0] == 0:
+        raise RuntimeError(f"w_hh must have shape {shape}, got {list(w_hh)}")
+    H = w_hh[0] // info.blocks
+    R, all_gates, units = w_hh[1] if projected else H, len(info.gates) * H, (len(info.parameters) * H,)
+    by_h = (all_gates, R) if info.product else units
+    shapes = Weights((all_gates, x.size(-1)), by_h, (all_gates,), (all_gates,), (R, H), units)
     sized = [each for own in call.by_direction for each in zip(Weights._fields, own, shapes) if each[1] is not None]
+    if call.scales is not None and info.parameters:
+        raise RuntimeError(f"cell {cell} has parameters of its units: no matrices in int8 or bfloat16")
     matrix = x.dtype if call.scales is None else torch.int8 if call.scales else torch.bfloat16
     if call.scales is not None and x.dtype != torch.float32:
         kinds = "int8 or bfloat16 weights alone"
@@ -121,7 +124,7 @@ def _check(call: LayerCall, **more: Tensor | None) -> None:
         samples = _samples(call._replace(states=()))
         sized += [(name, state, (call.directions, samples, size)) for name, state, size in given]
     for name, tensor, shape in sized:
-        dtype = matrix if name in ("w_ih", "w_hh", "w_hr") else x.dtype
+        dtype = matrix if name in ("w_ih", "w_hh", "w_hr") and len(shape) == 2 else x.dtype
         if tensor.dtype != dtype:
             which = "of the input, " if dtype == x.dtype else ""
             raise RuntimeError(f"{name} must have the dtype {which}{dtype}, got {tensor.dtype}")
@@ -166,7 +169,7 @@ def _(*args: Any) -> tuple[Any, ...]:
     x, info, weights, D, rows = call.x, call.info, call.weights, call.directions, math.prod(call.x.shape[:-1])
     projected = call.by_direction[0].w_hr is not None
     dx = x.new_empty(x.shape if needs.x else (0,))
-    dgates = saved.new_empty((D, rows if needs.gates else 0, (len(info.gates) + _SPLIT[call.cell]) * call.hidden))
+    dgates = saved.new_empty((D, rows if needs.gates else 0, _BLOCKS[call.cell] * call.hidden))
     dh = saved.new_empty((D, rows if needs.gates and projected else 0, call.width))
     norms = saved.new_empty((D, rows if needs.norms else 0, 2 * len(info.states) + len(info.gates)))
     return dx, *_finals(call), [w.new_empty(w.shape) for w in weights] if needs.weights else [], dgates, dh, norms

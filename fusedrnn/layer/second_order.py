@@ -37,7 +37,7 @@ def hessian_vector_product(
         v: the vector.
         needs: whether H v by x and by the weights is wanted.
 
-    Nothing is recorded for a further derivative.
+    Nothing is recorded for a further derivative. Not for cells with parameters of their units.
     """
     x, states, rows, dtype = call.x, call.states, call.rows, saved.dtype
     directions = call.directions
@@ -49,7 +49,7 @@ def hessian_vector_product(
         return [None if s is None else s[d].to(dtype) for s in given]
 
     def of(given: Leaves, d: int) -> Leaves:
-        weights = Weights.split(given.weights, directions)[d]
+        weights = Weights.split(call.info, given.weights, directions)[d]
         wide = Weights(*(None if w is None else w.to(dtype) for w in weights))
         return Leaves(flat(given.x), of_direction(given.states, d), wide)
 
@@ -85,7 +85,7 @@ class _Direction:
     ) -> None:
         self.reverse, self.rows, self.x = reverse, list(rows), arguments.x
         self.order = range(len(rows))[:: -1 if reverse else 1]
-        self.w_ih, self.w_hh, b_ih, b_hh, self.w_hr = arguments.weights
+        self.w_ih, self.w_hh, b_ih, b_hh, self.w_hr, _ = arguments.weights
         self.bias = b_ih is not None
         info, step = CELLS[cell], STEPS[cell]
         gates = len(info.gates)
@@ -140,7 +140,7 @@ class _Direction:
     ) -> tuple[tuple[Tensor, Tensor, list[Tensor]], Leaves]:
         """J v and H v."""
         w_ih, w_hr = self.w_ih, self.w_hr
-        v_ih, v_hh, v_b_ih, v_b_hh, v_hr = v.weights
+        v_ih, v_hh, v_b_ih, v_b_hh, v_hr, _ = v.weights
         v_parts = [None if v_hh is None else v_hh[part] for part in self.parts]
 
         # The tangents, onwards in time.

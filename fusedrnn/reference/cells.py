@@ -4,8 +4,9 @@ Layout, torch.nn's: samples are rows. x is (B, I), a state (B, H) or, projected,
 W_hh (G*H, R or H), a bias (G*H,) or None. Arithmetic is float64, whatever comes in.
 Each ``*_forward`` returns the new states and a cache; each ``*_backward`` takes the gradients of the new states,
 all paths summed, and the cache. It returns a dictionary: ``dx``, ``dh_prev``, (``dc_prev``), ``dW_ih``, ``dW_hh``,
-``db_ih`` and ``db_hh`` where there are biases, ``dW_hr`` where there is a projection, and the gate gradients
-``da_ih`` and ``da_hh`` (B, G*H), the gradients of W_ih x + b_ih and of W_hh h + b_hh.
+``db_ih`` and ``db_hh`` where there are biases, ``dW_hr`` where there is a projection, ``dW_unit`` where units have
+parameters besides, and the gate gradients ``da_ih`` and ``da_hh`` (B, G*H), the gradients of W_ih x + b_ih and of
+W_hh h + b_hh.
 """
 
 from __future__ import annotations
@@ -15,8 +16,14 @@ import numpy as np
 __all__ = [
     "gru_cell_backward",
     "gru_cell_forward",
+    "indrnn_cell_backward",
+    "indrnn_cell_forward",
     "lstm_cell_backward",
     "lstm_cell_forward",
+    "mgu_cell_backward",
+    "mgu_cell_forward",
+    "peephole_lstm_cell_backward",
+    "peephole_lstm_cell_forward",
     "residual_rnn_cell_backward",
     "residual_rnn_cell_forward",
     "rnn_cell_backward",
@@ -172,6 +179,101 @@ def gru_cell_backward(dh: Array, cache: tuple) -> Gradients:
     """Gradients of one step from dh (B, H) = dL/dh_t, either form."""
     *_, reset_after, _ = cache
     return _reset_after_backward(dh, cache) if reset_after else _reset_before_backward(dh, cache)
+
+
+def mgu_cell_forward(
+    x: Array, h_prev: Array, W_ih: Array, W_hh: Array, b_ih: Array | None = None, b_hh: Array | None = None
+) -> tuple[Array, tuple]:
+    """One step of the minimal gated unit, gates f, n. Returns (h_t, cache)."""
+    H = W_hh.shape[1]
+    a_ih = linear(x, W_ih, b_ih)
+    f = sigmoid(a_ih[:, :H] + linear(h_prev, W_hh[:H], None if b_hh is None else b_hh[:H]))  # (U1)
+    q = f * h_prev  # (U2)
+    n = np.tanh(a_ih[:, H:] + linear(q, W_hh[H:], None if b_hh is None else b_hh[H:]))  # (U3)
+    return (1.0 - f) * h_prev + f * n, (x, h_prev, f, n, (W_ih, W_hh, b_ih, b_hh))  # (U4)
+
+
+def mgu_cell_backward(dh: Array, cache: tuple) -> Gradients:
+    """Gradients of one step from dh (B, H) = dL/dh_t."""
+    x, h_prev, f, n, weights = cache
+    W_hh = weights[1]
+    W_hf, W_hn = np.split(W_hh, 2)
+    da_n = dh * f * (1.0 - n * n)  # (U5)
+    dq = da_n @ W_hn  # (U7)
+    da_f = (dh * (n - h_prev) + dq * h_prev) * f * (1.0 - f)  # (U6), (U8)
+    da = np.concatenate([da_f, da_n], axis=1)
+    grads = through_weights(da, da, x, h_prev, weights)
+    grads["dh_prev"] = dh * (1.0 - f) + dq * f + da_f @ W_hf  # (U9)
+    grads["dW_hh"] = np.concatenate([da_f.T @ h_prev, da_n.T @ (f * h_prev)])  # (U10)
+    return grads
+
+
+def peephole_lstm_cell_forward(
+    x: Array,
+    h_prev: Array,
+    c_prev: Array,
+    W_ih: Array,
+    W_hh: Array,
+    W_unit: Array,
+    b_ih: Array | None = None,
+    b_hh: Array | None = None,
+) -> tuple[Array, Array, tuple]:
+    """One step of the LSTM with peepholes, W_unit (3*H): p_i, p_f, p_o. Returns (h_t, c_t, cache)."""
+    a = linear(x, W_ih, b_ih) + linear(h_prev, W_hh, b_hh)
+    a_i, a_f, a_g, a_o = np.split(a, 4, axis=1)
+    p_i, p_f, p_o = np.split(np.asarray(W_unit, np.float64), 3)
+    i = sigmoid(a_i + p_i * c_prev)  # (Q1)
+    f = sigmoid(a_f + p_f * c_prev)  # (Q2)
+    g = np.tanh(a_g)  # (Q3)
+    c = f * c_prev + i * g  # (Q4)
+    o = sigmoid(a_o + p_o * c)  # (Q5)
+    h = o * np.tanh(c)  # (Q6)
+    return h, c, (x, h_prev, c_prev, (i, f, g, o), c, (p_i, p_f, p_o), (W_ih, W_hh, b_ih, b_hh))
+
+
+def peephole_lstm_cell_backward(dh: Array, dc: Array, cache: tuple) -> Gradients:
+    """Gradients of one step from dh (B, H) and dc (B, H), what reaches c_t from later than step t."""
+    x, h_prev, c_prev, (i, f, g, o), c, (p_i, p_f, p_o), weights = cache
+    tanh_c = np.tanh(c)
+    da_o = dh * tanh_c * o * (1.0 - o)  # (Q7)
+    dc = dc + dh * o * (1.0 - tanh_c * tanh_c) + p_o * da_o  # (Q8)
+    da_i = dc * g * i * (1.0 - i)  # (Q9)
+    da_f = dc * c_prev * f * (1.0 - f)  # (Q10)
+    da_g = dc * i * (1.0 - g * g)  # (Q11)
+    da = np.concatenate([da_i, da_f, da_g, da_o], axis=1)
+    grads = through_weights(da, da, x, h_prev, weights)  # (Q14), (L18)
+    grads["dc_prev"] = dc * f + p_i * da_i + p_f * da_f  # (Q12)
+    grads["dW_unit"] = np.concatenate([da_i * c_prev, da_f * c_prev, da_o * c], axis=1).sum(axis=0)  # (Q13)
+    return grads
+
+
+def indrnn_cell_forward(
+    x: Array,
+    h_prev: Array,
+    W_ih: Array,
+    W_hh: Array,
+    b_ih: Array | None = None,
+    b_hh: Array | None = None,
+    nonlinearity: str = "tanh",
+) -> tuple[Array, tuple]:
+    """h_t = phi(W_ih x_t + b_ih + u * h_{t-1} + b_hh), phi tanh or relu, u = W_hh (H). Returns (h_t, cache)."""
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
+    u = np.asarray(W_hh, np.float64)
+    a = linear(x, W_ih, b_ih) + u * h_prev + (0.0 if b_hh is None else b_hh)  # (I1)
+    h = np.tanh(a) if nonlinearity == "tanh" else np.maximum(a, 0.0)  # (I2), (I3)
+    return h, (x, h_prev, h, nonlinearity, W_ih, u, b_ih is not None, b_hh is not None)
+
+
+def indrnn_cell_backward(dh: Array, cache: tuple) -> Gradients:
+    """Gradients of one step from dh (B, H) = dL/dh_t."""
+    x, h_prev, h, nonlinearity, W_ih, u, has_b_ih, has_b_hh = cache
+    da = dh * (1.0 - h * h) if nonlinearity == "tanh" else dh * (h > 0.0)  # (I4)
+    dx, dW_ih, db = linear_backward(da, x, W_ih)  # (R8), (R9), (R11)
+    grads = {"dx": dx, "dW_ih": dW_ih, "da_ih": da, "da_hh": da}
+    grads["dW_hh"] = (da * h_prev).sum(axis=0)  # (I5)
+    grads["dh_prev"] = u * da  # (I6)
+    return grads | ({"db_ih": db} if has_b_ih else {}) | ({"db_hh": db} if has_b_hh else {})
 
 
 def _reset_after_backward(dh: Array, cache: tuple) -> Gradients:

@@ -18,8 +18,14 @@ from .cells import Array, Gradients
 __all__ = [
     "gru_backward",
     "gru_forward",
+    "indrnn_backward",
+    "indrnn_forward",
     "lstm_backward",
     "lstm_forward",
+    "mgu_backward",
+    "mgu_forward",
+    "peephole_lstm_backward",
+    "peephole_lstm_forward",
     "residual_rnn_backward",
     "residual_rnn_forward",
     "rnn_backward",
@@ -122,3 +128,53 @@ def gru_forward(
 def gru_backward(dy: Array, caches: list, dh_n: Array | None = None) -> Gradients:
     """Gradients of ``gru_forward``, equations (G5) to (G11), or (H6) to (H13)."""
     return _backward(cells.gru_cell_backward, dy, caches, {"dh": _or_zero(dh_n)})
+
+
+def mgu_forward(
+    x: Array, h0: Array, W_ih: Array, W_hh: Array, b_ih: Array | None = None, b_hh: Array | None = None
+) -> tuple[Array, Array, list]:
+    """The layer of minimal gated units, equations (U1) to (U4). Returns (y, h_n, caches)."""
+    return _forward(cells.mgu_cell_forward, x, [h0], W_ih, W_hh, b_ih, b_hh)
+
+
+def mgu_backward(dy: Array, caches: list, dh_n: Array | None = None) -> Gradients:
+    """Gradients of ``mgu_forward``, equations (U5) to (U10)."""
+    return _backward(cells.mgu_cell_backward, dy, caches, {"dh": _or_zero(dh_n)})
+
+
+def peephole_lstm_forward(
+    x: Array,
+    h0: Array,
+    c0: Array,
+    W_ih: Array,
+    W_hh: Array,
+    W_unit: Array,
+    b_ih: Array | None = None,
+    b_hh: Array | None = None,
+) -> tuple[Array, Array, Array, list]:
+    """The LSTM layer with peepholes, equations (Q1) to (Q6). Returns (y, h_n, c_n, caches)."""
+    return _forward(cells.peephole_lstm_cell_forward, x, [h0, c0], W_ih, W_hh, W_unit, b_ih, b_hh)
+
+
+def peephole_lstm_backward(dy: Array, caches: list, dh_n: Array | None = None, dc_n: Array | None = None) -> Gradients:
+    """Gradients of ``peephole_lstm_forward``, equations (Q7) to (Q14)."""
+    d_states = {"dh": _or_zero(dh_n), "dc": _or_zero(dc_n)}
+    return _backward(cells.peephole_lstm_cell_backward, dy, caches, d_states)
+
+
+def indrnn_forward(
+    x: Array,
+    h0: Array,
+    W_ih: Array,
+    W_hh: Array,
+    b_ih: Array | None = None,
+    b_hh: Array | None = None,
+    nonlinearity: str = "tanh",
+) -> tuple[Array, Array, list]:
+    """The layer of independently recurrent units, equations (I1) to (I3). Returns (y, h_n, caches)."""
+    return _forward(cells.indrnn_cell_forward, x, [h0], W_ih, W_hh, b_ih, b_hh, nonlinearity=nonlinearity)
+
+
+def indrnn_backward(dy: Array, caches: list, dh_n: Array | None = None) -> Gradients:
+    """Gradients of ``indrnn_forward``, equations (I4) to (I6)."""
+    return _backward(cells.indrnn_cell_backward, dy, caches, {"dh": _or_zero(dh_n)})

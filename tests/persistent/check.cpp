@@ -109,7 +109,8 @@ struct Rows {
 template <class Cell, class Products>
 bool run_loops(const Case& c, uint64_t seed, double tolerance) {
   using T = typename Products::T;
-  constexpr int G = Cell::kGates, kBlocks = G + Cell::kSplit, kKept = Cell::kSaved + Cell::kStates - 1;
+  constexpr int G = Cell::kGates, kKept = Cell::kSaved + Cell::kStates - 1, kParameters = Cell::kParameters;
+  constexpr int kFactors = G + Cell::kSplit, kBlocks = kFactors + kParameters;
   const int H = c.H, B = c.B, D = c.slots;
   const Rows rows(c);
   const int64_t N = rows.N, stride = std::max(kKept * H, 1);
@@ -117,9 +118,12 @@ bool run_loops(const Case& c, uint64_t seed, double tolerance) {
   const auto w = numbers<T>(random, int64_t{D} * G * H * H, 1 / std::sqrt(H)), b_ih = numbers<T>(random, D * G * H, .3),
              b_hh = numbers<T>(random, D * G * H, .3), h0 = numbers<T>(random, D * B * H, .5),
              c0 = numbers<T>(random, D * B * H, .5), dy = numbers<T>(random, N * D * H, 1),
-             dc_rows = numbers<T>(random, N * D * H, .3);
+             dc_rows = numbers<T>(random, N * D * H, .3), w_unit = numbers<T>(random, D * kParameters * H, .5);
   const auto x = numbers<float>(random, int64_t{D} * N * G * H, 1);
   const auto time = [&](int slot, int i) { return slot ? c.T - 1 - i : i; };
+  const auto parameters_of = [&](int slot, int j) {
+    return UnitParameters<Cell, double>::of([&](int k) { return as_double(w_unit[(slot * kParameters + k) * H + j]); });
+  };
 
   // ---- forward, in two spans
   const float nan = std::nanf("");
@@ -133,6 +137,7 @@ bool run_loops(const Case& c, uint64_t seed, double tolerance) {
   f.x = x.data(), f.x_stride = N * G * H, f.w_hh = w.data();
   for (int s = 0; s < D; ++s) {
     if (c.bias) f.u.b_ih[s] = b_ih.data() + s * G * H, f.u.b_hh[s] = b_hh.data() + s * G * H;
+    f.u.w_unit[s] = w_unit.data() + s * kParameters * H;
     f.u.y[s] = y.data() + s * H;
     f.u.saved[s] = saved.data() + s * N * stride;
   }
@@ -172,7 +177,7 @@ bool run_loops(const Case& c, uint64_t seed, double tolerance) {
           state[0] = now[j];
           if constexpr (Cell::kStates == 2) state[1] = cell[j];
           Values<V, Cell::kSaved> values;
-          forward_step<Cell>(of_x, of_h, state, values);
+          forward_step<Cell>(of_x, of_h, parameters_of(s, j), state, values);
           next[j] = state[0];
           double* const kept = &want_saved[(s * N + n) * stride + j];
           for (int k = 0; k < Cell::kSaved; ++k) kept[k * H] = values[k];
@@ -204,6 +209,7 @@ bool run_loops(const Case& c, uint64_t seed, double tolerance) {
   for (int s = 0; s < D; ++s) {
     g.steps.first_row[s] = rows.offset[time(s, c.T - 1)];
     g.u.h0[s] = h0.data() + s * B * H, g.u.c0[s] = c0.data() + s * B * H;
+    g.u.w_unit[s] = w_unit.data() + s * kParameters * H;
     g.u.y[s] = y.data() + s * H, g.u.saved[s] = saved.data() + s * N * stride;
     g.u.dg[s] = dg.data() + s * N * kBlocks * H, g.u.before[s] = before.data() + s * N * H;
   }
@@ -236,11 +242,13 @@ bool run_loops(const Case& c, uint64_t seed, double tolerance) {
             gradient[1] = e[j] + as_double(dc_rows[n * D * H + s * H + j]);
           }
           Values<V, G> dx, drec;
-          Cell::backward(values, previous, current, gradient, dx, drec);
+          auto parameters = parameters_of(s, j);
+          parameters.backward(values, previous, current, gradient, dx, drec);
           double* const to = &want_dg[(s * N + n) * kBlocks * H + j];
           for (int k = 0; k < G; ++k)
             to[k * H] = drec[k], gates[k * H + j] = as_double(narrow<T>(static_cast<float>(drec[k])));
           for (int k = 0; k < Cell::kSplit; ++k) to[(G + k) * H] = dx[G - Cell::kSplit + k];
+          for (int k = 0; k < kParameters; ++k) to[(kFactors + k) * H] = parameters.gradient[k];
           direct[j] = gradient[0];
           if constexpr (Cell::kStates == 2) e[j] = gradient[1];
           want_before[(s * N + n) * H + j] = previous[0];
