@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
 
 if not os.environ.get("CUDA_HOME") and shutil.which("nvcc"):
     # Torch would take the folder above the one that nvcc lies in, which may be a link or a script. It knows itself.
@@ -40,7 +41,8 @@ OF_CUDA = (ROOT / "csrc/cuda").glob
 CUDA_SOURCES = sorted(str(path.relative_to(ROOT)) for path in [*OF_CUDA("*.cu"), *OF_CUDA("*.cpp")])
 SOURCES = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp")}
 FAST = ["csrc/autograd.cpp", "csrc/parameters.cpp", "csrc/python.cpp", "csrc/second_order.cpp", "csrc/training.cpp"]
-SOURCES = sorted(SOURCES - set(CUDA_SOURCES) - set(FAST))
+ADDED = {"csrc/added/cell.cpp"}  # of a library that is built where a cell is added
+SOURCES = sorted(SOURCES - set(CUDA_SOURCES) - set(FAST) - ADDED)
 # One translation unit an instruction set: the largest first, so that parallel jobs end together.
 SOURCES.sort(key=lambda name: ("isa_" not in name, name))
 
@@ -113,6 +115,18 @@ class Build(BuildExtension):
         self.build_temp = above
 
 
+class Modules(build_py):
+    """With the C++ sources, which cells of a user's own are compiled from (fusedrnn/user_cells/library.py)."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            into = Path(self.build_lib, "fusedrnn/csrc")
+            for folder in ("added", "cells", "cpu", "cuda", "persistent", "stepwise"):
+                shutil.copytree(ROOT / "csrc" / folder, into / folder, dirs_exist_ok=True)
+            shutil.copy(ROOT / "csrc/problem.h", into)
+
+
 class Wheel(bdist_wheel):
     """For every Python: where no module fits, the library alone will do."""
 
@@ -161,5 +175,5 @@ setup(
         for of_torch in TORCHES
         for of_python in PYTHONS
     ],
-    cmdclass={"build_ext": Build.with_options(no_python_abi_suffix=True), "bdist_wheel": Wheel},
+    cmdclass={"build_ext": Build.with_options(no_python_abi_suffix=True), "build_py": Modules, "bdist_wheel": Wheel},
 )

@@ -92,24 +92,16 @@ std::vector<std::vector<int64_t>> projection_spans(const std::vector<int64_t>& b
 py::dict persistent_plan(const std::string& cell, const std::string& multiplier, int64_t H, bool backward, int major,
                          int shared_bytes) {
   using namespace persistent;
-  const auto constants_of = [&]<class... Cells>(CellList<Cells...>) {
+  const Multiplier by = multiplier == "tf32"      ? Multiplier::kTf32
+                        : multiplier == "float32" ? Multiplier::kSplit
+                                                  : Multiplier::kHalves;
+  const auto of_registry = [&]<class... Cells>(CellList<Cells...>) {
     Loop loop = {};
-    const auto take = [&](auto c) {
-      using Cell = decltype(c);
-      if (cell == Cell::kName) {
-        loop.gates = Cell::kGates, loop.split = Cell::kSplit + Cell::kParameters, loop.states = Cell::kStates,
-        loop.saved = Cell::kSaved;
-      }
-    };
-    (take(Cells()), ...);
+    ((cell == Cells::kName ? void(loop = loop_of<Cells>(by, units_for(H), backward)) : void()), ...);
     return loop;
   };
-  Loop loop = constants_of(Registry{});
+  const Loop loop = of_registry(Registry{});
   if (loop.gates == 0 || H < 1) throw py::value_error("no such layer");
-  loop.multiplier = multiplier == "tf32"      ? Multiplier::kTf32
-                    : multiplier == "float32" ? Multiplier::kSplit
-                                              : Multiplier::kHalves;
-  loop.units = units_for(H), loop.backward = backward;
   const Gpu gpu = {major, 0, shared_bytes};
   py::dict result;
   if (const char* why = refusal(loop, gpu)) {

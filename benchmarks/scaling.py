@@ -73,8 +73,7 @@ def model(case: Case, threads: int, one: float, meeting: float) -> tuple[float, 
     items = -(-case.directions * slices // teams)  # of the team with the most
     samples = max(high - low for low, high in zip(bounds, bounds[1:]))
     share = items / case.directions * (samples / B) * (-(-vectors // members) / vectors)
-    constants = next(entry for entry in _C.cells() if entry["name"] == info.name)
-    products = 2 if constants["first"] < constants["gates"] else 1
+    products = 1 if info.first is None else 2
     meetings = items * T * products * (2 if case.mode == "train" else 1)
     return one * share + meetings * meeting * (members - 1), plan
 

@@ -6,12 +6,15 @@
 namespace fusedrnn {
 namespace {
 
-bool host_has(int cell, int dtype) { return kernels().forward[cell][dtype] != nullptr; }
+bool host_has(int cell, int dtype) {
+  const auto [table, place] = kernels_of(cell);
+  return table->forward[place][dtype] != nullptr;
+}
 
-const SmallWeightsTable* small_weights(const Layer& layer) {
-  switch (layer.matrices) {
-    case Matrices::kInt8: return kernels().int8;
-    case Matrices::kBFloat16: return kernels().bfloat16;
+const SmallWeightsTable* small_weights(const KernelTable& table, Matrices matrices) {
+  switch (matrices) {
+    case Matrices::kInt8: return table.int8;
+    case Matrices::kBFloat16: return table.bfloat16;
     default: return nullptr;
   }
 }
@@ -19,20 +22,27 @@ const SmallWeightsTable* small_weights(const Layer& layer) {
 void host_forward(const Layer& layer, const ForwardProblem& p) { check_memory(forward_kernel(layer)(p)); }
 
 void host_backward(const Layer& layer, const BackwardProblem& p) {
-  check_memory(kernels().backward[layer.cell][layer.kernel_dtype()](p));
+  const auto [table, place] = kernels_of(layer.cell);
+  check_memory(table->backward[place][layer.kernel_dtype()](p));
 }
 
 }  // namespace
 
 ForwardKernel forward_kernel(const Layer& layer) {
-  const SmallWeightsTable* const small = small_weights(layer);
-  return small ? small->forward[layer.cell] : kernels().forward[layer.cell][layer.kernel_dtype()];
+  const auto [table, place] = kernels_of(layer.cell);
+  const SmallWeightsTable* const small = small_weights(*table, layer.matrices);
+  return small ? small->forward[place] : table->forward[place][layer.kernel_dtype()];
 }
 
 int64_t panel_bytes(const Layer& layer) {
-  const SmallWeightsTable* const small = small_weights(layer);
-  const auto bytes = small ? small->panel_bytes[layer.cell] : kernels().panel_bytes[layer.cell][layer.kernel_dtype()];
+  const auto [table, place] = kernels_of(layer.cell);
+  const SmallWeightsTable* const small = small_weights(*table, layer.matrices);
+  const auto bytes = small ? small->panel_bytes[place] : table->panel_bytes[place][layer.kernel_dtype()];
   return bytes(layer.size);
+}
+
+bool has_small_weights(int cell) {
+  return cell_constants(cell).parameters == 0 && kernels_of(cell).table->int8 != nullptr;
 }
 
 bool has_backend(const Tensor& x) {

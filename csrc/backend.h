@@ -22,6 +22,8 @@ extern const Backend kCudaBackend;  // cuda/launch.cpp
 // The kernel of a layer on the CPU, and the bytes of its packed weights.
 ForwardKernel forward_kernel(const Layer& layer);
 int64_t panel_bytes(const Layer& layer);
+// Whether it has kernels there for matrices in int8 and bfloat16.
+bool has_small_weights(int cell);
 
 bool has_backend(const Tensor& x);  // in this build
 const Backend& backend_of(const Tensor& x);

@@ -243,7 +243,7 @@ bool fits(const ModuleCall& call) {
   if (x.elements().kernel_dtype() < 0 || !steps_fit(x)) return false;
   if (int8 && std::max({call.I, call.H, call.R * call.directions}) > kMostBytes) return false;
   const bool small_fit = x.elements() == Elements(DType::kFloat32) && backend_of(x).small_weights;
-  if (matrices != Matrices::kAsInput && (!small_fit || cell.parameters > 0)) return false;
+  if (matrices != Matrices::kAsInput && (!small_fit || !has_small_weights(call.cell))) return false;
   if (call.one_step && call.parts() > 1 && (call.h0 || call.c0)) return false;  // they have no room for several layers
   const int64_t B = x.size(batch), width = call.R * call.directions;
   for (const auto& [state, columns] : {std::pair(&call.h0, call.R), std::pair(&call.c0, call.H)}) {

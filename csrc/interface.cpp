@@ -3,7 +3,7 @@
 
 #include "interface.h"
 
-#include "cpu/dispatch.h"
+#include "cpu/added.h"
 #include "stepwise/choice.h"
 #include "stepwise/settings.h"
 
@@ -113,5 +113,9 @@ int fusedrnn_phases(int64_t* nanoseconds) {
   if (kPhasesTimed) take_phases(nanoseconds);
   return kPhasesTimed;
 }
+
+const void* fusedrnn_services() { return &services(); }
+
+const char* fusedrnn_add_cell(const void* cell) { return add_cell(static_cast<const AddedCell*>(cell)); }
 
 void fusedrnn_ask_settings(void (*ask)(int*)) { ask_settings(ask); }

@@ -48,4 +48,7 @@ FUSEDRNN_SHARED const fusedrnn::Interface* fusedrnn_interface();
 FUSEDRNN_SHARED const char* fusedrnn_description();             // JSON, the same for ever
 FUSEDRNN_SHARED int fusedrnn_phases(int64_t* nanoseconds);      // of each phase since the last call; 0: no timers
 FUSEDRNN_SHARED void fusedrnn_ask_settings(void (*ask)(int*));  // the same, where there is no such module
+// Cells compiled later (cpu/added.h): what they are given; null, or why one is not added.
+FUSEDRNN_SHARED const void* fusedrnn_services();
+FUSEDRNN_SHARED const char* fusedrnn_add_cell(const void* cell);
 }

@@ -173,8 +173,8 @@ void read_weights(Layer& layer, const Tensors& weights, const std::optional<Tens
   z.H = w_hh.size(0) / blocks;
   z.R = z.projected ? w_hh.size(1) : z.H;
   layer.matrices = matrices_of(scales);
-  check(layer.matrices == Matrices::kAsInput || cell.parameters == 0, "cell ", cell.name,
-        " has parameters of its units: no matrices in int8 or bfloat16");
+  check(layer.matrices == Matrices::kAsInput || has_small_weights(layer.cell), "cell ", cell.name,
+        " has no kernels for matrices in int8 or bfloat16");
   const auto contiguous = [](const Tensor* t) { return t ? aligned(t->contiguous()) : Tensor(); };
   for (int d = 0; d < directions; ++d) {
     const ListedWeights w = order->at(weights.data(), d);

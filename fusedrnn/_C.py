@@ -57,6 +57,17 @@ def phases() -> dict[str, float] | None:
     return {name: 1e-9 * n for name, n in zip(names, nanoseconds)} if timed else None
 
 
+def services() -> int:
+    """The address of what a cell compiled later is given (csrc/cpu/added.h)."""
+    return _library.fusedrnn_services()
+
+
+def add_cell(cell: int | None) -> str | None:
+    """Add such a cell, by the address that its library gives. None, or why not."""
+    fault = _library.fusedrnn_add_cell(cell)
+    return fault and fault.decode()
+
+
 @ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_int))
 def _settings(into: Any) -> None:
     """What a GPU's kernels follow, a bit each (csrc/stepwise/settings.h); called by the library in each of its calls.

@@ -19,11 +19,13 @@ from .options import FusedOptions
 from .patch import patch_torch, unpatch_torch
 from .quantize import QuantizationReport, quantize
 from .quantized import QuantizedCell, QuantizedRecurrent
+from .user_cells import CellError, Recurrent, UserCell, cell
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CELLS",
+    "CellError",
     "CellInfo",
     "ConversionReport",
     "FusedOptions",
@@ -40,8 +42,11 @@ __all__ = [
     "QuantizedRecurrent",
     "RNN",
     "RNNCell",
+    "Recurrent",
     "ResidualRNN",
+    "UserCell",
     "autograd",
+    "cell",
     "convert",
     "functional",
     "init",

@@ -19,10 +19,14 @@ class CellInfo:
         saved: values kept for the backward pass per unit, sample and step, besides the states.
         projectable: whether ``h`` may be a projection ``W_hr m`` of the cell's output ``m``.
         parameters: names of the parameters of a unit, vectors of H beside the weights, in the order of ``weight_unit``.
-        product: whether gates multiply ``h_{t-1}``. Where they do not, ``weight_hh`` (U*H) is the units' parameters.
+        first: gates that multiply ``h_{t-1}``; the others multiply a function of these and of it. None: all do. 0: none
+            does, and ``weight_hh`` (U*H) is the units' parameters.
+        split: the last gates whose gradients by ``x`` and by ``h`` differ.
         keeps: the gate that multiplies the state before, for initialisers. None: there is none.
         takes: the gate that multiplies what is new, if it is another than ``keeps``. None: it is not. Of a cell where
             it alone has a name, what it does not take is kept.
+        added: whether it is a user's own, for this process (:mod:`fusedrnn.user_cells`).
+        eager: whether it has no kernels: torch's operations compute it, one after the other.
     """
 
     name: str
@@ -31,9 +35,27 @@ class CellInfo:
     saved: int = 0
     projectable: bool = False
     parameters: tuple[str, ...] = ()
-    product: bool = True
+    first: int | None = None
+    split: int = 0
     keeps: str | None = None
     takes: str | None = None
+    added: bool = False
+    eager: bool = False
+
+    @property
+    def has_small_weights(self) -> bool:
+        """Whether there are kernels for matrices in int8 and bfloat16."""
+        return not (self.parameters or self.added)
+
+    @property
+    def product(self) -> bool:
+        """Whether gates multiply ``h_{t-1}``."""
+        return self.first != 0
+
+    @property
+    def gradient_blocks(self) -> int:
+        """Blocks of H in a row of the gates' gradients (``dgates`` of csrc/problem.h)."""
+        return len(self.gates) + self.split + len(self.parameters)
 
     @property
     def blocks(self) -> int:
@@ -55,9 +77,9 @@ CELLS: dict[str, CellInfo] = {
         CellInfo(
             "lstm", gates=("i", "f", "g", "o"), states=("h", "c"), saved=4, projectable=True, keeps="f", takes="i"
         ),
-        CellInfo("gru", gates=("r", "z", "n"), saved=4, keeps="z"),
-        CellInfo("gru_reset_before", gates=("r", "z", "n"), saved=3, keeps="z"),
-        CellInfo("mgu", gates=("f", "n"), saved=2, takes="f"),
+        CellInfo("gru", gates=("r", "z", "n"), saved=4, split=1, keeps="z"),
+        CellInfo("gru_reset_before", gates=("r", "z", "n"), saved=3, first=2, keeps="z"),
+        CellInfo("mgu", gates=("f", "n"), saved=2, first=1, takes="f"),
         CellInfo(
             "peephole_lstm",
             gates=("i", "f", "g", "o"),
@@ -67,7 +89,7 @@ CELLS: dict[str, CellInfo] = {
             keeps="f",
             takes="i",
         ),
-        CellInfo("indrnn_tanh", gates=("h",), parameters=("u",), product=False),
-        CellInfo("indrnn_relu", gates=("h",), parameters=("u",), product=False),
+        CellInfo("indrnn_tanh", gates=("h",), parameters=("u",), first=0),
+        CellInfo("indrnn_relu", gates=("h",), parameters=("u",), first=0),
     )
 }

@@ -139,10 +139,15 @@ def load() -> tuple[ctypes.CDLL, ModuleType | None]:
     except OSError as error:
         raise ImportError(f"fusedrnn: {path.name} cannot be loaded: {reason(str(error.__cause__ or error))}") from error
     loaded = ctypes.CDLL(str(path))
-    for function, result in (("fusedrnn_description", ctypes.c_char_p), ("fusedrnn_interface", ctypes.c_void_p)):
-        if not hasattr(loaded, function):
-            raise ImportError(f"fusedrnn: {path} is another library: it has no {function}. Build it again: {BUILD}")
-        getattr(loaded, function).restype = result
+    text, address = ctypes.c_char_p, ctypes.c_void_p
+    results = {"description": text, "interface": address, "services": address, "add_cell": text}
+    for function, result in results.items():
+        if not hasattr(loaded, f"fusedrnn_{function}"):
+            raise ImportError(
+                f"fusedrnn: {path} is another library: it has no fusedrnn_{function}. Build it again: {BUILD}"
+            )
+        getattr(loaded, f"fusedrnn_{function}").restype = result
+    loaded.fusedrnn_add_cell.argtypes = [address]
     fast, why = None, f"no _fast for {versions()} in {FOLDER} (built for: {built(FOLDER)})"
     if fitting := module(FOLDER):
         spec = importlib.util.spec_from_file_location("fusedrnn._fast", fitting)

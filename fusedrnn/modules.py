@@ -57,9 +57,10 @@ def _forward(
     ours = isinstance(module, _SequenceModule)
     own = options.active(module)
     cell = options.cell_of(module)
-    two_states = len(CELLS[cell].states) == 2
+    info = CELLS[cell]
+    two_states = len(info.states) == 2
     states = hx if two_states or hx is None else (hx,)
-    if lengths is None and reset is None and not return_states:
+    if lengths is None and reset is None and not (return_states or info.eager):
         found = _plain(module, cell, input, states, own)
         if found is not None:
             return found[0], found[1:] if two_states else found[1]
@@ -86,8 +87,8 @@ def _forward(
             raise RuntimeError(f"For {kind} input, {what} should also be {dim}-D but got {got}")
         batched = input if dim == 3 else input.unsqueeze(0 if module.batch_first else 1)
         _check_args(module, batched, None, states and [s if dim == 3 else s.unsqueeze(1) for s in states], two_states)
-    expected = CELLS[cell].blocks * module.hidden_size, module.proj_size or module.hidden_size
-    expected = expected if CELLS[cell].product else expected[:1]
+    expected = info.blocks * module.hidden_size, module.proj_size or module.hidden_size
+    expected = expected if info.product else expected[:1]
     if weights[1].shape != expected:
         raise RuntimeError(f"weight_hh_l0 must have shape {list(expected)}, got {list(weights[1].shape)}")
     output, finals, *steps = recurrent(
@@ -317,9 +318,11 @@ class FusedRNNBase(_SequenceModule, torch.nn.RNNBase):
     the units (:class:`CellInfo`) are weight_unit (U*H), or weight_hh (U*H) where gates multiply no h.
     """
 
+    NAMED_LATER = ""  # in the place of a name: by the subclass's constructor
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls._cell not in CELLS:
+        if cls._cell not in (*CELLS, cls.NAMED_LATER):
             raise ValueError(f"_cell of {cls.__name__} must be one of {', '.join(CELLS)}, got {cls._cell!r}")
 
     def __init__(

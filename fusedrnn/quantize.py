@@ -115,8 +115,8 @@ def _weights(module: nn.Module) -> list[Tensor]:
 def _obstacle(module: nn.Module, cls: type[nn.Module]) -> str | None:
     if cls not in _CLASSES:
         return "a subclass, whose code may be its own"
-    if CELLS[options.cell_of(module)].parameters:
-        return "its units have parameters of their own, which kernels with small matrices do not read"
+    if not CELLS[options.cell_of(module)].has_small_weights:
+        return "its cell has no kernels with small matrices"
     if "forward" in vars(module):
         return "its forward was replaced on the instance"
     if any(type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks_before(module)):

@@ -66,8 +66,8 @@ class _Quantized(Called, nn.Module):
     def __init__(self, cell: str, input_size: int, hidden_size: int, bias: bool, dtype: torch.dtype | str) -> None:
         if cell not in CELLS:
             raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
-        if CELLS[cell].parameters:
-            raise ValueError(f"{cell} has parameters of its units, which these kernels do not read")
+        if not CELLS[cell].has_small_weights:
+            raise ValueError(f"{cell} has no kernels for matrices in int8 or bfloat16")
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
             least = 1 if name == "hidden_size" else 0
             if not isinstance(size, int) or size < least:

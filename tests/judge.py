@@ -19,11 +19,9 @@ from loops import Steps, op_loop, two_states, weight_shapes
 from tolerances import TOLERANCE
 from torch import Tensor
 
-from fusedrnn import _C
 from fusedrnn.cells import CELLS
 
 ERRORS = (RuntimeError, ValueError, TypeError, IndexError, MemoryError, OverflowError)
-SPLIT = {entry["name"]: entry["split"] for entry in _C.cells()}  # gates with one gradient before a reset, one behind
 MANY = 10**6  # more elements than any argument has that can be right
 Names = dict[str, Any]
 
@@ -168,7 +166,7 @@ def backward(a: Names) -> dict[str, Any]:
     dx, dh0, *others = found[: len(leaves)]
     dc0 = others.pop(0) if two else x.new_zeros(0, B, H)
     of = {name: found[len(leaves) + i * D * N :][: D * N] for i, name in enumerate(names)}
-    split, gates, each = SPLIT[cell], bool(a["need_gates"]), len(a["weights"]) // D
+    split, gates, each = CELLS[cell].split, bool(a["need_gates"]), len(a["weights"]) // D
     projected, units = CELLS[cell].projectable and each % 2, len(CELLS[cell].parameters)
     dgates = x.new_zeros(D, N if gates else 0, (G + split + units) * H)
     dh = x.new_zeros(D, N if gates and projected else 0, R)

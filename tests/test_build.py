@@ -23,7 +23,8 @@ def test_python_registry_equals_the_compiled_one():
     assert list(compiled) == list(fusedrnn.CELLS)
     for name, cell in fusedrnn.CELLS.items():
         expected = {"gates": len(cell.gates), "states": len(cell.states), "saved": cell.saved}
-        expected |= {"projectable": cell.projectable}
+        expected |= {"projectable": cell.projectable, "split": cell.split, "parameters": len(cell.parameters)}
+        expected |= {"first": len(cell.gates) if cell.first is None else cell.first}
         assert {constant: compiled[name][constant] for constant in expected} == expected, name
 
 

@@ -97,7 +97,7 @@ def test_every_module_is_in_the_table() -> None:
 
 def test_every_line_of_the_cells_names_its_equation() -> None:
     """Each statement that computes carries a number: an assignment or a result, constants and plumbing apart."""
-    others = ("cell.h", "dual.h", "registry.h", "unit_parameters.h")
+    others = ("cell.h", "dual.h", "functions.h", "registry.h", "unit_parameters.h")
     files = {file for file in (ROOT / "csrc/cells").glob("*.h") if file.name not in others}
     assert len(files) >= 4
     for file in files:

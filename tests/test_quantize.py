@@ -192,8 +192,8 @@ def test_what_is_left_alone() -> None:
         "infinite": "weight_ih_l0 is not finite in float32",
         "shape": "weight_hh_l0 has shape [15, 1], its sizes say [15, 5]",
         "zoneout": "its attribute zoneout would meet that of a quantized module",
-        "peepholes": "its units have parameters of their own, which kernels with small matrices do not read",
-        "vector": "its units have parameters of their own, which kernels with small matrices do not read",
+        "peepholes": "its cell has no kernels with small matrices",
+        "vector": "its cell has no kernels with small matrices",
         "own": "a subclass, whose code may be its own",
         "elsewhere": "weight_ih_l0 is on device meta, these kernels are for the CPU",
     }

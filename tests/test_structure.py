@@ -23,7 +23,7 @@ FILES = {
 ROWS = (
     ("extension",), ("_C",), ("cells", "torch_internals"), ("layer",), ("options",), ("inference",), ("functional",),
     ("insight",), ("fused_module",), ("single_step",), ("modules", "quantized"),
-    ("further_modules",), ("convert", "init", "onnx", "patch", "reference"), ("quantize",), ("__init__",),
+    ("further_modules", "user_cells"), ("convert", "init", "onnx", "patch", "reference"), ("quantize",), ("__init__",),
     ("compare", "info"), ("gradflow",),
 )  # fmt: skip
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}

@@ -18,6 +18,24 @@ from fusedrnn import extension
 from release import supported, versions, wheel
 
 ROOT = Path(__file__).parent.parent
+#: A cell of a user's own, compiled from the sources in the package.
+OWN = """
+import torch, fusedrnn
+from fusedrnn.user_cells.library import HEADERS
+
+@fusedrnn.cell(gates="h")
+def plain(x, rec, h):
+    return torch.tanh(x.h + rec.h)
+
+plain.Module(2, 3)(torch.ones(4, 1, 2))[0].sum().backward()
+print(HEADERS)
+"""
+
+
+def names_of_sources() -> set[str]:
+    folders = ("added", "cells", "cpu", "cuda", "persistent", "stepwise")
+    files = {path for folder in folders for path in (ROOT / "csrc" / folder).rglob("*") if path.is_file()}
+    return {str(path.relative_to(ROOT)) for path in files} | {"csrc/problem.h"}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +51,9 @@ def test_it_is_for_every_python_and_holds_the_package_alone(built: Path) -> None
     assert built.name.split("-", 2)[2].startswith("py3-none-")
     names = {name for name in zipfile.ZipFile(built).namelist() if ".dist-info/" not in name}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "fusedrnn").rglob("*.py")}
-    assert names == sources | {"fusedrnn/_ops.so", f"fusedrnn/_fast-{extension.versions()}.so"}
+    # What cells of a user's own are compiled from.
+    headers = {f"fusedrnn/{name}" for name in names_of_sources()}
+    assert names == sources | headers | {"fusedrnn/_ops.so", f"fusedrnn/_fast-{extension.versions()}.so"}
 
 
 def test_it_works_outside_the_checkout(built: Path, tmp_path: Path) -> None:
@@ -45,6 +65,11 @@ def test_it_works_outside_the_checkout(built: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert told.returncode == 0, told.stderr
     assert told.stdout.splitlines()[-1].startswith(str(tmp_path))
+    (tmp_path / "own.py").write_text(OWN)
+    environment |= {"FUSEDRNN_CACHE": str(tmp_path / "cache"), "FUSEDRNN_CXX_FLAGS": "-O0"}
+    command = [sys.executable, "own.py"]
+    told = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert told.returncode == 0 and told.stdout.startswith(str(tmp_path)), told.stderr
 
 
 def test_a_module_for_each_torch_and_python_whose_headers_are_there(

@@ -1,14 +1,20 @@
 // The list of cells, in the order of fusedrnn/cells.py. CONTRIBUTING.md says what else a new cell needs.
 #pragma once
 
+#include "rules.h"
+#include "unit_parameters.h"
+
+#if defined(FUSEDRNN_ADDED_CELL)  // a library of one cell more (csrc/added/cell.cpp), in this file
+#include "functions.h"
+#include FUSEDRNN_ADDED_HEADER
+#else
 #include "gru.h"
 #include "indrnn.h"
 #include "lstm.h"
 #include "mgu.h"
 #include "peephole.h"
 #include "rnn.h"
-#include "rules.h"
-#include "unit_parameters.h"
+#endif
 
 namespace fusedrnn {
 
@@ -16,6 +22,9 @@ template <class... Cells>
 struct CellList {};
 
 // clang-format off
+#if defined(FUSEDRNN_ADDED_CELL)
+using Registry = CellList<FUSEDRNN_ADDED_CELL>;
+#else
 using Registry = CellList<
     RnnTanh,
     RnnRelu,
@@ -27,6 +36,7 @@ using Registry = CellList<
     PeepholeLstm,
     IndRnnTanh,
     IndRnnRelu>;
+#endif
 // clang-format on
 
 }  // namespace fusedrnn

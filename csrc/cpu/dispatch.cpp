@@ -17,20 +17,11 @@
 #include <vector>
 
 #include "../cells/registry.h"
+#include "added.h"
+#include "constants.h"
 
 namespace fusedrnn {
 namespace {
-
-KernelTable with_pairs(const char* name, KernelTable table, const PairedTable& pairs) {
-  constexpr int kType = static_cast<int>(DType::kBFloat16);
-  table.name = name;
-  for (int cell = 0; cell < kMaxCells; ++cell) {
-    table.forward[cell][kType] = pairs.forward[cell];
-    table.backward[cell][kType] = pairs.backward[cell];
-    table.panel_bytes[cell][kType] = pairs.panel_bytes[cell];
-  }
-  return table;
-}
 
 KernelTable with_int8(const char* name, KernelTable table, const SmallWeightsTable& int8) {
   table.name = name;
@@ -65,14 +56,7 @@ static_assert(kCells <= kMaxCells);
 
 template <class... Cells>
 const CellConstants* constants(CellList<Cells...>) {
-  static constexpr CellConstants table[] = {{Cells::kName, Cells::kGates, Cells::kStates, Cells::kSaved, Cells::kFirst,
-                                             Cells::kSplit, Cells::kParameters, Cells::kProjectable}...};
-  static_assert(((!Cells::kProjectable || (Cells::kStates == 2 && Cells::kParameters == 0)) && ...),
-                "the drivers project cells with two states, whose last weight is W_hr");
-  static_assert(((Cells::kFirst > 0 || (Cells::kParameters > 0 && Cells::kStates == 1)) && ...),
-                "a cell without a product has one state, and parameters of its units");
-  static_assert(((Cells::kStates == 1 || (Cells::kFirst == Cells::kGates && Cells::kSaved > 0)) && ...),
-                "of a cell with two states the drivers make one product, and save something");
+  static constexpr CellConstants table[] = {constants_of<Cells>()...};
   return table;
 }
 
@@ -208,13 +192,20 @@ bool forked() { return is_fork; }
 
 int cells() { return kCells; }
 
-const CellConstants& cell_constants(int cell) { return constants(Registry{})[cell]; }
+const CellConstants& cell_constants(int cell) {
+  return cell < kCells ? constants(Registry{})[cell] : added_cell(cell - kCells).constants;
+}
 
 int find_cell(std::string_view name) {
-  for (int cell = 0; cell < kCells; ++cell) {
+  const int all = kCells + added_cells();
+  for (int cell = 0; cell < all; ++cell) {
     if (name == cell_constants(cell).name) return cell;
   }
   return -1;
+}
+
+CellKernels kernels_of(int cell) {
+  return cell < kCells ? CellKernels{&kernels(), cell} : CellKernels{added_cell(cell - kCells).kernels, 0};
 }
 
 void* acquire_scratch(int64_t bytes) {

@@ -28,7 +28,7 @@ struct KernelTable {
   int64_t (*panel_bytes[kMaxCells][kDTypes])(const LayerSizes&);  // of the packed weights of a layer
   // A number for the contents of data: the same for others by a chance of about 2^-32 or less.
   uint64_t (*digest)(const void* data, int64_t bytes, uint64_t seed);
-  const SmallWeightsTable *int8, *bfloat16;
+  const SmallWeightsTable *int8, *bfloat16;  // null: there are none
 };
 
 // The kernels of bfloat16 of an instruction set that has the other types of another.
@@ -73,7 +73,14 @@ struct CellConstants {
 };
 int find_cell(std::string_view name);  // -1: unknown
 const CellConstants& cell_constants(int cell);
-int cells();
+int cells();  // of this build: those added later (added.h) have higher numbers
+
+// The kernels of a cell in the set in use: a table, and its place there.
+struct CellKernels {
+  const KernelTable* table;
+  int place;
+};
+CellKernels kernels_of(int cell);
 
 // Scratch memory of the calling thread, 4096-byte aligned, contents undefined; kept for the next call up to a limit.
 // One lease a thread at a time. Null if there is no memory.

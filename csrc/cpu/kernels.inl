@@ -9,6 +9,9 @@ namespace fusedrnn {
 namespace {
 
 #include "vec.h"
+#if defined(FUSEDRNN_ADDED_CELL)
+#include "functions.h"
+#endif
 //
 #include "operand.h"
 //
@@ -42,7 +45,7 @@ struct TileUse {};  // there are none
 //
 #include "weight_gradients.inl"
 
-#if defined(FUSEDRNN_INT8_TABLE)
+#if defined(FUSEDRNN_INT8_TABLE) && !defined(FUSEDRNN_ADDED_CELL)
 template <class... Cells>
 constexpr SmallWeightsTable int8_table(CellList<Cells...>) {
   return {{ForwardPass<Cells, Int8Weights>::run...}, {ForwardPass<Cells, Int8Weights>::panel_bytes...}};
@@ -107,8 +110,13 @@ constexpr KernelTable make_table(CellList<Cells...>) {
           {{ForwardPass<Cells, float>::panel_bytes, ForwardPass<Cells, double>::panel_bytes,
             ForwardPass<Cells, BFloat16>::panel_bytes}...},
           digest,
+#if defined(FUSEDRNN_ADDED_CELL)
+          nullptr,
+          nullptr};
+#else
           &FUSEDRNN_INT8_OF_TABLE,
           &FUSEDRNN_BFLOAT16_TABLE};
+#endif
 }
 
 template <class... Cells>
@@ -119,7 +127,9 @@ constexpr SmallWeightsTable bfloat16_table(CellList<Cells...>) {
 }  // namespace
 
 extern const KernelTable FUSEDRNN_TABLE = make_table(Registry{});
+#if !defined(FUSEDRNN_ADDED_CELL)
 extern const SmallWeightsTable FUSEDRNN_BFLOAT16_TABLE = bfloat16_table(Registry{});
+#endif
 
 #else
 
@@ -127,7 +137,7 @@ extern const SmallWeightsTable FUSEDRNN_BFLOAT16_TABLE = bfloat16_table(Registry
 
 #endif
 
-#if defined(FUSEDRNN_INT8_TABLE)
+#if defined(FUSEDRNN_INT8_TABLE) && !defined(FUSEDRNN_ADDED_CELL)
 extern const SmallWeightsTable FUSEDRNN_INT8_TABLE = int8_table(Registry{});
 #endif
 

@@ -39,6 +39,9 @@ struct Vec {
   FUSEDRNN_INLINE explicit Vec(int s)
     requires(!std::is_same_v<S, int>)
       : Vec(static_cast<S>(s)) {}
+  FUSEDRNN_INLINE explicit Vec(double s)
+    requires(std::is_same_v<S, float>)
+      : Vec(static_cast<S>(s)) {}
   FUSEDRNN_INLINE Vec(Type raw) : v(raw) {}
   FUSEDRNN_INLINE friend Vec operator+(Vec a, Vec b) { return a.v + b.v; }
   FUSEDRNN_INLINE friend Vec operator-(Vec a, Vec b) { return a.v - b.v; }

@@ -46,7 +46,8 @@ struct Cuda {
   template <class Pass>
   bool persists(const typename Pass::Problem& p) const {
     constexpr bool kBackward = std::is_same_v<typename Pass::Problem, BackwardProblem>;
-    const auto loop = persistent::loop_of<typename Pass::Cell>(multiplier<typename Pass::T>(), p.size.H, kBackward);
+    const auto loop = persistent::loop_of<typename Pass::Cell>(multiplier<typename Pass::T>(),
+                                                               persistent::units_for(p.size.H), kBackward);
     return call.persistent && !persistent::refusal(loop, call.gpu);
   }
   template <class Cell, template <class> class Span, class T>

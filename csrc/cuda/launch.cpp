@@ -12,6 +12,7 @@
 #include <sstream>
 
 #include "../backend.h"
+#include "../cpu/added.h"
 #include "../stepwise/settings.h"
 #include "../stepwise/trial.h"
 #include "device.h"
@@ -78,16 +79,29 @@ class Rounding {
   cublasMath_t before_;
 };
 
-// The current one, which a guard has set.
-persistent::Gpu gpu_of(int device) {
+// The kernels of a layer's cell: a table, and its place there.
+struct CudaKernels {
+  const CudaTable& table;
+  int place;
+};
+CudaKernels kernels_of(const Layer& layer) {
+  if (layer.cell < cells()) return {kCudaTable, layer.cell};
+  const CudaTable* const table = added_cell(layer.cell - cells()).cuda;
+  check(table, "cell ", layer.constants().name, " was compiled without CUDA kernels: nvcc or a GPU was not found then");
+  return {*table, 0};
+}
+
+// The current one, which a guard has set, as the kernels of a table see it.
+persistent::Gpu gpu_of(int device, const CudaTable& table) {
   static std::mutex mutex;
-  static std::map<int, persistent::Gpu> all;
+  static std::map<std::pair<int, const CudaTable*>, persistent::Gpu> all;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (const auto found = all.find(device); found != all.end()) return found->second;
-  const int capability = kCudaTable.capability();
+  const std::pair key(device, &table);
+  if (const auto found = all.find(key); found != all.end()) return found->second;
+  const int capability = table.capability();
   persistent::Gpu gpu = {capability / 10, capability % 10, 0};
   check_cuda(cudaDeviceGetAttribute(&gpu.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return all[device] = gpu;  // nothing is kept of one that does not tell
+  return all[key] = gpu;  // nothing is kept of one that does not tell
 }
 
 // A mark in a stream, to tell the time between two.
@@ -113,6 +127,7 @@ class Event {
 template <class Problem>
 struct Pass {
   const char* name;
+  const CudaTable& table;
   int64_t (*bytes)(const Problem&);
   const char* (*run)(const Problem&, const CudaCall&);
   bool (*persists)(const Problem&, const CudaCall&);
@@ -229,24 +244,26 @@ void run(const Layer& layer, const Problem& p, const Pass<Problem>& pass) {
   check(told, "fusedrnn: torch gives no stream or no handle of cuBLAS on ", device);
   const auto [tf32, may_measure] = settings();
   const Rounding rounding(static_cast<cublasHandle_t>(handle), tf32);
-  CudaCall call = {stream, memory.mutable_data(), multiply, handle, gpu_of(device.index), false, tf32};
+  CudaCall call = {stream, memory.mutable_data(), multiply, handle, gpu_of(device.index, pass.table), false, tf32};
   call.persistent = way_of(layer, p, pass, call, may_measure) == Way::kPersistent;
   const char* error = pass.run(p, call);
   check(!error, "fusedrnn: a CUDA kernel could not be launched: ", error ? error : "");
 }
 
 void forward(const Layer& layer, const ForwardProblem& p) {
-  const int cell = layer.cell, dtype = layer.kernel_dtype();
+  const auto [table, cell] = kernels_of(layer);
+  const int dtype = layer.kernel_dtype();
   run<ForwardProblem>(layer, p,
-                      {"forward", kCudaTable.forward_bytes[cell][dtype], kCudaTable.forward[cell][dtype],
-                       kCudaTable.forward_persists[cell][dtype]});
+                      {"forward", table, table.forward_bytes[cell][dtype], table.forward[cell][dtype],
+                       table.forward_persists[cell][dtype]});
 }
 
 void backward(const Layer& layer, const BackwardProblem& p) {
-  const int cell = layer.cell, dtype = layer.kernel_dtype();
+  const auto [table, cell] = kernels_of(layer);
+  const int dtype = layer.kernel_dtype();
   run<BackwardProblem>(layer, p,
-                       {"backward", kCudaTable.backward_bytes[cell][dtype], kCudaTable.backward[cell][dtype],
-                        kCudaTable.backward_persists[cell][dtype]});
+                       {"backward", table, table.backward_bytes[cell][dtype], table.backward[cell][dtype],
+                        table.backward_persists[cell][dtype]});
 }
 
 }  // namespace

@@ -20,11 +20,6 @@ struct Launch {
   Gpu gpu;
 };
 
-template <class Cell>
-constexpr Loop loop_of(Multiplier multiplier, int64_t H, bool backward) {
-  return {Cell::kGates, Cell::kSplit, Cell::kStates, Cell::kSaved, multiplier, units_for(H), backward};
-}
-
 // Of every cell of the registry, in its order; null for cells that have no such kernel.
 template <class T>
 struct Launchers {

@@ -20,9 +20,7 @@ constexpr int kMostBlocks = 8;
 // of.
 template <class Cell, class Products, int units, bool backward, bool clusters>
 struct Fixed {
-  static constexpr Geometry kGeometry = choose({Cell::kGates, Cell::kSplit + Cell::kParameters, Cell::kStates,
-                                                Cell::kSaved, Products::kMultiplier, units, backward},
-                                               clusters ? 8 : 1);
+  static constexpr Geometry kGeometry = choose(loop_of<Cell>(Products::kMultiplier, units, backward), clusters ? 8 : 1);
   static constexpr bool kThere = kGeometry.tiles > 0;
   using Shape = FixedGeometry<kGeometry.blocks, kGeometry.tiles, kGeometry.parts, kGeometry.vectors, kGeometry.held>;
 };

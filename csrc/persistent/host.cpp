@@ -32,10 +32,7 @@ uint64_t seed() {
 template <class Cell, class Products, bool backward>
 Geometry some_geometry(const Steps& steps, int64_t H) {
   const uint64_t drawn = std::minstd_rand(H * 1009 + steps.B * 31 + steps.T + seed())();
-  constexpr Multiplier kMultiplier = Products::kMultiplier;
-  const Geometry planned = choose({Cell::kGates, Cell::kSplit + Cell::kParameters, Cell::kStates, Cell::kSaved,
-                                   kMultiplier, units_for(H), backward},
-                                  8);
+  const Geometry planned = choose(loop_of<Cell>(Products::kMultiplier, units_for(H), backward), 8);
   if (drawn % 5 == 0 && planned.tiles > 0) return planned;
   Geometry s = {};
   s.blocks = 1 << drawn % 3;

@@ -30,6 +30,12 @@ constexpr int units_for(int64_t H) {
   return 0;
 }
 
+// That of a cell, alike for the kernel that is compiled and for the call that asks whether there is one.
+template <class Cell>
+constexpr Loop loop_of(Multiplier multiplier, int units, bool backward) {
+  return {Cell::kGates, Cell::kSplit + Cell::kParameters, Cell::kStates, Cell::kSaved, multiplier, units, backward};
+}
+
 constexpr int kMostWarps = 16, kMostRegisters = 255, kRegisters = 65536, kMostShared = 227 * 1024;
 
 constexpr int per_register(Multiplier multiplier) { return multiplier == Multiplier::kHalves ? 2 : 1; }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "../cells/rules.h"
 
@@ -74,3 +75,7 @@ FUSEDRNN_INLINE Exact tanh(Exact a) {
 }
 
 }  // namespace fusedrnn
+
+#if defined(FUSEDRNN_ADDED_CELL)
+#include "functions.h"
+#endif

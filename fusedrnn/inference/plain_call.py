@@ -103,7 +103,8 @@ def plain_cell(
     cell: str, input: Tensor, states: Sequence[Tensor | None], weights: Sequence[Tensor]
 ) -> tuple[Tensor, ...] | None:
     """One step with weights that are no module's: the next states. None where anything is different, as above."""
-    if cell not in CELLS or len(states) != len(CELLS[cell].states) or any(w.dim() != 2 for w in weights[:2]):
+    info = CELLS.get(cell)
+    if info is None or info.eager or len(states) != len(info.states) or any(w.dim() != 2 for w in weights[:2]):
         return None
     if torch.compiler.is_compiling() or dual_level() >= 0:
         return None

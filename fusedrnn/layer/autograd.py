@@ -34,6 +34,8 @@ def recurrent_layer(call: LayerCall) -> Outputs:
     What the backward pass needs is saved only if some gradient is wanted. No gradient is that of the noise.
     """
     compiling, mapped = is_compiling(), transformed()
+    if call.info.eager:
+        return _by_torch(call, "a cell without kernels")
     if exporting():  # a program has no backward
         return _forward(call, save=False)[0]
     if call.scales is not None:
@@ -41,9 +43,7 @@ def recurrent_layer(call: LayerCall) -> Outputs:
     if torch.jit.is_tracing():
         refuse_older_exporter(call.cell)
     if _wants_plain_operations(call):
-        _refuse(call.options, "forward-mode AD and torch.func.functionalize")
-        found = differentiable.layer(call)
-        return found._replace(y=found.y.transpose(0, 1)) if call.options.batch_first else found
+        return _by_torch(call, "forward-mode AD and torch.func.functionalize")
     if compiling and mapped and torch.is_grad_enabled():
         # Dynamo takes no tensor inside torch.func.grad for one that requires a gradient: it would be lost.
         raise NotImplementedError("fusedrnn: torch.compile cannot trace a layer inside torch.func.grad or vmap")
@@ -59,6 +59,12 @@ def recurrent_layer(call: LayerCall) -> Outputs:
         y, *finals, c, _ = apply(*arguments)
         return Outputs(y, finals, c)
     return _forward(call, save=False)[0]
+
+
+def _by_torch(call: LayerCall, why: str) -> Outputs:
+    _refuse(call.options, why)
+    found = differentiable.layer(call)
+    return found._replace(y=found.y.transpose(0, 1)) if call.options.batch_first else found
 
 
 def wants_gradient(x: Tensor, states: Sequence[Tensor | None]) -> bool:

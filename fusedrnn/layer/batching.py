@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _C
 from ..torch_internals import add_batch_dim, batched_by_autograd, batching_level, remove_batch_dim
 from .call import (
     BackwardArguments,
@@ -32,7 +31,6 @@ from .call import (
 )
 from .differentiable import STEPS, previous
 
-_CONSTANTS = {entry["name"]: entry for entry in _C.cells()}
 Dim = int | None
 
 
@@ -153,8 +151,8 @@ def _weight_gradients(call: LayerCall, count: int, y: Tensor, saved: Tensor, gra
     """Each weight's gradients (V, *) from the rows of all samples: x (N*V, I), y (N*V, D*R), the others (D, N*V, *)."""
     cell, rows, steps, hidden, out = call.cell, call.x_rows, call.rows, call.hidden, call.width
     x, y, h0, dgates, dh = call.x.flatten(0, rows), y.flatten(0, rows), call.states[0], gradients.gates, gradients.h
-    gates, first, split, kept = (_CONSTANTS[cell][name] for name in ("gates", "first", "split", "saved"))
-    factors = gates + split
+    gates, split, kept = len(call.info.gates), call.info.split, call.info.saved
+    first, factors = gates if call.info.first is None else call.info.first, gates + split
     found = []
     for d, weights in enumerate(call.by_direction):
         mine = _unfold(dgates[d], 0, count)  # (N, V, (gates + split + parameters) * H)

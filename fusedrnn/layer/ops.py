@@ -29,9 +29,6 @@ KERNEL_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 if _C.build()["cuda"]:
     KERNEL_DTYPES["cuda"] = KERNEL_DTYPES["cpu"]
 
-#: Blocks of H in a row of ``dgates``: gates, those whose gradients before and behind the reset differ, parameters.
-_BLOCKS: dict[str, int] = {entry["name"]: entry["gates"] + entry["split"] + entry["parameters"] for entry in _C.cells()}
-
 
 def refuse_older_exporter(name: str) -> None:
     """Raise where ``torch.onnx.export(dynamo=False)`` traces a layer: it has no operator for the ops."""
@@ -105,8 +102,8 @@ def _check(call: LayerCall, **more: Tensor | None) -> None:
     by_h = (all_gates, R) if info.product else units
     shapes = Weights((all_gates, x.size(-1)), by_h, (all_gates,), (all_gates,), (R, H), units)
     sized = [each for own in call.by_direction for each in zip(Weights._fields, own, shapes) if each[1] is not None]
-    if call.scales is not None and info.parameters:
-        raise RuntimeError(f"cell {cell} has parameters of its units: no matrices in int8 or bfloat16")
+    if call.scales is not None and not info.has_small_weights:
+        raise RuntimeError(f"cell {cell} has no kernels for matrices in int8 or bfloat16")
     matrix = x.dtype if call.scales is None else torch.int8 if call.scales else torch.bfloat16
     if call.scales is not None and x.dtype != torch.float32:
         kinds = "int8 or bfloat16 weights alone"
@@ -169,7 +166,7 @@ def _(*args: Any) -> tuple[Any, ...]:
     x, info, weights, D, rows = call.x, call.info, call.weights, call.directions, math.prod(call.x.shape[:-1])
     projected = call.by_direction[0].w_hr is not None
     dx = x.new_empty(x.shape if needs.x else (0,))
-    dgates = saved.new_empty((D, rows if needs.gates else 0, _BLOCKS[call.cell] * call.hidden))
+    dgates = saved.new_empty((D, rows if needs.gates else 0, call.info.gradient_blocks * call.hidden))
     dh = saved.new_empty((D, rows if needs.gates and projected else 0, call.width))
     norms = saved.new_empty((D, rows if needs.norms else 0, 2 * len(info.states) + len(info.gates)))
     return dx, *_finals(call), [w.new_empty(w.shape) for w in weights] if needs.weights else [], dgates, dh, norms

@@ -1,0 +1,232 @@
+"""Cells compiled after the package (csrc/added): what is kept, by whom it is made, and that it is the same cell."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import fusedrnn
+from fusedrnn import _C
+from fusedrnn.cells import CELLS
+from fusedrnn.modules import FusedRNNBase
+from fusedrnn.user_cells import compiler, library
+
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler")
+ONE = 'extern "C" int one() { return 1; }\n'
+#: Compiles ONE from the folder given as an argument and prints where the library is.
+MAKE = """
+import sys; from pathlib import Path; from fusedrnn.user_cells.compiler import *
+source = Path(sys.argv[1])
+units = [Unit(source / "one.cpp", (*compiler(), "-fPIC"))]
+print(library("one", units, {"added_cell.h": ""}, source, [*compiler(), "-shared"]))
+"""
+#: A compiler that writes a line for each call; and waits with compiling while there is a file.
+WRAPPER = """#!/bin/sh
+echo "$@" >> {folder}/calls
+while [ "$1" != --version ] && [ -e {folder}/wait ]; do sleep 0.05; done
+exec c++ "$@"
+"""
+
+started: list[subprocess.Popen] = []  # by a test
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with a source, a compiler that tells its calls, and a cache of its own."""
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/one.cpp").write_text(ONE)
+    wrapper = tmp_path / "compiler"
+    wrapper.write_text(WRAPPER.format(folder=tmp_path))
+    wrapper.chmod(0o700)
+    monkeypatch.setenv("CXX", str(wrapper))
+    monkeypatch.setenv("FUSEDRNN_CACHE", str(tmp_path / "cache"))
+    yield tmp_path
+    (tmp_path / "wait").unlink(missing_ok=True)
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    started.clear()
+
+
+def start(place: Path) -> subprocess.Popen:
+    command = [sys.executable, "-c", MAKE, str(place / "source")]
+    pipe = subprocess.PIPE
+    started.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True))
+    return started[-1]
+
+
+def compiled(place: Path) -> int:
+    """How often the source was compiled."""
+    calls = place / "calls"
+    return sum(" -c " in line for line in calls.read_text().splitlines()) if calls.exists() else 0
+
+
+def test_processes_that_come_at_once_compile_once(place: Path) -> None:
+    (place / "wait").touch()
+    running = [start(place) for _ in range(4)]
+    while compiled(place) == 0:
+        time.sleep(0.05)
+    (place / "wait").unlink()
+    told = [process.communicate(timeout=60) for process in running]
+    assert len({out for out, _ in told}) == 1 and Path(told[0][0].strip()).exists(), told
+    assert compiled(place) == 1 and sum("compiling one, once" in error for _, error in told) == 1
+    again, error = start(place).communicate(timeout=60)
+    assert again == told[0][0] and error == "" and compiled(place) == 1
+
+
+def test_a_process_that_dies_leaves_nothing_that_is_loaded(place: Path) -> None:
+    (place / "wait").touch()
+    dying, waiting = start(place), None
+    while compiled(place) == 0:
+        time.sleep(0.05)
+    waiting = start(place)
+    os.killpg(dying.pid, signal.SIGKILL)
+    dying.communicate()
+    while compiled(place) == 1:  # the one that waited has taken over
+        time.sleep(0.05)
+    (place / "wait").unlink()
+    out, _ = waiting.communicate(timeout=60)
+    assert waiting.returncode == 0 and compiled(place) == 2
+    assert {path.name for path in Path(out.strip()).parent.iterdir()} == {"cell.so", "added_cell.h", "lock"}
+
+
+def test_it_is_compiled_again_for_another_source_or_compiler(place: Path) -> None:
+    paths = {start(place).communicate(timeout=60)[0]}
+    (place / "source/one.cpp").write_text(ONE.replace("return 1", "return 1 + 0"))
+    paths |= {start(place).communicate(timeout=60)[0]}
+    other = place / "other"
+    shutil.copy(place / "compiler", other)
+    os.environ["CXX"] = str(other)
+    paths |= {start(place).communicate(timeout=60)[0]}
+    assert len(paths) == 3 and compiled(place) == 3
+
+
+def test_what_the_compiler_says_is_told(place: Path) -> None:
+    (place / "source/one.cpp").write_text("int one( { return nonsense; }")
+    out, error = start(place).communicate(timeout=60)
+    assert out == "" and "RuntimeError: the compiler failed with status 1" in error and "nonsense" in error
+    assert list((place / "cache").rglob("*.so")) == list((place / "cache").rglob("making*")) == []
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    with pytest.raises(RuntimeError, match="CXX is 'no-such-compiler', which is not found. Install g\\+\\+ >= 10"):
+        compiler.compiler()
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(RuntimeError, match="none of c\\+\\+, g\\+\\+ and clang\\+\\+ is found"):
+        compiler.compiler()
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o1777])
+def test_a_folder_that_others_can_write_is_not_used(place: Path, mode: int) -> None:
+    first, _ = start(place).communicate(timeout=60)
+    (place / "cache").chmod(mode)
+    out, error = start(place).communicate(timeout=60)
+    assert "compiled cells are not kept: others can write" in error and not out.startswith(str(place / "cache"))
+    assert compiled(place) == 2
+    assert not Path(out.strip()).exists()  # it went with its process
+    (place / "cache").chmod(0o700)
+    Path(first.strip()).chmod(0o777)
+    out, error = start(place).communicate(timeout=60)
+    assert out == "" and "is not loaded: others can write" in error
+
+
+def test_a_folder_below_one_that_others_can_write_is_not_used(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "open").mkdir()
+    (place / "open").chmod(0o777)
+    monkeypatch.setenv("FUSEDRNN_CACHE", str(place / "open/cache"))
+    assert "others can write" in start(place).communicate(timeout=60)[1] and not (place / "open/cache").exists()
+    (place / "open").chmod(0o1777)  # where nobody can put another folder in the place of mine
+    assert start(place).communicate(timeout=60)[0].startswith(str(place / "open/cache"))
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+def test_nor_is_one_of_another_user(place: Path) -> None:
+    (place / "cache").mkdir(mode=0o700)
+    os.chown(place / "cache", 12345, 12345)
+    assert "belongs to another user" in start(place).communicate(timeout=60)[1]
+
+
+def test_without_a_home(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSEDRNN_CACHE", "/proc/nothing")
+    out, error = start(place).communicate(timeout=60)
+    assert out != "" and "compiled cells are not kept" in error
+
+
+@pytest.fixture(scope="module")
+def own_lstm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The LSTM's struct once more, compiled as an added cell."""
+    source = (library.HEADERS / "cells/lstm.h").read_text()
+    for old, new in (("struct Lstm ", "struct OwnLstm "), ('"lstm"', '"own_lstm"'), ('"cell.h"', '"cells/cell.h"'),
+                     ("kProjectable = true", "kProjectable = false")):  # fmt: skip
+        assert source.count(old) == 1
+        source = source.replace(old, new)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FUSEDRNN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        info = dataclasses.replace(CELLS["lstm"], name="own_lstm", projectable=False)
+        library.add(info, "OwnLstm", source)
+        library.add(info, "OwnLstm", source)  # nothing more
+        with pytest.raises(ValueError, match="there is a cell own_lstm already, which is another"):
+            library.add(info, "OwnLstm", source + "\n")
+    yield "own_lstm"
+    del CELLS["own_lstm"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("number", [1, 2])
+def test_an_added_cell_is_like_one_of_the_package(own_lstm: str, dtype: torch.dtype, number: int, threads) -> None:
+    """The LSTM's struct, added: the same bits forward, backward and in inference."""
+    threads(number)
+    Own = type("Own", (FusedRNNBase,), {"_cell": own_lstm})
+    ours = Own(5, 19, num_layers=2, bidirectional=True, dtype=dtype)
+    built_in = fusedrnn.LSTM(5, 19, num_layers=2, bidirectional=True, dtype=dtype)
+    built_in.load_state_dict(ours.state_dict())
+    x = torch.randn(7, 3, 5).to(dtype).requires_grad_()
+
+    def everything(module: torch.nn.Module) -> list[torch.Tensor]:
+        y, (h, c) = module(x)
+        gradients = torch.autograd.grad(y.float().sin().sum() + c.float().sum(), [x, *module.parameters()])
+        with torch.no_grad():
+            for _ in range(3):
+                again = module(x)[0]
+            one, _ = fusedrnn.functional.recurrent(module._cell if module is ours else "lstm", x[:1], None,
+                                                   module._flat_weights[:4])  # fmt: skip
+        return [y, h, c, *gradients, again, one]
+
+    assert all(torch.equal(a, b) for a, b in zip(everything(ours), everything(built_in), strict=True))
+
+
+def test_it_has_no_matrices_in_int8(own_lstm: str) -> None:
+    x, weights = torch.randn(3, 2, 5), [torch.zeros(16, 5, dtype=torch.int8), torch.zeros(16, 4, dtype=torch.int8)]
+    with pytest.raises(RuntimeError, match="cell own_lstm has no kernels for matrices in int8 or bfloat16"):
+        torch.ops.fusedrnn.layer_forward(
+            x, None, None, None, weights, own_lstm, False, False, scales=[torch.ones(16)] * 2
+        )
+
+
+def test_a_library_of_other_headers_is_refused() -> None:
+    assert _C.add_cell(None) == "it was compiled with the headers of another fusedrnn"
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")
+def test_its_cuda_kernels_do_not_spill(tmp_path: Path) -> None:
+    source = (library.HEADERS / "cells/peephole.h").read_text().replace('"cell.h"', '"cells/cell.h"')
+    (tmp_path / "added_cell.h").write_text(source)
+    units = library.cuda_units(shutil.which("nvcc"), "PeepholeLstm", ["sm_90"])
+    for unit in (unit for unit in units if unit.source.stem in ("device", "persistent_float32")):
+        command = [*unit.command, f"-I{tmp_path}", f"-I{library.HEADERS}", "-Xptxas=-v", "-c", str(unit.source)]
+        said = subprocess.run([*command, "-o", os.devnull], capture_output=True, text=True)
+        assert said.returncode == 0, said.stderr
+        found = [line for line in said.stderr.splitlines() if "spill stores" in line]
+        assert found and all("0 bytes spill stores, 0 bytes spill loads" in line for line in found)
