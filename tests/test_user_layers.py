@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import pickle
 import re
@@ -169,6 +170,8 @@ def test_a_layer_of_its_own_class(tmp_path: Path) -> None:
         type("None", (fusedrnn.Recurrent,), {})(2, 3)
     module = Named(2, 3)
     assert repr(module) == "Named(2, 3)" and isinstance(module, nn.RNNBase) and gru.Module.__doc__ is None
+    arguments = list(inspect.signature(Named).parameters)
+    assert arguments[:3] == ["input_size", "hidden_size", "num_layers"] and "eager" in arguments
     with pytest.raises(ValueError, match="proj_size argument is only supported for LSTM"):
         lstm.Module(2, 4, proj_size=3)
 

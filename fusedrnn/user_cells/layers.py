@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import re
 import threading
 from collections.abc import Callable
@@ -204,6 +205,13 @@ def cell(
     return of
 
 
+def _with_eager(signature: inspect.Signature) -> inspect.Signature:
+    """Of a layer, with the argument that only a user's cell has."""
+    *arguments, others = signature.parameters.values()
+    eager = inspect.Parameter("eager", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool)
+    return signature.replace(parameters=[*arguments, eager, others])
+
+
 class Recurrent(FusedRNNBase):
     """A layer of a user's cell: ``class MGU(fusedrnn.Recurrent, cell=mgu): ...``.
 
@@ -215,6 +223,7 @@ class Recurrent(FusedRNNBase):
         RuntimeError: no compiler, or it fails, or its kernels do not give what the equations say.
     """
 
+    __signature__ = _with_eager(inspect.signature(FusedRNNBase))
     _cell = FusedRNNBase.NAMED_LATER
     cell: UserCell
 
