@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["ARCHITECTURES", "Kernel", "Products", "compile_kernels", "products", "table"]
+__all__ = ["ARCHITECTURES", "SOURCES", "Compiled", "Kernel", "Products", "compile_source", "table"]
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
@@ -58,67 +58,6 @@ def _readable(names: Sequence[str]) -> list[str]:
     return [re.sub(r"\(.*", "", name).replace(" >", ">") for name in short]
 
 
-def _nvcc(*arguments: str | Path) -> tuple[str, bytes]:
-    """What nvcc prints and what it makes.
-
-    Raises:
-        FileNotFoundError: no nvcc.
-        RuntimeError: it failed; with what it printed.
-    """
-    nvcc = shutil.which("nvcc")
-    if not nvcc:
-        raise FileNotFoundError("nvcc is not on the PATH")
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder, "made")
-        done = subprocess.run([nvcc, *FLAGS, *arguments, "-o", made], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(done.stderr)
-        return done.stderr, made.read_bytes()
-
-
-def _assembled(ptxas: Path, source: Path, architectures: Sequence[str]) -> str:
-    """What another ptxas prints of nvcc's intermediate code."""
-    told = ""
-    for architecture in architectures:
-        _, made = _nvcc(f"-arch={architecture}", "-ptx", source)
-        code = re.sub(rb"(?m)^\.version .*", f".version {OLDEST_PTX}".encode(), made)
-        command = [ptxas, f"-arch={architecture}", "-v", "-", "-o", os.devnull]
-        done = subprocess.run(command, input=code, capture_output=True, check=False)
-        if done.returncode:
-            raise RuntimeError(done.stderr.decode())
-        told += done.stderr.decode()
-    return told
-
-
-def compile_kernels(architectures: Sequence[str] = ARCHITECTURES, ptxas: Path | None = None) -> list[Kernel]:
-    """Compile every kernel and read what ptxas, nvcc's own or another, says of it.
-
-    Raises:
-        FileNotFoundError, RuntimeError: as _nvcc.
-    """
-    targets = [f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in architectures]
-
-    def compiled(source: Path) -> list[Kernel]:
-        if ptxas:
-            told = _assembled(ptxas, source, architectures)
-        else:
-            told, _ = _nvcc(*targets, "-Xptxas", "-v", "-c", source)
-        _, *entries = re.split(r"(?=Compiling entry function)", told)
-        names = _readable([ENTRY.search(entry)[1] for entry in entries])
-        return [_kernel(name, entry) for name, entry in zip(names, entries, strict=True)]
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [kernel for kernels in pool.map(compiled, SOURCES) for kernel in kernels]
-
-
-def _kernel(name: str, entry: str) -> Kernel:
-    stack, stores, loads = map(int, MEMORY.search(entry).groups())
-    shared = SHARED.search(entry)
-    return Kernel(
-        name, ENTRY.search(entry)[2], int(USED.search(entry)[1]), int(shared[1]) if shared else 0, stack, stores + loads
-    )
-
-
 @dataclass(frozen=True)
 class Products:
     """How many matrix products the time loop of a persistent kernel has, for which way of multiplying and geometry."""
@@ -129,15 +68,64 @@ class Products:
     count: int
 
 
-def products(source: str, architecture: str = "sm_90a") -> list[Products]:
-    """The persistent kernels of a file in csrc/cuda, as the compiler hands them to ptxas.
+@dataclass(frozen=True)
+class Compiled:
+    """A file of kernels: what ptxas says of each, and the products of the persistent ones for the last architecture."""
+
+    kernels: list[Kernel]
+    products: list[Products]
+
+
+def _run(command: Sequence[str | Path]) -> str:
+    """What it prints on its error output. RuntimeError with that if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return done.stderr
+
+
+def compile_source(source: Path, architectures: Sequence[str] = ARCHITECTURES, ptxas: Path | None = None) -> Compiled:
+    """Compile the kernels of a file once, and read what ptxas, nvcc's own or another, says of them.
 
     Raises:
-        FileNotFoundError, RuntimeError: as _nvcc.
+        FileNotFoundError: no nvcc.
+        RuntimeError: it failed; with what it printed.
     """
-    _, made = _nvcc(f"-arch={architecture}", "-ptx", ROOT / "csrc/cuda" / source)
+    nvcc = shutil.which("nvcc")
+    if not nvcc:
+        raise FileNotFoundError("nvcc is not on the PATH")
+    with tempfile.TemporaryDirectory() as folder:
+        targets = [f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in architectures]
+        kept = ["--keep", "--keep-dir", folder, "-Xptxas", "-v"]
+        told = _run([nvcc, *FLAGS, *targets, *kept, "-c", source, "-o", Path(folder, "made.o")])
+        which = (f".{a.replace('sm', 'compute')}" if len(architectures) > 1 else "" for a in architectures)
+        codes = {a: Path(folder, f"{source.stem}{part}.ptx") for a, part in zip(architectures, which, strict=True)}
+        if ptxas:
+            told = "".join(_assembled(ptxas, architecture, code) for architecture, code in codes.items())
+        products = _products(codes[architectures[-1]].read_text())
+    _, *entries = re.split(r"(?=Compiling entry function)", told)
+    names = _readable([ENTRY.search(entry)[1] for entry in entries])
+    return Compiled([_kernel(name, entry) for name, entry in zip(names, entries, strict=True)], products)
+
+
+def _assembled(ptxas: Path, architecture: str, code: Path) -> str:
+    """What another ptxas prints of nvcc's intermediate code."""
+    code.write_text(re.sub(r"(?m)^\.version .*", f".version {OLDEST_PTX}", code.read_text()))
+    return _run([ptxas, f"-arch={architecture}", "-v", code, "-o", os.devnull])
+
+
+def _kernel(name: str, entry: str) -> Kernel:
+    stack, stores, loads = map(int, MEMORY.search(entry).groups())
+    shared = SHARED.search(entry)
+    return Kernel(
+        name, ENTRY.search(entry)[2], int(USED.search(entry)[1]), int(shared[1]) if shared else 0, stack, stores + loads
+    )
+
+
+def _products(code: str) -> list[Products]:
+    """Of the persistent kernels, in the code that the compiler hands to ptxas."""
     found = []
-    for part in re.split(r"(?=\.entry )", made.decode())[1:]:
+    for part in re.split(r"(?=\.entry )", code)[1:]:
         (name,) = _readable([re.match(r"\.entry (\w+)", part)[1]])
         count = len(re.findall(r"mma\.sync", part))
         if count:  # one of another architecture is empty
@@ -165,7 +153,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, help="default: %(default)s")
     parser.add_argument("--ptxas", type=Path, metavar="FILE", help="of another CUDA (default: nvcc's own)")
     args = parser.parse_args(argv)
-    kernels = compile_kernels(args.arch, args.ptxas)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = pool.map(lambda source: compile_source(source, args.arch, args.ptxas), SOURCES)
+        kernels = [kernel for each in compiled for kernel in each.kernels]
     print(table(kernels))
     return 1 if any(kernel.stack or kernel.spills for kernel in kernels) else 0
 

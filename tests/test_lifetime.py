@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +17,15 @@ from torch.utils._pytree import tree_leaves
 import fusedrnn
 
 T, B, I, H = 5, 3, 4, 6
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_was_there_before_is_not_collected() -> Iterator[None]:
+    """A collection looks at the objects of these tests alone, not at all of torch's."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def tensors(results: Any) -> list[Tensor]:
