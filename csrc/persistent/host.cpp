@@ -1,5 +1,6 @@
 // FUSEDRNN_CPU_ISA=persistent: the stepwise driver with its time loops run by the persistent kernels on an emulated GPU
 // (emulator.h), for every layer that they can do. FUSEDRNN_EMULATOR_SEED draws another order of threads.
+#pragma GCC optimize("O1")  // it is for tests: compiled in half the time
 #include "../stepwise/host.h"
 
 #include <chrono>
