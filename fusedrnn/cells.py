@@ -25,6 +25,8 @@ class CellInfo:
         keeps: the gate that multiplies the state before, for initialisers. None: there is none.
         takes: the gate that multiplies what is new, if it is another than ``keeps``. None: it is not. Of a cell where
             it alone has a name, what it does not take is kept.
+        maskable: whether ``recurrent_dropout`` is defined: the first gates and what the others multiply depend on h
+            through the products and through one factor alone.
         added: whether it is a user's own, for this process (:mod:`fusedrnn.user_cells`).
         eager: whether it has no kernels: torch's operations compute it, one after the other.
     """
@@ -39,6 +41,7 @@ class CellInfo:
     split: int = 0
     keeps: str | None = None
     takes: str | None = None
+    maskable: bool = True
     added: bool = False
     eager: bool = False
 

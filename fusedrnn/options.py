@@ -17,7 +17,7 @@ from torch import nn
 
 from .cells import CELLS
 from .layer.call import Options
-from .layer.dropout import Rates, rates
+from .layer.dropout import Rates, check_mask, rates
 
 
 def check_policy(grad_clip: float | None, grad_clip_mode: str, bptt_steps: int | None, recompute: str) -> Options:
@@ -155,7 +155,9 @@ def _check(module: nn.Module, own: FusedOptions) -> None:
         if others:
             raise ValueError(f"{name} makes single steps, without {', '.join(others)}, got {own}")
     else:
-        own.check_rates(len(CELLS[cell_of(module)].states))
+        cell = CELLS[cell_of(module)]
+        own.check_rates(len(cell.states))
+        check_mask(cell, own.recurrent_dropout)
 
 
 def tell(module: nn.Module, given: dict[str, Any]) -> None:

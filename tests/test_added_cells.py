@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,8 +29,9 @@ ONE = 'extern "C" int one() { return 1; }\n'
 MAKE = """
 import sys; from pathlib import Path; from fusedrnn.user_cells.compiler import *
 source = Path(sys.argv[1])
-units = [Unit(source / "one.cpp", (*compiler(), "-fPIC"))]
-print(library("one", units, {"added_cell.h": ""}, source, [*compiler(), "-shared"]))
+units = [Unit(source / "one.cpp", tuple(compiler()), ("-fPIC",))]
+link = [*compiler(), "-shared"]
+print(library("one", units, {"added_cell.h": ""}, source, link))
 """
 #: A compiler that writes a line for each call; and waits with compiling while there is a file.
 WRAPPER = """#!/bin/sh
@@ -97,7 +100,13 @@ def test_a_process_that_dies_leaves_nothing_that_is_loaded(place: Path) -> None:
     (place / "wait").unlink()
     out, _ = waiting.communicate(timeout=60)
     assert waiting.returncode == 0 and compiled(place) == 2
-    assert {path.name for path in Path(out.strip()).parent.iterdir()} == {"cell.so", "added_cell.h", "lock"}
+    there = {path.name for path in Path(out.strip()).parent.iterdir()}
+    assert there == {
+        "cell.so",
+        "cell.sha256",
+        "added_cell.h",
+        "lock",
+    }
 
 
 def test_it_is_compiled_again_for_another_source_or_compiler(place: Path) -> None:
@@ -149,6 +158,89 @@ def test_a_folder_below_one_that_others_can_write_is_not_used(place: Path, monke
     assert "others can write" in start(place).communicate(timeout=60)[1] and not (place / "open/cache").exists()
     (place / "open").chmod(0o1777)  # where nobody can put another folder in the place of mine
     assert start(place).communicate(timeout=60)[0].startswith(str(place / "open/cache"))
+
+
+def test_nor_one_behind_a_link_in_such_a_folder(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever can write there can let the link lead elsewhere."""
+    for name, mode in (("open", 0o777), ("safe", 0o700)):
+        (place / name).mkdir()
+        (place / name).chmod(mode)
+    (place / "open/second").symlink_to(place / "safe")
+    (place / "first").symlink_to(place / "open/second")
+    monkeypatch.setenv("FUSEDRNN_CACHE", str(place / "first"))
+    assert "others can write" in start(place).communicate(timeout=60)[1] and list((place / "safe").iterdir()) == []
+    (place / "good").symlink_to("safe")
+    monkeypatch.setenv("FUSEDRNN_CACHE", str(place / "good"))
+    out, error = start(place).communicate(timeout=60)
+    assert out.startswith(str(place / "good")) and "not kept" not in error
+    (place / "nowhere").symlink_to(place / "gone")
+    monkeypatch.setenv("FUSEDRNN_CACHE", str(place / "nowhere"))
+    assert "nowhere leads nowhere" in start(place).communicate(timeout=60)[1]
+
+
+@pytest.mark.parametrize("mask", [0o002, 0o000, 0o777])
+def test_folders_are_made_that_others_cannot_write(place: Path, monkeypatch: pytest.MonkeyPatch, mask: int) -> None:
+    """Whatever the user's mask."""
+    monkeypatch.setenv("FUSEDRNN_CACHE", str(place / "one/two/cache"))
+    before = os.umask(mask)
+    try:
+        out, error = start(place).communicate(timeout=60)
+    finally:
+        os.umask(before)
+    assert out.startswith(str(place / "one/two/cache")) and "not kept" not in error and compiled(place) == 1
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[:4096], lambda text: b"", lambda text: bytes(len(text))])
+def test_a_library_that_is_damaged_is_compiled_again(place: Path, damage: Callable[[bytes], bytes]) -> None:
+    out, _ = start(place).communicate(timeout=60)
+    library = Path(out.strip())
+    whole = library.read_bytes()
+    library.write_bytes(damage(whole))
+    assert start(place).communicate(timeout=60)[0] == out and compiled(place) == 2
+    assert ctypes.CDLL(out.strip()).one() == 1
+
+
+def test_a_folder_that_can_only_be_read_serves_what_it_holds(place: Path) -> None:
+    out, _ = start(place).communicate(timeout=60)
+    loading = MAKE.replace("print(", "import os; os.access = lambda *_: False\nprint(")  # root may write everywhere
+    command = [sys.executable, "-c", loading, str(place / "source")]
+    told = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert told.stdout == out and told.stderr == "" and compiled(place) == 1
+
+
+def test_compilers_of_several_words(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher such as ccache, and options, in compiling and linking."""
+    monkeypatch.setenv("CXX", f"env {place / 'compiler'} -O1")
+    assert start(place).communicate(timeout=60)[0] != "" and compiled(place) == 1
+    calls = (place / "calls").read_text().splitlines()
+    assert len(calls) == 3 and all(line.startswith("-O1 ") for line in calls)  # its version, compiling, linking
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("'c++", 'CXX is "\'c\\+\\+": No closing quotation'),
+        ("{place}/source/one.cpp", "the compiler does not run: .*Exec format error"),
+        ("true", "made no library"),
+    ],
+)
+def test_what_is_no_compiler(place: Path, monkeypatch: pytest.MonkeyPatch, command: str, said: str) -> None:
+    (place / "source/one.cpp").chmod(0o700)
+    monkeypatch.setenv("CXX", command.format(place=place))
+    out, error = start(place).communicate(timeout=60)
+    assert out == "" and re.search(f"RuntimeError: .*{said}", error), error
+
+
+def test_other_encodings(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A comment beyond ASCII, where the locale has no letters but these; and a compiler that speaks Latin-1."""
+    monkeypatch.setenv("LC_ALL", "C")
+    monkeypatch.setenv("PYTHONUTF8", "0")
+    monkeypatch.setenv("PYTHONCOERCECLOCALE", "0")
+    code = MAKE.replace('"added_cell.h": ""', '"added_cell.h": "// \\u03c3"')
+    told = subprocess.run([sys.executable, "-c", code, str(place / "source")], capture_output=True, check=True)
+    assert "\u03c3" in Path(told.stdout.decode().strip()).with_name("added_cell.h").read_text(encoding="utf-8")
+    (place / "compiler").write_text("#!/bin/sh\nprintf '\\374ber'\nexit 1\n")
+    assert "RuntimeError: the compiler failed with status 1" in start(place).communicate(timeout=60)[1]
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
@@ -225,7 +317,15 @@ def test_its_cuda_kernels_do_not_spill(tmp_path: Path) -> None:
     (tmp_path / "added_cell.h").write_text(source)
     units = library.cuda_units(shutil.which("nvcc"), "PeepholeLstm", ["sm_90"])
     for unit in (unit for unit in units if unit.source.stem in ("device", "persistent_float32")):
-        command = [*unit.command, f"-I{tmp_path}", f"-I{library.HEADERS}", "-Xptxas=-v", "-c", str(unit.source)]
+        command = [
+            *unit.compiler,
+            *unit.flags,
+            f"-I{tmp_path}",
+            f"-I{library.HEADERS}",
+            "-Xptxas=-v",
+            "-c",
+            str(unit.source),
+        ]
         said = subprocess.run([*command, "-o", os.devnull], capture_output=True, text=True)
         assert said.returncode == 0, said.stderr
         found = [line for line in said.stderr.splitlines() if "spill stores" in line]

@@ -33,6 +33,16 @@ WRONG: dict[str, tuple[dict[str, str], str, str]] = {
     "sum of torch": ({}, "return (x.f + rec.f) / torch.sum(h)  # wrong", "sum over units"),
     "mean": ({}, "return (x.f + rec.f) - torch.mean(h, dim=-1)  # wrong", "mean over units"),
     "max": ({}, "return (x.f + rec.f) / torch.max(h)  # wrong", "max over units"),
+    "max with a dimension": ({}, "return (x.f + rec.f) / torch.max(h, -1)  # wrong", "max over units"),
+    "max with a number": ({}, "return (x.f + rec.f) / h.max(0)  # wrong", "max over units"),
+    "shape": ({}, "return (x.f + rec.f) / h.shape[0]  # wrong", "shape of a traced value"),
+    "dtype": ({}, "return torch.zeros(2, dtype=h.dtype) * x.f + rec.f  # wrong", "dtype of a traced value"),
+    "grad": ({}, "return h.grad * x.f + rec.f  # wrong", "grad of a traced value"),
+    "format": ({}, "print(f'{h:.2f}')  # wrong\nreturn h + x.f + rec.f", "no number"),
+    "no_grad": ({}, "with torch.no_grad():\n    f = sigmoid(x.f + rec.f)  # wrong\nreturn f * h", "no_grad in a cell"),
+    "bool of Python": ({}, "return where(True, h, x.f + rec.f)  # wrong", "where of a bool.*\n.*\n.*\nWrite if"),
+    "large number": ({}, "return 10**400 * x.f + rec.f  # wrong", "the number 10000"),
+    "by keyword": ({}, "return torch.sigmoid(input=x.f + rec.f)  # wrong", "by keyword, input"),
     "norm": ({}, "return (x.f + rec.f) / torch.linalg.vector_norm(h)  # wrong", "no operation|norm"),
     "softmax": ({}, "return torch.nn.functional.softmax(x.f + rec.f, -1)  # wrong", "softmax over units"),
     "index": ({}, "return tanh(x.f + rec.f)[0]  # wrong", "no elements"),
@@ -210,3 +220,10 @@ def test_numbers_of_numpy_are_numbers() -> None:
         return 2 * tanh(x.f + rec.f) - 0.5 * h + h * 0.5 - (2 - h) / 2 + (2 + h) * (2 / (2 + h))
 
     assert of_numpy.equations == of_python.equations
+
+
+def test_the_gradient_of_no_grad_is_not_asked_for() -> None:
+    """A cell may be made where torch computes no gradients."""
+    with torch.no_grad():
+        made = cell(gates="f")(another.function)
+    assert made.equations == another.equations

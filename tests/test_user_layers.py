@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 import os
 import pickle
 import re
@@ -27,7 +28,8 @@ from torch.nn.utils.rnn import pack_sequence
 from written_cells import gru, lstm, mgu, peephole_lstm
 
 import fusedrnn
-from fusedrnn import _C, CELLS
+from fusedrnn import _C, CELLS, user_cells
+from fusedrnn.functional import recurrent
 from fusedrnn.user_cells import UserCell, layers, library
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler")
@@ -179,7 +181,11 @@ def test_a_layer_of_its_own_class(tmp_path: Path) -> None:
 def test_copies_and_files() -> None:
     module, x = peephole_lstm.Module(2, 3, num_layers=2), torch.randn(4, 2, 2)
     expected = flat(module(x))
-    for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    pickled = [pickle.loads(pickle.dumps(module, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+    for again in (copy.deepcopy(module), torch.load(buffer, weights_only=False), *pickled):
         assert type(again) is peephole_lstm.Module and all(map(torch.equal, flat(again(x)), expected))
     names = [name for name in module.state_dict() if name.endswith("l0")]
     assert names == ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0", "weight_unit_l0"]
@@ -244,6 +250,110 @@ def test_eager() -> None:
     close(results[0], results[1])
     with pytest.raises(RuntimeError, match="grad_clip and bptt_steps change the first gradient alone"):
         mgu.Module(2, 3, eager=True, grad_clip=1.0)(torch.randn(2, 1, 2))
+
+
+def test_what_an_eager_layer_does_not_do() -> None:
+    eager = mgu.Module(2, 3, eager=True, dtype=torch.float16)
+    with pytest.raises(ValueError, match="record_gradients: made with eager=True"):
+        fusedrnn.record_gradients(eager)
+    with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0"):
+        eager(torch.zeros(0, 1, 2, dtype=torch.float16))
+    limited = of_large_numbers.Module(2, 3, eager=True, dtype=torch.float16)
+    assert limited(torch.ones(2, 1, 2, dtype=torch.float16))[0].isfinite().all()
+
+
+@fusedrnn.cell(gates="f")
+def of_large_numbers(x, rec, h):
+    return torch.tanh(user_cells.maximum(x.f + rec.f, -1e6)) + h  # beyond float16
+
+
+def _hidden(x, rec, h):
+    """kName = "odd" \N{GREEK SMALL LETTER SIGMA}."""
+    return torch.tanh(x.f + rec.f) * h
+
+
+under_another_name = fusedrnn.cell(gates="f")(_hidden)
+
+
+@fusedrnn.cell(gates="f")
+def not_eager(x, rec, h):
+    NAN = torch.tanh(x.f + rec.f)
+    errno = NAN * h
+    M_PI = errno + h
+    return M_PI + errno
+
+
+@fusedrnn.cell(gates="f")
+def values(x, rec, h):
+    return torch.tanh(x.f + rec.f)
+
+
+@fusedrnn.cell(gates="f")
+def _2d(x, rec, h):
+    return torch.tanh(x.f - rec.f)
+
+
+def test_names_of_functions_and_values() -> None:
+    """Those that C++ has otherwise, and ours; and a function by another name than its cell's."""
+    x = torch.randn(3, 1, 2)
+    for cell in (not_eager, values, _2d, under_another_name):
+        module = cell.Module(2, 3)
+        for again in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert again._cell == module._cell and torch.equal(again(x)[0], module(x)[0])
+            assert not CELLS[again._cell].eager
+    holder = nn.Linear(1, 1)
+    holder.cell = under_another_name
+    assert pickle.loads(pickle.dumps(holder)).cell is under_another_name
+
+
+def test_recurrent_dropout_is_refused_where_it_is_not_defined() -> None:
+    """Where h goes into the first stage beside the products: before them it is not masked."""
+
+    def by_parameter(x, rec, h, p):
+        f = torch.sigmoid(x.f + rec.f + p * h)
+        return (1 - f) * h + f * torch.tanh(x.n + rec.n(f * h))
+
+    def by_operand(x, rec, h):
+        f = torch.sigmoid(x.f + rec.f)
+        return (1 - f) * h + f * torch.tanh(x.n + rec.n(f * torch.tanh(3 * h)))
+
+    def in_the_second_stage(x, rec, h):
+        f = torch.sigmoid(x.f + rec.f)
+        return h * (1 - f) + f * torch.tanh(x.n + rec.n(h * f))
+
+    for function, parameters in ((by_parameter, "p"), (by_operand, "")):
+        wrong = fusedrnn.cell(gates="f n", parameters=parameters)(function)
+        for eager in (False, True):
+            with pytest.raises(ValueError, match=f"recurrent_dropout is not defined for the cell {function.__name__}"):
+                wrong.Module(2, 3, recurrent_dropout=0.5, eager=eager)
+            module, x = wrong.Module(2, 3, eager=eager), torch.randn(3, 2, 2)
+            with pytest.raises(ValueError, match="recurrent_dropout is not defined"):
+                recurrent(module._cell, x, None, list(module.parameters()), recurrent_dropout=0.5, training=True)
+    right = fusedrnn.cell(gates="f n")(in_the_second_stage)
+    ours, eager = (right.Module(2, 3, recurrent_dropout=0.5, eager=e, dtype=torch.float64) for e in (False, True))
+    eager.load_state_dict(ours.state_dict())
+    x, results = torch.randn(5, 2, 2, dtype=torch.float64, requires_grad=True), []
+    for module in (ours, eager):
+        torch.manual_seed(1)
+        y = module(x)[0]
+        results.append([y, *torch.autograd.grad(y.sin().sum(), [x, *module.parameters()])])
+    close(*results)
+
+
+def test_a_child_of_a_process_whose_threads_compile() -> None:
+    """It has locks of its own."""
+    code = (
+        "import os, fusedrnn; from fusedrnn.user_cells import compiler, layers, library\n"
+        "for lock in (layers._lock, library._adding, compiler._threads): lock.acquire()\n"
+        "child = os.fork()\n"
+        "if not child:\n"
+        "    for lock in (layers._lock, library._adding, compiler._threads):\n"
+        "        assert lock.acquire(timeout=5)\n"
+        "    os._exit(7)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.split() == ["7"], told.stderr
 
 
 def renamed(name: str, source: str) -> UserCell:

@@ -38,6 +38,10 @@ class _Call(NamedTuple):
     fields: dict[str, Any]
 
 
+def _is_eager(module: HasOptions) -> bool:
+    return module._cell in CELLS and CELLS[module._cell].eager
+
+
 class record_gradients:
     """Records the norms of the gradients through time of every backward pass inside the block.
 
@@ -60,7 +64,7 @@ class record_gradients:
         model: a module that is or holds fusedrnn's RNN, LSTM, GRU or ResidualRNN.
 
     Raises:
-        ValueError: there is no such module in it.
+        ValueError: there is no such module in it, or an eager one.
         RuntimeError: a backward pass inside torch.func's transforms, whose numbers belong to no single call, or on the
             meta device, where there are none.
     """
@@ -70,6 +74,8 @@ class record_gradients:
         self._names = {module: name for name, module in ours if isinstance(module, _RNNBase)}
         if not self._names:
             raise ValueError("record_gradients: the model has no fusedrnn.RNN, LSTM, GRU or ResidualRNN")
+        if eager := [name or type(module).__name__ for module, name in self._names.items() if _is_eager(module)]:
+            raise ValueError(f"record_gradients: made with eager=True, without kernels that give norms: {eager}")
         self._raw: list[_Call] = []
         self._layers: list[LayerGradients] = []
         self._passes: dict[int, int] = {}  # their numbers in the block by torch's

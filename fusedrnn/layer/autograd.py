@@ -35,6 +35,8 @@ def recurrent_layer(call: LayerCall) -> Outputs:
     """
     compiling, mapped = is_compiling(), transformed()
     if call.info.eager:
+        if call.x.size(0) == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         return _by_torch(call, "a cell without kernels")
     if exporting():  # a program has no backward
         return _forward(call, save=False)[0]

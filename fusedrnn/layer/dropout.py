@@ -62,6 +62,15 @@ def rates(
     return found
 
 
+def check_mask(cell: CellInfo, recurrent_dropout: float) -> None:
+    """ValueError for a cell whose h goes other ways than through the products and one factor."""
+    if recurrent_dropout and not cell.maskable:
+        raise ValueError(
+            f"recurrent_dropout is not defined for the cell {cell.name}: its first gates, or what its other gates"
+            " multiply, depend on h otherwise than by the product and one factor"
+        )
+
+
 def kept_parts(zoneout: float | Sequence[float], states: int) -> tuple[float, float]:
     """Of h and of c, outside training. Raises as :func:`rates`."""
     return (0.0, 0.0) if isinstance(zoneout, float) and zoneout == 0 else rates(0.0, 0.0, zoneout, 0.0, states)[2:4]
@@ -95,6 +104,7 @@ def draw(rates: Rates, training: bool, call: LayerCall, layout: object) -> Noise
     """Masks for the states of a layer."""
     if rates.recurrent == rates.zoneout_h == rates.zoneout_c == 0:
         return NOISELESS
+    check_mask(call.info, rates.recurrent)
     x, batch_sizes, directions, out, mask_h = call.x, call.batch_sizes, call.directions, call.width, None
     if rates.recurrent > 0:
         segments = layout if isinstance(layout, Segments) else None

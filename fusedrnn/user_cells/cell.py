@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import textwrap
+import tokenize
 from collections.abc import Callable, Sequence
 from functools import cached_property
 
@@ -19,6 +20,14 @@ from .stages import plan
 from .trace import trace
 
 Names = str | Sequence[str]
+
+
+def _text_of(function: Callable) -> str:
+    """Its source, as it is now; its signature if it was typed into an interpreter, or its file has changed since."""
+    try:
+        return textwrap.dedent(inspect.getsource(function))
+    except (OSError, SyntaxError, tokenize.TokenError):
+        return f"def {function.__name__}{inspect.signature(function)}: ..."
 
 
 class TracedCell:
@@ -44,17 +53,14 @@ class TracedCell:
         self._draft, constants, stages = plan(self.trace)
         self.constants: Constants = constants
         self.stages: tuple[Stage, ...] = stages
+        self._text = _text_of(function)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name}: gates {' '.join(self.gates)}, states {' '.join(self.states)})"
 
     @cached_property
     def _printed(self) -> Printed:
-        try:
-            text = textwrap.dedent(inspect.getsource(self.function))
-        except OSError:  # a function typed into an interpreter
-            text = f"def {self.name}{inspect.signature(self.function)}: ..."
-        return print_struct(self._draft, self.constants, self.stages, text)
+        return print_struct(self._draft, self.constants, self.stages, self._text)
 
     @property
     def struct(self) -> str:

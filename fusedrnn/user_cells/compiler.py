@@ -22,22 +22,45 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-__all__ = ["Unit", "compiler", "library"]
+__all__ = ["Unit", "compiler", "library", "words"]
 
-_LIBRARY, _LOCK = "cell.so", "lock"
+_LIBRARY, _SUM, _LOCK = "cell.so", "cell.sha256", "lock"
 _threads = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _threads
+    _threads = threading.Lock()  # a thread that is not in this process may have held it
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 @dataclass(frozen=True)
 class Unit:
-    """One source file, and the compiler's command for it: what is read and written is added."""
+    """One source file, its compiler, and what that is told: what is read and written is added."""
 
     source: Path
-    command: tuple[str, ...]
+    compiler: tuple[str, ...]
+    flags: tuple[str, ...]
+
+
+def words(variable: str) -> list[str]:
+    """Of an environment variable, as a shell would read it.
+
+    Raises:
+        RuntimeError: its quotes do not match.
+    """
+    text = os.environ.get(variable, "")
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise RuntimeError(f"{variable} is {text!r}: {error}") from error
 
 
 def compiler() -> list[str]:
@@ -46,7 +69,7 @@ def compiler() -> list[str]:
     Raises:
         RuntimeError: there is none.
     """
-    named = shlex.split(os.environ.get("CXX", ""))
+    named = words("CXX")
     for command in [named] if named else [["c++"], ["g++"], ["clang++"]]:
         if found := shutil.which(command[0]):
             return [found, *command[1:]]
@@ -57,11 +80,13 @@ def compiler() -> list[str]:
 @functools.cache
 def _version(command: tuple[str, ...]) -> str:
     """What a compiler says of itself; it is told from another of the same path by this."""
-    return subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
+    return _output([*command, "--version"])[1]
 
 
-def _fault(folder: Path) -> str | None:
-    """Why others could put files into a folder; None if they cannot. It need not exist yet."""
+def _fault(folder: Path, last: bool = True) -> str | None:
+    """Why others could put files into a folder; None if they cannot. It need not exist yet. ``last``: nothing of ours
+    is between it and the files.
+    """
     for path in (folder, *folder.parents):
         try:
             status = path.lstat()
@@ -70,14 +95,17 @@ def _fault(folder: Path) -> str | None:
         except OSError as error:
             return str(error)
         if stat.S_ISLNK(status.st_mode):
-            fault = _fault(path.resolve().parent) if status.st_uid in (0, os.getuid()) else f"{path} is another user's"
-            if fault:
+            if status.st_uid not in (0, os.getuid()):
+                return f"{path} is another user's"
+            if not path.exists():
+                return f"{path} leads nowhere"
+            if fault := _fault(path.parent / os.readlink(path), last and path == folder):
                 return fault
-            status = path.stat()
+            continue
         if status.st_uid not in (0, os.getuid()):
             return f"{path} belongs to another user"
         others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-        if others and not (status.st_mode & stat.S_ISVTX and path != folder):
+        if others and not (status.st_mode & stat.S_ISVTX and not (last and path == folder)):
             return f"others can write {path}"
     return None
 
@@ -95,8 +123,14 @@ def _remove(folder: Path, process: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _folder() -> Path:
-    """Where libraries are kept."""
+def _make(folder: Path) -> None:
+    """And what is above it; others can write none of that, whatever the user's mask."""
+    for path in (*reversed(folder.parents), folder):
+        path.mkdir(mode=0o700, exist_ok=True)
+
+
+def _folder(name: str) -> Path:
+    """Where a library is kept. The folder is there; it can be written, or holds the library already."""
     named = os.environ.get("FUSEDRNN_CACHE")
     try:
         above = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -106,34 +140,53 @@ def _folder() -> Path:
     fault = "there is no home folder" if folder is None else _fault(folder.absolute())
     if not fault:
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            fault = None if os.access(folder, os.W_OK | os.X_OK) else f"{folder} cannot be written"
+            own = folder.absolute() / name
+            if _is_whole(own):
+                return own
+            _make(own)
+            if os.access(own, os.W_OK | os.X_OK):
+                return own
+            fault = f"{own} cannot be written"
         except OSError as error:
             fault = str(error)
-    if not fault:
-        return folder.absolute()
     warnings.warn(
         f"fusedrnn: compiled cells are not kept: {fault}. FUSEDRNN_CACHE names another folder",
         RuntimeWarning,
         stacklevel=2,
     )
-    return _own_folder()
+    own = _own_folder() / name
+    own.mkdir(exist_ok=True)
+    return own
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the library is there as it was made: one that was cut short would end the process."""
+    made, digest = folder / _LIBRARY, folder / _SUM
+    if not (made.is_file() and digest.is_file()):
+        return False
+    return digest.read_text(encoding="utf-8") == hashlib.sha256(made.read_bytes()).hexdigest()
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _alone(folder: Path, title: str) -> Iterator[None]:
     """While no other thread or process is in here for this folder. Whoever dies in here lets go."""
     with _threads, open(folder / _LOCK, "w") as lock:
-        with suppress(OSError):  # a file system without locks: the library comes into its place whole, all the same
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"fusedrnn: waiting for a process that compiles {title}", file=sys.stderr, flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks: the library comes into its place whole, all the same
         yield
 
 
 def _digest(units: Sequence[Unit], texts: dict[str, str], headers: Path, link: Sequence[str]) -> str:
     read = sorted(path for path in headers.rglob("*") if path.suffix in (".h", ".inl", ".cpp", ".cu", ".cuh"))
     parts = [path.read_bytes() for path in read]
-    parts += [_version(command).encode() for command in sorted({unit.command[:1] for unit in units})]
-    parts += [repr((sorted(texts.items()), [(u.source.name, u.command) for u in units], link)).encode()]
+    parts += [_version(command).encode() for command in sorted({unit.compiler for unit in units})]
+    told = [(u.source.name, u.compiler, u.flags) for u in units]
+    parts += [repr((sorted(texts.items()), told, link)).encode()]
     return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 
@@ -144,49 +197,57 @@ def library(title: str, units: Sequence[Unit], texts: dict[str, str], headers: P
         title: what is compiled, for the line that says so.
         units: what is compiled, from ``headers``, a folder all of whose sources count for what it is kept under.
         texts: files beside, name and contents, in a folder where the units' includes look.
-        link: the linker's command.
+        link: the linker's command, to which the objects are added.
 
     Raises:
         RuntimeError: a compiler fails: with what it said.
     """
-    folder = _folder() / _digest(units, texts, headers, link)[:32]
+    folder = _folder(_digest(units, texts, headers, link)[:32])
     made = folder / _LIBRARY
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if not made.exists():
-        with _alone(folder):
-            if not made.exists():
-                print(f"fusedrnn: compiling {title}, once: it is kept in {folder}", file=sys.stderr, flush=True)
-                _compile(folder, made, [replace(u, command=(*u.command, f"-I{headers}")) for u in units], texts, link)
+    if not _is_whole(folder):
+        with _alone(folder, title):
+            if not _is_whole(folder):
+                print(f"fusedrnn: compiling {title}, once, in {folder}", file=sys.stderr, flush=True)
+                _compile(folder, [replace(u, flags=(*u.flags, f"-I{headers}")) for u in units], texts, link)
     if fault := _fault(made):
         raise RuntimeError(f"{made} is not loaded: {fault}")
     return made
 
 
-def _compile(folder: Path, made: Path, units: Sequence[Unit], texts: dict[str, str], link: Sequence[str]) -> None:
+def _compile(folder: Path, units: Sequence[Unit], texts: dict[str, str], link: Sequence[str]) -> None:
     for rest in folder.glob("making-*"):  # of a process that died here: we are alone
         shutil.rmtree(rest, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="making-", dir=folder) as name:
         making = Path(name)
         for file, text in texts.items():
-            (making / file).write_text(text)
+            (making / file).write_text(text, encoding="utf-8")
         objects = [making / f"{i}.o" for i in range(len(units))]
         pairs = zip(units, objects, strict=True)
-        _run([[*u.command, f"-I{making}", "-c", str(u.source), "-o", str(made_of)] for u, made_of in pairs])
-        whole = making / _LIBRARY
-        _run([[link[0], *map(str, objects), "-o", str(whole), *link[1:]]])
+        _run([[*u.compiler, *u.flags, f"-I{making}", "-c", str(u.source), "-o", str(to)] for u, to in pairs])
+        whole, digest = making / _LIBRARY, making / _SUM
+        _run([[*link, "-o", str(whole), *map(str, objects)]])
+        if not whole.exists():
+            raise RuntimeError(f"{shlex.join(link)} made no library")
         for file, text in texts.items():  # for whoever wants to read them
-            (folder / file).write_text(text)
+            (folder / file).write_text(text, encoding="utf-8")
+        digest.write_text(hashlib.sha256(whole.read_bytes()).hexdigest(), encoding="utf-8")
         whole.chmod(0o700)  # whatever the user's mask: one that others can write is not loaded
-        os.replace(whole, made)
+        os.replace(digest, folder / _SUM)
+        os.replace(whole, folder / _LIBRARY)
 
 
 def _run(commands: Sequence[list[str]]) -> None:
     """All at once."""
-    running = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for command in commands
-    ]
-    said = [process.communicate()[0] for process in running]
-    for process, command, text in zip(running, commands, said, strict=True):
-        if process.returncode:
-            told = f"{shlex.join(command)}\n{text[:8000]}"
-            raise RuntimeError(f"the compiler failed with status {process.returncode}: {told}")
+    with ThreadPoolExecutor(len(commands)) as pool:
+        for command, (status, text) in zip(commands, pool.map(_output, commands), strict=True):
+            if status:
+                raise RuntimeError(f"the compiler failed with status {status}: {shlex.join(command)}\n{text[:8000]}")
+
+
+def _output(command: Sequence[str]) -> tuple[int, str]:
+    """A command's status and what it prints, in whatever encoding."""
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    except OSError as error:
+        raise RuntimeError(f"the compiler does not run: {error}: {shlex.join(command)}") from error
+    return done.returncode, done.stdout.decode("utf-8", "replace")

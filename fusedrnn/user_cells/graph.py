@@ -204,7 +204,8 @@ def evaluate(roots: Iterable[Node], known: Mapping[Node, Tensor]) -> list[Tensor
         if node in values:
             continue
         if node.op == "number":
-            values[node] = torch.full_like(like, node.value)
+            wide = torch.full_like(like, node.value, dtype=torch.float64)  # of a type that has no such number: inf
+            values[node] = wide.to(like.dtype)
         elif node.op == "leaf":
             raise KeyError(node.value)
         else:

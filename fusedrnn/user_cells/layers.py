@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 import re
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError
 
 from ..cells import CELLS, CellInfo
 from ..functional import recurrent
@@ -24,11 +28,21 @@ from ..modules import FusedRNNBase
 from .cell import Names, TracedCell
 from .library import add
 from .printer import struct_name
+from .stages import is_maskable
 
 __all__ = ["Recurrent", "UserCell", "cell"]
 
 _CHECKED = "checked"  # a file beside a library
+_EAGER = "_eager"  # the end of the names of such cells
 _lock = threading.RLock()
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.RLock()  # a thread that is not in this process may have held it
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _registered(cell: TracedCell, eager: bool = False) -> str:
@@ -41,7 +55,7 @@ def _registered(cell: TracedCell, eager: bool = False) -> str:
         RuntimeError: no compiler, or it fails, or its kernels do not give what the equations say.
     """
     digest = hashlib.sha256(cell.source().encode()).hexdigest()[:12]
-    name = f"{cell.name.lower()}_{'eager_' if eager else ''}{digest}"
+    name = f"{cell.name.lower()}_{digest}{_EAGER if eager else ''}"
     with _lock:
         if eager:
             CELLS[name] = replace(_info(cell, name), eager=True)
@@ -49,7 +63,7 @@ def _registered(cell: TracedCell, eager: bool = False) -> str:
         elif name not in CELLS:
             info = _info(cell, name)
             source = cell.source().replace('#include "cell.h"', '#include "cells/cell.h"')  # beside it in csrc/cells
-            source = re.sub(r'(kName = )"\w+"', rf'\1"{name}"', source, count=1)
+            source = re.sub(r'(?m)^(  static constexpr const char\* kName = )"\w+"', rf'\1"{name}"', source)
             folder = add(info, f"user::{cell.struct}", source)
             STEPS[name] = _step(cell)
             if not (folder / _CHECKED).exists():
@@ -59,7 +73,8 @@ def _registered(cell: TracedCell, eager: bool = False) -> str:
                 except BaseException:
                     del CELLS[name], STEPS[name]  # a next use checks again
                     raise
-                (folder / _CHECKED).touch()
+                with suppress(OSError):  # a folder that is read alone: checked again by the next process
+                    (folder / _CHECKED).touch()
     return name
 
 
@@ -73,6 +88,7 @@ def _info(cell: TracedCell, name: str) -> CellInfo:
         parameters=cell.parameters,
         first=None if constants.kFirst == constants.kGates else constants.kFirst,
         split=constants.kSplit,
+        maskable=is_maskable(cell.trace, cell.stages),
         added=True,
     )
 
@@ -146,11 +162,20 @@ def check(name: str, sizes: tuple[int, int, int, int] = (4, 3, 2, 5)) -> None:
             worst = (found - expected).abs().max().item()
             raise RuntimeError(f"the compiled kernels of cell {name} do not give its equations: off by {worst}")
     if all(found.isfinite().all() for found in ours):  # a function may be undefined beside where it is used
-        torch.autograd.gradcheck(kernels, leaves, fast_mode=True, rtol=1e-3, atol=1e-5)
+        try:
+            torch.autograd.gradcheck(kernels, leaves, fast_mode=True, rtol=1e-3, atol=1e-5)
+        except GradcheckError as error:
+            raise RuntimeError(f"the gradients of cell {name} are not those of finite differences: {error}") from error
 
 
 class UserCell(TracedCell):
-    """A cell made by :func:`fusedrnn.cell`, and the class of its layers."""
+    """A cell made by :func:`fusedrnn.cell`, and the class of its layers. It is pickled by its name in its module."""
+
+    def __reduce__(self) -> str:
+        self.__module__ = self.function.__module__  # where pickle looks
+        there = vars(sys.modules[self.__module__])
+        name = self.function.__qualname__
+        return name if "." in name else next((n for n, v in there.items() if v is self), name)
 
     @property
     def registered(self) -> str:
@@ -240,7 +265,17 @@ class Recurrent(FusedRNNBase):
         self._cell = _registered(self.cell, eager)
         super().__init__(*arguments, **options)
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        found = super().__reduce_ex__(max(protocol, 2))
+        own = vars(self.cell).get("Module")  # it has no name of its own where pickle looks
+        return (_new, (self.cell,), *found[2:]) if type(self) is own else found
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        state["_cell"] = _registered(self.cell, "_eager_" in state["_cell"])  # in a process that has not used it yet
+        state["_cell"] = _registered(self.cell, state["_cell"].endswith(_EAGER))  # a process may not have used it yet
         state["mode"] = state["_cell"].upper()
         super().__setstate__(state)
+
+
+def _new(cell: UserCell) -> Recurrent:
+    """A layer of the cell's own class, before its state comes from a pickle."""
+    return cell.Module.__new__(cell.Module)

@@ -13,7 +13,7 @@ import torch
 
 from .. import _C
 from ..cells import CELLS, CellInfo
-from .compiler import Unit, compiler, library
+from .compiler import Unit, compiler, library, words
 
 __all__ = ["HEADERS", "add", "cuda_units"]
 
@@ -42,6 +42,14 @@ _added: dict[str, tuple[str, Path]] = {}  # of each cell its source, and the fol
 _adding = threading.Lock()
 
 
+def _after_fork() -> None:
+    global _adding
+    _adding = threading.Lock()  # a thread that is not in this process may have held it
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def definitions(struct: str) -> tuple[str, ...]:
     """For the files that compile an added cell."""
     return f"-DFUSEDRNN_ADDED_CELL={struct}", '-DFUSEDRNN_ADDED_HEADER="added_cell.h"'
@@ -50,20 +58,20 @@ def definitions(struct: str) -> tuple[str, ...]:
 def _units(isa: str, struct: str, cuda: bool) -> list[Unit]:
     """The files of a library with the kernels of ``struct`` for an instruction set."""
     files, table, pairs = SETS[isa]
-    flags = f"{_C.build()['flags']} {os.environ.get('FUSEDRNN_CXX_FLAGS', '')}"
-    command = [*compiler(), *shlex.split(flags), "-fPIC", *definitions(struct)]
-    command += [f"-DFUSEDRNN_ADDED_TABLE={table}"]
-    command += [f"-DFUSEDRNN_ADDED_PAIRS={pairs}", f'-DFUSEDRNN_ADDED_ISA="{isa}"'] if pairs else []
-    command += [f"-isystem{_TORCH / 'include'}"] if "stepwise/host.cpp" in files else []
-    command += ["-DFUSEDRNN_ADDED_CUDA"] if cuda else []
-    return [Unit(HEADERS / file, tuple(command)) for file in (*files, "cpu/plan.cpp", "added/cell.cpp")]
+    flags = [*shlex.split(_C.build()["flags"]), *words("FUSEDRNN_CXX_FLAGS"), "-fPIC", *definitions(struct)]
+    flags += [f"-DFUSEDRNN_ADDED_TABLE={table}"]
+    flags += [f"-DFUSEDRNN_ADDED_PAIRS={pairs}", f'-DFUSEDRNN_ADDED_ISA="{isa}"'] if pairs else []
+    flags += [f"-isystem{_TORCH / 'include'}"] if "stepwise/host.cpp" in files else []
+    flags += ["-DFUSEDRNN_ADDED_CUDA"] if cuda else []
+    by = tuple(compiler())
+    return [Unit(HEADERS / file, by, tuple(flags)) for file in (*files, "cpu/plan.cpp", "added/cell.cpp")]
 
 
 def cuda_units(nvcc: str, struct: str, architectures: Sequence[str]) -> list[Unit]:
     """Those of its CUDA kernels, for architectures such as sm_90."""
-    command = [nvcc, "-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *definitions(struct)]
-    command += [f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in architectures]
-    return [Unit(path, tuple(command)) for path in sorted((HEADERS / "cuda").glob("*.cu"))]
+    flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *definitions(struct)]
+    flags += [f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in architectures]
+    return [Unit(path, (nvcc,), tuple(flags)) for path in sorted((HEADERS / "cuda").glob("*.cu"))]
 
 
 def _gpus() -> tuple[str, Path, list[str]] | None:
@@ -76,6 +84,14 @@ def _gpus() -> tuple[str, Path, list[str]] | None:
         return None
     found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
     return str(nvcc), Path(CUDA_HOME), [f"sm_{major}{minor}" for major, minor in sorted(found)]
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        advice = "If its file system is mounted with noexec, name another folder in FUSEDRNN_CACHE"
+        raise RuntimeError(f"{path} cannot be loaded: {error}. {advice}") from error
 
 
 def add(info: CellInfo, struct: str, source: str) -> Path:
@@ -109,7 +125,7 @@ def add(info: CellInfo, struct: str, source: str) -> Path:
             units += cuda_units(nvcc, struct, architectures)
             link += [f"-L{home / 'lib64'}", "-lcudart"]
         path = library(f"cell {info.name}", units, {"added_cell.h": source}, HEADERS, link)
-        cell = ctypes.CDLL(str(path))
+        cell = _load(path)
         cell.fusedrnn_added_cell.restype = ctypes.c_void_p
         cell.fusedrnn_added_cell.argtypes = [ctypes.c_void_p]
         fault = _C.add_cell(cell.fusedrnn_added_cell(_C.services()))

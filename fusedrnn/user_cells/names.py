@@ -13,6 +13,7 @@ signed sizeof static static_assert static_cast struct switch template this threa
 typename union unsigned using virtual void volatile wchar_t while xor xor_eq"""
 _OF_THE_STRUCT = """x rec state saved prev cur d dx drec unit dunit q dq late V Values Bound forward forward_first
 finish backward backward_first dc_of candidate recurrent_operand tangent output relu_gradient fusedrnn user std"""
+_MACROS = frozenset(("assert", "errno", "linux", "unix", "stdin", "stdout", "stderr"))
 RESERVED = frozenset((*_KEYWORDS.split(), *_OF_THE_STRUCT.split(), *OPERATIONS))
 
 
@@ -25,6 +26,8 @@ def name_values(draft: Draft) -> dict[Node, str]:
     def give(node: Node | None, name: str) -> None:
         if node is None or node in names or node.is_number() or not name.isascii():
             return
+        if name in _MACROS or (name.isupper() and len(name) > 2):  # NAN, M_PI: such are macros of C
+            name += "_"
         while name in taken:
             name += "_"
         taken.add(name)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from .contract import Constants, Draft, Stage
 from .expressions import Cpp, Plain, text_of
 from .graph import CONDITIONS, Node, needed_for
-from .names import name_values
+from .names import RESERVED, name_values
 
 _COLUMNS = 120
 _LONGEST = 56  # of an expression inside another; a longer one gets a line
@@ -67,7 +67,8 @@ def print_struct(draft: Draft, constants: Constants, stages: Iterable[Stage], so
 
 def struct_name(name: str) -> str:
     """peephole_lstm: PeepholeLstm."""
-    return "".join(part[:1].upper() + part[1:] for part in name.split("_")) or "Cell"
+    found = "".join(part[:1].upper() + part[1:] for part in name.split("_"))
+    return found if found[:1].isalpha() and found not in RESERVED else f"Cell{found}"
 
 
 def _header(draft: Draft, printed: Printed, source: str) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
 from .errors import CellError, Place, current_place
 from .graph import Graph, Node
 
@@ -15,6 +17,7 @@ class Trace:
     Attributes:
         operands: of the gates that were called, what their rows of W_hh multiply, and where they were called.
         plain: gates whose rec was used as it is, and where.
+        with_gradients: whether torch computes gradients where the function is traced.
         product: whether any gate multiplies h, or an operand.
         results: the new states, in the order of ``states``.
         names: the user's names of values: the function's local variables when it returned.
@@ -29,6 +32,7 @@ class Trace:
     operands: dict[int, tuple[Node, Place | None]] = field(default_factory=dict)
     plain: dict[int, Place | None] = field(default_factory=dict)
     product: bool = True
+    with_gradients: bool = field(default_factory=torch.is_grad_enabled)
     results: tuple[Node, ...] = ()
     names: dict[Node, str] = field(default_factory=dict)
 

@@ -264,3 +264,27 @@ def _constants(draft: Draft, first: int, split: int) -> Constants:
         kParameters=len(draft.units),
         kBound=Ranges(h).name(h),
     )
+
+
+# ---- what the layer does to it -------------------------------------------------------------------------------------
+
+
+def is_maskable(trace: Trace, stages: tuple[Stage, ...]) -> bool:
+    """Whether a mask of h_{t-1} before the first gates is one of what the products read: h goes into the first gates by
+    the product alone, and into the operand of the others as one factor.
+    """
+    first = next((stage for stage in stages if stage.name == "forward_first"), None)
+    if first is None:
+        return True
+    h = trace.graph.leaf("state", 0)
+    return all(_is_factor(node, h) if to == "q" else h not in needed_for([node]) for to, node in first.writes)
+
+
+def _is_factor(node: Node, h: Node) -> bool:
+    """Whether the node is h times what does not depend on h."""
+    if node is h or node.op == "neg":
+        return node is h or _is_factor(node.args[0], h)
+    if node.op not in ("mul", "div"):
+        return False
+    a, b = (h in needed_for([operand]) for operand in node.args)
+    return a != b and not (b and node.op == "div") and _is_factor(node.args[0 if a else 1], h)

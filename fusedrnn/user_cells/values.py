@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numbers
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -44,6 +45,7 @@ _SAME = {
 }
 _REDUCTIONS = frozenset("sum mean max min prod norm var std amax amin softmax log_softmax cumsum logsumexp".split())
 _READ = frozenset("item numpy tolist detach cpu data __array__ to float double half".split())
+_OF_TENSORS = frozenset("shape dtype device layout grad grad_fn requires_grad is_cuda ndim T mT H".split())
 _INSTEAD = {
     "clamp": "Write minimum(maximum(v, low), high).",
     "silu": "Write v * sigmoid(v).",
@@ -111,8 +113,12 @@ class Value:
     def operation(name: str, *operands: object) -> Value:
         """The operation of this name, of values and numbers."""
         trace = next((o._trace for o in operands if isinstance(o, (Value, Condition))), None)
+        if name == "where" and operands and isinstance(operands[0], bool):
+            refuse("where of a bool of Python", "Write if and else: it is known when the function is traced.")
         if trace is None:
             refuse(f"{name} of no traced value", "Use Python's math for numbers.")
+        if torch.is_grad_enabled() is not trace.with_gradients:
+            refuse("no_grad in a cell: its gradient is that of all it computes", "Leave it out.")
         if name == "where":
             condition, *operands = operands
             if len(operands) != 2 or not isinstance(condition, Condition):
@@ -146,12 +152,14 @@ class Value:
         given = [a for a in args if isinstance(a, (Value, Condition))]
         if any(isinstance(a, (Gates, Products)) for a in args):
             refuse(f"torch.{name} of x or rec as a whole", "Take a gate of it: x.NAME, rec.NAME.")
-        if name in ("max", "min") and len(args) == 2 and all(isinstance(a, (Value, numbers.Real)) for a in args):
+        if name in ("max", "min") and len(args) == 2 and all(isinstance(a, Value) for a in args):
             name += "imum"
         elif name not in _KNOWN:
             _refuse_method(name)
         optional = {"relu": {"inplace": False}, "softplus": {"beta": 1, "threshold": 20}}.get(name, {})
         for key, value in (kwargs or {}).items():
+            if isinstance(value, (Value, Condition)):
+                refuse(f"torch.{name} with a traced value by keyword, {key}", "Give it by position.")
             if key not in optional or value != optional[key]:
                 refuse(f"{key}={value!r} of torch.{name}", "Leave it out.")
         if not given:
@@ -161,6 +169,8 @@ class Value:
     def __getattr__(self, name: str) -> Callable[..., Value]:
         if name.startswith("__") and name.endswith("__"):
             raise AttributeError(name)  # Python and other libraries ask for what they may find
+        if name in _OF_TENSORS:
+            refuse(f".{name} of a traced value: it is one unit of one sample, and no tensor", "Leave it out.")
         return lambda *args, **options: _method(self, name, args, options)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -186,7 +196,7 @@ class Value:
     __ge__ = lambda self, other: Value.operation("greater_equal", self, other)
     __eq__ = __ne__ = _EQUAL
     __bool__ = _BRANCH
-    __float__ = __int__ = __index__ = __complex__ = __array__ = __round__ = __trunc__ = _NUMBER
+    __float__ = __int__ = __index__ = __complex__ = __array__ = __round__ = __trunc__ = __format__ = _NUMBER
     __getitem__ = __setitem__ = __delitem__ = __iter__ = __len__ = __contains__ = _INDEX
     __matmul__ = __rmatmul__ = _no("a matrix product", _INSTEAD["matmul"])
     __mod__ = __rmod__ = __floordiv__ = __rfloordiv__ = __divmod__ = __rdivmod__ = _no(
@@ -303,7 +313,8 @@ def _node(trace: Trace, operand: object) -> Node:
         operand.check(trace)
         return operand.node
     if isinstance(operand, numbers.Real):
-        if not abs(float(operand)) < float("inf"):
+        number = operand if isinstance(operand, int) else float(operand)  # an int may be too large for a float
+        if not abs(number) <= sys.float_info.max:
             refuse(f"the number {operand}", "Numbers of a cell are finite.")
         return trace.graph.number(float(operand))
     if isinstance(operand, Condition):
