@@ -42,7 +42,8 @@ int64_t panel_bytes(const Layer& layer) {
 }
 
 bool has_small_weights(int cell) {
-  return cell_constants(cell).parameters == 0 && kernels_of(cell).table->int8 != nullptr;
+  return cell_constants(cell).parameters == 0 && cell_constants(cell).states <= 2 &&
+         kernels_of(cell).table->int8 != nullptr;
 }
 
 bool has_backend(const Tensor& x) {

@@ -232,6 +232,7 @@ bool fits(const ModuleCall& call) {
   for (const int64_t size : {call.layers, call.I, call.H, call.R}) {
     if (size < 0 || size > kMost) return false;
   }
+  if (cell.states > 2) return false;  // the ops take them
   const auto order = WeightOrder::of(cell, call.weights.size(), call.parts());
   if (!order || call.H == 0 || call.R == 0) return false;
   const Matrices matrices = matrices_of(call.scales);
@@ -340,7 +341,8 @@ std::optional<Inferred> infer(const ModuleCall& call, PackedWeights& kept, const
 
 std::unique_ptr<Stepper> Stepper::make(const ModuleCall& call, const Zoneout& zoneout) {
   const Tensor& x = call.x;
-  bool dense = has_kernels(x) && call.one_step && call.directions == 1 && x.size(0) > 0;
+  bool dense =
+      has_kernels(x) && call.one_step && call.directions == 1 && x.size(0) > 0 && cell_constants(call.cell).states <= 2;
   const Tensors scales = call.scales.value_or(Tensors());
   for (const Tensors* list : {&call.weights, &scales}) {
     for (const Tensor& w : *list) dense = dense && w.is_contiguous();

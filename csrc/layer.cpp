@@ -223,14 +223,17 @@ Layer read_layer(const LayerArguments& given) {
     layer.x = layer.x.contiguous();
   }
   layer.h0 = check_optional(given.h0, x, "h0", {directions, z.B, z.R});
-  layer.c0 = check_optional(given.c0, x, "c0", {directions, z.B, z.H});
-  check(layer.constants().states == 2 || !layer.c0.defined(), "cell ", layer.constants().name, " has no c0");
+  const int beside = layer.constants().beside();
+  layer.c0 = check_optional(given.c0, x, "c0", {directions, z.B, std::max(beside, 1) * z.H});
+  check(beside > 0 || !layer.c0.defined(), "cell ", layer.constants().name, " has no c0");
   check(layer.matrices == Matrices::kAsInput || !given.noise.mask_h || !given.noise.mask_h->defined(),
         "a layer with int8 or bfloat16 weights alone has no mask_h, which is for training");
   layer.mask_h = check_optional(given.noise.mask_h, x, "mask_h", {directions, z.B, z.R});
   layer.keep_h = check_rows(given.noise.keep_h, layer, "keep_h", z.R);
   layer.keep_c = check_rows(given.noise.keep_c, layer, "keep_c", z.H);
-  check(layer.constants().states == 2 || !layer.keep_c.defined(), "cell ", layer.constants().name, " has no c");
+  check(beside > 0 || !layer.keep_c.defined(), "cell ", layer.constants().name, " has no c");
+  check(beside < 2 || !layer.keep_c.defined(), "cell ", layer.constants().name,
+        " has no zoneout but of h: keep_c given");
   return layer;
 }
 

@@ -12,6 +12,9 @@
 namespace fusedrnn {
 namespace {
 
+// A direction's elements of a row of the states besides h; of a cell without any those of the place where they were.
+int64_t width_of_c(const Layer& layer) { return std::max(layer.constants().beside(), 1) * layer.size.H; }
+
 // A row for each step and sample: [T, B, columns] or [N, columns], as x lies.
 Tensor empty_rows(const Layer& layer, int64_t columns) {
   const LayerSizes& z = layer.size;
@@ -40,7 +43,7 @@ LayerGradients empty_gradients(const Layer& layer, const Tensors& weights, const
   if (need.x) g.x_part[0] = wide && (added || z.D == 1) ? g.x : computed({z.N, z.I});
   if (need.x && z.D == 2 && !added) g.x_part[1] = computed({z.N, z.I});
   g.h0 = empty({z.D, z.B, z.R}, x);
-  g.c0 = empty({cell.states == 2 ? z.D : 0, z.B, z.H}, x);
+  g.c0 = empty({cell.beside() ? z.D : 0, z.B, width_of_c(layer)}, x);
   g.gates = computed({z.D, rows_of_gates, cell.columns() * z.H});
   g.h = computed({z.D, z.projected ? rows_of_gates : 0, z.R});
   g.norms = computed({z.D, need.norms ? z.N : 0, 2 * cell.states + cell.gates});
@@ -60,7 +63,7 @@ void fill_results(BackwardProblem& p, const Layer& layer, const LayerGradients& 
     p.dx_part[d] = g.x_part[d].handle() == g.x.handle() ? p.dx : output(g.x_part[d], {z.N, z.I});
   }
   p.dh0 = output(g.h0, {z.D, z.B, z.R});
-  p.dc0 = output(g.c0, {z.D, z.B, z.H});
+  p.dc0 = output(g.c0, {z.D, z.B, width_of_c(layer)});
   p.dgates = output(g.gates, {z.D, z.N, cell.columns() * z.H});
   p.dh = output(g.h, {z.D, z.N, z.R});
   p.norms = output(g.norms, {z.D, z.N, 2 * cell.states + cell.gates});
@@ -110,14 +113,14 @@ LayerOutputs forward_pass(const LayerArguments& given, bool save) {
   const LayerSizes& z = layer.size;
   const int64_t width = z.D * z.R;
   const Tensor y = empty_rows(layer, width), h_n = empty({z.D, z.B, z.R}, layer.x);
-  const Tensor c_n = empty({layer.constants().states == 2 ? z.D : 0, z.B, z.H}, layer.x);
+  const Tensor c_n = empty({layer.constants().beside() ? z.D : 0, z.B, width_of_c(layer)}, layer.x);
   const Tensor saved = empty({z.D, save ? z.N : 0, layer.saved_width()}, layer.compute_type(), layer.x.device());
   if (z.B > 0) {
     ForwardProblem p;
     fill(p, layer);
     p.y = output_rows(y, layer, width);
     p.h_n = output(h_n, {z.D, z.B, z.R});
-    p.c_n = output(c_n, {z.D, z.B, z.H});
+    p.c_n = output(c_n, {z.D, z.B, width_of_c(layer)});
     p.saved = output(saved, {z.D, z.N, layer.saved_width()});
     p.saved_stride = layer.saved_width();
     backend_of(layer.x).forward(layer, p);
@@ -130,12 +133,12 @@ LayerGradients backward_pass(const LayerArguments& given, const Cotangents& from
                              const Needs& need, const Limits& limits) {
   Layer layer = read_layer(given);
   const LayerSizes& z = layer.size;
-  const bool two_states = layer.constants().states == 2;
+  const bool has_c = layer.constants().beside() > 0;
   check_backward(layer, y, saved, limits);
-  Tensor dy = check_rows(from.y, layer, "dy", z.R), dc = check_rows(from.c, layer, "dc", z.H);
+  Tensor dy = check_rows(from.y, layer, "dy", z.R), dc = check_rows(from.c, layer, "dc", width_of_c(layer));
   Tensor dh_n = check_optional(from.h_n, given.x, "dh_n", {z.D, z.B, z.R});
-  Tensor dc_n = check_optional(from.c_n, given.x, "dc_n", {two_states ? z.D : 0, z.B, z.H});
-  check(two_states || !dc.defined(), given.cell, " has no c to have a gradient dc");
+  Tensor dc_n = check_optional(from.c_n, given.x, "dc_n", {has_c ? z.D : 0, z.B, width_of_c(layer)});
+  check(has_c || !dc.defined(), given.cell, " has no c to have a gradient dc");
   layer.widen_without_kernel();
   const auto widened = [&](const Tensor& t) {
     return t.defined() && t.elements() != Elements(layer.dtype) ? widened_to_float(t) : t;
@@ -152,7 +155,7 @@ LayerGradients backward_pass(const LayerArguments& given, const Cotangents& from
     p.saved = input(saved_rows);
     p.saved_stride = layer.saved_width();
     p.dh_n = input(dh_n);
-    p.dc_n = two_states ? input(dc_n) : nullptr;
+    p.dc_n = has_c ? input(dc_n) : nullptr;
     fill_results(p, layer, g, need);
     fill_limits(p, layer, limits);
     backend_of(layer.x).backward(layer, p);

@@ -97,10 +97,10 @@ struct ForwardProblem {
   StateNoise noise;
   RowView x;             // [T, B, I] or [N, I]
   const void* h0;        // [D, B, R] or null: zeros
-  const void* c0;        // [D, B, H] or null: zeros
+  const void* c0;        // [D, B, C] or null: zeros; C = (kStates - 1)*H, the states besides h one after another
   void* y;               // [N, D*R]
   void* h_n;             // [D, B, R]
-  void* c_n;             // [D, B, H], cells with two states
+  void* c_n;             // [D, B, C], cells with more states than h
   void* saved;           // [D, N, saved_stride] in the compute type, or null: nothing is kept
   int64_t saved_stride;  // >= (kSaved + kStates - 1) * H, and >= H with keep_h: a cell that saves nothing saves its h
   Panels* panels = nullptr;
@@ -113,24 +113,24 @@ struct BackwardProblem {
   StateNoise noise;
   RowView x;          // [T, B, I] or [N, I]
   RowView dy;         // [T, B, D*R] or [N, D*R]; data null: zeros
-  RowView dc;         // [T, B, D*H] or [N, D*H], cells with two states; data null: zeros
+  RowView dc;         // [T, B, D*C] or [N, D*C], cells with more states than h; data null: zeros
   const void* h0;     // [D, B, R] or null
-  const void* c0;     // [D, B, H] or null
+  const void* c0;     // [D, B, C] or null
   const void* y;      // [N, D*R]
   const void* saved;  // as written by forward
   int64_t saved_stride;
   const void* dh_n;  // [D, B, R] or null: zeros
-  const void* dc_n;  // [D, B, H] or null: zeros
+  const void* dc_n;  // [D, B, C] or null: zeros
   void* dx;          // [N, I], or null: not wanted
   void* dx_part[2];  // [N, I], of each direction, in the compute type; with one of the same type: dx itself
   void* dh0;         // [D, B, R]
-  void* dc0;         // [D, B, H], cells with two states
+  void* dc0;         // [D, B, C], cells with more states than h
   // In the compute type, or null: not wanted. A row of dgates: dL/d(W_hh h + b_hh) of all gates, then
   // dL/d(W_ih x + b_ih) of the last kSplit; that of the others is the same. Then what the row adds to dL/d(w_unit).
   void* dgates;  // [D, N, (G + kSplit + U)*H]
   void* dh;      // [D, N, R]: dL/dh_t of a projected layer, by all ways (with keep_h, of what the cell gives)
   // In the compute type, or null: not wanted. Of each row the norms of what the later steps, dh_n and dc_n send to h_t
-  // and, with two states, c_t; of dL/dh_t and dL/dc_t, by all ways; of each gate's gradient, that of W_ih x + b_ih.
+  // and to each state besides it; of the gradients of these by all ways; of each gate's gradient, that of W_ih x + b_ih.
   void* norms;  // [D, N, 2*kStates + G] (NormColumns of cells/rules.h)
   // What a step sends to the states before it. Nothing from a time t that is a multiple of bptt_steps to t - 1, or the
   // other way in the reverse direction (0: everything); the rest with no element beyond `clip`, or no longer than

@@ -120,7 +120,7 @@ bool read_call(const py::object& x, const py::object& states, const py::object& 
   OptionalTensor* const into[] = {&call.h0, &call.c0};
   if (!states.is_none()) {
     const int count = library->constants(call.cell).states;
-    if (!PyTuple_CheckExact(states.ptr()) || PyTuple_GET_SIZE(states.ptr()) != count) return false;
+    if (count > 2 || !PyTuple_CheckExact(states.ptr()) || PyTuple_GET_SIZE(states.ptr()) != count) return false;
     for (int s = 0; s < count; ++s) {
       if (!read_tensor(PyTuple_GET_ITEM(states.ptr(), s), *into[s], held)) return false;
     }
@@ -211,7 +211,7 @@ py::object gradients_of_step(const std::string& cell, const at::Tensor& x, std::
       given.size() != count || wanted.size() != 1 + step.states.size() + weights_given) {
     throw py::value_error("a step takes all of its states or none, two weights or four, and a gradient of each state");
   }
-  if (x.dim() != 2 || step.weights[1].dim() != 2 || watched()) return py::none();
+  if (count > 2 || x.dim() != 2 || step.weights[1].dim() != 2 || watched()) return py::none();
   std::vector<at::Tensor> all = step.weights, held = step.states;
   all.insert(all.end(), held.begin(), held.end());
   all.insert(all.end(), {x, h, saved});

@@ -48,7 +48,12 @@ class CellInfo:
     @property
     def has_small_weights(self) -> bool:
         """Whether there are kernels for matrices in int8 and bfloat16."""
-        return not (self.parameters or self.added)
+        return not (self.parameters or self.added or self.beside > 1)
+
+    @property
+    def beside(self) -> int:
+        """States besides ``h``: blocks of H where the ops say ``c``."""
+        return len(self.states) - 1
 
     @property
     def product(self) -> bool:

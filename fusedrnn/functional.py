@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .cells import CELLS
 from .inference.plain_call import plain_cell
 from .layer.autograd import RecurrentLayer, in_place, recurrent_layer
-from .layer.call import LayerCall, Owner, Weights
+from .layer.call import LayerCall, Owner, Weights, parted_rows
 from .layer.dropout import Rates, draw, drop_input, drop_weights
 from .layer.ops import KERNEL_DTYPES
 from .layer.segments import Segments, cut
@@ -76,7 +76,7 @@ def _stack(
         )
         x, final, c = recurrent_layer(call._replace(noise=draw(drop, training, call, layout)))
         finals.append(tuple(final))
-        steps.append((x, c)[: len(final)])
+        steps.append((x, *parted_rows(call.info, c, directions)))
         if dropout and training and not last:
             x = _dropout(x, dropout, training=True)
     return x, finals[0] if num_layers == 1 else tuple(map(torch.cat, zip(*finals, strict=True))), steps

@@ -35,7 +35,8 @@ def as_states(states: Sequence[Tensor] | None, cell: str) -> Sequence[Tensor] | 
     if isinstance(states, Tensor):
         raise TypeError(f"hx of {cell} must be a tuple of {count} tensors, got a tensor")
     if len(states) != count:
-        raise RuntimeError(f"{cell} expects {'two hidden states' if count == 2 else 'one hidden state'}")
+        number = {1: "one hidden state", 2: "two hidden states"}.get(count, f"{count} hidden states")
+        raise RuntimeError(f"{cell} expects {number}")
     return states
 
 

@@ -58,12 +58,12 @@ def _forward(
     own = options.active(module)
     cell = options.cell_of(module)
     info = CELLS[cell]
-    two_states = len(info.states) == 2
-    states = hx if two_states or hx is None else (hx,)
+    many = len(info.states) > 1
+    states = hx if many or hx is None else (hx,)
     if lengths is None and reset is None and not (return_states or info.eager):
         found = _plain(module, cell, input, states, own)
         if found is not None:
-            return found[0], found[1:] if two_states else found[1]
+            return found[0], found[1:] if many else found[1]
     weights, names = flat_weights(module), weight_names(module)
     for weight_name, weight in zip(names, weights):
         if not isinstance(weight, Tensor):
@@ -75,7 +75,7 @@ def _forward(
         # The caller's hx is checked before it is permuted: a larger batch would be cut down silently. While Dynamo or
         # an exporter traces, the number of samples is not known; the op checks it.
         checked = None if is_compiling() else states
-        _check_args(module, input.data, input.batch_sizes, checked, two_states)
+        _check_args(module, input.data, input.batch_sizes, checked, many)
     else:
         if input.dim() not in (2, 3):
             noun = "D tensor instead" if name == "RNN" else "D instead"
@@ -83,10 +83,10 @@ def _forward(
         dim, kind = input.dim(), "batched 3-D" if input.dim() == 3 else "unbatched 2-D"
         if states is not None and any(state.dim() != dim for state in states):
             ranks = ", ".join(f"{state.dim()}-D" for state in states)
-            what, got = ("hx and cx", f"({ranks}) tensors") if two_states else ("hx", f"{ranks} tensor")
+            what, got = ("hx and cx", f"({ranks}) tensors") if many else ("hx", f"{ranks} tensor")
             raise RuntimeError(f"For {kind} input, {what} should also be {dim}-D but got {got}")
         batched = input if dim == 3 else input.unsqueeze(0 if module.batch_first else 1)
-        _check_args(module, batched, None, states and [s if dim == 3 else s.unsqueeze(1) for s in states], two_states)
+        _check_args(module, batched, None, states and [s if dim == 3 else s.unsqueeze(1) for s in states], many)
     expected = info.blocks * module.hidden_size, module.proj_size or module.hidden_size
     expected = expected if info.product else expected[:1]
     if weights[1].shape != expected:
@@ -107,7 +107,7 @@ def _forward(
         owner=module if ours else None,
         **own,
     )
-    return output, finals if two_states else finals[0], *steps
+    return output, finals if many else finals[0], *steps
 
 
 def _plain(
@@ -122,6 +122,8 @@ def _plain(
     """
     if is_compiling() or (own and not (infers() and not module.training and list(own) == ["zoneout"])):
         return None
+    if len(CELLS[cell].states) > 2:
+        return None  # C++ has no shorter way for them: the ops
     if module.num_layers > 1 and (not infers() or (module.dropout and module.training)):
         return None
     weights = usual_weights(module)
@@ -135,12 +137,12 @@ def _check_args(
     input: Tensor,
     batch_sizes: Tensor | None,
     states: Sequence[Tensor] | None,
-    two_states: bool,
+    many: bool,
 ) -> None:
     """By torch.nn's methods, or those of a subclass or of the module itself. Without states torch.nn checks the zeros
     that it has made; here nobody looks at them but such a method.
     """
-    as_lstm = two_states and not isinstance(module, FusedRNNBase)  # torch.nn.LSTM, or a class that copies its methods
+    as_lstm = many and not isinstance(module, FusedRNNBase)  # torch.nn.LSTM, or a class that copies its methods
     own = own_checks(module, _LSTM if as_lstm else torch.nn.RNNBase)
     if "permute_hidden" in own:
         name = type(module).__name__
@@ -152,7 +154,7 @@ def _check_args(
         sizes = [module.get_expected_hidden_size(input, batch_sizes)]
         sizes += [module.get_expected_cell_size(input, batch_sizes)] if as_lstm else []
         states = [input.new_zeros(size) for size in sizes]
-    if as_lstm or not two_states:
+    if as_lstm or not many:
         module.check_forward_args(input, tuple(states) if as_lstm else states[0], batch_sizes)
         return
     module.check_input(input, batch_sizes)
@@ -314,8 +316,8 @@ class FusedRNNBase(_SequenceModule, torch.nn.RNNBase):
     """A layer of a cell that torch.nn does not have: a subclass says which, ``_cell``, its name in the registry.
 
     Arguments, parameters and shapes are those of :class:`torch.nn.GRU`, with the cell's G gates in the place of three:
-    weight_ih (G*H, I), weight_hh (G*H, H). Of a cell with two states, hx and the final states are pairs. Parameters of
-    the units (:class:`CellInfo`) are weight_unit (U*H), or weight_hh (U*H) where gates multiply no h.
+    weight_ih (G*H, I), weight_hh (G*H, H). Of a cell with several states, hx and the final states are tuples.
+    Parameters of the units (:class:`CellInfo`) are weight_unit (U*H), or weight_hh (U*H) where gates multiply no h.
     """
 
     NAMED_LATER = ""  # in the place of a name: by the subclass's constructor

@@ -30,7 +30,7 @@ def forward_cell(
     count, states = len(CELLS[cell].states), as_states(states, cell)
     for index, state in enumerate(states or ()):
         if state.dim() not in (1, 2):
-            what = f"hx[{index}]" if count == 2 else "hidden"
+            what = f"hx[{index}]" if count > 1 else "hidden"
             raise ValueError(f"{name}: Expected {what} to be 1D or 2D, got {state.dim()}D instead")
     batched = input.dim() == 2
     w_ih, w_hh = module.weight_ih, module.weight_hh  # once: a parametrized weight is computed at each look-up

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from loops import TWINS, two_states, weight_shapes
+from loops import TWINS, beside, several, weight_shapes
 
 from fusedrnn.cells import CELLS
 
@@ -209,16 +209,16 @@ def op(draw: random.Random, *, backward: bool) -> Call:
     if draw.random() < 0.5 and z.B:
         sizes = sorted((draw.randint(1, z.B) for _ in range(z.T)), reverse=True)
         z.B = sizes[0]
-    two, leading = two_states(z.cell), (sum(sizes),) if sizes else (z.T, z.B)
-    states, rows = (z.D, z.B, z.R), (*leading, z.D * z.R)
+    two, leading = several(z.cell), (sum(sizes),) if sizes else (z.T, z.B)
+    states, rows, keeps_c = (z.D, z.B, z.R), (*leading, z.D * z.R), beside(z.cell) == 1
     names = {
         "x": z.random(*leading, z.I),
         "batch_sizes": f"torch.tensor({sizes})" if sizes else None,
         "h0": some(z.random(*states)),
-        "c0": some(z.random(z.D, z.B, z.H)) if two else None,
+        "c0": some(z.random(z.D, z.B, beside(z.cell) * z.H)) if two else None,
         "mask_h": some(z.random(*states)) if draw.random() < 0.5 else None,
         "keep_h": some(z.random(*rows) + ".sigmoid()") if draw.random() < 0.5 else None,
-        "keep_c": some(z.random(*leading, z.D * z.H) + ".sigmoid()") if two and draw.random() < 0.5 else None,
+        "keep_c": some(z.random(*leading, z.D * z.H) + ".sigmoid()") if keeps_c and draw.random() < 0.5 else None,
     }
     begin = beginning(draw, z, names)
     tensors = [name for name, value in names.items() if value and name != "batch_sizes"]
@@ -232,8 +232,8 @@ def op(draw: random.Random, *, backward: bool) -> Call:
     cotangents = {
         "dy": some(z.random(*rows)),
         "dh_n": some(z.random(*states)),
-        "dc_n": some(z.random(z.D, z.B, z.H)) if two else None,
-        "dc": some(z.random(*leading, z.D * z.H)) if two else None,
+        "dc_n": some(z.random(z.D, z.B, beside(z.cell) * z.H)) if two else None,
+        "dc": some(z.random(*leading, z.D * beside(z.cell) * z.H)) if two else None,
     }
     options = {
         "need_x": str(draw.random() < 0.7),
@@ -259,7 +259,7 @@ def op(draw: random.Random, *, backward: bool) -> Call:
 def infer(draw: random.Random) -> Call:
     z = layers(draw, stacked=True)
     step = z.layers * z.D == 1 and draw.random() < 0.2
-    two, rows = two_states(z.cell), z.layers * z.D
+    two, rows = several(z.cell), z.layers * z.D
     shape = (z.B,) if step else (z.T, z.B)
     given = draw.random() < 0.5
     some = lambda *sizes: z.random(*(sizes[1:] if step else sizes)) if given else None  # noqa: E731
@@ -283,7 +283,7 @@ def infer(draw: random.Random) -> Call:
 
 def step(draw: random.Random) -> Call:
     z = layers(draw, stacked=True, directions=False)
-    z.B, two = max(z.B, 1), two_states(z.cell)
+    z.B, two = max(z.B, 1), several(z.cell)
     some = lambda *sizes: z.random(*sizes) if draw.random() < 0.5 else None  # noqa: E731
     states = {"h0": some(z.layers, z.B, z.R), "c0": some(z.layers, z.B, z.H) if two else None}
     begin = beginning(draw, z, {"x": z.random(z.B, z.I), **states})

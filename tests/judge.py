@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from hostile import Call
-from loops import Steps, op_loop, two_states, weight_shapes
+from loops import Steps, beside, op_loop, several, weight_shapes
 from tolerances import TOLERANCE
 from torch import Tensor
 
@@ -96,18 +96,18 @@ def kernel_type(x: Any) -> None:
 
 def nothing(D: int, x: Tensor, H: int, R: int, cell: str) -> Steps:
     """The results of no samples."""
-    two = two_states(cell)
-    y, c = x.new_zeros(*x.shape[:-1], D * R), x.new_zeros(0, D * H)
-    return Steps(y.flatten(0, -2), x.new_zeros(D, 0, R), x.new_zeros(D, 0, H) if two else None, c, {})
+    C = max(beside(cell), 1) * H
+    y, c = x.new_zeros(*x.shape[:-1], D * R), x.new_zeros(0, D * C)
+    return Steps(y.flatten(0, -2), x.new_zeros(D, 0, R), x.new_zeros(D, 0, C) if several(cell) else None, c, {})
 
 
 def forward(a: Names) -> dict[str, Any]:
     """What layer_forward must give; of ``saved`` the last columns alone."""
     x, cell, D, steps, H, R = layer(a, None)
-    two = two_states(cell)
+    two = several(cell)
     N = len(steps.y)
     K, dtype = CELLS[cell].saved, torch.float32 if a["x"].itemsize == 2 else a["x"].dtype
-    values_saved = (K + two or int(a["keep_h"] is not None)) * H
+    values_saved = (K + beside(cell) or int(a["keep_h"] is not None)) * H
     saved = (D, N if a["save"] else 0, values_saved, dtype, steps.c if a["save"] and two and len(x) else None)
     return {
         "y": steps.y.reshape(*a["x"].shape[:-1], D * R),
@@ -124,17 +124,19 @@ def layer(a: Names, leaves: list[Tensor] | None, **limits: Any) -> tuple[Tensor,
     sizes, T, B = steps_of(a["batch_sizes"], x)
     weights, H, R = weights_of(a["weights"], cell, D, x, a["x"])
     h0 = optional(a["h0"], "h0", (D, B, R), a["x"])
-    c0 = optional(a["c0"], "c0", (D, B, H), a["x"])
+    C = max(beside(cell), 1) * H
+    c0 = optional(a["c0"], "c0", (D, B, C), a["x"])
     rows = x.shape[:-1]
     noise = (
         optional(a["mask_h"], "mask_h", (D, B, R), a["x"]),
         optional(a["keep_h"], "keep_h", (*rows, D * R), a["x"]),
         optional(a["keep_c"], "keep_c", (*rows, D * H), a["x"]),
     )
-    expect(two_states(cell) or (c0 is None and noise[2] is None), "no c")
+    expect(several(cell) or (c0 is None and noise[2] is None), "no c")
+    expect(beside(cell) < 2 or noise[2] is None, "no zoneout of further states")
     if leaves is not None:
         h0 = x.new_zeros(D, B, R) if h0 is None else h0
-        c0 = x.new_zeros(D, B, H) if c0 is None and two_states(cell) else c0
+        c0 = x.new_zeros(D, B, C) if c0 is None and several(cell) else c0
         leaves += [t.requires_grad_() for t in (x, h0, c0, *weights) if t is not None]
     steps = op_loop(cell, x, sizes, h0, c0, weights, D, noise, **limits) if B else nothing(D, x, H, R, cell)
     return x, cell, D, steps, H, R
@@ -146,9 +148,9 @@ def backward(a: Names) -> dict[str, Any]:
     expect(a["bptt_steps"] >= 0 and 0 <= a["clip"] < math.inf, "limits")
     limits = {"bptt": a["bptt_steps"], "clip": a["clip"], "by_norm": a["clip_by_norm"]}
     x, cell, D, steps, H, R = layer(a, leaves, **limits)
-    like, two, G, N, B = a["x"], two_states(cell), len(CELLS[cell].gates), len(steps.y), steps.h_n.shape[1]
-    rows, loss = x.shape[:-1], x.new_zeros(())
-    shapes = {"dy": (*rows, D * R), "dh_n": (D, B, R), "dc_n": (D if two else 0, B, H), "dc": (*rows, D * H)}
+    like, two, G, N, B = a["x"], several(cell), len(CELLS[cell].gates), len(steps.y), steps.h_n.shape[1]
+    rows, loss, C = x.shape[:-1], x.new_zeros(()), max(beside(cell), 1) * H
+    shapes = {"dy": (*rows, D * R), "dh_n": (D, B, R), "dc_n": (D if two else 0, B, C), "dc": (*rows, D * C)}
     for name, result in (("dy", steps.y), ("dh_n", steps.h_n), ("dc_n", steps.c_n), ("dc", steps.c)):
         d = optional(a[name], name, shapes[name], like)
         expect(d is None or two or name != "dc", "no c")
@@ -164,13 +166,13 @@ def backward(a: Names) -> dict[str, Any]:
     loss = loss + sum(leaf.sum() for leaf in leaves) * 0
     found = torch.autograd.grad(loss, leaves + inner, allow_unused=True, materialize_grads=True)
     dx, dh0, *others = found[: len(leaves)]
-    dc0 = others.pop(0) if two else x.new_zeros(0, B, H)
+    dc0 = others.pop(0) if two else x.new_zeros(0, B, C)
     of = {name: found[len(leaves) + i * D * N :][: D * N] for i, name in enumerate(names)}
     split, gates, each = CELLS[cell].split, bool(a["need_gates"]), len(a["weights"]) // D
     projected, units = CELLS[cell].projectable and each % 2, len(CELLS[cell].parameters)
     dgates = x.new_zeros(D, N if gates else 0, (G + split + units) * H)
     dh = x.new_zeros(D, N if gates and projected else 0, R)
-    norms = x.new_zeros(D, N if a["need_norms"] else 0, (4 if two else 2) + G)
+    norms = x.new_zeros(D, N if a["need_norms"] else 0, 2 * (1 + beside(cell)) + G)
     for i, (d, n) in enumerate(itertools.product(range(D), range(N))):
         ih, hh = of["ih"][i], of["hh"][i]
         if gates:
@@ -178,7 +180,10 @@ def backward(a: Names) -> dict[str, Any]:
         if gates and projected:
             dh[d, n] = of["cell_h"][i][0]
         if a["need_norms"]:
-            states = [of[name][i] for name in ("sent_h", "sent_c", "h", "c") if name in of]
+            states = []
+            for name in ("sent_h", "sent_c", "h", "c"):
+                if name in of:
+                    states += of[name][i].chunk(beside(cell), dim=1) if name.endswith("c") else [of[name][i]]
             norms[d, n] = torch.stack([t.norm() for t in (*states, *ih.chunk(G))])
     return {
         "dx": dx if a["need_x"] else x.new_zeros(0),
@@ -212,9 +217,9 @@ def stack(a: Names, weights: Any, stepper: bool) -> dict[str, Any]:
         for name, width in (("h0", R), ("c0", H)):
             shape = (layers * D, B, width)
             expect(given[name] is None or tuple(given[name].shape) == shape, f"{name} is not {shape}")
-        expect(two_states(cell) or given["c0"] is None, "no c")
+        expect(several(cell) or given["c0"] is None, "no c")
         h0, c0 = (None if t is None else t[k * D : (k + 1) * D] for t in given.values())
-        parts = zip(a["zoneout"], (R, H if two_states(cell) else 0))
+        parts = zip(a["zoneout"], (R, H if several(cell) else 0))
         keeps = [x.new_full((T, B, D * n), p).to(like.dtype).double() if p != 0 and n else None for p, n in parts]
         done = op_loop(cell, x, None, h0, c0, own, D, (None, *keeps)) if B else nothing(D, x, H, R, cell)
         x = done.y.reshape(T, B, D * R)
@@ -224,7 +229,7 @@ def stack(a: Names, weights: Any, stepper: bool) -> dict[str, Any]:
     if one_step:
         x = x[0]
         h_n, c_n = (h_n, c_n) if stepper else (h_n.squeeze(0), c_n.squeeze(0) if len(c_n) else c_n)
-    return {"y": x, "h_n": h_n} | ({"c_n": c_n} if two_states(cell) else {})
+    return {"y": x, "h_n": h_n} | ({"c_n": c_n} if several(cell) else {})
 
 
 def right(kind: str, a: Names) -> dict[str, Any]:
@@ -234,7 +239,7 @@ def right(kind: str, a: Names) -> dict[str, Any]:
         return backward(a)
     if kind == "infer":
         return stack(a, a["weights"], stepper=False)
-    two = two_states(a["cell"])
+    two = several(a["cell"])
     expect(isinstance(a["hx"], tuple) == (two and a["hx"] is not None), "hx")
     expect(not two or (a["h0"] is None) == (a["c0"] is None), "half a state")
     return stack(a, a["weights"], stepper=True)

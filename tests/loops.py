@@ -120,8 +120,31 @@ TWINS: dict[str, Twin] = {
 }
 
 
-def two_states(cell: str) -> bool:
-    return len(fusedrnn.CELLS[cell].states) == 2
+#: The names of initial states and of final ones, as far as a cell has them.
+STATES, FINALS = ("h0", "c0", "n0", "m0"), ("h_n", "c_n", "n_n", "m_n")
+
+
+def beside(cell: str) -> int:
+    """The states besides h, which the ops take and give as one, side by side."""
+    return len(fusedrnn.CELLS[cell].states) - 1
+
+
+def several(cell: str) -> bool:
+    """Whether hx is a tuple."""
+    return beside(cell) > 0
+
+
+def hx_of(tensors):
+    """hx, of the initial states that are among these tensors by name."""
+    states = tuple(tensors[name] for name in STATES if name in tensors)
+    return None if not states else states if len(states) > 1 else states[0]
+
+
+def states_like(cell: str, state, *others):
+    """hx, of this h and these further states, the last one as often as the cell has more of them."""
+    return (
+        (state, *others, *[others[-1] if others else state] * (beside(cell) - len(others))) if several(cell) else state
+    )
 
 
 def units_of(cell: str, w_hh: Tensor) -> int:
@@ -172,26 +195,26 @@ def layer_loop(cell: str, module: nn.Module, input: Tensor | PackedSequence, hx=
         output = pack_padded_sequence(x, lengths, enforce_sorted=input.sorted_indices is None)
     else:
         output = x.transpose(0, 1) if module.batch_first else x
-    return output, last if two_states(cell) else last[0]
+    return output, last if several(cell) else last[0]
 
 
 def cell_loop(cell: str, module: nn.Module, input: Tensor, hx=None):
     """What the cell module ``module(input, hx)`` has to return for a batched input."""
     zeros = input.new_zeros(input.shape[0], module.hidden_size)
     if hx is None:
-        hx = (zeros, zeros) if two_states(cell) else zeros
-    states = hx if two_states(cell) else (hx,)
+        hx = states_like(cell, zeros)
+    states = hx if several(cell) else (hx,)
     weights = [module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh, *of_units(cell, module)]
     new = TWINS[cell].step(input, states, *weights)
-    return new if two_states(cell) else new[0]
+    return new if several(cell) else new[0]
 
 
 def _states(module: nn.Module, hx, x: Tensor, cell: str) -> States:
     if hx is not None:
-        return tuple(hx) if two_states(cell) else (hx,)
+        return tuple(hx) if several(cell) else (hx,)
     rows = module.num_layers * (2 if module.bidirectional else 1)
     h0 = x.new_zeros(rows, x.shape[1], module.proj_size or module.hidden_size)
-    return (h0, x.new_zeros(rows, x.shape[1], module.hidden_size)) if two_states(cell) else (h0,)
+    return h0, *[x.new_zeros(rows, x.shape[1], module.hidden_size)] * beside(cell)
 
 
 def _run(cell, module, suffix, x, states, active, reset, *, reverse):
@@ -249,7 +272,7 @@ def op_loop(
     x, each, T, B = x.flatten(0, -2), len(weights) // directions, len(sizes), sizes[0]
     first = [sum(sizes[:t]) for t in range(T)]
     keeps = [None if k is None else k.flatten(0, -2) for k in noise[1:]]
-    two = two_states(cell)
+    count = beside(cell)
     kinds = ("h", "c", "sent_h", "sent_c", "cell_h", "ih", "hh", "units")
     rows: dict[str, list] = {name: [None] * (directions * len(x)) for name in kinds}
     finals: list[States] = []
@@ -260,8 +283,9 @@ def op_loop(
         w_hr, parameters = (others[-1], []) if projects else (None, others[len(others) // 2 * 2 :])
         hidden = units_of(cell, w_hh)
         for b in range(B):
-            starts = ((h0, hidden if w_hr is None else len(w_hr)), (c0, hidden))[: 2 if two else 1]
-            states = tuple(x.new_zeros(1, n) if s is None else s[d, b, None] for s, n in starts)
+            starts = ((h0, hidden if w_hr is None else len(w_hr)), (c0, count * hidden))
+            h, c = (x.new_zeros(1, n) if s is None else s[d, b, None] for s, n in starts)
+            states = h, *(c.chunk(count, dim=1) if count else ())
             times = [t for t in range(T) if sizes[t] > b]
             for step, t in enumerate(reversed(times) if d else times):
                 at = first[t] + b
@@ -278,16 +302,18 @@ def op_loop(
                     new = (linear(new[0], w_hr), *new[1:])
                 rows["cell_h"][d * len(x) + at] = new[0]
                 parts = [None if k is None else k[at].chunk(directions)[d] for k in keeps]
-                states = tuple(s if k is None else k * a + (1 - k) * s for s, a, k in zip(new, before, parts))
+                parts += [None] * (count - 1)
+                h, *c = (s if k is None else k * a + (1 - k) * s for s, a, k in zip(new, before, parts))
+                states = (h, torch.cat(c, dim=1)) if c else (h,)
                 sent = tuple(s.clone() for s in states)  # to the next step, or the final states
-                names = ("ih", "hh", "h", "c", "sent_h", "sent_c") if two else ("ih", "hh", "h", "sent_h")
+                names = ("ih", "hh", "h", "c", "sent_h", "sent_c") if c else ("ih", "hh", "h", "sent_h")
                 for name, value in zip(names, (*own, *states, *sent)):
                     rows[name][d * len(x) + at] = value
-                states = sent
-            finals.append(states)
+                states = sent[0], *(sent[1].chunk(count, dim=1) if count else ())
+            finals.append((states[0], torch.cat(states[1:], dim=1)) if count else states)
 
     def joined(name: str) -> Tensor:
         return torch.cat([torch.cat(rows[name][d * len(x) : (d + 1) * len(x)]) for d in range(directions)], dim=1)
 
     last = [torch.cat(s).unflatten(0, (directions, B)) for s in zip(*finals, strict=True)]
-    return Steps(joined("h"), last[0], last[1] if two else None, joined("c") if two else None, rows)
+    return Steps(joined("h"), last[0], last[1] if count else None, joined("c") if count else None, rows)

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from loops import TWINS, cell_loop, layer_loop
+from loops import FINALS, STATES, TWINS, cell_loop, hx_of, layer_loop
 from tolerances import assert_all_close
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -71,9 +71,10 @@ class Case:
         shapes = {"x": (self.B, self.T, self.I) if self.batch_first else (self.T, self.B, self.I)}
         if self.h0:
             shapes["h0"] = (rows, self.B, self.proj_size or self.H)
-            if len(CELLS[self.cell].states) == 2:
-                shapes["c0"] = (rows, self.B, self.H)
+            shapes |= dict.fromkeys(STATES[1 : len(CELLS[self.cell].states)], (rows, self.B, self.H))
         values = {name: torch.randn(shape, generator=draw, dtype=torch.float64) for name, shape in shapes.items()}
+        if "n0" in values:  # it divides; where it is negative there is no state
+            values["n0"] += values["n0"].sign() / 2
         return {name: value.to(self.dtype).requires_grad_() for name, value in values.items()}
 
 
@@ -96,17 +97,15 @@ def results(
     parameters: Mapping[str, Tensor],
     *,
     pack: Callable[[Tensor], PackedSequence] | None = None,
-    use: Sequence[str] = ("y", "h_n", "c_n"),
+    use: Sequence[str] = ("y", *FINALS),
 ) -> Results:
     """Outputs of ``call(x, hx)`` and the gradient of every leaf that wants one.
 
     The loss is the sum over the outputs named in ``use`` of their product with fixed random numbers.
     """
-    states = tuple(tensors[name] for name in ("h0", "c0") if name in tensors)
-    hx = None if not states else states if len(states) == 2 else states[0]
-    y, last = call(pack(tensors["x"]) if pack else tensors["x"], hx)
+    y, last = call(pack(tensors["x"]) if pack else tensors["x"], hx_of(tensors))
     last = last if isinstance(last, tuple) else (last,)
-    found = dict(zip(("y", "h_n", "c_n"), (y.data if isinstance(y, PackedSequence) else y, *last), strict=False))
+    found = dict(zip(("y", *FINALS), (y.data if isinstance(y, PackedSequence) else y, *last), strict=False))
     leaves = {name: leaf for name, leaf in {**tensors, **parameters}.items() if leaf.requires_grad}
     draw = torch.Generator().manual_seed(2)
     weights = {name: torch.randn(t.shape, generator=draw, dtype=torch.float64) for name, t in found.items()}

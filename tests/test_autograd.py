@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 import torch
-from loops import SINGLES, TWINS
+from loops import SINGLES, TWINS, hx_of
 from parity import Case, results, run_ours, twin
 from tolerances import assert_all_close, assert_close
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ def test_input_or_state_changed_in_place_raises(cell: str) -> None:
     for name in ("x", "h0"):
         tensors = {key: t.detach() for key, t in Case(cell).tensors().items()}
         module = Case(cell).module()
-        hx = (tensors["h0"], tensors["c0"]) if "c0" in tensors else tensors["h0"]
+        hx = hx_of(tensors)
         y, _ = module(tensors["x"], hx)
         tensors[name].mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -232,12 +232,12 @@ def test_fake_tensors(cell: str) -> None:
     for first, dtype in ((False, torch.bfloat16), (True, torch.float64)):
         case = Case(cell, T=4, B=3, num_layers=2, bidirectional=True, batch_first=first, dtype=dtype)
         module, tensors = case.module(), case.tensors()
-        hx = (tensors["h0"], tensors["c0"]) if "c0" in tensors else tensors["h0"]
+        hx = hx_of(tensors)
         expected, expected_last = module(tensors["x"], hx)
         with FakeTensorMode() as mode:
             fake = {name: mode.from_tensor(t) for name, t in tensors.items()}
             copied = TWINS[cell].layer(4, 5, **case.options())
-            hx = (fake["h0"], fake["c0"]) if "c0" in fake else fake["h0"]
+            hx = hx_of(fake)
             y, last = copied(fake["x"], hx)
             with torch.no_grad():
                 again, _ = copied(fake["x"], hx)

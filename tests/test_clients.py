@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from loops import TWINS
+from loops import TWINS, states_like
 from parity import Case, results, twin
 from tolerances import assert_all_close, assert_close
 from torch import Tensor, nn
@@ -83,11 +83,10 @@ def test_one_zero_tensor_as_every_state(cell: str) -> None:
     """The same tensor as h and c, with a gradient that is the sum of both."""
     case = Case(cell, T=4, B=3)
     module, x = case.module(), case.tensors()["x"]
-    two = len(CELLS[cell].states) == 2
     found = []
     for call in (module, twin(cell, module)):
         zero = torch.zeros(1, 3, 5, dtype=torch.float64, requires_grad=True)
-        y, _ = call(x, (zero, zero) if two else zero)
+        y, _ = call(x, states_like(cell, zero))
         found.append([y, *torch.autograd.grad(y.pow(2).sum(), [x, zero, *module.parameters()])])
     for ours, theirs in zip(*found, strict=True):
         assert_close("zero", ours, theirs)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import TWINS, weight_shapes
+from loops import STATES, TWINS, weight_shapes
 from parity import DEVICE
 from test_through_time import Limited
 from tolerances import assert_all_close
@@ -52,13 +52,18 @@ def one_layer(
                 now = tuple(s.detach() for s in now)
             new = TWINS[cell].step(x[row : row + 1], now, w_ih, w_hh, *biases, *of_units)
             new = (linear(new[0], rest[-1]), *new[1:]) if each % 2 and not of_units else new
-            keeps = [None if k is None else k[row].chunk(directions)[d] for k in noise[1:]]
+            keeps = [None if k is None else k[row].chunk(directions)[d] for k in noise[1:]] + [None] * len(new[2:])
             now = tuple(n if k is None else k * s + (1 - k) * n for n, s, k in zip(new, now, keeps))
             for state, steps in zip(now, rows):
                 steps[row, d] = state
         for state, last in zip(now, finals):
             last[d, b] = state
-    joined = [torch.cat([torch.cat([s[r, d] for d in range(directions)], 1) for r in range(x.size(0))]) for s in rows]
+    parts = [rows[:1], rows[1:]]  # each direction's further states side by side
+    joined = [
+        torch.cat([torch.cat([s[r, d] for d in range(directions) for s in own], 1) for r in range(x.size(0))])
+        for own in parts
+        if own
+    ]
     last = [torch.stack([torch.cat([f[d, b] for b in range(sizes[0])]) for d in range(directions)]) for f in finals]
     return [joined[0], *last, *joined[1:]]
 
@@ -71,14 +76,14 @@ def draw(
     the place of zeros and ones.
     """
     g = torch.Generator().manual_seed(seed)
-    two, out, n = len(CELLS[cell].states) == 2, proj or H, sum(sizes)
+    names, out, n = CELLS[cell].states, proj or H, sum(sizes)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=g, dtype=torch.float64).mul(0.7).to(dtype).requires_grad_()
 
     def mask(kind: str, *shape: int) -> Tensor | None:
         values = torch.rand(shape, generator=g, dtype=torch.float64)
-        if kind not in kinds or (kind == "c" and not two):
+        if kind not in kinds or (kind == "c" and len(names) != 2):
             return None
         return (values if means else (values < 0.4).double() * (1.6 if kind == "m" else 1)).to(dtype)
 
@@ -87,16 +92,20 @@ def draw(
     return {
         "x": normal(n, I),
         "h0": normal(directions, sizes[0], out),
-        "c0": normal(directions, sizes[0], H) if two else None,
+        **{f"{name}0": normal(directions, sizes[0], H) for name in names[1:]},
         "weights": weights,
         "noise": Noise(*(mask(*each) for each in masks)),
     }
 
 
+def states_of(layer: Layer) -> list[Tensor]:
+    return [layer[name] for name in STATES if name in layer]
+
+
 def outcome(results: Sequence[Tensor], layer: Layer) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(5)
     factors = [torch.randn(r.shape, generator=g, dtype=torch.float64).to(r) for r in results]
-    leaves = [t for t in (layer["x"], layer["h0"], layer["c0"], *layer["weights"]) if t is not None]
+    leaves = [t for t in (layer["x"], *states_of(layer), *layer["weights"])]
     found = torch.autograd.grad(results, leaves, factors)
     return {str(i): t.detach().cpu() for i, t in enumerate((*results, *found))}
 
@@ -108,7 +117,7 @@ def ours(
     def there(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.detach().to(DEVICE).requires_grad_(t.requires_grad)
 
-    layer = {n: there(v) if n in ("x", "h0", "c0") else list(map(there, v)) for n, v in layer.items()}
+    layer = {n: there(v) if n in ("x", *STATES) else list(map(there, v)) for n, v in layer.items()}
     x, noise = layer["x"], Noise(*layer["noise"])
     ragged = len(set(sizes)) > 1
     if not ragged:  # [T, B, *]
@@ -127,8 +136,8 @@ def expected(cell: str, layer: Layer, sizes: Sequence[int], directions: int, **l
     def wide(t: Tensor | None) -> Tensor | None:
         return None if t is None else t.detach().double().requires_grad_(t.requires_grad)
 
-    layer = {n: wide(v) if n in ("x", "h0", "c0") else list(map(wide, v)) for n, v in layer.items()}
-    states = [s for s in (layer["h0"], layer["c0"]) if s is not None]
+    layer = {n: wide(v) if n in ("x", *STATES) else list(map(wide, v)) for n, v in layer.items()}
+    states = states_of(layer)
     noise = Noise(*layer["noise"])
     return outcome(one_layer(cell, layer["x"], sizes, states, layer["weights"], noise, directions, **limits), layer)
 
@@ -247,7 +256,7 @@ def test_opcheck() -> None:
         mask, *keeps = layer["noise"]
         noise = Noise(mask, *(None if k is None else k.unflatten(0, (T, B)) for k in keeps))
         x, weights = layer["x"].detach().unflatten(0, (T, B)), [w.detach() for w in layer["weights"]]
-        states = [None if s is None else s.detach() for s in (layer["h0"], layer["c0"])]
+        states = [*(s.detach() for s in states_of(layer)), None][:2]
         given = x, None, *states, weights
         torch.library.opcheck(fusedrnn.ops.layer_forward, (*given, cell, directions == 2, True, *noise))
         y, _, _, saved = fusedrnn.ops.layer_forward(*given, cell, directions == 2, True, *noise)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import TWINS, two_states
+from loops import TWINS, states_like
 from parity import DEVICE
 from test_dropout import EVERYTHING, B, H, I, T, one_layer
 from tolerances import assert_all_close
@@ -86,7 +86,7 @@ def test_one_step_twice_differentiable(cell: str) -> None:
 
     def call(x: Tensor, h0: Tensor) -> Tensor:
         torch.manual_seed(3)
-        return module(x, (h0, h0) if two_states(cell) else h0)[0]
+        return module(x, states_like(cell, h0))[0]
 
     assert torch.autograd.gradgradcheck(call, (x, h0))
 
@@ -204,7 +204,7 @@ def test_with_the_other_options() -> None:
 
         module.fused_options = replace(module.fused_options, bptt_steps=1)
         h0 = torch.randn(1, B, H, dtype=torch.float64, device=DEVICE, requires_grad=True)
-        given = (h0, torch.zeros_like(h0)) if two_states(cell) else h0
+        given = states_like(cell, h0, torch.zeros_like(h0))
         module(x, given)[0][1:].sum().backward()
         assert h0.grad.count_nonzero() == 0
 

@@ -99,9 +99,11 @@ def test_dropout_with_one_layer_warns(name: str) -> None:
     assert str(ours[0].message) == str(theirs[0].message)
 
 
-def states(name: str, *shape: int, c: tuple[int, ...] | None = None, dtype: torch.dtype | None = None):
-    h = torch.zeros(shape, dtype=dtype)
-    return (h, torch.zeros(c or shape, dtype=dtype)) if name.startswith("LSTM") else h
+def states(name: str | int, *shape: int, c: tuple[int, ...] | None = None, dtype: torch.dtype | None = None):
+    """Of torch.nn's class of this name, or so many."""
+    count = name if isinstance(name, int) else 1 + name.startswith("LSTM")
+    found = torch.zeros(shape, dtype=dtype), *(torch.zeros(c or shape, dtype=dtype) for _ in range(count - 1))
+    return found if count > 1 else found[0]
 
 
 BAD_FORWARD: dict[str, Callable[[str], Callable[[nn.Module], Any]]] = {
@@ -229,8 +231,8 @@ def test_packed_states_are_checked(cell: str) -> None:
     for enforce_sorted in (False, True):
         packed = pack_padded_sequence(x, torch.tensor([3, 1]), enforce_sorted=enforce_sorted)
         for shape in ((1, 3, 5), (1, 1, 5), (1, 2, 6), (2, 2, 5)):
-            name = "LSTM" if len(CELLS[cell].states) == 2 else "GRU"
-            which = r"hidden\[0\]" if name == "LSTM" else "hidden"
+            name = len(CELLS[cell].states)
+            which = r"hidden\[0\]" if name > 1 else "hidden"
             expected = rf"Expected {which} size \(1, 2, 5\), got \[{', '.join(map(str, shape))}\]"
             with pytest.raises(RuntimeError, match=expected):
                 module(packed, states(name, *shape))
@@ -253,7 +255,7 @@ def test_malformed_packed_sequences(cell: str) -> None:
     for indices in (torch.tensor([0, 7]), torch.tensor([0, -9])):
         packed = PackedSequence(data, torch.tensor([2, 2, 1]), indices, indices)
         with pytest.raises((RuntimeError, IndexError)):
-            module(packed, states("LSTM" if "c" in CELLS[cell].states else "GRU", 1, 2, 5))
+            module(packed, states(len(CELLS[cell].states), 1, 2, 5))
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -274,19 +276,19 @@ def test_mixed_dtypes(cell: str) -> None:
         with pytest.raises(WRONG, match="(?i)dtype|float64|double"):
             module(torch.zeros(3, 2, 4))
     two = "c" in CELLS[cell].states
-    module, h = TWINS[cell].layer(4, 5), states("LSTM" if two else "GRU", 1, 2, 5, dtype=torch.float64)
+    module, h = TWINS[cell].layer(4, 5), states(len(CELLS[cell].states), 1, 2, 5, dtype=torch.float64)
     with pytest.raises(WRONG, match="(?i)dtype|float64|double"):
         module(torch.zeros(3, 2, 4), h)
     if two:
         with pytest.raises(WRONG, match="(?i)dtype|float64|double"):
-            module(torch.zeros(3, 2, 4), (h[0].float(), h[1]))
+            module(torch.zeros(3, 2, 4), (h[0].float(), *h[1:]))
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_mixed_devices(cell: str) -> None:
     """The meta device stands for another one: a CPU kernel must never follow its pointers."""
     two = "c" in CELLS[cell].states
-    name = "LSTM" if two else "GRU"
+    name = len(CELLS[cell].states)
     x = torch.zeros(3, 2, 4)
     with pytest.raises(WRONG, match="(?i)device|meta"):
         TWINS[cell].layer(4, 5)(x.to("meta"))
@@ -298,7 +300,7 @@ def test_mixed_devices(cell: str) -> None:
         TWINS[cell].layer(4, 5)(x, meta)
     if two:
         with pytest.raises(WRONG, match="(?i)device|meta"):
-            TWINS[cell].layer(4, 5)(x, (state[0], meta[1]))
+            TWINS[cell].layer(4, 5)(x, (state[0], *meta[1:]))
     for key in ("weight_ih_l0", "weight_hh_l0", "bias_hh_l0"):
         module = TWINS[cell].layer(4, 5)
         setattr(module, key, nn.Parameter(getattr(module, key).detach().to("meta")))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from loops import SINGLES, TWINS
+from loops import SINGLES, TWINS, states_like
 from torch import Tensor, nn
 from torch.export import Dim
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
@@ -29,7 +29,7 @@ def states(cell: str, *shape: int) -> Tensor | tuple[Tensor, ...]:
 
 
 def sizes(cell: str, dims: dict) -> dict | tuple:
-    return (dims, dims) if len(CELLS[cell].states) == 2 else dims
+    return states_like(cell, dims)
 
 
 def assert_exported(

@@ -12,7 +12,7 @@ from itertools import product
 
 import pytest
 import torch
-from loops import SINGLES, TWINS
+from loops import SINGLES, TWINS, hx_of
 from parity import DEVICE, Case, packer, ragged, twin
 from torch import Tensor
 from torch.func import functional_call
@@ -40,7 +40,7 @@ def problem(case: Case) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor]
     def outputs(*leaves: Tensor) -> tuple[Tensor, ...]:
         values = dict(zip([*tensors, *names], leaves, strict=True))
         x = pack(values["x"]) if pack else values["x"]
-        hx = None if "h0" not in values else (values["h0"], values["c0"]) if "c0" in values else values["h0"]
+        hx = hx_of(values)
         y, last = functional_call(module, {name: values[name] for name in names}, (x, hx))
         last = last if isinstance(last, tuple) else (last,)
         return y.data if isinstance(y, PackedSequence) else y, *last
@@ -204,7 +204,7 @@ def test_what_is_not_wanted_has_no_second_derivative(cell: str) -> None:
     module, tensors = Case(cell).module(), Case(cell).tensors()
     module.weight_ih_l0.requires_grad_(False)
     x = tensors["x"].detach()
-    hx = (tensors["h0"], tensors["c0"].detach()) if "c0" in tensors else tensors["h0"]
+    hx = hx_of({name: t if name == "h0" else t.detach() for name, t in tensors.items()})
     (dh0,) = torch.autograd.grad(module(x, hx)[0].pow(2).sum(), tensors["h0"], create_graph=True)
     found = torch.autograd.grad(dh0.pow(2).sum(), [module.weight_hh_l0, tensors["h0"]])
     assert all(t.isfinite().all() and t.any() for t in found)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from inference import FLOATS, by_the_ops, same, tensors
-from loops import TWINS
+from loops import STATES, TWINS
 from parity import EMULATED, Case, run_twin
 from tolerances import assert_all_close
 from torch import nn
@@ -51,7 +51,7 @@ def test_stacked_layers_side_by_side(cell: str, T: int, B: int, layers: int, thr
         for h0 in (True, False):
             case = Case(cell, T=T, B=B, I=4, H=9, num_layers=layers, h0=h0, dtype=dtype)
             module, given_ = case.module(), case.tensors()
-            hx = tuple(given_[name] for name in ("h0", "c0") if name in given_)
+            hx = tuple(given_[name] for name in STATES if name in given_)
             expected = run_twin(case, torch.float64)
             for _ in range(3):
                 found = tensors(module(given_["x"].detach(), None if not hx else hx if len(hx) == 2 else hx[0]))

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from loops import TWINS, two_states
+from loops import TWINS, beside, several
 from tolerances import assert_close
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
@@ -81,11 +81,13 @@ def kept_gate(cell: str, module: nn.Module) -> Tensor:
             if name.startswith("weight"):
                 parameter.zero_()
     hx = state
-    if two_states(cell):
+    if several(cell):
         hx = (torch.zeros(*shape[:-1], getattr(module, "proj_size", 0) or H, **options), state)
+        hx += (torch.ones_like(state), torch.zeros_like(state))[: beside(cell) - 1]  # of the sLSTM: n and m
     last = module(torch.zeros(*shape[:-1], 6, **options)[:1], hx)
     last = last if single else last[1]
-    return torch.autograd.grad((last[1] if two_states(cell) else last).sum(), state)[0].reshape(rows, H)
+    last = last if not several(cell) else last[1] * last[3].exp() if beside(cell) > 1 else last[1]
+    return torch.autograd.grad(last.sum(), state)[0].reshape(rows, H)
 
 
 @pytest.mark.parametrize("gain", [1.0, 0.7])

@@ -85,9 +85,9 @@ def arguments(cell: str = "lstm") -> dict[str, Any]:
     module = TWINS[cell].layer(I, H)
     weights, x = [w.detach() for w in module.parameters()], torch.randn(T, B, I)
     states = [torch.randn(1, B, H) for _ in CELLS[cell].states]
-    h0, c0 = (*states, None)[:2]
+    h0, c0 = states[0], torch.cat(states[1:], dim=-1) if states[1:] else None
     y, h_n, c_n, saved = OPS.layer_forward(x, None, h0, c0, weights, cell, False, True)
-    dc_n = torch.ones_like(c_n) if len(states) == 2 else None
+    dc_n = torch.ones_like(c_n) if len(states) > 1 else None
     return {
         "dy": torch.ones_like(y), "dh_n": torch.ones_like(h_n), "dc_n": dc_n, "dc": None, "x": x, "batch_sizes": None,
         "h0": h0, "c0": c0, "weights": weights, "y": y, "saved": saved, "cell": cell, "bidirectional": False,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import TWINS, two_states
+from loops import TWINS, beside, several
 from torch import Tensor
 
 import fusedrnn
@@ -29,7 +29,7 @@ def arguments(cell: str, *, bidirectional: bool = False, projected: bool = False
         "x": torch.randn(T * B, I) if packed else torch.randn(T, B, I),
         "batch_sizes": torch.full((T,), B) if packed else None,
         "h0": torch.randn(D, B, R),
-        "c0": torch.randn(D, B, H) if two_states(cell) else None,
+        "c0": torch.randn(D, B, beside(cell) * H) if several(cell) else None,
         "weights": [w.detach() for w in module._flat_weights],
         "cell": cell,
         "bidirectional": bidirectional,

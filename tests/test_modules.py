@@ -14,7 +14,7 @@ from itertools import product
 
 import pytest
 import torch
-from loops import SINGLES, TWINS, layer_loop
+from loops import SINGLES, STATES, TWINS, hx_of, layer_loop, states_like
 from parity import Case, Results, assert_parity, packer, ragged, results, run_ours, run_twin, twin
 from tolerances import assert_all_close, assert_close
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ def test_gradient_of_some_steps_units_and_layers(cell: str) -> None:
     """Sparse output gradients reach the op as zeros in places, or with strides of a broadcast number."""
     case = Case(cell, T=6, B=3, num_layers=2)
     module, tensors = case.module(), case.tensors()
-    hx = (tensors["h0"], tensors["c0"]) if "c0" in tensors else tensors["h0"]
+    hx = hx_of(tensors)
     losses = {
         "one step": lambda y, h: y[3].sum(),
         "the last step of a unit": lambda y, h: y[-1, :, 2].sum(),
@@ -112,7 +112,7 @@ def test_gradient_of_some_steps_units_and_layers(cell: str) -> None:
 @pytest.mark.parametrize("cell", CELLS)
 def test_inputs_that_need_no_gradient(cell: str) -> None:
     case = Case(cell, T=4, B=3, num_layers=2, bidirectional=True)
-    names = ["x", "h0", *(["c0"] if "c" in CELLS[cell].states else []), "weight_ih_l0", "weight_hh_l1", "bias_hh_l1"]
+    names = ["x", "h0", *STATES[1 : len(CELLS[cell].states)], "weight_ih_l0", "weight_hh_l1", "bias_hh_l1"]
     for wanted in [(name,) for name in names] + [("x", "weight_hh_l0_reverse")]:
         found = []
         for call_of in (lambda module: module, lambda module: twin(cell, module)):
@@ -204,7 +204,7 @@ def test_step_by_step_equals_the_whole_sequence(cell: str) -> None:
 def test_outputs_share_no_memory(cell: str) -> None:
     for case in (Case(cell, T=1), Case(cell, T=3, num_layers=2, bidirectional=True)):
         module, tensors = case.module().requires_grad_(False), case.tensors()
-        hx = (tensors["h0"], tensors["c0"]) if "c0" in tensors else tensors["h0"]
+        hx = hx_of(tensors)
         y, last = module(tensors["x"], hx)
         outputs = [y, *(last if isinstance(last, tuple) else (last,))]
         pointers = [t.untyped_storage().data_ptr() for t in (*outputs, *tensors.values())]
@@ -295,7 +295,7 @@ def test_single_steps(cell: str, dtype: torch.dtype) -> None:
     for bias, (B, I, H) in product((True, False), ((3, 4, 5), (1, 1, 1), (33, 20, 37))):
         module = TWINS[cell].cell(I, H, bias=bias, dtype=dtype)
         weights = (module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh)
-        names = ["h0", "c0"][: len(CELLS[cell].states)]
+        names = STATES[: len(CELLS[cell].states)]
         values = {"x": torch.randn(B, I), **{name: torch.randn(B, H) for name in names}}
         values = {name: value.to(dtype).requires_grad_() for name, value in values.items()}
 
@@ -331,7 +331,7 @@ def test_single_step_defaults_to_zero_states(cell: str) -> None:
     module = TWINS[cell].cell(4, 5, dtype=torch.float64)
     x = torch.randn(3, 4, dtype=torch.float64)
     zeros = x.new_zeros(3, 5)
-    found, expected = module(x), module(x, (zeros, zeros) if len(CELLS[cell].states) > 1 else zeros)
+    found, expected = module(x), module(x, states_like(cell, zeros))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import TWINS
+from loops import STATES, TWINS
 from parity import (
     DEVICE,
     EMULATED,
@@ -164,8 +164,8 @@ class Side:
         return before
 
     def states(self) -> Tensor | tuple[Tensor, ...]:
-        states = tuple(self.leaves[name] for name in ("h0", "c0") if name in self.leaves)
-        return states if len(states) == 2 else states[0]
+        states = tuple(self.leaves[name] for name in STATES if name in self.leaves)
+        return states if len(states) > 1 else states[0]
 
     def results(self) -> Results:
         y, last = self.call(self.leaves["x"], self.states())

@@ -14,7 +14,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from loops import TWINS
+from loops import FINALS, STATES, TWINS
 from parity import DEVICE, Case, Results, packer, results, twin
 from tolerances import assert_all_close
 from torch import Tensor, nn
@@ -72,10 +72,10 @@ def draws(draw: st.DrawFn) -> Draw:
         dtype=torch.float64 if cell in ROUGH else draw(st.sampled_from((torch.float64, torch.float32))),
         seed=draw(st.integers(0, 1000)),
     )
-    leaves = ["x", *(["h0", "c0"] if case.h0 else []), *(name for name, _ in case.module().named_parameters())]
+    leaves = ["x", *(STATES if case.h0 else []), *(name for name, _ in case.module().named_parameters())]
     some = st.frozensets(st.sampled_from(leaves))
     frozen = draw(some)
-    outputs = ["y", "h_n", *(["c_n"] if "c" in CELLS[cell].states else [])]
+    outputs = ["y", "h_n", *FINALS[1 : len(CELLS[cell].states)]]
     return Draw(
         case=case,
         strided=draw(some),

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import TWINS
+from loops import STATES, TWINS
 from parity import Case, run_ours
 from tolerances import assert_close
 from torch import Tensor, nn
@@ -335,7 +335,7 @@ def test_moving(cell: str) -> None:
         filled = filled if assign else filled.to_empty(device="cpu")
         filled.load_state_dict(case.module().state_dict(), assign=assign)
         expected = run_ours(case)["y"]
-        hx = tuple(case.tensors()[n] for n in ("h0", "c0") if n in case.tensors())
+        hx = tuple(case.tensors()[n] for n in STATES if n in case.tensors())
         assert torch.equal(filled(case.tensors()["x"], hx if len(hx) > 1 else hx[0])[0], expected)
     with torch.device("meta"):
         assert TWINS[cell].layer(4, 5).weight_hh_l0.is_meta

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import two_states
+from loops import STATES, several
 from parity import DEVICE, Case
 from test_through_time import B, T, given, gradients, kinds, loop
 from tolerances import assert_close
@@ -24,7 +24,7 @@ def recorded(case: Case) -> list[fusedrnn.LayerGradients]:
     module, tensors = given(case, 1.0)
     module = module.to(DEVICE)
     tensors = {name: t.detach().to(DEVICE).requires_grad_() for name, t in tensors.items()}
-    states = tuple(tensors[name] for name in ("h0", "c0") if name in tensors)
+    states = tuple(tensors[name] for name in STATES if name in tensors)
     y, last = module(tensors["x"], states if len(states) > 1 else states[0], lengths=case.lengths)
     with fusedrnn.record_gradients(module) as rec:
         gradients(case, module, tensors, (y, *(last if isinstance(last, tuple) else (last,))))
@@ -36,7 +36,7 @@ def recorded(case: Case) -> list[fusedrnn.LayerGradients]:
 def test_recorded_norms(cell: str) -> None:
     for case in kinds(cell):
         module, tensors = given(case, 1.0)
-        states = tuple(tensors[name] for name in ("h0", "c0") if name in tensors)
+        states = tuple(tensors[name] for name in STATES if name in tensors)
         lengths = list(case.lengths or [T] * B)
         y, last, seen = loop(cell, module, tensors["x"], states, lengths)
         draw = torch.Generator().manual_seed(7)
@@ -52,7 +52,7 @@ def test_recorded_norms(cell: str) -> None:
         assert [r.direction for r in found] == ["forward", "reverse"][: len(seen["h"])]
         for d, layer in enumerate(found):
             torch.testing.assert_close(layer.h, norms(seen["h"][d]), equal_nan=True, rtol=1e-9, atol=1e-12)
-            assert (layer.c is None) == (not two_states(cell))
+            assert (layer.c is None) == (not several(cell))
             if layer.c is not None:
                 torch.testing.assert_close(layer.c, norms(seen["c"][d]), equal_nan=True, rtol=1e-9, atol=1e-12)
             assert list(layer.gates) == list(CELLS[cell].gates)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import TWINS, weight_shapes
+from loops import TWINS, hx_of, weight_shapes
 from parity import DEVICE, Case, Results, packer, ragged, twin
 from tolerances import assert_all_close
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ def products(
     leaves = tensors | dict(module.named_parameters())
     for name, leaf in leaves.items():
         leaf.requires_grad_(by is None or name in by)
-    hx = None if "h0" not in tensors else (tensors["h0"], tensors["c0"]) if "c0" in tensors else tensors["h0"]
+    hx = None if "h0" not in tensors else hx_of(tensors)
     pack = packer(case)
     y, last = call(pack(tensors["x"]) if pack else tensors["x"], hx)
     outputs = y.data if isinstance(y, PackedSequence) else y, *(last if isinstance(last, tuple) else (last,))

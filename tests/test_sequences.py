@@ -13,7 +13,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from loops import TWINS, layer_loop
+from loops import STATES, TWINS, layer_loop
 from parity import DEVICE, Case, Results, results
 from tolerances import assert_all_close
 from torch import Tensor, nn
@@ -94,7 +94,7 @@ def test_a_reset_is_a_new_call(cell: str) -> None:
     """As with calls of one step, whose states the caller sets to zero; no gradient passes a reset."""
     case = Case(cell, T=T, B=B)
     module, tensors, reset = case.module(), case.tensors(), marks()
-    states = tuple(tensors[name] for name in ("h0", "c0") if name in tensors)
+    states = tuple(tensors[name] for name in STATES if name in tensors)
     y, _ = module(tensors["x"], states if len(states) > 1 else states[0], reset=reset)
     steps = []
     for t in range(T):

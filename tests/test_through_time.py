@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import TWINS, of_units
+from loops import STATES, TWINS, of_units
 from parity import DEVICE, Case, packer, ragged
 from tolerances import assert_all_close
 from torch import Tensor, nn
@@ -120,14 +120,14 @@ def run(case: Case, **options: Any) -> dict[str, Tensor]:
     module = module.to(DEVICE)
     module.fused_options = replace(module.fused_options, **options)
     tensors = {name: t.detach().to(DEVICE).requires_grad_() for name, t in tensors.items()}
-    states = tuple(tensors[name] for name in ("h0", "c0") if name in tensors)
+    states = tuple(tensors[name] for name in STATES if name in tensors)
     y, last = module(tensors["x"], states if len(states) > 1 else states[0], lengths=case.lengths)
     return gradients(case, module, tensors, (y, *(last if isinstance(last, tuple) else (last,))))
 
 
 def expected(case: Case, **options: Any) -> dict[str, Tensor]:
     module, tensors = given(case)
-    states = tuple(tensors[name] for name in ("h0", "c0") if name in tensors)
+    states = tuple(tensors[name] for name in STATES if name in tensors)
     lengths = list(case.lengths or [T] * B)
     y, last, _ = loop(case.cell, module, tensors["x"], states, lengths, **options)
     return gradients(case, module, tensors, (y, *last))
@@ -162,7 +162,7 @@ def test_limits_on_several_threads(count: int, threads: Callable[[int], None]) -
         case = Case(cell, T=T, B=3, H=160, I=8)
         options = {"grad_clip": 0.01, "grad_clip_mode": mode, "bptt_steps": 4}
         module, tensors = given(case, 1.0)
-        states = tuple(tensors[name] for name in ("h0", "c0") if name in tensors)
+        states = tuple(tensors[name] for name in STATES if name in tensors)
         module.fused_options = replace(module.fused_options, **options)
         y, last = module(tensors["x"], states if len(states) > 1 else states[0])
         last = last if isinstance(last, tuple) else (last,)
@@ -213,12 +213,12 @@ def test_states_of_every_step(cell: str) -> None:
         module, tensors = given(case, 1.0)
         module = module.to(DEVICE)
         tensors = {name: t.detach().to(DEVICE).requires_grad_() for name, t in tensors.items()}
-        states = tuple(tensors[name] for name in ("h0", "c0") if name in tensors)
+        states = tuple(tensors[name] for name in STATES if name in tensors)
         hx = states if len(states) > 1 else states[0]
         y, _, (found,) = module(tensors["x"], hx, lengths=case.lengths, return_states=True)
         assert torch.equal(found[0], y) and len(found) == len(CELLS[cell].states)
         module_, tensors_ = given(case, 1.0)
-        states_ = tuple(tensors_[name] for name in ("h0", "c0") if name in tensors_)
+        states_ = tuple(tensors_[name] for name in STATES if name in tensors_)
         lengths = list(case.lengths or [T] * B)
         _, _, seen = loop(cell, module_, tensors_["x"], states_, lengths)
         inside = (torch.arange(T).unsqueeze(1) < torch.tensor(lengths)).unsqueeze(2)

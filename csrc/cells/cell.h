@@ -6,7 +6,7 @@
 // docs/derivations.md.
 //
 //   kName    registry name                       kGates   blocks of H rows in W_ih and W_hh, in torch.nn's order
-//   kStates  1: h, 2: h and c (see below)        kSaved   values kept a unit for the backward pass
+//   kStates  h and the states besides it (below)      kSaved   values kept a unit for the backward pass
 //   kFirst   gates [0, kFirst) multiply h_{t-1}. If kFirst < kGates, the other gates multiply q, a function of
 //            the first gates and h_{t-1} (GRU with the reset gate applied before the product). 0: no gate multiplies
 //            anything, there is no W_hh, and rec is b_hh alone.
@@ -32,10 +32,14 @@
 //   finish(late, state, saved)                  h_t into state[0]. It reads no other state: c is after zoneout by
 //                                               then, so what of the cell's own c it needs is in late. Of saved it
 //                                               reads nothing and writes the last kSavedLate values
-// A cell with two states has one product (kFirst = kGates) and saves something; h_{t-1} goes into its product alone: a
-// path around it is c's, as the projection and the second derivative rely on. It adds
-//   dc_of(saved, cur, d)                        dL/dc_t by all ways, of d as it comes into backward
-//   candidate(saved, prev)                      c_t again, where the state is another (zoneout)
+// A cell with more than one state has one product (kFirst = kGates) and saves something; h_{t-1} goes into its product
+// alone: a path around it is that of the states besides h, which no product reads: c, or c, n and so on. All of them
+// lie in one row, one after another, where the drivers, the ops and what is saved say c. It adds
+//   dc_of(saved, cur, d)                        with two states: dL/dc_t by all ways, of d as it comes into backward
+//   candidate(saved, prev)                      likewise: c_t again, where the state is another (zoneout)
+//   dc_of(saved, cur, d, dc)                    with more: dL/d(state k at t) by all ways into dc[k], k from 1 on. Such
+//   a
+//                                               cell has no parameters of its units, and no zoneout but of h.
 // A cell with kParameters > 0: forward, forward_first and dc_of have one more argument, the last: unit, the parameters.
 // backward and backward_first have two: unit, and dunit, what this sample and step adds to dL/d(unit); backward writes
 // it, backward_first adds to it. Such a cell has no projection.

@@ -1,6 +1,6 @@
-// What a user's cell may compute besides the activations of cell.h, on plain scalars. Vector types bring their own
-// (csrc/cpu/functions.h), as do those of the kernels for many steps (csrc/persistent/functions.h). Only added cells
-// (csrc/added) include these. Values and their limits are torch's.
+// What a cell may compute besides the activations of cell.h, a user's too, on plain scalars. Vector types bring their
+// own (csrc/cpu/functions.h), as do those of the kernels for many steps (csrc/persistent/functions.h). Values and their
+// limits are torch's.
 #pragma once
 
 #include "cell.h"

@@ -32,10 +32,11 @@ struct UnitParameters {
     else Cell::forward(x, rec, state, saved, late...);
   }
 
-  FUSEDRNN_INLINE V dc_of(const Values<V, Cell::kSaved>& saved, const Values<V, Cell::kStates>& current,
-                          const Values<V, Cell::kStates>& d) const {
-    if constexpr (Cell::kParameters > 0) return Cell::dc_of(saved, current, d, value);
-    else return Cell::dc_of(saved, current, d);
+  FUSEDRNN_INLINE void dc_of(const Values<V, Cell::kSaved>& saved, const Values<V, Cell::kStates>& current,
+                             const Values<V, Cell::kStates>& d, Values<V, Cell::kStates>& dc) const {
+    if constexpr (Cell::kStates > 2) Cell::dc_of(saved, current, d, dc);
+    else if constexpr (Cell::kParameters > 0) dc[1] = Cell::dc_of(saved, current, d, value);
+    else dc[1] = Cell::dc_of(saved, current, d);
   }
 
   FUSEDRNN_INLINE void backward(const Values<V, Cell::kSaved>& saved, const Values<V, Cell::kStates>& previous,

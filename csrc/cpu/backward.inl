@@ -14,7 +14,8 @@ class BackwardPass {
   using S = typename ComputeType<T>::Type;
   using E = typename OperandType<T>::Type;
   using V = Vec<S>;
-  static constexpr int L = V::kLanes, G = Cell::kGates, F = Cell::kFirst, K = Cell::kSaved, Z = Cell::kStates;
+  static constexpr int L = V::kLanes, G = Cell::kGates, F = Cell::kFirst, K = Cell::kSaved, Z = Cell::kStates,
+                       kBeside = Z - 1;  // states besides h
   static constexpr int kSplit = Cell::kSplit, kParameters = Cell::kParameters, kFactors = G + kSplit,
                        C = kFactors + kParameters;
   static constexpr bool kProduct = F > 0, kTwoStage = kProduct && F < G, kConvert = sizeof(T) != sizeof(S);
@@ -35,7 +36,8 @@ class BackwardPass {
   struct Row {  // where a row of the chunk finds what forward kept
     const S* saved;
     const T *y, *h_prev, *dy, *dc;  // h_prev, dy, dc: null for zeros
-    const S* c_prev;
+    const S* c_prev;                // each state of it ldc after the one before
+    int64_t ldc;
     RowNoise<T> noise;
   };
   struct WeightSums {  // of one item
@@ -44,10 +46,10 @@ class BackwardPass {
   struct TeamBuffers {
     S *dg, *dh;                     // [chunk rows][C*H], [R] (projection)
     E *dg_operand, *dh_operand;     // as the products read them: rounded, or the same
-    S *sent_dh, *sent_dc, *all_dc;  // [chunk rows][R], [H], [H]: what norms are of
-    S* scale;                       // [members][2][samples]: of what is sent back, clipped by its norm
+    S *sent_dh, *sent_dc, *all_dc;  // [chunk rows][R], [kBeside][H], [kBeside][H]: what norms are of
+    S* scale;                       // [members][Z][samples]: of what is sent back, clipped by its norm
     Strips<E> x, h, m;              // [chunk rows][I], [R], [H]: right operands of the weight gradients
-    S *carry_h, *carry_c, *c0;      // [samples][R], [H], [H]
+    S *carry_h, *carry_c, *c0;      // [samples][R], [kBeside][H], [kBeside][H]
     Row* rows;                      // [members][chunk rows]
   };
 
@@ -125,9 +127,9 @@ class BackwardPass {
       b.dh_operand = b.dh;
     }
     b.sent_dh = carver.take<S>(p.norms ? rows * row_stride<S>(z.R) : 0);
-    b.sent_dc = carver.take<S>(Z > 1 && p.norms ? rows * row_stride<S>(z.H) : 0);
-    b.all_dc = carver.take<S>(Z > 1 && p.norms ? rows * row_stride<S>(z.H) : 0);
-    b.scale = carver.take<S>(p.clip_by_norm ? 2 * samples * s.plan.members : 0);
+    b.sent_dc = carver.take<S>(p.norms ? kBeside * rows * row_stride<S>(z.H) : 0);
+    b.all_dc = carver.take<S>(p.norms ? kBeside * rows * row_stride<S>(z.H) : 0);
+    b.scale = carver.take<S>(p.clip_by_norm ? Z * samples * s.plan.members : 0);
     const auto strips = [&](int64_t n, int64_t most) {
       return Strips<E>{carver.take<E>(Strips<E>::elements(n, most)), n, most};
     };
@@ -135,8 +137,8 @@ class BackwardPass {
     b.h = strips(z.R, kProduct ? kept : 0);
     b.m = strips(z.H, kTwoStage || z.projected ? kept : 0);
     b.carry_h = carver.take<S>(samples * row_stride<S>(z.R));
-    b.carry_c = carver.take<S>(Z > 1 ? samples * row_stride<S>(z.H) : 0);
-    b.c0 = carver.take<S>(Z > 1 ? samples * row_stride<S>(z.H) : 0);
+    b.carry_c = carver.take<S>(kBeside * samples * row_stride<S>(z.H));
+    b.c0 = carver.take<S>(kBeside * samples * row_stride<S>(z.H));
     b.rows = carver.take<Row>(rows * s.plan.members);
     return b;
   }
@@ -150,7 +152,7 @@ class BackwardPass {
     Carver carver(s_.block + s_.shared_bytes + index_ * s_.team_bytes);
     b_ = carve_team(p_, s_, carver);
     b_.rows += team_.me * s_.most_rows;
-    b_.scale += team_.me * 2 * s_.most_samples;
+    b_.scale += team_.me * Z * s_.most_samples;
     units_ = part(ceil_div(z_.H, L), team_.me, team_.members);
     outputs_ = part(ceil_div(z_.R, L), team_.me, team_.members);
   }
@@ -240,9 +242,12 @@ class BackwardPass {
       for (int64_t v = outputs_.begin; v < outputs_.end; ++v) {
         store(b_.carry_h + b * ldh_ + v * L, read(p_.dh_n, sample * z_.R, v * L, z_.R));
       }
-      for (int64_t v = units_.begin; Z > 1 && v < units_.end; ++v) {
-        store(b_.carry_c + b * ldm_ + v * L, read(p_.dc_n, sample * z_.H, v * L, z_.H));
-        store(b_.c0 + b * ldm_ + v * L, read(p_.c0, sample * z_.H, v * L, z_.H));
+      for (int k = 0; k < kBeside; ++k) {
+        const int64_t from = sample * kBeside + k, to = b * kBeside + k;
+        for (int64_t v = units_.begin; v < units_.end; ++v) {
+          store(b_.carry_c + to * ldm_ + v * L, read(p_.dc_n, from * z_.H, v * L, z_.H));
+          store(b_.c0 + to * ldm_ + v * L, read(p_.c0, from * z_.H, v * L, z_.H));
+        }
       }
     }
   }
@@ -272,15 +277,17 @@ class BackwardPass {
       row.saved = saved + at * pitch;
       row.y = y + at * width;
       row.dy = p_.dy.data ? row_at<T>(p_.dy, z_.offset, t, item.first + b) + item.d * z_.R : nullptr;
-      row.dc = p_.dc.data ? row_at<T>(p_.dc, z_.offset, t, item.first + b) + item.d * z_.H : nullptr;
+      row.dc = p_.dc.data ? row_at<T>(p_.dc, z_.offset, t, item.first + b) + item.d * kBeside * z_.H : nullptr;
       row.noise = noise.row(b);
       if (b < known) {
         const int64_t earlier = z_.offset[before] + item.first + b;
         row.h_prev = y + earlier * width;
         row.c_prev = saved + earlier * pitch + K * z_.H;
+        row.ldc = z_.H;
       } else {
         row.h_prev = h0 ? h0 + (item.d * z_.B + item.first + b) * z_.R : nullptr;
-        row.c_prev = Z > 1 ? b_.c0 + b * ldm_ : nullptr;
+        row.c_prev = Z > 1 ? b_.c0 + b * kBeside * ldm_ : nullptr;
+        row.ldc = ldm_;
       }
     }
     return rows;
@@ -302,7 +309,7 @@ class BackwardPass {
   S scale_of(const S* row, int64_t n) const;
   static V previous_h(const Row& row, int64_t u, int64_t R);
   static void expect_saved(const Step& s, const Row& at, int64_t u, int64_t n);
-  static V candidate_c(const Row& at, const Values<V, K>& saved, int64_t H, int64_t u);
+  static void candidates(const Row& at, const Values<V, K>& saved, Values<V, Z>& cur, int64_t H, int64_t u);
   static void cell_backward(const Step& s, int64_t r, int64_t u, V dh, V direct);
   static void first_stage_backward(const Step& s, int64_t r, int64_t u, V dq);
 
@@ -351,9 +358,9 @@ class BackwardPass {
         const T* const dy = b_.rows[r].dy;
         to[At::kSent] = norm_of(b_.sent_dh + r * ldh_, z_.R);
         to[At::kTotal] = dy ? norm_of(b_.sent_dh + r * ldh_, z_.R, dy) : to[At::kSent];
-        if constexpr (Z > 1) {
-          to[At::kSent + 1] = norm_of(b_.sent_dc + r * ldm_, H);
-          to[At::kTotal + 1] = norm_of(b_.all_dc + r * ldm_, H);
+        for (int k = 0; k < kBeside; ++k) {
+          to[At::kSent + 1 + k] = norm_of(b_.sent_dc + (r * kBeside + k) * ldm_, H);
+          to[At::kTotal + 1 + k] = norm_of(b_.all_dc + (r * kBeside + k) * ldm_, H);
         }
         const S* dg = b_.dg + r * ldg_;
         for (int g = 0; g < G; ++g) to[At::kGates + g] = norm_of(dg + (g < G - kSplit ? g : g + kSplit) * H, H);
@@ -409,10 +416,10 @@ class BackwardPass {
       for (int64_t u = outputs_.begin * L; u < min64(z_.R, outputs_.end * L); u += L) {
         store(dh0 + u, load(b_.carry_h + b * ldh_ + u), z_.R - u);
       }
-      if constexpr (Z > 1) {
-        T* dc0 = static_cast<T*>(p_.dc0) + sample * z_.H;
+      for (int k = 0; k < kBeside; ++k) {
+        T* dc0 = static_cast<T*>(p_.dc0) + (sample * kBeside + k) * z_.H;
         for (int64_t u = units_.begin * L; u < min64(z_.H, units_.end * L); u += L) {
-          store(dc0 + u, load(b_.carry_c + b * ldm_ + u), z_.H - u);
+          store(dc0 + u, load(b_.carry_c + (b * kBeside + k) * ldm_ + u), z_.H - u);
         }
       }
     }

@@ -38,7 +38,7 @@ void BackwardPass<Cell, T>::step(const Item& item, int64_t later_row, int64_t la
   const Step s{z_.H, z_.R, ldg_, ldh_, ldm_, gate_, operand_ldg_, operand_ldh_, z_.projected, p_.norms != nullptr,
                p_.clip_by_norm ? S(0) : static_cast<S>(p_.clip), b_.rows + row, mask_of(item, 0),
                b_.dg + row * ldg_, b_.dh + row * ldh_, b_.sent_dh + row * ldh_,
-               b_.sent_dc + row * ldm_, b_.all_dc + row * ldm_,
+               b_.sent_dc + row * kBeside * ldm_, b_.all_dc + row * kBeside * ldm_,
                b_.dg_operand + row * operand_ldg_, b_.dh_operand + row * operand_ldh_, b_.carry_h, b_.carry_c,
                s_.w_unit[item.d]};
   // clang-format on
@@ -83,7 +83,9 @@ void BackwardPass<Cell, T>::step(const Item& item, int64_t later_row, int64_t la
   if (p_.clip_by_norm) limit({severed, later});
   for (int64_t r = 0; r < severed; ++r) {
     for (int64_t v = outputs_.begin; v < outputs_.end; ++v) store(s.carry_h + r * s.ldh + v * L, V(0));
-    for (int64_t v = units_.begin; Z > 1 && v < units_.end; ++v) store(s.carry_c + r * s.ldm + v * L, V(0));
+    for (int64_t i = r * kBeside; i < (r + 1) * kBeside; ++i) {
+      for (int64_t v = units_.begin; v < units_.end; ++v) store(s.carry_c + i * s.ldm + v * L, V(0));
+    }
   }
   for (int64_t v = outputs_.begin; v < outputs_.end; ++v) {
     for (int64_t r = apart ? 0 : both; r < now; ++r) take_dh(r, v * L, carried(r, v * L));
@@ -110,17 +112,19 @@ void BackwardPass<Cell, T>::step(const Item& item, int64_t later_row, int64_t la
 // The carries of these samples, no longer than `clip`: each member scales its own part.
 template <class Cell, class T>
 void BackwardPass<Cell, T>::limit(Range samples) {
-  S *of_h = b_.scale, *of_c = b_.scale + s_.most_samples;
+  S *of_h = b_.scale, *of_c = b_.scale + s_.most_samples;  // of_c: [samples][kBeside]
   team_.meet();
   for (int64_t r = samples.begin; r < samples.end; ++r) {
     of_h[r] = scale_of(b_.carry_h + r * ldh_, z_.R);
-    if constexpr (Z > 1) of_c[r] = scale_of(b_.carry_c + r * ldm_, z_.H);
+    for (int64_t i = r * kBeside; i < (r + 1) * kBeside; ++i) of_c[i] = scale_of(b_.carry_c + i * ldm_, z_.H);
   }
   team_.meet();
   const auto scale = [](S* from, int64_t v, S by) { store(from + v * L, load(from + v * L) * V(by)); };
   for (int64_t r = samples.begin; r < samples.end; ++r) {
     for (int64_t v = outputs_.begin; v < outputs_.end; ++v) scale(b_.carry_h + r * ldh_, v, of_h[r]);
-    for (int64_t v = units_.begin; Z > 1 && v < units_.end; ++v) scale(b_.carry_c + r * ldm_, v, of_c[r]);
+    for (int64_t i = r * kBeside; i < (r + 1) * kBeside; ++i) {
+      for (int64_t v = units_.begin; v < units_.end; ++v) scale(b_.carry_c + i * ldm_, v, of_c[i]);
+    }
   }
 }
 
@@ -139,21 +143,25 @@ FUSEDRNN_INLINE typename BackwardPass<Cell, T>::V BackwardPass<Cell, T>::previou
 template <class Cell, class T>
 FUSEDRNN_INLINE void BackwardPass<Cell, T>::expect_saved(const Step& s, const Row& at, int64_t u, int64_t n) {
   for (int k = 0; k < K + Z - 1; ++k) prefetch_to_read(at.saved + k * s.H + u, n);
-  if constexpr (Z > 1) prefetch_to_read(at.c_prev + u, n);
+  for (int k = 0; k < kBeside; ++k) prefetch_to_read(at.c_prev + k * at.ldc + u, n);
   if (s.projected) return;
   if (at.h_prev) prefetch_to_read(at.h_prev + u, n);
   if constexpr (K == 0) prefetch_to_read(at.y + u, n);
 }
 
-// The c that the cell gave: c_t, but where that keeps something of c_{t-1}.
+// The further states that the cell gave: c_t, but where that keeps something of c_{t-1}.
 template <class Cell, class T>
-FUSEDRNN_INLINE typename BackwardPass<Cell, T>::V BackwardPass<Cell, T>::candidate_c(const Row& at,
-                                                                                     const Values<V, K>& saved,
-                                                                                     int64_t H, int64_t u) {
-  if (!at.noise.c) return load<S>(at.saved + K * H + u, H - u);
-  Values<V, Z> prev;
-  prev[1] = load<S>(at.c_prev + u, H - u);
-  return Cell::candidate(saved, prev);
+FUSEDRNN_INLINE void BackwardPass<Cell, T>::candidates(const Row& at, const Values<V, K>& saved, Values<V, Z>& cur,
+                                                       int64_t H, int64_t u) {
+  if constexpr (Z == 2) {
+    if (at.noise.c) {
+      Values<V, Z> prev;
+      prev[1] = load<S>(at.c_prev + u, H - u);
+      cur[1] = Cell::candidate(saved, prev);
+      return;
+    }
+  }
+  for (int k = 1; k < Z; ++k) cur[k] = load<S>(at.saved + (K + k - 1) * H + u, H - u);
 }
 
 // The cell at sample r, units from u on. dh: dL/d of the h that the cell gave, or of the unprojected output; direct:
@@ -165,7 +173,7 @@ FUSEDRNN_INLINE void BackwardPass<Cell, T>::cell_backward(const Step& s, int64_t
   Values<V, K> saved;
   Values<V, Z> prev, cur, d;
   Values<V, G> dx, drec;
-  V direct_c(0);
+  Values<V, Z> direct_c;  // from 1 on
   for (int g = 0; g < G; ++g) dx[g] = drec[g] = V(0);
   for (int k = 0; k < K; ++k) saved[k] = load<S>(at.saved + k * H + u, n);
   prev[0] = s.projected ? V(0) : previous_h(at, u, s.R);
@@ -175,13 +183,22 @@ FUSEDRNN_INLINE void BackwardPass<Cell, T>::cell_backward(const Step& s, int64_t
   d[0] = dh;
   UnitParameters<Cell, V> parameters = s.parameters_of(u);
   if constexpr (Z > 1) {
-    prev[1] = load<S>(at.c_prev + u, n);
-    cur[1] = candidate_c(at, saved, H, u);
-    d[1] = load(s.carry_c + r * s.ldm + u);
-    if (s.norms) store(s.sent_dc + r * s.ldm + u, d[1]);
-    if (at.dc) d[1] = d[1] + load<S>(at.dc + u, n);
-    if (s.norms) store(s.all_dc + r * s.ldm + u, at.noise.c ? d[1] : parameters.dc_of(saved, cur, d));
-    if (at.noise.c) direct_c = zoneout_backward(at.noise.c(u, n), d[1]);
+    candidates(at, saved, cur, H, u);
+    for (int k = 1; k < Z; ++k) {
+      const int64_t row = (r * kBeside + k - 1) * s.ldm + u;
+      prev[k] = load<S>(at.c_prev + (k - 1) * at.ldc + u, n);
+      d[k] = load(s.carry_c + row);
+      if (s.norms) store(s.sent_dc + row, d[k]);
+      if (at.dc) d[k] = d[k] + load<S>(at.dc + (k - 1) * H + u, n);
+      direct_c[k] = V(0);
+    }
+    if (s.norms) {
+      Values<V, Z> all;
+      for (int k = 1; k < Z; ++k) all[k] = d[k];
+      if (!at.noise.c) parameters.dc_of(saved, cur, d, all);
+      for (int k = 1; k < Z; ++k) store(s.all_dc + (r * kBeside + k - 1) * s.ldm + u, all[k]);
+    }
+    if (at.noise.c) direct_c[1] = zoneout_backward(at.noise.c(u, n), d[1]);  // of a cell with two states
   }
   parameters.backward(saved, prev, cur, d, dx, drec);
   if constexpr (!kProduct) d[0] = with_mask(s.mask_of(r), u, s.R, d[0]);
@@ -189,7 +206,7 @@ FUSEDRNN_INLINE void BackwardPass<Cell, T>::cell_backward(const Step& s, int64_t
   for (int g = G - kSplit; g < G; ++g) s.put(r, g + kSplit, u, dx[g]);
   for (int k = 0; k < kParameters; ++k) s.put(r, kFactors + k, u, parameters.gradient[k]);
   if (!s.projected) store(s.carry_h + r * s.ldh + u, d[0] + direct);
-  if constexpr (Z > 1) store(s.carry_c + r * s.ldm + u, s.limited(d[1] + direct_c));
+  for (int k = 1; k < Z; ++k) store(s.carry_c + (r * kBeside + k - 1) * s.ldm + u, s.limited(d[k] + direct_c[k]));
 }
 
 template <class Cell, class T>

@@ -12,7 +12,8 @@ constexpr CellConstants constants_of() {
   static_assert(Cell::kFirst > 0 || (Cell::kParameters > 0 && Cell::kStates == 1),
                 "a cell without a product has one state, and parameters of its units");
   static_assert(Cell::kStates == 1 || (Cell::kFirst == Cell::kGates && Cell::kSaved > 0),
-                "of a cell with two states the drivers make one product, and save something");
+                "of a cell with more states than one the drivers make one product, and save something");
+  static_assert(Cell::kStates <= 2 || Cell::kParameters == 0, "dc_of of many states gets no parameters");
   return {Cell::kName,  Cell::kGates, Cell::kStates,     Cell::kSaved,
           Cell::kFirst, Cell::kSplit, Cell::kParameters, Cell::kProjectable};
 }

@@ -69,6 +69,7 @@ struct CellConstants {
   int gates, states, saved, first, split, parameters;
   bool projectable;
 
+  int beside() const { return states - 1; }                   // states besides h: blocks of H where it says c
   int columns() const { return gates + split + parameters; }  // blocks of H of a row of dgates (problem.h)
 };
 int find_cell(std::string_view name);  // -1: unknown

@@ -5,8 +5,8 @@
 // tiles, the cell on each block of rows while it is in the first-level cache, a barrier after each product. With
 // `saved`, the projection is written straight into the rows that the activated gates will overwrite.
 //
-// Layouts: gates [g][pitch]; saved rows [k][H] for k in [0, kSaved), then c; h double-buffered [2][samples][R], and so
-// is what the products read of it, if that is masked or rounded.
+// Layouts: gates [g][pitch]; saved rows [k][H] for k in [0, kSaved), then the states besides h; h double-buffered
+// [2][samples][R], and so is what the products read of it, if that is masked or rounded.
 //
 // With weights of int8 the products read int8 (quantize.h). An h of at most 1 (Bound of cell.h) has the scale 1/127 and
 // is rounded where it is made; another one has a scale of its row, and is rounded by row after the step. Which it is
@@ -21,7 +21,8 @@ class ForwardPass {
   using P = typename LayerTypes<Types>::Panel;
   using V = Vec<S>;
   using Sum = Sums<E>;
-  static constexpr int L = V::kLanes, G = Cell::kGates, F = Cell::kFirst, K = Cell::kSaved, Z = Cell::kStates;
+  static constexpr int L = V::kLanes, G = Cell::kGates, F = Cell::kFirst, K = Cell::kSaved, Z = Cell::kStates,
+                       kBeside = Z - 1;  // states besides h
   static constexpr int kParameters = Cell::kParameters;
   static constexpr bool kProduct = F > 0, kTwoStage = kProduct && F < G;
   static constexpr int kRest = kTwoStage ? G - F : 0;
@@ -43,7 +44,7 @@ class ForwardPass {
     S *s_ih[2], *s_hh[2], *s_hr[2];  // scales of int8 weights
   };
   struct TeamBuffers {
-    S *h[2], *c;      // [samples][row_stride]
+    S *h[2], *c;      // [samples][row_stride], of c [samples][kBeside][row_stride]
     E* operand[2];    // h as the products read it, masked and rounded; where that changes nothing, h itself
     E* m;             // [samples][row_stride], what the second product of a step reads
     S* gates;         // [chunk rows][row_stride of G*H], unless they live in `saved`
@@ -136,7 +137,7 @@ class ForwardPass {
       if constexpr (!kRounded) b.operand[i] = b.h[i];
       if (kRounded || p.noise.mask_h) b.operand[i] = carver.take<E>((samples + kRowsAhead) * row_stride<E>(z.R));
     }
-    b.c = carver.take<S>(Z > 1 ? samples * row_stride<S>(z.H) : 0);
+    b.c = carver.take<S>(kBeside * samples * row_stride<S>(z.H));
     b.m = carver.take<E>(kTwoStage || z.projected ? (samples + kRowsAhead) * row_stride<E>(z.H) : 0);
     b.gates = carver.take<S>(p.saved && K ? 0 : rows * row_stride<S>(G * padded(z.H)));
     b.x = carver.take<E>(s.copies_x ? (rows + kRowsAhead) * row_stride<E>(z.I) : 0);
@@ -255,9 +256,9 @@ class ForwardPass {
         store(b_.operand[1] + b * ldo_ + v * L, operand);
       }
       for (int64_t v = units_.begin; v < units_.end; ++v) {
-        if constexpr (Z > 1) {
-          const V c = p_.c0 ? load<S>(static_cast<const T*>(p_.c0) + sample * z_.H + v * L, z_.H - v * L) : V(0);
-          store(b_.c + b * ldc_ + v * L, c);
+        for (int k = 0; k < kBeside; ++k) {
+          const T* const c0 = p_.c0 ? static_cast<const T*>(p_.c0) + (sample * kBeside + k) * z_.H : nullptr;
+          store(b_.c + (b * kBeside + k) * ldc_ + v * L, c0 ? load<S>(c0 + v * L, z_.H - v * L) : V(0));
         }
         if (kRounded && (kTwoStage || z_.projected)) store(b_.m + b * ldm_ + v * L, V(0));
       }
@@ -351,7 +352,10 @@ class ForwardPass {
       for (int64_t b = max64(next, own.begin); b < min64(item.rows(t), own.end); ++b) {
         const int64_t sample = item.d * z_.B + item.first + b, steps = item.d ? item.steps : t + 1;
         copy_row(b_.h[steps & 1] + b * ldh_, static_cast<T*>(p_.h_n) + sample * z_.R, z_.R);
-        if constexpr (Z > 1) copy_row(b_.c + b * ldc_, static_cast<T*>(p_.c_n) + sample * z_.H, z_.H);
+        for (int k = 0; k < kBeside; ++k) {
+          T* const c_n = static_cast<T*>(p_.c_n) + (sample * kBeside + k) * z_.H;
+          copy_row(b_.c + (b * kBeside + k) * ldc_, c_n, z_.H);
+        }
       }
     }
   }

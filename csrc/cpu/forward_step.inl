@@ -102,16 +102,20 @@ void ForwardPass<Cell, Types>::step(const Item& item, int64_t t, int64_t row, in
   // The states of a sample, and what becomes of them.
   const auto states = [&](int64_t r, int64_t u, Values<V, Z>& state) {
     state[0] = projected ? V(0) : kProduct ? load(h_prev + r * ldh + u) : masked_h(r, u);
-    if constexpr (Z > 1) state[1] = load(c + r * ldc + u);
+    for (int k = 1; k < Z; ++k) state[k] = load(c + (r * kBeside + k - 1) * ldc + u);
   };
   const auto keep = [&](int64_t r, int64_t u, int first, int end, const Values<V, K>& saved) {
     if (!saving) return;
     for (int k = first; k < end; ++k) store(saved_row[r] + k * H + u, saved[k], H - u);
   };
-  const auto put_c = [&](int64_t r, int64_t u, V next) {
-    if (const Keep<T> kept = noise.row(r).c; kept) next = zoneout(kept(u, H - u), load(c + r * ldc + u), next);
-    store(c + r * ldc + u, next);
-    if (saving) store(saved_row[r] + K * H + u, next, H - u);
+  const auto put_c = [&](int64_t r, int64_t u, const Values<V, Z>& state) {
+    for (int k = 1; k < Z; ++k) {
+      S* const row = c + (r * kBeside + k - 1) * ldc + u;
+      V next = state[k];
+      if (const Keep<T> kept = noise.row(r).c; Z == 2 && kept) next = zoneout(kept(u, H - u), load(row), next);
+      store(row, next);
+      if (saving) store(saved_row[r] + (K + k - 1) * H + u, next, H - u);
+    }
   };
   const auto put_h = [&](int64_t r, int64_t u, V h) {
     if (const Keep<T> kept = noise.row(r).h; kept) {
@@ -183,7 +187,7 @@ void ForwardPass<Cell, Types>::step(const Item& item, int64_t t, int64_t row, in
         put_output(r, u, state[0]);
         keep(r, u, 0, K, saved);
       }
-      if constexpr (Z > 1) put_c(r, u, state[1]);
+      if constexpr (Z > 1) put_c(r, u, state);
     };
     const auto hidden = [&](const auto& second) {
       const Inner inner{kProduct ? R : 0};

@@ -1,4 +1,4 @@
-// The functions of a user's cell (../cells/functions.h) on vectors. Included after vec.h, for an added cell alone.
+// The functions of ../cells/functions.h on vectors. Included after vec.h.
 // Accuracy, measured against a wider type (tests/test_user_layers.py): exp 1.5 ulp, log 2 ulp, softplus 3 ulp.
 // An exp below the normal numbers, or within a thousandth of the least, is 0.
 

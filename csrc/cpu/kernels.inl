@@ -9,9 +9,8 @@ namespace fusedrnn {
 namespace {
 
 #include "vec.h"
-#if defined(FUSEDRNN_ADDED_CELL)
+//
 #include "functions.h"
-#endif
 //
 #include "operand.h"
 //

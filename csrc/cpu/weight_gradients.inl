@@ -124,7 +124,7 @@ FUSEDRNN_INLINE typename BackwardPass<Cell, T>::V BackwardPass<Cell, T>::second_
     return Cell::recurrent_operand(saved, state);
   } else if constexpr (Cell::kProjectable) {
     state[0] = V(0);
-    state[1] = candidate_c(at, saved, z_.H, u);
+    candidates(at, saved, state, z_.H, u);
     return Cell::output(saved, state);
   }
   return V(0);  // no such operand: not reached

@@ -19,11 +19,12 @@ struct StepwiseBackward {
   using T = Type;
   using S = Compute<T>;
   static constexpr DType kDType = Element<T>::kDType;
-  static constexpr int G = Cell::kGates, kSplit = Cell::kSplit, kBlocks = G + kSplit + Cell::kParameters;
+  static constexpr int G = Cell::kGates, kSplit = Cell::kSplit, kBlocks = G + kSplit + Cell::kParameters,
+                       Z = Cell::kStates, kBeside = Z - 1;
   static constexpr bool kProduct = Cell::kFirst > 0, kTwoProducts = kProduct && Cell::kFirst < G;
   static constexpr bool kOneType = std::is_same_v<S, T>;
   // Whether there is a kernel for many steps (persistent/backward.h); and whether it can do those of p.
-  static constexpr bool kPersistent = Cell::kFirst == G && !std::is_same_v<T, double>;
+  static constexpr bool kPersistent = Cell::kFirst == G && kBeside < 2 && !std::is_same_v<T, double>;
   static bool can_persist(const BackwardProblem& p) {
     return kPersistent && !p.size.projected && !p.noise.mask_h && !p.noise.keep_h.data && !p.noise.keep_c.data &&
            !p.norms && !p.clip_by_norm;
@@ -36,17 +37,17 @@ struct StepwiseBackward {
   struct Work {
     S* dh;            // [slots][B][R]
     S* sent;          // [slots][B][R] or null: what the products send back to a masked h
-    S* dc;            // [slots][B][H] or null
+    S* dc;            // [slots][B][kBeside*H] or null
     S* through;       // [slots][B][H] or null
     T* dg;            // [slots][N][kBlocks*H]
     T* before;        // [slots][N][R] or null
     T* q;             // [slots][N][H] or null
     T* dy_rows;       // [slots][N][R] or null
     S* part;          // [slots][parts][kBlocks*H] or null
-    S* scale;         // [slots][B][2] or null
+    S* scale;         // [slots][B][Z] or null
     S* dh_rows;       // [slots][N][R] or null
-    S* sent_dc;       // [slots][N][H] or null
-    S* dc_rows;       // [slots][N][H] or null
+    S* sent_dc;       // [slots][N][kBeside*H] or null
+    S* dc_rows;       // [slots][N][kBeside*H] or null
     T* w_hh;          // [2][G*H][R], of two directions
     T* w_hr;          // [2][R][H]
     int32_t* active;  // [T] or null: what one kernel for all steps reads of size.active
@@ -58,7 +59,7 @@ struct StepwiseBackward {
     Work w = {};
     w.dh = arena.take<S>(z.D * z.B * z.R);
     if (p.noise.mask_h) w.sent = arena.take<S>(z.D * z.B * z.R);
-    if (Cell::kStates == 2) w.dc = arena.take<S>(z.D * z.B * z.H);
+    if (kBeside > 0) w.dc = arena.take<S>(z.D * z.B * kBeside * z.H);
     if (kTwoProducts || z.projected) w.through = arena.take<S>(z.D * z.B * z.H);
     w.dg = arena.take<T>(z.D * z.N * kBlocks * z.H);
     if (p.weight_gradients && kProduct) w.before = arena.take<T>(z.D * z.N * z.R);
@@ -69,10 +70,10 @@ struct StepwiseBackward {
     if (p.weight_gradients && (p.dw[0].b_ih || p.dw[0].w_unit))
       w.part = arena.take<S>(z.D * parts(z.N) * kBlocks * z.H);
     if (can_persist(p) && is_ragged(z)) w.active = arena.take<int32_t>(z.T);
-    if (p.clip_by_norm) w.scale = arena.take<S>(z.D * z.B * 2);
+    if (p.clip_by_norm) w.scale = arena.take<S>(z.D * z.B * Z);
     if (p.norms) w.dh_rows = arena.take<S>(z.D * z.N * z.R);
-    if (p.norms && Cell::kStates == 2) w.sent_dc = arena.take<S>(z.D * z.N * z.H);
-    if (p.norms && Cell::kStates == 2) w.dc_rows = arena.take<S>(z.D * z.N * z.H);
+    if (p.norms && kBeside > 0) w.sent_dc = arena.take<S>(z.D * z.N * kBeside * z.H);
+    if (p.norms && kBeside > 0) w.dc_rows = arena.take<S>(z.D * z.N * kBeside * z.H);
     return w;
   }
 
@@ -89,23 +90,23 @@ struct StepwiseBackward {
     const Slots slots(z);
     Arena arena(memory);
     const Work w = arrange<Device>(arena, p);
-    const int64_t H = z.H, R = z.R, B = z.B, N = z.N;
+    const int64_t H = z.H, R = z.R, B = z.B, N = z.N, C = kBeside * H;
     const T* const w_hh = kProduct ? side_by_side(device, p, &LayerWeights::w_hh, w.w_hh, G * H, R) : nullptr;
     const T* const w_hr = z.projected ? side_by_side(device, p, &LayerWeights::w_hr, w.w_hr, R, H) : nullptr;
-    LoadStates<S, T> begin = {B, R, H, nullptr, w.dh, w.dc, {}, {}, {}};
-    StoreStates<S, T> finish = {B, R, H, nullptr, w.dh, w.dc, {}, {}};
+    LoadStates<S, T> begin = {B, R, C, nullptr, w.dh, w.dc, {}, {}, {}};
+    StoreStates<S, T> finish = {B, R, C, nullptr, w.dh, w.dc, {}, {}};
     BackwardBuffers<S, T> u = {};
     u.B = B, u.H = H, u.R = R, u.width = z.D * R;
     u.saved_stride = p.saved_stride;
     u.dh = w.dh, u.dc = w.dc, u.through = w.through;
     for (int s = 0; s < slots.count; ++s) {
       begin.from_h[s] = typed<T>(p.dh_n, s * B * R);
-      begin.from_c[s] = typed<T>(p.dc_n, s * B * H);
+      begin.from_c[s] = typed<T>(p.dc_n, s * B * C);
       finish.to_h[s] = typed<T>(p.dh0, s * B * R);
-      finish.to_c[s] = typed<T>(p.dc0, s * B * H);
+      finish.to_c[s] = typed<T>(p.dc0, s * B * C);
       u.mask[s] = typed<T>(p.noise.mask_h, s * B * R);
       u.h0[s] = typed<T>(p.h0, s * B * R);
-      u.c0[s] = typed<T>(p.c0, s * B * H);
+      u.c0[s] = typed<T>(p.c0, s * B * C);
       u.w_unit[s] = typed<T>(p.weights[s].w_unit);
       u.y[s] = typed<T>(p.y, s * R);
       u.saved[s] = typed<S>(p.saved, s * N * p.saved_stride);
@@ -114,10 +115,10 @@ struct StepwiseBackward {
       u.q[s] = w.q ? w.q + s * N * H : nullptr;
       u.dy_rows[s] = w.dy_rows ? w.dy_rows + s * N * R : nullptr;
       u.dh_rows[s] = w.dh_rows ? w.dh_rows + s * N * R : nullptr;
-      u.sent_dc[s] = w.sent_dc ? w.sent_dc + s * N * H : nullptr;
-      u.dc_rows[s] = w.dc_rows ? w.dc_rows + s * N * H : nullptr;
+      u.sent_dc[s] = w.sent_dc ? w.sent_dc + s * N * C : nullptr;
+      u.dc_rows[s] = w.dc_rows ? w.dc_rows + s * N * C : nullptr;
     }
-    device.each(slots.count, B, std::max(H, R), begin);
+    device.each(slots.count, B, std::max(C, R), begin);
     int64_t steps = z.T;
     if constexpr (kPersistent) {
       if (can_persist(p) && device.template persists<StepwiseBackward>(p)) {
@@ -130,7 +131,7 @@ struct StepwiseBackward {
       step(device, p, slots, w_hh, w_hr, u, w.sent, i);
       if (p.clip > 0 || p.bptt_steps > 0) limit(device, p, slots, w, u, i);
     }
-    device.each(slots.count, B, std::max(H, R), finish);
+    device.each(slots.count, B, std::max(C, R), finish);
     if (p.weight_gradients) weight_gradients(device, p, slots, w, u);
     if (p.dx) input_gradient(device, p, slots, u);
     if (p.norms) {
@@ -169,7 +170,7 @@ struct StepwiseBackward {
     const int64_t rows = slots.most_rows(at);
     BackwardElement<S, T> element = {u, at, {}, {}, noise_of_step<S, T>(p.noise, z, slots, i)};
     view_step(p.dy, z, slots, i, R, element.dy);
-    view_step(p.dc, z, slots, i, H, element.dc);
+    view_step(p.dc, z, slots, i, kBeside * H, element.dc);
     // to [slots][B][columns] = or += the columns `of` of this step's rows of `from`, times a matrix [of.length,
     // columns] at `weight`, of weights `distance` apart.
     const auto multiply = [&](const T* from, Columns of, const T* weight, int64_t distance, int64_t columns, S* to,
@@ -210,8 +211,8 @@ struct StepwiseBackward {
     const StepRows at = slots.rows(z, i);
     const int64_t rows = slots.most_rows(at);
     const S most = static_cast<S>(p.clip);
-    if (p.clip_by_norm) device.each(slots.count, rows, 2, Lengths<S>{z.B, z.R, z.H, at, most, u.dh, u.dc, w.scale});
-    Limit<S> limit = {z.B, z.R, z.H, at, {}, most, p.clip_by_norm ? w.scale : nullptr, u.dh, u.dc};
+    if (p.clip_by_norm) device.each(slots.count, rows, Z, Lengths<S>{z.B, z.R, z.H, Z, at, most, u.dh, u.dc, w.scale});
+    Limit<S> limit = {z.B, z.R, z.H, Z, at, {}, most, p.clip_by_norm ? w.scale : nullptr, u.dh, u.dc};
     for (int s = 0; p.bptt_steps > 0 && i > 0 && s < slots.count; ++s) {
       limit.sever[s] = std::max(slots.time(z, s, i), slots.time(z, s, i - 1)) % p.bptt_steps == 0;
     }

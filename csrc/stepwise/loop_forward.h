@@ -18,11 +18,11 @@ struct StepwiseForward {
   using T = Type;
   using S = Compute<T>;
   static constexpr DType kDType = Element<T>::kDType;
-  static constexpr int G = Cell::kGates;
+  static constexpr int G = Cell::kGates, kBeside = Cell::kStates - 1;
   static constexpr bool kProduct = Cell::kFirst > 0, kTwoProducts = kProduct && Cell::kFirst < G;
   static constexpr bool kOneType = std::is_same_v<S, T>;
   // Whether there is a kernel for many steps (persistent/forward.h); and whether it can do those of p.
-  static constexpr bool kPersistent = Cell::kFirst == G && !std::is_same_v<T, double>;
+  static constexpr bool kPersistent = Cell::kFirst == G && kBeside < 2 && !std::is_same_v<T, double>;
   static bool can_persist(const ForwardProblem& p) {
     return kPersistent && !p.size.projected && !p.noise.mask_h && !p.noise.keep_h.data && !p.noise.keep_c.data;
   }
@@ -32,7 +32,7 @@ struct StepwiseForward {
     S* rec;           // [slots][B][G*H] or null
     T* operand;       // [slots][B][R]
     S* h;             // [slots][B][R], or null: `operand` is all there is to know of it
-    S* c;             // [slots][B][H] or null
+    S* c;             // [slots][B][kBeside*H] or null
     T* q;             // [slots][B][H] or null
     S* kept;          // [slots][B][kSaved*H] or null
     T* w_ih;          // [2][G*H][I], of two directions, as all the weights here
@@ -52,7 +52,7 @@ struct StepwiseForward {
     if (kProduct) w.rec = arena.take<S>(z.B * row);
     w.operand = arena.take<T>(z.D * z.B * z.R);
     if ((!kOneType && !z.projected) || p.noise.mask_h || p.noise.changes_h()) w.h = arena.take<S>(z.D * z.B * z.R);
-    if (Cell::kStates == 2) w.c = arena.take<S>(z.D * z.B * z.H);
+    if (kBeside > 0) w.c = arena.take<S>(z.D * z.B * kBeside * z.H);
     if (kTwoProducts || z.projected) w.q = arena.take<T>(z.D * z.B * z.H);
     if (kTwoProducts && !p.saved) w.kept = arena.take<S>(z.D * z.B * Cell::kSaved * z.H);
     if (z.D == 2) {
@@ -77,21 +77,21 @@ struct StepwiseForward {
     const Slots slots(z);
     Arena arena(memory);
     const Work w = arrange<Device>(arena, p);
-    const int64_t H = z.H, R = z.R, B = z.B;
+    const int64_t H = z.H, R = z.R, B = z.B, C = kBeside * H;
     const Weights weights = {side_by_side(device, p, &LayerWeights::w_ih, w.w_ih, G * H, z.I),
                              kProduct ? side_by_side(device, p, &LayerWeights::w_hh, w.w_hh, G * H, R) : nullptr,
                              z.projected ? side_by_side(device, p, &LayerWeights::w_hr, w.w_hr, R, H) : nullptr};
-    LoadStates<S, T> begin = {B, R, H, w.operand, w.h, w.c, {}, {}, {}};
-    StoreStates<S, T> finish = {B, R, H, w.operand, w.h, w.c, {}, {}};
+    LoadStates<S, T> begin = {B, R, C, w.operand, w.h, w.c, {}, {}, {}};
+    StoreStates<S, T> finish = {B, R, C, w.operand, w.h, w.c, {}, {}};
     ForwardBuffers<S, T> u = {};
     u.B = B, u.H = H, u.R = R, u.width = z.D * R;
     u.saved_stride = p.saved_stride;
     u.kept = w.kept, u.rec = w.rec, u.operand = w.operand, u.h = w.h, u.c = w.c, u.q = w.q;
     for (int s = 0; s < slots.count; ++s) {
       begin.from_h[s] = typed<T>(p.h0, s * B * R);
-      begin.from_c[s] = typed<T>(p.c0, s * B * H);
+      begin.from_c[s] = typed<T>(p.c0, s * B * C);
       finish.to_h[s] = typed<T>(p.h_n, s * B * R);
-      finish.to_c[s] = typed<T>(p.c_n, s * B * H);
+      finish.to_c[s] = typed<T>(p.c_n, s * B * C);
       u.mask[s] = begin.mask[s] = typed<T>(p.noise.mask_h, s * B * R);
       u.b_ih[s] = typed<T>(p.weights[s].b_ih);
       u.b_hh[s] = typed<T>(p.weights[s].b_hh);
@@ -99,7 +99,7 @@ struct StepwiseForward {
       u.y[s] = typed<T>(p.y, s * R);
       u.saved[s] = typed<S>(p.saved, s * z.N * p.saved_stride);
     }
-    device.each(slots.count, B, std::max(H, R), begin);
+    device.each(slots.count, B, std::max(C, R), begin);
     bool persists = false;
     if constexpr (kPersistent) persists = can_persist(p) && device.template persists<StepwiseForward>(p);
     if (persists && w.active) write_active(device, z, w.active);
@@ -115,7 +115,7 @@ struct StepwiseForward {
       }
       for (; i < end; ++i) step(device, p, slots, w, weights, u, span, i);
     }
-    device.each(slots.count, B, std::max(H, R), finish);
+    device.each(slots.count, B, std::max(C, R), finish);
   }
 
  private:

@@ -21,7 +21,7 @@ class Outputs {
     const int64_t own = (cell.saved + cell.states - 1) * z.H;
     add(p.y, z.N, z.D * z.R, dtype);
     add(p.h_n, z.D * z.B, z.R, dtype);
-    add(p.c_n, z.D * z.B, z.H, dtype);
+    add(p.c_n, z.D * z.B, (cell.states - 1) * z.H, dtype);
     add(p.saved, z.D * z.N, own, compute_, p.saved_stride);
   }
   Outputs(BackwardProblem& p, const CellConstants& cell, DType dtype) : compute_(compute_of(dtype)) {
@@ -34,7 +34,7 @@ class Outputs {
       passing_ = {&p.dx_part[0], z.N, z.I, z.I, compute_};
     }
     add(p.dh0, z.D * z.B, z.R, dtype);
-    add(p.dc0, z.D * z.B, z.H, dtype);
+    add(p.dc0, z.D * z.B, (cell.states - 1) * z.H, dtype);
     add(p.dgates, z.D * z.N, cell.columns() * z.H, compute_);
     add(p.dh, z.D * z.N, z.R, compute_);
     add(p.norms, z.D * z.N, 2 * cell.states + cell.gates, compute_);

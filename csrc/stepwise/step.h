@@ -94,12 +94,12 @@ struct Numbers {
 // From the tensors of a call into the driver's buffers; zeros where there are none.
 template <class S, class T>
 struct LoadStates {
-  int64_t B, R, H;
+  int64_t B, R, C;           // C: of a row of the states besides h
   T* operand;                // [slots][B][R]: h as a product reads it, or null
   S* h;                      // [slots][B][R], or null
-  S* c;                      // [slots][B][H], or null
+  S* c;                      // [slots][B][C], or null
   PerSlot<const T*> from_h;  // [B, R] or null
-  PerSlot<const T*> from_c;  // [B, H] or null
+  PerSlot<const T*> from_c;  // [B, C] or null
   PerSlot<const T*> mask;    // [B, R] or null: of the operand
 
   FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t j) const {
@@ -110,24 +110,24 @@ struct LoadStates {
       }
       if (h) h[(s * B + b) * R + j] = widen(value);
     }
-    if (c && j < H) c[(s * B + b) * H + j] = from_c[s] ? widen(from_c[s][b * H + j]) : S(0);
+    if (c && j < C) c[(s * B + b) * C + j] = from_c[s] ? widen(from_c[s][b * C + j]) : S(0);
   }
 };
 
 // From the driver's buffers into the tensors of a call.
 template <class S, class T>
 struct StoreStates {
-  int64_t B, R, H;
+  int64_t B, R, C;   // as in LoadStates
   const T* operand;  // [slots][B][R]: of h if there is no `h`
   const S* h;        // [slots][B][R], or null
-  const S* c;        // [slots][B][H], or null
+  const S* c;        // [slots][B][C], or null
   PerSlot<T*> to_h;  // [B, R]
-  PerSlot<T*> to_c;  // [B, H]
+  PerSlot<T*> to_c;  // [B, C]
 
   FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t j) const {
     const int64_t i = (s * B + b) * R + j;
     if (j < R) to_h[s][b * R + j] = h ? narrow<T>(h[i]) : operand[i];
-    if (c && j < H) to_c[s][b * H + j] = narrow<T>(c[(s * B + b) * H + j]);
+    if (c && j < C) to_c[s][b * C + j] = narrow<T>(c[(s * B + b) * C + j]);
   }
 };
 

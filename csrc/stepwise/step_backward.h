@@ -11,7 +11,7 @@ template <class S, class T>
 struct BackwardBuffers {
   int64_t B, H, R, width;
   PerSlot<const T*> h0;     // [B, R] or null
-  PerSlot<const T*> c0;     // [B, H] or null
+  PerSlot<const T*> c0;     // [B, Z*H] or null, Z = kStates - 1
   PerSlot<const T*> y;      // [N, width], from the direction's first column on
   PerSlot<const S*> saved;  // [N, saved_stride]
   int64_t saved_stride;
@@ -22,10 +22,10 @@ struct BackwardBuffers {
   PerSlot<T*> q;             // [N, H]: operand of the second product or output before its projection; or null
   PerSlot<T*> dy_rows;       // [N, R]: dL/d(W_hr (o * tanh(c))) of a projected layer
   PerSlot<S*> dh_rows;       // [N, R]: dL/dh_t but for dy, or null
-  PerSlot<S*> sent_dc;       // [N, H]: what the later steps and dc_n send to c_t, or null
-  PerSlot<S*> dc_rows;       // [N, H]: dL/dc_t by all ways, or null
+  PerSlot<S*> sent_dc;       // [N, Z*H]: what the later steps and dc_n send to c_t, or null
+  PerSlot<S*> dc_rows;       // [N, Z*H]: dL/dc_t by all ways, or null
   S* dh;                     // [slots][B][R]: dL/dh of this step but for dy
-  S* dc;                     // [slots][B][H]
+  S* dc;                     // [slots][B][Z][H]
   S* through;                // [slots][B][H]: dL/dq, or the gradient through the projection
 };
 
@@ -97,16 +97,30 @@ struct BackwardStep : BackwardElement<S, T> {
       d[0] = this->total_dh(s, b, j);
       direct_h = this->past(this->noise.h[s], b, j, d[0]);
     }
-    if constexpr (Cell::kStates == 2) {
-      const int64_t before = (this->at.previous[s] + b) * u.saved_stride + Cell::kSaved * H + j;
-      previous[1] = b < this->at.carried[s] ? u.saved[s][before] : u.c0[s] ? widen(u.c0[s][b * H + j]) : S(0);
-      current[1] = this->noise.c[s] ? Cell::candidate(saved, previous) : row[Cell::kSaved * H + j];
-      d[1] = u.dc[i];
-      if (u.sent_dc[s]) u.sent_dc[s][n * H + j] = d[1];
+    constexpr int kBeside = Cell::kStates - 1;
+    S* const carried = u.dc + (s * u.B + b) * kBeside * H + j;
+    if constexpr (kBeside > 0) {
       const StepView<T>& dc = this->dc[s];
-      if (dc.data) d[1] += widen(dc.data[b * dc.batch + j]);
-      if (u.dc_rows[s]) u.dc_rows[s][n * H + j] = this->noise.c[s] ? d[1] : parameters.dc_of(saved, current, d);
-      direct_c = this->past(this->noise.c[s], b, j, d[1]);
+      for (int k = 0; k < kBeside; ++k) {
+        const int64_t before = (this->at.previous[s] + b) * u.saved_stride + (Cell::kSaved + k) * H + j;
+        previous[k + 1] = b < this->at.carried[s] ? u.saved[s][before]
+                          : u.c0[s]               ? widen(u.c0[s][(b * kBeside + k) * H + j])
+                                                  : S(0);
+        current[k + 1] = row[(Cell::kSaved + k) * H + j];
+        d[k + 1] = carried[k * H];
+        if (u.sent_dc[s]) u.sent_dc[s][(n * kBeside + k) * H + j] = d[k + 1];
+        if (dc.data) d[k + 1] += widen(dc.data[b * dc.batch + k * H + j]);
+      }
+      if constexpr (kBeside == 1) {
+        if (this->noise.c[s]) current[1] = Cell::candidate(saved, previous);
+      }
+      if (u.dc_rows[s]) {
+        Values<S, Cell::kStates> all;
+        for (int k = 1; k <= kBeside; ++k) all[k] = d[k];
+        if (!this->noise.c[s]) parameters.dc_of(saved, current, d, all);
+        for (int k = 0; k < kBeside; ++k) u.dc_rows[s][(n * kBeside + k) * H + j] = all[k + 1];
+      }
+      direct_c = this->past(this->noise.c[s], b, j, d[1]);  // none with more states than two
     }
     if constexpr (0 < Cell::kFirst && Cell::kFirst < Cell::kGates) {
       const Values<S, 1> operand = {this->previous_operand(s, b, j)};
@@ -124,7 +138,7 @@ struct BackwardStep : BackwardElement<S, T> {
     for (int g = Cell::kGates - Cell::kSplit; g < Cell::kGates; ++g) out[(g + Cell::kSplit) * H] = narrow<T>(dx[g]);
     for (int k = 0; k < Cell::kParameters; ++k) out[(kFactors + k) * H] = narrow<T>(parameters.gradient[k]);
     if constexpr (!kProjected) u.dh[i] = d[0] + direct_h;
-    if constexpr (Cell::kStates == 2) u.dc[i] = d[1] + direct_c;
+    for (int k = 0; k < kBeside; ++k) carried[k * H] = k ? d[k + 1] : d[1] + direct_c;
   }
 };
 
@@ -172,44 +186,48 @@ FUSEDRNN_INLINE S norm_of(const S* row, int64_t n) {
   return norm(sum_of_squares<S>(n, 1, [&](int64_t j) { return row[j]; }));
 }
 
-// Of each sample that sends: the factors that make its dL/dh and dL/dc no longer than `most`. Column 0 or 1.
+// Of each sample that sends: the factors that make its dL/dh and dL/dc no longer than `most`, a column for each of Z
+// states.
 template <class S>
 struct Lengths {
-  int64_t B, R, H;
+  int64_t B, R, H, Z;
   StepRows at;
   S most;
   const S* dh;  // [slots][B][R]
-  const S* dc;  // [slots][B][H], or null
-  S* scale;     // [slots][B][2]
+  const S* dc;  // [slots][B][Z - 1][H], or null
+  S* scale;     // [slots][B][Z]
 
   FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t column) const {
-    if (b >= at.rows[s] || (column && !dc)) return;
+    if (b >= at.rows[s]) return;
     const int64_t i = s * B + b;
-    const S length = column ? norm_of(dc + i * H, H) : norm_of(dh + i * R, R);
-    scale[i * 2 + column] = clip_factor(length, most);
+    const S length = column ? norm_of(dc + (i * (Z - 1) + column - 1) * H, H) : norm_of(dh + i * R, R);
+    scale[i * Z + column] = clip_factor(length, most);
   }
 };
 
 // What a step has left in dh and dc, as the step before may have it.
 template <class S>
 struct Limit {
-  int64_t B, R, H;
+  int64_t B, R, H, Z;
   StepRows at;
   PerSlot<bool> sever;  // samples that have a step before this one send nothing
   S most;               // of each element, or 0
-  const S* scale;       // [slots][B][2], or null
+  const S* scale;       // [slots][B][Z], or null
   S* dh;                // [slots][B][R]
-  S* dc;                // [slots][B][H], or null
+  S* dc;                // [slots][B][Z - 1][H], or null
 
   FUSEDRNN_INLINE S limited(int s, int64_t b, int column, S v) const {
     if (sever[s] && b < at.carried[s]) return S(0);
-    if (scale) return v * scale[(s * B + b) * 2 + column];
+    if (scale) return v * scale[(s * B + b) * Z + column];
     return most == S(0) ? v : clipped(v, most);
   }
   FUSEDRNN_INLINE void operator()(int s, int64_t b, int64_t j) const {
     if (b >= at.rows[s]) return;
     if (S* v = dh + (s * B + b) * R + j; j < R) *v = limited(s, b, 0, *v);
-    if (S* v = dc + (s * B + b) * H + j; dc && j < H) *v = limited(s, b, 1, *v);
+    for (int column = 1; column < Z && j < H; ++column) {
+      S* const v = dc + ((s * B + b) * (Z - 1) + column - 1) * H + j;
+      *v = limited(s, b, column, *v);
+    }
   }
 };
 
@@ -219,19 +237,19 @@ struct RowNorms {
   int64_t N, B, R, H;
   RowView dy;
   PerSlot<const S*> dh;           // [N, R]
-  PerSlot<const S*> sent_dc, dc;  // [N, H]
+  PerSlot<const S*> sent_dc, dc;  // [N, (kStates - 1)*H]
   PerSlot<const T*> dg;           // [N, (G + kSplit + U)*H]
   S* to;                          // [slots][N][columns]
 
-  static constexpr int G = Cell::kGates, kSplit = Cell::kSplit;
+  static constexpr int G = Cell::kGates, kSplit = Cell::kSplit, kBeside = Cell::kStates - 1;
   using At = NormColumns<Cell>;
 
   FUSEDRNN_INLINE void operator()(int s, int64_t n, int64_t column) const {
     S& result = to[(s * N + n) * At::kCount + column];
     if (column == At::kSent || (column == At::kTotal && !dy.data)) result = norm_of(dh[s] + n * R, R);
-    else if (column < At::kTotal) result = norm_of(sent_dc[s] + n * H, H);
+    else if (column < At::kTotal) result = norm_of(sent_dc[s] + (n * kBeside + column - At::kSent - 1) * H, H);
     else if (column == At::kTotal) result = norm_with_dy(s, n);
-    else if (column < At::kGates) result = norm_of(dc[s] + n * H, H);
+    else if (column < At::kGates) result = norm_of(dc[s] + (n * kBeside + column - At::kTotal - 1) * H, H);
     else result = norm_of_gate(s, n, column - At::kGates);
   }
 

@@ -20,7 +20,7 @@ struct ForwardBuffers {
   PerSlot<const T*> mask;  // [B, R] or null: of the operand
   T* operand;              // [slots][B][R]: h as the next product reads it
   S* h;                    // [slots][B][R], or null: operand is it
-  S* c;                    // [slots][B][H]
+  S* c;                    // [slots][B][kStates - 1][H]
   T* q;                    // [slots][B][H]: the operand of the second product, or the output before its projection
 };
 
@@ -118,15 +118,17 @@ struct ForwardStep : ForwardElement<Cell, S, T> {
     Values<S, Cell::kStates> state;
     // No cell that is projected reads it.
     state[0] = kProjected ? S(0) : Cell::kFirst > 0 ? this->previous_h(i) : this->masked_h(s, i);
-    if constexpr (Cell::kStates == 2) state[1] = u.c[i];
+    constexpr int kBeside = Cell::kStates - 1;
+    S* const c = u.c + (s * u.B + b) * kBeside * H + j;
+    for (int k = 0; k < kBeside; ++k) state[k + 1] = c[k * H];
     forward_step<Cell>(x, rec, this->parameters(s, j), state, saved);
-    if constexpr (Cell::kStates == 2) {
-      if (this->noise.c[s]) state[1] = zoneout(this->noise.c[s](b, j), u.c[i], state[1]);
-      u.c[i] = state[1];
+    if constexpr (kBeside == 1) {
+      if (this->noise.c[s]) state[1] = zoneout(this->noise.c[s](b, j), *c, state[1]);
     }
+    for (int k = 0; k < kBeside; ++k) c[k * H] = state[k + 1];
     if (u.saved[s]) {
       for (int k = 0; k < Cell::kSaved; ++k) row[k * H + j] = saved[k];
-      if constexpr (Cell::kStates == 2) row[Cell::kSaved * H + j] = state[1];
+      for (int k = 0; k < kBeside; ++k) row[(Cell::kSaved + k) * H + j] = state[k + 1];
       if (Cell::kSaved == 0 && this->noise.h[s]) row[j] = state[0];
     }
     if constexpr (kProjected) u.q[i] = narrow<T>(state[0]);

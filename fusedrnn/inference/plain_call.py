@@ -59,7 +59,7 @@ def plain_call(
         zoneout: in inference alone.
         scales: of matrices of a smaller type, which are for inference.
     """
-    if dual_level() >= 0:
+    if dual_level() >= 0 or CELLS[cell].beside > 1:
         return None
     dim, layers, directions, *_ = form
     batch_first = dim == 3 and module.batch_first
@@ -104,7 +104,13 @@ def plain_cell(
 ) -> tuple[Tensor, ...] | None:
     """One step with weights that are no module's: the next states. None where anything is different, as above."""
     info = CELLS.get(cell)
-    if info is None or info.eager or len(states) != len(info.states) or any(w.dim() != 2 for w in weights[:2]):
+    if (
+        info is None
+        or info.eager
+        or info.beside > 1
+        or len(states) != len(info.states)
+        or any(w.dim() != 2 for w in weights[:2])
+    ):
         return None
     if torch.compiler.is_compiling() or dual_level() >= 0:
         return None

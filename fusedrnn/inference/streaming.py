@@ -98,7 +98,7 @@ def _prepare(module: torch.nn.RNNBase, input: Tensor, usual: Usual) -> None:
     if forward not in usual.forwards or weights is None or heard(module) or _draws(module, given):
         return
     cell = options.cell_of(module)
-    if CELLS[cell].eager:
+    if CELLS[cell].eager or CELLS[cell].beside > 1:
         return
     zoneout = kept_parts(given.zoneout, len(CELLS[cell].states))
     kind = _kind(module)

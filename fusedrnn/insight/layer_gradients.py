@@ -54,6 +54,7 @@ class LayerGradients:
         from_c: (T, B), likewise to c_t, if ``return_states`` gave it to a loss, for the LSTM; None for other cells.
         sent_h: (T, B), the norm of what later steps (at the last one h_n) send to h_t: dL/dh_t without dL/dy_t.
         sent_c: (T, B), likewise of c_t, for the LSTM; None for other cells.
+        further: (T, B) each, || dL/ds_t || of the states s besides h and c, by their names: n and m of the SLSTM.
         backward: which backward pass of the block, from 0.
         call: which call of the module in that pass, from 0, the last one first.
         several: whether the block has several passes, and whether the module several calls in them.
@@ -71,6 +72,7 @@ class LayerGradients:
     sent_h: Tensor = field(repr=False)
     sent_c: Tensor | None = field(repr=False)
     from_c: Tensor | None = field(repr=False)
+    further: dict[str, Tensor] = field(default_factory=dict, repr=False)
     backward: int = 0
     call: int = 0
     several: tuple[bool, bool] = (False, False)
@@ -79,7 +81,7 @@ class LayerGradients:
 
     @property
     def state(self) -> Tensor:
-        """(T, B), the norm of the gradient of the whole state: of h and c together for the LSTM."""
+        """(T, B), the norm of the gradient of the whole state: of h and c together where there is c."""
         return _together(self.h, self.c)
 
     @property

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cells import CELLS
-from ..layer.call import LayerCall, OutputGradients, Owner
+from ..layer.call import LayerCall, OutputGradients, Owner, parted_rows
 from ..layer.listeners import listening, lock
 from ..layer.segments import Segments
 from ..options import HasOptions
@@ -103,7 +103,8 @@ class record_gradients:
             fields = {"name": self._names[module], "layer": layer, "backward": number, "call": index}
             fields["cut"] = call.options.bptt_steps > 0 or (isinstance(layout, Segments) and not layout.uncut)
             fields["clip"] = call.options.clip
-            outside = [_norms_of(d, norms) for d in (gradients.y, gradients.c)[: len(call.states)]]
+            of_states = gradients.y, *parted_rows(call.info, gradients.c, call.directions)
+            outside = [_norms_of(d, norms) for d in of_states]
             found = _Call(call.cell, norms.detach(), outside, layout, call.x.shape, call.batch_sizes, fields)
             self._raw.append(found)
             self._layers = []
@@ -128,12 +129,13 @@ class record_gradients:
                     **raw.fields,
                     direction=("forward", "reverse")[d],
                     h=values[states],
-                    c=values[states + 1] if states == 2 else None,
+                    c=values[states + 1] if states > 1 else None,
                     gates=dict(zip(info.gates, values[2 * states : -states], strict=True)),
                     from_y=values[-states],
-                    from_c=values[-1] if states == 2 else None,
+                    from_c=values[-states + 1] if states > 1 else None,
                     sent_h=values[0],
-                    sent_c=values[1] if states == 2 else None,
+                    sent_c=values[1] if states > 1 else None,
+                    further={name: values[states + k] for k, name in enumerate(info.states) if k > 1},
                     several=several,
                 )
             )

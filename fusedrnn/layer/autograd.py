@@ -107,13 +107,14 @@ def _without_gradient(call: LayerCall) -> Outputs:
 def _forward(call: LayerCall, save: bool) -> tuple[Outputs, Tensor]:
     """The outputs, and what the backward pass wants, if anything."""
     save = save and not _recomputes(call)
-    states = call.options.states and len(call.info.states) == 2
+    states = call.options.states and call.info.beside > 0
     (y, finals, c), saved = call.forward(save or states)
     y = in_place(Tensor.transpose_, Tensor.transpose, y, 0, 1) if call.options.batch_first else y
     if states:
         hidden = finals[1].size(2)
         begin = call.info.saved * hidden
-        c = torch.cat([s[:, begin : begin + hidden] for s in saved], dim=1).to(call.x.dtype)
+        end = begin + call.info.beside * hidden
+        c = torch.cat([s[:, begin:end] for s in saved], dim=1).to(call.x.dtype)
         c = c.reshape(*call.x.shape[:-1], c.size(1))
         saved = saved if save else saved[:, :0].clone()
     return Outputs(y, finals, c), saved
@@ -242,9 +243,10 @@ def backward_of_step(
     """``RecurrentLayer.backward`` for a step whose forward pass was made by C++ (``csrc/training.h``): the gradients of
     x (B, I), the states (B, H) that were given and the weights, from those of the next states.
     """
-    given = [*(s.unsqueeze(0) for s in states), None, None][: len(CELLS[cell].states)]
+    count = len(CELLS[cell].states)
+    given = [*(s.unsqueeze(0) for s in states), *[None] * count][:count]
     call = LayerCall(cell, x.unsqueeze(0), given, weights)
-    of_states = [*wanted[1 : 1 + len(states)], False, False][: len(given)]
+    of_states = [*wanted[1 : 1 + len(states)], *[False] * count][:count]
     needs = LayerCall.with_leaves([wanted[0], *of_states, *wanted[1 + len(states) :]])
     context = _Context(call.flat[:4], (h.unsqueeze(0), saved, *call.flat[4:]), needs)
     finals = [None if d is None else d.unsqueeze(0) for d in gradients]
@@ -275,7 +277,8 @@ def _one_step_by_hand(
     """The gradients of x, the initial states and the weights, with a graph whose own derivative is by hand too; None
     where C++ has none (``csrc/second_order.h``).
     """
-    if call.bidirectional or call.noise.any or gradients.c is not None or len(call.weights) not in (2, 4):
+    alone = call.bidirectional or call.noise.any or call.info.beside > 1
+    if alone or gradients.c is not None or len(call.weights) not in (2, 4):
         return None
     count = len(call.states)
     given = sum(s is not None for s in call.states)
@@ -365,7 +368,13 @@ class RecurrentLayerBackward(torch.autograd.Function):
         wanted = Leaves.of(call.cell, LayerCall.leaves_of(asked[4 : -len(gradients.flat)]))
         # In the tensors' own type, whatever autocast is on around backward().
         with _without_autocast(call.x):
-            if call.noise.any or call.info.parameters or torch.is_grad_enabled() or transformed():
+            if (
+                call.noise.any
+                or call.info.parameters
+                or call.info.beside > 1
+                or torch.is_grad_enabled()
+                or transformed()
+            ):
                 cotangents, leaves = map(differentiable.numbered, (gradients.flat, call.leaves.flat))
                 found, pull = torch.func.vjp(partial(differentiable.gradients, call), cotangents, leaves)
                 vector = dict(enumerate(v.flat))

@@ -26,6 +26,7 @@ from .call import (
     Needs,
     Noise,
     OutputGradients,
+    joined,
     layer_backward,
     layer_forward,
 )
@@ -99,12 +100,19 @@ def _folded(call: LayerCall, dims: LayerCall, count: int) -> LayerCall:
     )
 
 
+def _mapped_first(in_dims: Sequence[Any], args: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """The mapped dimension of every tensor in front: not the last one, by which states side by side are parted."""
+    args = [t.movedim(dim, 0) if isinstance(t, Tensor) and dim is not None else t for t, dim in zip(args, in_dims)]
+    return [0 if isinstance(t, Tensor) and dim is not None else dim for t, dim in zip(args, in_dims)], args
+
+
 def _own_weights(dims: LayerCall) -> bool:
     """Whether the members of the map differ in more than what makes a larger batch."""
     return dims.batch_sizes is not None or any(dim is not None for dim in (*dims.weights, *(dims.scales or ())))
 
 
 def _map_forward(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+    in_dims, args = _mapped_first(in_dims, args)
     call, save = ForwardArguments.of(*args)
     dims, count = ForwardArguments.of(*in_dims, cell=call.cell).call, info.batch_size
     if count == 0:
@@ -119,10 +127,12 @@ def _map_forward(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
 
 def _two(states: Sequence[Tensor]) -> Sequence[Tensor]:
     """As the ops give them: of a cell without c, an empty one."""
-    return (*states, states[0][:0])[:2]
+    h, c = joined(states)
+    return h, h[:0] if c is None else c
 
 
 def _map_backward(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+    in_dims, args = _mapped_first(in_dims, args)
     call, gradients, y, saved, needs = BackwardArguments.of(*args)
     dims, count, rows = BackwardArguments.of(*in_dims, cell=call.cell), info.batch_size, call.x_rows
     if count == 0:

@@ -127,7 +127,7 @@ class Leaves(NamedTuple):
 
     Attributes:
         x: (T, B, I) or (N, I).
-        states: h_0 (D, B, R) and, for cells with c, c_0 (D, B, H).
+        states: h_0 (D, B, R) and, for cells with more states, those, (D, B, H) each.
         weights: a layer's list (:class:`Weights`).
     """
 
@@ -146,7 +146,9 @@ class Leaves(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """y (T, B, D*R) or (N, D*R); the final states, shaped as the initial ones; c_t of every step, if asked for."""
+    """y (T, B, D*R) or (N, D*R); the final states, shaped as the initial ones; c_t of every step, if asked for:
+    with more states than two, each direction's all, side by side (:func:`parted_rows`).
+    """
 
     y: Tensor
     finals: Sequence[Tensor]
@@ -195,6 +197,40 @@ class Gradients(NamedTuple):
     gates: Tensor
     h: Tensor
     norms: Tensor
+
+
+def joined(states: Sequence[Any]) -> tuple[Any, Any]:
+    """A cell's states, or their gradients, as the ops take them: h, and all others in one tensor, side by side. None
+    among these is zero; if all are, or there is none, so is what they make.
+    """
+    h, *others = states
+    if len(others) < 2 or all(s is None for s in others):
+        return h, others[0] if others else None
+    some = next(s for s in others if s is not None)
+    return h, torch.cat([torch.zeros_like(some) if s is None else s for s in others], dim=-1)
+
+
+def parted(cell: CellInfo, h: Any, c: Any) -> tuple[Any, ...]:
+    """The inverse. Of what is no tensor, such as the dimension that is mapped, each state has the same."""
+    if cell.beside < 2:
+        return (h, c)[: len(cell.states)]
+    return h, *(c.chunk(cell.beside, dim=-1) if isinstance(c, Tensor) else (c,) * cell.beside)
+
+
+def _apart(cell: CellInfo, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+    """Likewise, each in memory of its own: people change results in place."""
+    states = parted(cell, h, c)
+    return states if cell.beside < 2 else (h, *(s.clone(memory_format=torch.contiguous_format) for s in states[1:]))
+
+
+def parted_rows(cell: CellInfo, c: Tensor | None, directions: int) -> tuple[Tensor | None, ...]:
+    """The states besides h of every step, (T, B, D*H) or (N, D*H) each, from those of the ops, which have each
+    direction's side by side.
+    """
+    if c is None or cell.beside < 2:
+        return (c,) * cell.beside
+    parts = c.chunk(directions * cell.beside, dim=-1)
+    return tuple(torch.cat(parts[k :: cell.beside], dim=-1) for k in range(cell.beside))
 
 
 _STATIC, _MASKS = 4, len(Noise._fields)
@@ -276,21 +312,21 @@ class LayerCall(NamedTuple):
     def forward(self, save: bool) -> tuple[Outputs, Tensor]:
         """By the kernel: the outputs, without c, and what the backward pass needs, empty if it is not to be saved."""
         cell, x, states, weights, bidirectional, batch_sizes, noise, _, _, scales = self
-        h0, c0 = states if len(states) == 2 else (*states, None)
+        h0, c0 = joined(states)
         more = noise.for_op(x) if scales is None else (*noise.for_op(x), scales)
         y, h_n, c_n, saved = layer_forward(x, batch_sizes, h0, c0, weights, cell, bidirectional, save, *more)
-        return Outputs(y, (h_n, c_n) if len(states) == 2 else (h_n,)), saved
+        return Outputs(y, _apart(self.info, h_n, c_n)), saved
 
     def backward(self, gradients: OutputGradients, y: Tensor, saved: Tensor, needs: Needs) -> Gradients:
         """By the kernel; ``y`` and ``saved`` as :meth:`forward` gave them."""
         cell, x, states, weights, bidirectional, batch_sizes, noise, options, _, _ = self
-        two, (dy, dc, finals) = len(states) == 2, gradients
-        (h0, c0), (dh_n, dc_n) = (states, finals) if two else ((*states, None), (*finals, None))
+        dy, dc, finals = gradients
+        (h0, c0), (dh_n, dc_n) = joined(states), joined(finals)
         dx, dh0, dc0, dweights, dgates, dh, norms = layer_backward(
             dy, dh_n, dc_n, dc, x, batch_sizes, h0, c0, weights, y, saved, cell, bidirectional, *needs,
             options.bptt_steps, options.clip, options.clip_by_norm, *noise.for_op(x),
         )  # fmt: skip
-        return Gradients(dx, (dh0, dc0) if two else (dh0,), dweights, dgates, dh, norms)
+        return Gradients(dx, _apart(self.info, dh0, dc0), dweights, dgates, dh, norms)
 
 
 def _call_of_op(cell: str, bidirectional: bool, tensors: Sequence[Any], noise: Noise) -> LayerCall:
@@ -299,7 +335,7 @@ def _call_of_op(cell: str, bidirectional: bool, tensors: Sequence[Any], noise: N
     x, batch_sizes, h0, c0, weights = tensors
     if c0 is not None and len(CELLS[cell].states) == 1:
         raise RuntimeError(f"cell {cell} has no c0")
-    return LayerCall(cell, x, (h0, c0)[: len(CELLS[cell].states)], weights, bidirectional, batch_sizes, noise)
+    return LayerCall(cell, x, parted(CELLS[cell], h0, c0), weights, bidirectional, batch_sizes, noise)
 
 
 class ForwardArguments(NamedTuple):
@@ -334,4 +370,5 @@ class BackwardArguments(NamedTuple):
         limits = 13 + len(Needs._fields)
         call = _call_of_op(cell or name, bidirectional, tensors, Noise(*args[limits + 3 :]))
         call = call._replace(options=Options(False, False, *args[limits : limits + 3]))
-        return cls(call, OutputGradients(dy, dc, (dh_n, dc_n)[: len(call.states)]), y, saved, Needs(*args[13:limits]))
+        gradients = OutputGradients(dy, dc, parted(call.info, dh_n, dc_n))
+        return cls(call, gradients, y, saved, Needs(*args[13:limits]))

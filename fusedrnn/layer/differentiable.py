@@ -159,11 +159,12 @@ def layer(call: LayerCall) -> Outputs:
             None if k is None else k.flatten(0, -2).chunk(call.directions, 1)[d].split(rows)
             for k in (noise.keep_h, noise.keep_c)
         ]
+        keeps += [None] * (call.info.beside - 1)
         mask = None if noise.mask_h is None else noise.mask_h[d]
         states, final = _direction(call.cell, bool(d), x, rows, start, weights, mask, keeps)
         steps.append(states)
         finals.append(final)
-    y, *c = (torch.cat(state, dim=-1) for state in zip(*steps, strict=True))
+    y, *c = (torch.cat(own, dim=-1) for own in ([s[0] for s in steps], [t for s in steps for t in s[1:]]) if own)
     y, *c = (state.reshape(*x.shape[:-1], state.size(-1)) for state in (y, *c))
     return Outputs(y, tuple(map(torch.stack, zip(*finals, strict=True))), *c)
 
@@ -222,7 +223,7 @@ def _direction(
             parts[first] = (w_hh, b_hh) if whole else (w_hh[part], None if b_hh is None else b_hh[part])
         return linear(masked(h), *parts[first])
 
-    sizes = (w_hh.size(1) if info.product else hidden, hidden)
+    sizes = (w_hh.size(1) if info.product else hidden, *[hidden] * info.beside)
     start = [x.new_zeros(rows[0], size) if s is None else s for s, size in zip(start, sizes)]
     # Samples beyond those of a step have ended (forward) or not begun (reverse).
     count = rows[-1] if reverse else rows[0]

@@ -50,8 +50,12 @@ def rates(
     Raises:
         ValueError: no probability, or a pair for a cell with one state.
     """
-    pair = tuple(zoneout) if isinstance(zoneout, (tuple, list)) else (zoneout,) * states
-    if len(pair) != states:
+    pair = tuple(zoneout) if isinstance(zoneout, (tuple, list)) else (zoneout,) * min(states, 2)
+    if states > 2 and (len(pair) != 2 or pair[1] != 0):
+        raise ValueError(
+            f"zoneout must be (p, 0.0) for a cell of {states} states, of which h alone has zoneout, got {zoneout}"
+        )
+    if len(pair) != min(states, 2):
         what = ", or a pair of them, of h and of c" if states == 2 else ": the cell has one state"
         raise ValueError(f"zoneout must be a probability{what}, got {zoneout}")
     found = Rates(input_dropout, recurrent_dropout, *(*pair, 0.0)[:2], weight_dropout)

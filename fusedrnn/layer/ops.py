@@ -117,7 +117,11 @@ def _check(call: LayerCall, **more: Tensor | None) -> None:
             )
         sized += [(name, scale, shape) for (name, shape), scale in zip(scales * call.directions, call.scales)]
     if batch_sizes is None or type(batch_sizes) is Tensor:
-        given = [(name, state, size) for (name, state), size in zip(states.items(), (R, H)) if state is not None]
+        given = [
+            (name, state, size)
+            for (name, state), size in zip(states.items(), (R, *[H] * info.beside))
+            if state is not None
+        ]
         samples = _samples(call._replace(states=()))
         sized += [(name, state, (call.directions, samples, size)) for name, state, size in given]
     for name, tensor, shape in sized:
@@ -142,7 +146,8 @@ def _samples(call: LayerCall) -> int | torch.SymInt:
 def _finals(call: LayerCall) -> list[Tensor]:
     """Tensors of the shapes of h_n (D, B, R) and c_n (D, B, H), which is empty for a cell without c."""
     samples, directions = _samples(call), call.directions
-    shapes = (directions, call.width), (directions if len(call.states) == 2 else 0, call.hidden)
+    beside = call.info.beside
+    shapes = (directions, call.width), (directions if beside else 0, max(beside, 1) * call.hidden)
     return [call.x.new_empty((n, samples, width)) for n, width in shapes]
 
 
