@@ -28,6 +28,7 @@ CHOICES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "residual": ("residual_rnn", "ResidualRNN", {}),
     "mgu": ("mgu", "MGU", {}),
     "peephole": ("peephole_lstm", "PeepholeLSTM", {}),
+    "slstm": ("slstm", "SLSTM", {}),
     "indrnn": ("indrnn_tanh", "IndRNN", {"nonlinearity": "tanh"}),
     "indrnn_relu": ("indrnn_relu", "IndRNN", {"nonlinearity": "relu"}),
 }

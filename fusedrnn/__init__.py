@@ -11,7 +11,7 @@ from . import extension  # noqa: F401  # isort: skip  before all that loads the 
 from . import functional, init, onnx, reference
 from .cells import CELLS, CellInfo
 from .convert import ConversionReport, convert, revert
-from .further_modules import MGU, IndRNN, PeepholeLSTM
+from .further_modules import MGU, SLSTM, IndRNN, PeepholeLSTM, SLSTMCell
 from .insight.recording import LayerGradients, record_gradients
 from .layer import autograd, ops
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, ResidualRNN, RNNCell
@@ -44,6 +44,8 @@ __all__ = [
     "RNNCell",
     "Recurrent",
     "ResidualRNN",
+    "SLSTM",
+    "SLSTMCell",
     "UserCell",
     "autograd",
     "cell",

@@ -99,5 +99,6 @@ CELLS: dict[str, CellInfo] = {
         ),
         CellInfo("indrnn_tanh", gates=("h",), parameters=("u",), first=0),
         CellInfo("indrnn_relu", gates=("h",), parameters=("u",), first=0),
+        CellInfo("slstm", gates=("i", "f", "z", "o"), states=("h", "c", "n", "m"), saved=5, keeps="f", takes="i"),
     )
 }

@@ -34,7 +34,7 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 3e-5, torch.bfloat16: 6e-2}
 WEIGHTS = {"W_ih": "weight_ih_l0", "W_hh": "weight_hh_l0", "b_ih": "bias_ih_l0", "b_hh": "bias_hh_l0"}
 PROJECTION = {"W_hr": "weight_hr_l0"}
 OF_UNITS = {"W_unit": "weight_unit_l0"}
-STATES = ("h0", "c0")
+STATES = ("h0", "c0", "n0", "m0")
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,13 @@ CHOICES = {
     "peephole_lstm": Cell("peephole_lstm", "peephole_lstm"),
     "indrnn": Cell("indrnn", "indrnn_tanh"),
     "indrnn_relu": Cell("indrnn", "indrnn_relu", options={"nonlinearity": "relu"}),
+    "slstm": Cell("slstm", "slstm"),
 }
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A cell, its inputs and parameters by name, and the gradients that reach the outputs y, h_n and c_n."""
+    """A cell, its inputs and parameters by name, and the gradients that reach the outputs y, h_n, c_n and so on."""
 
     cell: Cell
     dtype: torch.dtype
@@ -78,7 +79,7 @@ class Problem:
         rng = np.random.default_rng(seed)
         info = CELLS[cell.registry]
         rows, bound = len(info.gates) * H, H**-0.5
-        normal = {"x": (T, B, I), "h0": (B, P or H)} | ({"c0": (B, H)} if "c" in info.states else {})
+        normal = {"x": (T, B, I), "h0": (B, P or H)} | {f"{state}0": (B, H) for state in info.states[1:]}
         units = (len(info.parameters) * H,)
         uniform = {
             "W_ih": (rows, I),
@@ -93,6 +94,7 @@ class Problem:
             return torch.from_numpy(values).to(dtype).double().numpy()
 
         arrays = {name: rounded(rng.standard_normal(shape)) for name, shape in normal.items()}
+        arrays |= {"n0": rounded(1 + arrays["n0"] ** 2)} if "n0" in arrays else {}  # it divides
         arrays |= {name: rounded(rng.uniform(-bound, bound, shape)) for name, shape in uniform.items()}
         return Problem(
             cell, dtype, arrays, {name: rounded(rng.standard_normal(shape)) for name, shape in outputs.items()}

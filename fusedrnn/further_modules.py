@@ -7,11 +7,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from . import options
+from .fused_module import FusedModule
 from .modules import FusedRNNBase, document
+from .single_step import forward_cell
 from .torch_internals import own_parameters
 
-__all__ = ["IndRNN", "MGU", "PeepholeLSTM"]
+__all__ = ["IndRNN", "MGU", "PeepholeLSTM", "SLSTM", "SLSTMCell"]
 
 
 @document
@@ -70,3 +74,99 @@ class IndRNN(FusedRNNBase):
         for name, parameter in own_parameters(self).items():
             if name.startswith("weight_hh"):
                 parameter.uniform_(0, 1)
+
+
+@document
+class SLSTM(FusedRNNBase):
+    """LSTM with exponential input gates and a normaliser, sLSTM (Beck et al. 2024, xLSTM):
+
+    a = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh by gate i, f, z, o; z = tanh(a_z), o = sigmoid(a_o),
+    m_t = max(log sigmoid(a_f) + m_{t-1}, a_i), i = exp(a_i - m_t), f = exp(log sigmoid(a_f) + m_{t-1} - m_t),
+    c_t = f * c_{t-1} + i * z, n_t = f * n_{t-1} + i, h_t = o * c_t / n_t.
+
+    m_t is a scale that no h depends on: c_t and n_t stand for c_t e^m_t and n_t e^m_t, which might overflow. Where
+    n_{t-1} is not positive there is no state before: m_t = a_i and f = 0, so that c_0 and m_0 count only with n_0 > 0.
+    States all zero, the default, are such a beginning, as in the authors' package.
+
+    Arguments and shapes as :class:`torch.nn.LSTM`'s, without ``proj_size``; W_ih (4*H, I), W_hh (4*H, H). The states,
+    hx and the final ones, are (h, c, n, m), (L*D, B, H) each. zoneout is (p, 0.0), of h alone.
+    num_heads: 1; N > 1, which divides H: units multiply the h of their own head alone, and weight_hh_l{k} is
+    (N, 4*H/N, H/N), the diagonal blocks of W_hh. The parameters begin as torch.nn's do, uniform within 1 / sqrt(H), but
+    the forget gate's biases: unit k of the d = H/N of a head 5 - 12 (k / (d - 1))^0.3, as in the authors' package.
+    Errors: ValueError where num_heads does not divide H. Derivation: docs/derivations.md, section X.
+    """
+
+    _cell = "slstm"
+
+    def __init__(
+        self, input_size: int, hidden_size: int, num_layers: int = 1, bias: bool = True,
+        batch_first: bool = False, dropout: float = 0.0, bidirectional: bool = False,
+        device: torch.device | str | int | None = None, dtype: torch.dtype | None = None, *,
+        num_heads: int = 1, **options: Any,
+    ) -> None:  # fmt: skip
+        _check_heads(num_heads, hidden_size)
+        vars(self)["num_heads"] = num_heads
+        sizes = (input_size, hidden_size, num_layers)
+        super().__init__(*sizes, bias, batch_first, dropout, bidirectional, device, dtype, **options)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """As torch.nn's, and the forget gate's biases by a power law."""
+        super().reset_parameters()
+        _forget_by_power_law(self)
+
+    def extra_repr(self) -> str:
+        """As the others', and the heads."""
+        return super().extra_repr() + (f", num_heads={self.num_heads}" if self.num_heads > 1 else "")
+
+
+class SLSTMCell(FusedModule, torch.nn.RNNCellBase):
+    """One step of :class:`SLSTM`: input (B, I), (h, c, n, m) of (B, H) each or None for zeros -> (h, c, n, m).
+
+    Parameters weight_ih (4*H, I), weight_hh (4*H, H) or, with N heads, (N, 4*H/N, H/N), bias_ih and bias_hh (4*H),
+    gates i, f, z, o; they begin as the layer's. Also without the batch: (I) and (H).
+    """
+
+    _cell = "slstm"
+
+    def __init__(
+        self, input_size: int, hidden_size: int, bias: bool = True, device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None, *, num_heads: int = 1,
+    ) -> None:  # fmt: skip
+        _check_heads(num_heads, hidden_size)
+        vars(self)["num_heads"] = num_heads
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+        if num_heads > 1:
+            shape = num_heads, 4 * hidden_size // num_heads, hidden_size // num_heads
+            self.weight_hh = torch.nn.Parameter(self.weight_hh.detach().view(-1)[: shape[1] * hidden_size].view(shape))
+        options.tell(self, {})
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """As the layer's."""
+        super().reset_parameters()
+        _forget_by_power_law(self)
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, ...] | None = None) -> tuple[Tensor, ...]:
+        return forward_cell(self, "SLSTMCell", input, hx)
+
+    def extra_repr(self) -> str:
+        """As torch.nn's, and the heads."""
+        return super().extra_repr() + (f", num_heads={self.num_heads}" if self.num_heads > 1 else "")
+
+
+def _check_heads(num_heads: int, hidden_size: int) -> None:
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int):
+        raise TypeError(f"num_heads must be an int, got {type(num_heads).__name__}")
+    if num_heads < 1 or (isinstance(hidden_size, int) and hidden_size % num_heads):
+        raise ValueError(f"num_heads must divide hidden_size, got {num_heads} and {hidden_size}")
+
+
+def _forget_by_power_law(module: SLSTM | SLSTMCell) -> None:
+    """The biases of the forget gate: 5 - 12 (k / (d - 1))^0.3 for unit k of the d of a head."""
+    of_head = module.hidden_size // module.num_heads
+    place = torch.arange(of_head, dtype=torch.float64, device="cpu") / max(of_head - 1, 1)
+    value = (5 - 12 * place**0.3).repeat(module.num_heads)
+    for name, parameter in own_parameters(module).items():
+        if name.startswith("bias") and parameter is not None:
+            parameter.chunk(4)[1].copy_(value if name.startswith("bias_ih") else torch.zeros_like(value))

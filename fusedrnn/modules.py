@@ -23,6 +23,7 @@ from .functional import recurrent
 from .fused_module import FusedModule, as_states
 from .inference.plain_call import form_of, infers, plain_call
 from .inference.streaming import Usual, step
+from .layer.heads import block_diagonal
 from .single_step import GRUCell, LSTMCell, RNNCell  # old pickles look for them here
 from .torch_internals import (
     add_weight,
@@ -87,6 +88,7 @@ def _forward(
             raise RuntimeError(f"For {kind} input, {what} should also be {dim}-D but got {got}")
         batched = input if dim == 3 else input.unsqueeze(0 if module.batch_first else 1)
         _check_args(module, batched, None, states and [s if dim == 3 else s.unsqueeze(1) for s in states], many)
+    weights = _with_heads(module, weights)
     expected = info.blocks * module.hidden_size, module.proj_size or module.hidden_size
     expected = expected if info.product else expected[:1]
     if weights[1].shape != expected:
@@ -108,6 +110,21 @@ def _forward(
         **own,
     )
     return output, finals if many else finals[0], *steps
+
+
+def _with_heads(module: torch.nn.RNNBase, weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The weights with each W_hh that the module has by heads as the matrix it stands for."""
+    heads = getattr(module, "num_heads", 1)
+    if heads == 1:
+        return weights
+    shape = heads, CELLS[options.cell_of(module)].blocks * module.hidden_size // heads, module.hidden_size // heads
+    found = list(weights)
+    for i, name in enumerate(weight_names(module)):
+        if name.startswith("weight_hh"):
+            if found[i].shape != shape:
+                raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(found[i].shape)}")
+            found[i] = block_diagonal(found[i])
+    return found
 
 
 def _plain(
@@ -184,10 +201,13 @@ class _SequenceModule(FusedModule):
             super().__init__("RNN_TANH", **given)  # one gate
             del vars(self)["reset_parameters"]
             self.mode, info = cell.upper(), CELLS[cell]
+            heads = getattr(self, "num_heads", 1)
             for name, one in own_parameters(self).items():
                 shape = len(info.gates) * one.size(0), *one.shape[1:]
                 if name.startswith("weight_hh") and not info.product:
                     shape = (info.blocks * one.size(0),)
+                if name.startswith("weight_hh") and heads > 1:
+                    shape = heads, shape[0] // heads, self.hidden_size // heads
                 setattr(self, name, torch.nn.Parameter(one.new_empty(shape)))
             if info.has_unit_weight:
                 add_weight(self, "weight_unit", len(info.parameters) * self.hidden_size)

@@ -13,6 +13,7 @@ from .cells import CELLS
 from .functional import recurrent_cell
 from .fused_module import FusedModule, as_states
 from .inference.plain_call import plain_call
+from .layer.heads import block_diagonal
 from .torch_internals import usual_weights_of_cell
 
 
@@ -37,6 +38,8 @@ def forward_cell(
     for weight_name, weight in (("weight_ih", w_ih), ("weight_hh", w_hh)):
         if not isinstance(weight, Tensor):
             raise TypeError(f"{weight_name} must be a tensor, got {type(weight).__name__}")
+    if getattr(module, "num_heads", 1) > 1:
+        w_hh = block_diagonal(w_hh)
     if states is None and w_hh.size(-1) != module.hidden_size:
         got, expected = module.hidden_size, w_hh.size(-1)
         raise RuntimeError(f"hidden0 has inconsistent hidden_size: got {got}, expected {expected}")

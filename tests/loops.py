@@ -79,6 +79,20 @@ def _indrnn(x, states, w_ih, u, b_ih, b_hh, *, activation) -> States:
     return (activation(a if b_hh is None else a + b_hh),)
 
 
+def _slstm(x, states, w_ih, w_hh, b_ih, b_hh) -> States:
+    """Beck et al. 2024, equations 8 to 17 with those of A.2; at n = 0 what the authors' package does at the start."""
+    h, c, n, m = states
+    i, f, z, o = (linear(x, w_ih, b_ih) + linear(h, w_hh, b_hh)).chunk(4, dim=1)
+    log_f = torch.minimum(f, torch.zeros_like(f)) - torch.log1p(torch.exp(-f.abs()))
+    there = n > 0
+    m_next = torch.where(there & (log_f + m > i), log_f + m, i)
+    i_scaled = torch.exp(i - m_next)
+    f_scaled = torch.where(there, torch.exp(torch.where(there, log_f + m - m_next, 0.0)), 0.0)
+    c_next = f_scaled * c + i_scaled * torch.tanh(z)
+    n_next = f_scaled * n + i_scaled
+    return torch.sigmoid(o) * c_next / n_next, c_next, n_next, m_next
+
+
 @dataclass(frozen=True)
 class Twin:
     """What stands opposite a cell of the registry."""
@@ -117,6 +131,7 @@ TWINS: dict[str, Twin] = {
     "indrnn_relu": Twin(
         partial(_indrnn, activation=torch.relu), partial(fusedrnn.IndRNN, nonlinearity="relu"), kink=True
     ),
+    "slstm": Twin(_slstm, fusedrnn.SLSTM, fusedrnn.SLSTMCell, kink=True),
 }
 
 
@@ -138,6 +153,18 @@ def hx_of(tensors):
     """hx, of the initial states that are among these tensors by name."""
     states = tuple(tensors[name] for name in STATES if name in tensors)
     return None if not states else states if len(states) > 1 else states[0]
+
+
+def with_noise(cell: str, options):
+    """These options, zoneout as the cell takes it: with more than two states of h alone."""
+    changes = beside(cell) > 1 and "zoneout" in options
+    return {**options, "zoneout": (options["zoneout"], 0.0)} if changes else options
+
+
+def of_op(tensors):
+    """h0 and c0 as the ops take them, of the initial states that are among these tensors by name."""
+    h, *others = [tensors[name] for name in STATES if name in tensors] or [None]
+    return h, torch.cat(others, dim=-1) if others else None
 
 
 def states_like(cell: str, state, *others):

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from loops import SINGLES, TWINS
+from loops import SINGLES, TWINS, of_op
 from parity import Case
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -155,7 +155,7 @@ def test_dynamic_sizes(cell: str, allow_rnn: None) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, backend=counter, fullgraph=True)
     for T, B in ((3, 2), (7, 4), (2, 9)):
-        assert_same(module, compiled, torch.randn(T, B, 4), states(cell, rows, B, 5), dynamic=[(0, 1), (1,), (1,)])
+        assert_same(module, compiled, torch.randn(T, B, 4), states(cell, rows, B, 5), dynamic=[(0, 1), *[(1,)] * 4])
     assert counter.frame_count == 1
 
 
@@ -166,7 +166,7 @@ def test_dynamic_batch_of_a_cell(cell: str) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(module, backend=counter, fullgraph=True)
     for B in (3, 7, 2):
-        assert_same(module, compiled, torch.randn(B, 4), states(cell, B, 5), dynamic=[(0,)] * 3)
+        assert_same(module, compiled, torch.randn(B, 4), states(cell, B, 5), dynamic=[(0,)] * 5)
     assert counter.frame_count == 1
 
 
@@ -290,7 +290,7 @@ def test_opcheck(case: Case, save: bool, need_x: bool, need_weights: bool) -> No
     if case.lengths is not None:
         x, batch_sizes, *_ = pack_padded_sequence(x, torch.tensor(case.lengths))
     weights = [p.detach() for p in case.module()._flat_weights]
-    given = (x, batch_sizes, tensors.get("h0"), tensors.get("c0"), weights)
+    given = (x, batch_sizes, *of_op(tensors), weights)
     torch.library.opcheck(fusedrnn.ops.layer_forward, (*given, case.cell, case.bidirectional, save))
     y, h_n, c_n, saved = fusedrnn.ops.layer_forward(*given, case.cell, case.bidirectional, True)
     dh_n = torch.ones_like(h_n) if need_x else None

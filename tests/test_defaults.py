@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import TWINS
+from loops import TWINS, with_noise
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves
@@ -71,7 +71,7 @@ def other_default(request: pytest.FixtureRequest) -> Iterator[Callable[[], None]
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("cell", CELLS)
 def test_the_same_numbers(cell: str, call: str, options: dict[str, Any], other_default: Callable[[], Any]) -> None:
-    module = TWINS[cell].layer(I, H, num_layers=2, bidirectional=call != "step", **options)
+    module = TWINS[cell].layer(I, H, num_layers=2, bidirectional=call != "step", **with_noise(cell, options))
     x = torch.randn(T, B, I)
     expected = results(module, CALLS[call], x)
     other_default()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import STATES, TWINS, weight_shapes
+from loops import STATES, TWINS, weight_shapes, with_noise
 from parity import DEVICE
 from test_through_time import Limited
 from tolerances import assert_all_close
@@ -195,7 +195,9 @@ def test_two_threads_share_a_step(cell: str, threads: Callable[[int], None]) -> 
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradcheck(cell: str) -> None:
     """First and second derivatives, of masks that the seed repeats."""
-    module = TWINS[cell].layer(2, 3, num_layers=2, bidirectional=True, **EVERYTHING).double().to(DEVICE)
+    module = (
+        TWINS[cell].layer(2, 3, num_layers=2, bidirectional=True, **with_noise(cell, EVERYTHING)).double().to(DEVICE)
+    )
     names = [name for name, _ in module.named_parameters()]
 
     def call(x: Tensor, *weights: Tensor) -> Tensor:
@@ -214,7 +216,7 @@ def test_maps(cell: str) -> None:
     """torch.vmap over inputs, with the mean and, as torch's own dropout, by its argument ``randomness``; gradients of
     each sample.
     """
-    module = TWINS[cell].layer(I, H, num_layers=2, **EVERYTHING).double()
+    module = TWINS[cell].layer(I, H, num_layers=2, **with_noise(cell, EVERYTHING)).double()
     xs = torch.randn(3, T, B, I, dtype=torch.float64)
 
     def call(x: Tensor) -> Tensor:

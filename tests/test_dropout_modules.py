@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import TWINS, states_like
+from loops import TWINS, states_like, with_noise
 from parity import DEVICE
 from test_dropout import EVERYTHING, B, H, I, T, one_layer
 from tolerances import assert_all_close
@@ -47,7 +47,8 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], list[Noise], l
 @pytest.mark.parametrize("cell", CELLS)
 def test_the_modules(cell: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two layers, two directions, all at once: each layer by its own masks. Outside training no mask but the means."""
-    module = TWINS[cell].layer(I, H, num_layers=2, bidirectional=True, **EVERYTHING).double().train(training)
+    options = with_noise(cell, EVERYTHING)
+    module = TWINS[cell].layer(I, H, num_layers=2, bidirectional=True, **options).double().train(training)
     module.dropout = 0.0 if training else 0.5
     masks, noises, weights = watch(monkeypatch)
     x = torch.randn(T, B, I, dtype=torch.float64)
@@ -81,7 +82,10 @@ def test_the_modules(cell: str, training: bool, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("cell", CELLS)
 def test_one_step_twice_differentiable(cell: str) -> None:
     """T = 1 has a path of its own there."""
-    module, x = TWINS[cell].layer(2, 3, **EVERYTHING).double(), torch.randn(1, 2, 2).double().requires_grad_()
+    module, x = (
+        TWINS[cell].layer(2, 3, **with_noise(cell, EVERYTHING)).double(),
+        torch.randn(1, 2, 2).double().requires_grad_(),
+    )
     h0 = torch.randn(1, 2, 3).double().requires_grad_()
 
     def call(x: Tensor, h0: Tensor) -> Tensor:
@@ -302,7 +306,7 @@ def test_inference(cell: str) -> None:
     x, h = torch.randn(T, B, I), len(CELLS[cell].states)
     for bidirectional, proj in product((False, True), (0, 3) if CELLS[cell].projectable else (0,)):
         options = {"proj_size": proj} if proj else {}
-        rates = (0.3, 0.6) if h == 2 else 0.3
+        rates = 0.3 if h == 1 else (0.3, 0.6) if h == 2 else (0.3, 0.0)
         module = TWINS[cell].layer(I, H, num_layers=3, bidirectional=bidirectional, zoneout=rates, **options).eval()
         expected = module(x)
         with torch.no_grad():

@@ -18,7 +18,12 @@ from fusedrnn import functional
 
 T, B, I, H = 4, 3, 2, 5
 OPTIONS = {"num_layers": 2, "bidirectional": True, "dtype": torch.float64}
-MAKERS = {"MGU": fusedrnn.MGU, "PeepholeLSTM": fusedrnn.PeepholeLSTM, "IndRNN": fusedrnn.IndRNN}
+MAKERS = {
+    "MGU": fusedrnn.MGU,
+    "PeepholeLSTM": fusedrnn.PeepholeLSTM,
+    "IndRNN": fusedrnn.IndRNN,
+    "SLSTM": fusedrnn.SLSTM,
+}
 ENDS = ("_l0", "_l0_reverse", "_l1", "_l1_reverse")
 
 
@@ -122,3 +127,105 @@ def test_weights_that_are_not_those_of_the_cell_are_named() -> None:
         functional.recurrent("peephole_lstm", given, None, [*weights[:-1], weights[-1][:10]])
     with pytest.raises(RuntimeError, match="w_hh must have 1 dimension, got 2"):
         functional.recurrent("indrnn_tanh", given, None, [torch.zeros(H, I), torch.zeros(H, H)])
+
+
+def gates(module: fusedrnn.SLSTM, given: Tensor) -> list[Tensor]:
+    """The arguments of i, f, z, o where no weight reads h."""
+    return (given @ module.weight_ih_l0.T + module.bias_ih_l0 + module.bias_hh_l0).chunk(4, dim=-1)
+
+
+def test_slstm_is_a_weighted_mean_of_what_it_stored() -> None:
+    """Without W_hh: h_t = o_t sum_s w_s z_s / sum_s w_s, log w_s = a_i[s] + the log sigmoid(a_f) from s + 1 on."""
+    module, given = fusedrnn.SLSTM(I, H).double(), 3 * x()
+    with torch.no_grad():
+        module.weight_hh_l0.zero_()
+    i, f, z, o = gates(module, given)
+    y, (h, c, n, m) = module(given)
+    for t in range(T):
+        log_w = torch.stack([i[s] + nn.functional.logsigmoid(f[s + 1 : t + 1]).sum(0) for s in range(t + 1)])
+        expected = o[t].sigmoid() * (log_w.softmax(0) * z[: t + 1].tanh()).sum(0)
+        torch.testing.assert_close(y[t], expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close((n.log() + m)[0], log_w.logsumexp(0), rtol=0, atol=1e-11)
+    torch.testing.assert_close(h[0], y[-1], rtol=0, atol=0)
+
+
+def test_slstm_does_not_depend_on_its_scale() -> None:
+    module, given, s = fusedrnn.SLSTM(I, H).double(), x(), torch.randn(1, B, H, dtype=torch.float64)
+    h, c, n, m = (torch.randn(1, B, H, dtype=torch.float64) for _ in range(4))
+    n = n.abs() + 0.5
+    states = [t.requires_grad_() for t in (h, c, n, m)]
+    y, _ = module(given, tuple(states))
+    other, _ = module(given, (h, c * s.exp(), n * s.exp(), m - s))
+    torch.testing.assert_close(y, other, rtol=0, atol=1e-12)
+    _, dc, dn, dm = torch.autograd.grad(y.pow(2).sum(), states)
+    torch.testing.assert_close(dm, dc * c + dn * n, rtol=0, atol=1e-12)
+    assert dm.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_slstm_with_gates_of_a_thousand(dtype: torch.dtype) -> None:
+    """Nothing overflows, forward or backward, and h is what the largest weights say."""
+    module = fusedrnn.SLSTM(4, 1, dtype=dtype)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.zero_()
+        module.weight_ih_l0.copy_(torch.eye(4))
+    for i, f in ((1000, 1000), (1000, -1000), (-1000, 1000), (-1000, -1000)):
+        given = torch.tensor([[[i, f, 1.0, 2.0]], [[0.0, f, -1.0, 2.0]], [[i, f, 0.5, 2.0]]], dtype=dtype)
+        given.requires_grad_()
+        y, states = module(given)
+        o = torch.tensor(2.0).sigmoid()
+        stored = {  # z of the steps that count, each as much as the others
+            (1000, 1000): ([1.0], [1.0], [1.0, 0.5]),
+            (1000, -1000): ([1.0], [1.0, -1.0], [0.5]),
+            (-1000, 1000): ([1.0], [-1.0], [-1.0]),
+            (-1000, -1000): ([1.0], [-1.0], [-1.0, 0.5]),
+        }[i, f]
+        expected = torch.stack([o * torch.tensor(z).tanh().mean() for z in stored])
+        torch.testing.assert_close(y.flatten().float(), expected, rtol=0, atol=1e-2 if dtype.itemsize == 2 else 1e-6)
+        (dx,) = torch.autograd.grad(y.sum() + sum(s.sum() for s in states), given)
+        assert dx.isfinite().all() and all(s.isfinite().all() for s in states)
+
+
+def test_heads_are_a_block_diagonal_matrix() -> None:
+    heads, whole, given = fusedrnn.SLSTM(I, 6, num_heads=3, **OPTIONS), fusedrnn.SLSTM(I, 6, **OPTIONS), x()
+    assert heads.weight_hh_l1_reverse.shape == (3, 8, 2) and "num_heads=3" in repr(heads)
+    with torch.no_grad():
+        for name, p in heads.named_parameters():
+            target = getattr(whole, name)
+            if not name.startswith("weight_hh"):
+                target.copy_(p)
+                continue
+            target.zero_()
+            for k, gate, unit, other in torch.cartesian_prod(*map(torch.arange, (3, 4, 2, 2))).tolist():
+                target[gate * 6 + k * 2 + unit, k * 2 + other] = p[k, gate * 2 + unit, other]
+    found = dict(zip(["y", *dict(heads.named_parameters())], gradients(heads, given), strict=True))
+    for name, expected in zip(["y", *dict(whole.named_parameters())], gradients(whole, given), strict=True):
+        if name.startswith("weight_hh"):
+            blocks = expected.view(4, 3, 2, 3, 2)
+            expected = torch.stack([blocks[:, k, :, k].reshape(8, 2) for k in range(3)])
+        torch.testing.assert_close(found[name], expected, rtol=0, atol=1e-12)
+    cell = fusedrnn.SLSTMCell(I, 6, num_heads=3, dtype=torch.float64)
+    one = fusedrnn.SLSTM(I, 6, num_heads=3, dtype=torch.float64)
+    one.load_state_dict({f"{name}_l0": p for name, p in cell.state_dict().items()})
+    states = None
+    for given_t, y_t in zip(given, one(given)[0], strict=True):
+        states = cell(given_t, states)
+        torch.testing.assert_close(states[0], y_t, rtol=0, atol=1e-12)
+    assert torch.equal(one.step(given[0])[0], one(given[:1])[0][0])
+
+
+def test_what_slstm_refuses() -> None:
+    with pytest.raises(ValueError, match="num_heads must divide hidden_size, got 2 and 5"):
+        fusedrnn.SLSTM(I, H, num_heads=2)
+    with pytest.raises(TypeError, match="num_heads must be an int"):
+        fusedrnn.SLSTMCell(I, H, num_heads=1.0)
+    for zoneout in (0.1, (0.1, 0.1)):
+        with pytest.raises(ValueError, match=r"zoneout must be \(p, 0.0\) for a cell of 4 states"):
+            fusedrnn.SLSTM(I, H, zoneout=zoneout)(torch.randn(T, B, I))
+    module = fusedrnn.SLSTM(I, 6, num_heads=2)
+    with pytest.raises(RuntimeError, match="slstm expects 4 hidden states"):
+        module(torch.randn(T, B, I), (torch.zeros(1, B, 6),) * 2)
+    module.weight_hh_l0 = nn.Parameter(torch.zeros(24, 6))
+    with pytest.raises(RuntimeError, match=r"weight_hh_l0 must have shape \[2, 12, 3\], got \[24, 6\]"):
+        module(torch.randn(T, B, I))

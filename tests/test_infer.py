@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from inference import FLOATS, by_the_ops, same, tensors
-from loops import STATES, TWINS
+from loops import FINALS, STATES, TWINS
 from parity import EMULATED, Case, run_twin
 from tolerances import assert_all_close
 from torch import nn
@@ -54,8 +54,8 @@ def test_stacked_layers_side_by_side(cell: str, T: int, B: int, layers: int, thr
             hx = tuple(given_[name] for name in STATES if name in given_)
             expected = run_twin(case, torch.float64)
             for _ in range(3):
-                found = tensors(module(given_["x"].detach(), None if not hx else hx if len(hx) == 2 else hx[0]))
-                names = ("y", "h_n", "c_n")[: len(found)]
+                found = tensors(module(given_["x"].detach(), None if not hx else hx if len(hx) > 1 else hx[0]))
+                names = ("y", *FINALS)[: len(found)]
                 assert_all_close(dict(zip(names, found, strict=True)), {name: expected[name] for name in names}, dtype)
 
 

@@ -211,6 +211,8 @@ def test_one_number_that_is_not_ordinary(cell: str, dtype: torch.dtype) -> None:
             assert_close(f"{label}: first steps", first, expected["y"][:2])
             if abs(value) == largest and (grows or name in ours.cotangents):
                 expected = {result: t for result, t in expected.items() if result[1:] not in parameters}
+            if case.cell == "slstm" and not abs(value) < largest:  # 0 times inf, in the order of its exponents
+                expected = {result: t for result, t in expected.items() if not result.startswith("d")}
             for result, right in expected.items():
                 assert_close(f"{label}: {result}", found[result], right)
             for side, before in zip((ours, reference), ordinary, strict=True):

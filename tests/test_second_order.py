@@ -142,7 +142,7 @@ def test_what_is_missing_is_zero(cell: str) -> None:
 def test_dtypes(cell: str, dtype: torch.dtype) -> None:
     """Twice the error of a gradient: H v is a gradient of what was rounded to 16 bits once before."""
     case = Case(cell, T=4, B=3, dtype=dtype)
-    if TWINS[cell].kink:  # its derivative jumps where 16 bits round an argument across 0: no argument near it
+    if TWINS[cell].kink and CELLS[cell].beside == 0:  # of a relu: no argument near its kink
         case = replace(case, seed=next(seed for seed in range(10000) if far_from_zero(replace(case, seed=seed))))
     found = ours(case, dtype=dtype)
     assert {t.dtype for t in found.values()} == {dtype}
@@ -242,7 +242,7 @@ def test_an_empty_batch(cell: str) -> None:
         assert not t.any(), name
 
 
-@pytest.mark.parametrize("cell", [name for name, info in CELLS.items() if not info.parameters])
+@pytest.mark.parametrize("cell", [name for name, info in CELLS.items() if not info.parameters and info.beside < 2])
 def test_the_loop_in_plain_operations_is_for_higher_derivatives_alone(cell: str, monkeypatch) -> None:
     case = ragged(Case(cell, T=4, B=3, bidirectional=True))
     found, calls = ours(case, higher=True), []

@@ -31,6 +31,7 @@ RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
 #: What people call: torch.nn's signatures, all that a layer can be told, all that an experiment can.
 PUBLIC = {"functional.recurrent", *(f"modules.{name}.__init__" for name in ("RNN", "LSTM", "GRU", "FusedRNNBase"))}
 PUBLIC |= {"further_modules.IndRNN.__init__", "gradflow.train", "quantized.QuantizedRecurrent.__init__"}
+PUBLIC |= {"further_modules.SLSTM.__init__", "reference.cells.slstm_cell_forward", "reference.layers.slstm_forward"}
 MOST_ARGUMENTS = 8
 
 

@@ -49,7 +49,8 @@ def loop(
     mode: str = "value", bptt: int | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Any]]:  # fmt: skip
     """One layer, step by step: output, final states, and of each direction the states and gate inputs by time."""
-    seen: dict[str, Any] = {"h": [], "c": [], "inputs": []}
+    names = CELLS[cell].states
+    seen: dict[str, Any] = {name: [] for name in (*names, "inputs")}
     outputs, finals = [], []
     ends = torch.tensor(lengths)
     for d in range(2 if module.bidirectional else 1):
@@ -59,7 +60,7 @@ def loop(
         )
         w_hr = getattr(module, "weight_hr" + suffix, None)
         now = tuple(s[d] for s in states)
-        h_steps, c_steps, input_steps = [None] * T, [None] * T, [None] * T
+        state_steps, input_steps = [[None] * T for _ in names], [None] * T
         for t in reversed(range(T)) if d else range(T):
             active = (t < ends).unsqueeze(1)
             boundary = t + 1 if d else t
@@ -76,13 +77,14 @@ def loop(
             if w_hr is not None:
                 new = (linear(new[0], w_hr), *new[1:])
             now = tuple(torch.where(active, a, b) for a, b in zip(new, now, strict=True))
-            for state, steps in zip(new, (h_steps, c_steps)):
+            for state, steps in zip(new, state_steps, strict=True):
                 state.retain_grad() if state.requires_grad else None
                 steps[t] = state
             input_steps[t] = own
-        outputs.append(torch.stack([torch.where((t < ends).unsqueeze(1), h_steps[t], 0.0) for t in range(T)]))
+        outputs.append(torch.stack([torch.where((t < ends).unsqueeze(1), state_steps[0][t], 0.0) for t in range(T)]))
         finals.append(now)
-        seen["h"].append(h_steps), seen["c"].append(c_steps), seen["inputs"].append(input_steps)
+        for name, steps in zip(seen, (*state_steps, input_steps), strict=True):
+            seen[name].append(steps)
     last = tuple(torch.stack(state) for state in zip(*finals, strict=True))
     return torch.cat(outputs, dim=2), last, seen
 
@@ -222,7 +224,7 @@ def test_states_of_every_step(cell: str) -> None:
         lengths = list(case.lengths or [T] * B)
         _, _, seen = loop(cell, module_, tensors_["x"], states_, lengths)
         inside = (torch.arange(T).unsqueeze(1) < torch.tensor(lengths)).unsqueeze(2)
-        names = ("h", "c")[: len(found)]
+        names = CELLS[cell].states
         wanted = [torch.cat([torch.stack(d) for d in seen[name]], dim=2).where(inside, 0.0) for name in names]
         assert_all_close(
             {name: t.detach().cpu() for name, t in zip(names, found)},

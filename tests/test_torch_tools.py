@@ -37,10 +37,10 @@ def layer_call(cell: str, *, packed: bool, bidirectional: bool, bias: bool, proj
     shapes = weight_shapes(cell, 4, 5, proj, bias) * directions
     x = torch.randn((7, 4) if packed else (3, 4, 4))
     h0 = torch.randn(directions, 4, out, requires_grad=True)
-    c0 = torch.randn(directions, 4, 5, requires_grad=True) if len(CELLS[cell].states) == 2 else None
+    others = [torch.randn(directions, 4, 5, requires_grad=True) for _ in range(CELLS[cell].beside)]
     batch_sizes = torch.tensor([4, 2, 1]) if packed else None
     weights = [torch.randn(shape) for shape in shapes]
-    return LayerCall(cell, x, [h0, c0][: len(CELLS[cell].states)], weights, bidirectional, batch_sizes)
+    return LayerCall(cell, x, [h0, *others], weights, bidirectional, batch_sizes)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from loops import SINGLES, TWINS
+from loops import SINGLES, TWINS, states_like
 from parity import DEVICE, Case, twin
 from test_gradcheck import SMOOTH, kinds, problem
 from torch import Tensor
@@ -256,7 +256,7 @@ def test_dual_states_of_single_steps(cell: str) -> None:
     h, c, t = torch.randn(3, 2, 5, dtype=torch.float64)
 
     def step(h: Tensor) -> Tensor:
-        out = module(x, (h, c) if len(CELLS[cell].states) == 2 else h)
+        out = module(x, states_like(cell, h, c))
         return out[0] if isinstance(out, tuple) else out
 
     for mode in (torch.enable_grad, torch.no_grad):

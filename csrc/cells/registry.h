@@ -14,6 +14,7 @@
 #include "mgu.h"
 #include "peephole.h"
 #include "rnn.h"
+#include "slstm.h"
 #endif
 
 namespace fusedrnn {
@@ -35,7 +36,8 @@ using Registry = CellList<
     Mgu,
     PeepholeLstm,
     IndRnnTanh,
-    IndRnnRelu>;
+    IndRnnRelu,
+    Slstm>;
 #endif
 // clang-format on
 

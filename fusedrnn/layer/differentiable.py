@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, logsigmoid
 
 from ..cells import CELLS
 from .call import LayerCall, Leaves, OutputGradients, Outputs, Weights
@@ -81,6 +81,18 @@ def _indrnn_relu(act: Any, x: Tensor, rec: Recurrent, h: Tensor, units: Paramete
     return (act.relu(x + rec(h, 0, 1) + units[0] * h),)  # (I1), (I3)
 
 
+def _slstm(act: Any, x: Tensor, rec: Recurrent, h: Tensor, c: Tensor, n: Tensor, m: Tensor) -> States:
+    a_i, a_f, a_z, a_o = (x + rec(h, 0, 4)).chunk(4, dim=1)
+    none = n <= 0  # there is no state before
+    carried = m + logsigmoid(a_f)  # (X1)
+    m = torch.where(none | (a_i >= carried), a_i, carried)  # (X2)
+    i = torch.exp(a_i - m)  # (X3)
+    f = torch.where(none, 0, torch.exp(torch.where(none, 0, carried - m)))  # (X4)
+    z, o = torch.tanh(a_z), torch.sigmoid(a_o)  # (X5), (X6)
+    c, n = f * c + i * z, f * n + i  # (X7), (X8)
+    return o * (c / n), c, n, m  # (X9)
+
+
 class Step(NamedTuple):
     """One step of a cell, and how the saved values (each a unit's, as csrc/cells orders them) take part in it."""
 
@@ -105,6 +117,7 @@ STEPS: dict[str, Step] = {
     "indrnn_tanh": Step(_indrnn_tanh, gates=()),
     "indrnn_relu": Step(_indrnn_relu, gates=()),
     "mgu": Step(_mgu, operand=lambda saved, h: saved[0] * h, gates=(0, 1)),  # (U2)
+    "slstm": Step(_slstm),
 }
 
 

@@ -28,6 +28,8 @@ __all__ = [
     "residual_rnn_cell_forward",
     "rnn_cell_backward",
     "rnn_cell_forward",
+    "slstm_cell_backward",
+    "slstm_cell_forward",
 ]
 
 Array = np.ndarray
@@ -245,6 +247,53 @@ def peephole_lstm_cell_backward(dh: Array, dc: Array, cache: tuple) -> Gradients
     grads["dc_prev"] = dc * f + p_i * da_i + p_f * da_f  # (Q12)
     grads["dW_unit"] = np.concatenate([da_i * c_prev, da_f * c_prev, da_o * c], axis=1).sum(axis=0)  # (Q13)
     return grads
+
+
+def slstm_cell_forward(
+    x: Array,
+    h_prev: Array,
+    c_prev: Array,
+    n_prev: Array,
+    m_prev: Array,
+    W_ih: Array,
+    W_hh: Array,
+    b_ih: Array | None = None,
+    b_hh: Array | None = None,
+) -> tuple[Array, Array, Array, Array, tuple]:
+    """One step of the sLSTM, gates i, f, z, o. Returns (h_t, c_t, n_t, m_t, cache)."""
+    a = linear(x, W_ih, b_ih) + linear(h_prev, W_hh, b_hh)
+    a_i, a_f, a_z, a_o = np.split(a, 4, axis=1)
+    there = n_prev > 0.0
+    carried = np.where(there, m_prev - np.logaddexp(0.0, -a_f), -np.inf)  # (X1)
+    m = np.maximum(carried, a_i)  # (X2)
+    i = np.exp(a_i - m)  # (X3)
+    f = np.exp(carried - m)  # (X4)
+    z = np.tanh(a_z)  # (X5)
+    o = sigmoid(a_o)  # (X6)
+    c = f * c_prev + i * z  # (X7)
+    n = f * n_prev + i  # (X8)
+    h = o * (c / n)  # (X9)
+    cache = (x, h_prev, (c_prev, n_prev), (i, f, z, o), sigmoid(-a_f), carried > a_i, (c, n), (W_ih, W_hh, b_ih, b_hh))
+    return h, c, n, m, cache
+
+
+def slstm_cell_backward(dh: Array, dc: Array, dn: Array, dm: Array, cache: tuple) -> Gradients:
+    """Gradients of one step from dh and from dc, dn, dm, what reaches c_t, n_t, m_t from later, (B, H) each."""
+    x, h_prev, (c_prev, n_prev), (i, f, z, o), fades, carries, (c, n), weights = cache
+    share = dh * o / n
+    dc = dc + share  # (X11)
+    dn = dn - share * c / n  # (X12)
+    of_i = (dc * z + dn) * i  # (X14), the part by (X3)
+    of_f = (dc * c_prev + dn * n_prev) * f  # (X15), the part by (X4)
+    dm = dm - of_i - of_f  # (X13)
+    dcarried = of_f + np.where(carries, dm, 0.0)  # (X15)
+    da_i = of_i + np.where(carries, 0.0, dm)  # (X14)
+    da_f = dcarried * fades  # (X16)
+    da_z = dc * i * (1.0 - z * z)  # (X17)
+    da_o = dh * (c / n) * o * (1.0 - o)  # (X18)
+    da = np.concatenate([da_i, da_f, da_z, da_o], axis=1)
+    grads = through_weights(da, da, x, h_prev, weights)  # (X20), (L18)
+    return grads | {"dc_prev": dc * f, "dn_prev": dn * f, "dm_prev": dcarried}  # (X19)
 
 
 def indrnn_cell_forward(

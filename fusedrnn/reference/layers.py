@@ -30,6 +30,8 @@ __all__ = [
     "residual_rnn_forward",
     "rnn_backward",
     "rnn_forward",
+    "slstm_backward",
+    "slstm_forward",
 ]
 
 
@@ -160,6 +162,34 @@ def peephole_lstm_backward(dy: Array, caches: list, dh_n: Array | None = None, d
     """Gradients of ``peephole_lstm_forward``, equations (Q7) to (Q14)."""
     d_states = {"dh": _or_zero(dh_n), "dc": _or_zero(dc_n)}
     return _backward(cells.peephole_lstm_cell_backward, dy, caches, d_states)
+
+
+def slstm_forward(
+    x: Array,
+    h0: Array,
+    c0: Array,
+    n0: Array,
+    m0: Array,
+    W_ih: Array,
+    W_hh: Array,
+    b_ih: Array | None = None,
+    b_hh: Array | None = None,
+) -> tuple[Array, Array, Array, Array, Array, list]:
+    """The sLSTM layer, equations (X1) to (X9). Returns (y, h_n, c_n, n_n, m_n, caches)."""
+    return _forward(cells.slstm_cell_forward, x, [h0, c0, n0, m0], W_ih, W_hh, b_ih, b_hh)
+
+
+def slstm_backward(
+    dy: Array,
+    caches: list,
+    dh_n: Array | None = None,
+    dc_n: Array | None = None,
+    dn_n: Array | None = None,
+    dm_n: Array | None = None,
+) -> Gradients:
+    """Gradients of ``slstm_forward``, equations (X11) to (X20)."""
+    given = {"dh": dh_n, "dc": dc_n, "dn": dn_n, "dm": dm_n}
+    return _backward(cells.slstm_cell_backward, dy, caches, {name: _or_zero(d) for name, d in given.items()})
 
 
 def indrnn_forward(
