@@ -98,14 +98,15 @@ class Problem:
             return torch.randn(shape, generator=generator, dtype=torch.float64)
 
         x = draw(T, B, I)
-        sizes = (out, H)[: len(CELLS[CELL_NAMES[case.cell]].states)]
-        hx = tuple(draw(case.layers * case.directions, B, size) for size in sizes)
+        names = CELLS[CELL_NAMES[case.cell]].states
+        hx = tuple(draw(case.layers * case.directions, B, out if name == "h" else H) for name in names)
+        hx = tuple(1 + state.abs() if name == "n" else state for name, state in zip(names, hx))  # it divides
         return Problem(case, x, hx, draw(sum(case.lengths()), case.directions * out))
 
     def call(self, layer: nn.Module, dtype: torch.dtype, mode: str) -> Call:
         """A function of no arguments that runs the layer once: its outputs (infer) or its gradients (train)."""
         hx = tuple(state.to(dtype) for state in self.hx)
-        hx = hx if len(hx) == 2 else hx[0]
+        hx = hx if len(hx) > 1 else hx[0]
         x, dy = self.x.to(dtype), self.dy.to(dtype)
         packed = pack_padded_sequence(x, self.case.lengths()) if self.case.ragged else None
         leaf = (packed.data if packed else x).requires_grad_(mode == "train")

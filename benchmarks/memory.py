@@ -46,7 +46,7 @@ def kept(library, case: Case, **options: object) -> float:
 
     hx = tuple(state.float() for state in problem.hx)
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        output, _ = layer(x, hx if len(hx) == 2 else hx[0])
+        output, _ = layer(x, hx if len(hx) > 1 else hx[0])
     for known in (x, output, *hx, *layer.parameters()):
         storages.pop(known.untyped_storage().data_ptr(), None)
     T, B, _, H = case.shape
