@@ -58,7 +58,7 @@ class FusedOptions:
             sequence, whatever resets there are in it.
         recurrent_dropout: 0.0; the same of h_{t-1} in the products.
         zoneout: 0.0; probability that a unit keeps its state at a step, in training; outside it the share of
-            the old state in the new one. With two states also a pair, of h and of c.
+            the old state in the new one. With two states also a pair, of h and of c; with more (p, 0.0), of h alone.
         weight_dropout: 0.0; probability that an element of W_hh is dropped in training, one mask a call.
         grad_clip: None; the limit c of what a step of the backward pass sends back to the states before it, m =
             dL/dh_{t-1} and, with two states, dL/dc_{t-1}, before the earlier step adds its own dL/dy_{t-1}. Under a
