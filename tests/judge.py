@@ -180,10 +180,8 @@ def backward(a: Names) -> dict[str, Any]:
         if gates and projected:
             dh[d, n] = of["cell_h"][i][0]
         if a["need_norms"]:
-            states = []
-            for name in ("sent_h", "sent_c", "h", "c"):
-                if name in of:
-                    states += of[name][i].chunk(beside(cell), dim=1) if name.endswith("c") else [of[name][i]]
+            names_of = ("h", *(f"c{k}" for k in range(beside(cell))))
+            states = [of[kind + name][i] for kind in ("sent_", "") for name in names_of]
             norms[d, n] = torch.stack([t.norm() for t in (*states, *ih.chunk(G))])
     return {
         "dx": dx if a["need_x"] else x.new_zeros(0),
@@ -214,7 +212,7 @@ def stack(a: Names, weights: Any, stepper: bool) -> dict[str, Any]:
     for k in range(layers):
         own, H, R = weights_of(weights[k * each : (k + 1) * each], cell, D, x, like)
         sizes.add((H, R))
-        for name, width in (("h0", R), ("c0", H)):
+        for name, width in (("h0", R), ("c0", max(beside(cell), 1) * H)):
             shape = (layers * D, B, width)
             expect(given[name] is None or tuple(given[name].shape) == shape, f"{name} is not {shape}")
         expect(several(cell) or given["c0"] is None, "no c")

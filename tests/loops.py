@@ -268,8 +268,10 @@ class Steps:
     y: Tensor
     h_n: Tensor
     c_n: Tensor | None
-    c: Tensor | None  # c_t of every row
-    rows: dict[str, list[Tensor]]  # h, c and what goes on from them: sent_h, sent_c; cell_h; ih, hh, units
+    c: Tensor | None  # c_t of every row; of more states besides h each direction's, side by side
+    rows: dict[
+        str, list[Tensor]
+    ]  # h, c0, c1 ... and what goes on from them: sent_h, sent_c0 ...; cell_h; ih, hh, units
 
 
 class _Limited(torch.autograd.Function):
@@ -300,7 +302,8 @@ def op_loop(
     first = [sum(sizes[:t]) for t in range(T)]
     keeps = [None if k is None else k.flatten(0, -2) for k in noise[1:]]
     count = beside(cell)
-    kinds = ("h", "c", "sent_h", "sent_c", "cell_h", "ih", "hh", "units")
+    of_states = ("h", *(f"c{k}" for k in range(count)))
+    kinds = (*of_states, *(f"sent_{name}" for name in of_states), "cell_h", "ih", "hh", "units")
     rows: dict[str, list] = {name: [None] * (directions * len(x)) for name in kinds}
     finals: list[States] = []
     for d in range(directions):
@@ -330,17 +333,18 @@ def op_loop(
                 rows["cell_h"][d * len(x) + at] = new[0]
                 parts = [None if k is None else k[at].chunk(directions)[d] for k in keeps]
                 parts += [None] * (count - 1)
-                h, *c = (s if k is None else k * a + (1 - k) * s for s, a, k in zip(new, before, parts))
-                states = (h, torch.cat(c, dim=1)) if c else (h,)
+                states = tuple(s if k is None else k * a + (1 - k) * s for s, a, k in zip(new, before, parts))
                 sent = tuple(s.clone() for s in states)  # to the next step, or the final states
-                names = ("ih", "hh", "h", "c", "sent_h", "sent_c") if c else ("ih", "hh", "h", "sent_h")
-                for name, value in zip(names, (*own, *states, *sent)):
+                names = ("ih", "hh", *kinds[: 2 * len(states)])
+                for name, value in zip(names, (*own, *states, *sent), strict=True):
                     rows[name][d * len(x) + at] = value
-                states = sent[0], *(sent[1].chunk(count, dim=1) if count else ())
+                states = sent
             finals.append((states[0], torch.cat(states[1:], dim=1)) if count else states)
 
-    def joined(name: str) -> Tensor:
-        return torch.cat([torch.cat(rows[name][d * len(x) : (d + 1) * len(x)]) for d in range(directions)], dim=1)
+    def joined(names: tuple[str, ...]) -> Tensor:
+        parts = [rows[name][d * len(x) : (d + 1) * len(x)] for d in range(directions) for name in names]
+        return torch.cat([torch.cat(part) for part in parts], dim=1)
 
     last = [torch.cat(s).unflatten(0, (directions, B)) for s in zip(*finals, strict=True)]
-    return Steps(joined("h"), last[0], last[1] if count else None, joined("c") if count else None, rows)
+    c_n, c = (last[1], joined(of_states[1:])) if count else (None, None)
+    return Steps(joined(of_states[:1]), last[0], c_n, c, rows)
