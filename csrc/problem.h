@@ -130,7 +130,7 @@ struct BackwardProblem {
   void* dgates;  // [D, N, (G + kSplit + U)*H]
   void* dh;      // [D, N, R]: dL/dh_t of a projected layer, by all ways (with keep_h, of what the cell gives)
   // In the compute type, or null: not wanted. Of each row the norms of what the later steps, dh_n and dc_n send to h_t
-  // and to each state besides it; of the gradients of these by all ways; of each gate's gradient, that of W_ih x + b_ih.
+  // and to each state besides it; of the gradients of these by all ways; of each gate, that of W_ih x + b_ih.
   void* norms;  // [D, N, 2*kStates + G] (NormColumns of cells/rules.h)
   // What a step sends to the states before it. Nothing from a time t that is a multiple of bptt_steps to t - 1, or the
   // other way in the reverse direction (0: everything); the rest with no element beyond `clip`, or no longer than
