@@ -31,6 +31,8 @@ CHOICES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "slstm": ("slstm", "SLSTM", {}),
     "indrnn": ("indrnn_tanh", "IndRNN", {"nonlinearity": "tanh"}),
     "indrnn_relu": ("indrnn_relu", "IndRNN", {"nonlinearity": "relu"}),
+    "layer_norm_lstm": ("layer_norm_lstm", "LayerNormLSTM", {}),
+    "layer_norm_gru": ("layer_norm_gru", "LayerNormGRU", {}),
 }
 CELL_NAMES = {name: cell for name, (cell, _, _) in CHOICES.items()}
 MODES = ("infer", "train")

@@ -37,8 +37,8 @@ std::string cell_list() {
     const CellConstants& c = cell_constants(i);
     list << (i ? ", " : "") << "{\"name\": " << quoted(c.name) << ", \"gates\": " << c.gates
          << ", \"states\": " << c.states << ", \"saved\": " << c.saved << ", \"first\": " << c.first
-         << ", \"split\": " << c.split << ", \"parameters\": " << c.parameters
-         << ", \"projectable\": " << (c.projectable ? "true" : "false") << '}';
+         << ", \"split\": " << c.split << ", \"parameters\": " << c.parameters << ", \"columns\": " << c.columns
+         << ", \"row_values\": " << c.row_values << ", \"projectable\": " << (c.projectable ? "true" : "false") << '}';
   }
   return '[' + list.str() + ']';
 }

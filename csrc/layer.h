@@ -99,7 +99,7 @@ struct Layer {
   DType compute_type() const { return dtype == DType::kFloat64 ? dtype : DType::kFloat32; }
   int64_t saved_width() const {
     const int own = constants().saved + constants().states - 1;
-    const int64_t width = (own == 0 && keep_h.defined() ? 1 : own) * size.H;
+    const int64_t width = (own == 0 && keep_h.defined() ? 1 : own) * size.H + constants().row_values;
     return spread_stride(width, Elements(compute_type()).bytes());
   }
   int kernel_dtype() const { return static_cast<int>(dtype); }

@@ -44,7 +44,7 @@ LayerGradients empty_gradients(const Layer& layer, const Tensors& weights, const
   if (need.x && z.D == 2 && !added) g.x_part[1] = computed({z.N, z.I});
   g.h0 = empty({z.D, z.B, z.R}, x);
   g.c0 = empty({cell.beside() ? z.D : 0, z.B, width_of_c(layer)}, x);
-  g.gates = computed({z.D, rows_of_gates, cell.columns() * z.H});
+  g.gates = computed({z.D, rows_of_gates, cell.columns * z.H});
   g.h = computed({z.D, z.projected ? rows_of_gates : 0, z.R});
   g.norms = computed({z.D, need.norms ? z.N : 0, 2 * cell.states + cell.gates});
   for (const Tensor& w : weights) {
@@ -64,7 +64,7 @@ void fill_results(BackwardProblem& p, const Layer& layer, const LayerGradients& 
   }
   p.dh0 = output(g.h0, {z.D, z.B, z.R});
   p.dc0 = output(g.c0, {z.D, z.B, width_of_c(layer)});
-  p.dgates = output(g.gates, {z.D, z.N, cell.columns() * z.H});
+  p.dgates = output(g.gates, {z.D, z.N, cell.columns * z.H});
   p.dh = output(g.h, {z.D, z.N, z.R});
   p.norms = output(g.norms, {z.D, z.N, 2 * cell.states + cell.gates});
   p.weight_gradients = need.weights;

@@ -95,14 +95,16 @@ struct ForwardProblem {
   LayerWeights weights[2];
   WeightScales scales[2] = {};  // of int8 matrices
   StateNoise noise;
-  RowView x;             // [T, B, I] or [N, I]
-  const void* h0;        // [D, B, R] or null: zeros
-  const void* c0;        // [D, B, C] or null: zeros; C = (kStates - 1)*H, the states besides h one after another
-  void* y;               // [N, D*R]
-  void* h_n;             // [D, B, R]
-  void* c_n;             // [D, B, C], cells with more states than h
-  void* saved;           // [D, N, saved_stride] in the compute type, or null: nothing is kept
-  int64_t saved_stride;  // >= (kSaved + kStates - 1) * H, and >= H with keep_h: a cell that saves nothing saves its h
+  RowView x;       // [T, B, I] or [N, I]
+  const void* h0;  // [D, B, R] or null: zeros
+  const void* c0;  // [D, B, C] or null: zeros; C = (kStates - 1)*H, the states besides h one after another
+  void* y;         // [N, D*R]
+  void* h_n;       // [D, B, R]
+  void* c_n;       // [D, B, C], cells with more states than h
+  void* saved;     // [D, N, saved_stride] in the compute type, or null: nothing is kept
+  // >= (kSaved + kStates - 1) * H + kRowValues (cells/layer_norm.h), and >= H with keep_h: a cell that saves nothing
+  // saves its h
+  int64_t saved_stride;
   Panels* panels = nullptr;
   int threads;
 };
@@ -126,11 +128,14 @@ struct BackwardProblem {
   void* dh0;         // [D, B, R]
   void* dc0;         // [D, B, C], cells with more states than h
   // In the compute type, or null: not wanted. A row of dgates: dL/d(W_hh h + b_hh) of all gates, then
-  // dL/d(W_ih x + b_ih) of the last kSplit; that of the others is the same. Then what the row adds to dL/d(w_unit).
-  void* dgates;  // [D, N, (G + kSplit + U)*H]
+  // dL/d(W_ih x + b_ih) of the last kSplit; that of the others is the same. Then what the row adds to dL/d(w_unit). Of
+  // a cell whose products are normalised the first are dL/d(W_hh h) and dL/d(W_ih x), and behind w_unit's come those of
+  // the gates' arguments, as the biases have them (cells/layer_norm.h).
+  void* dgates;  // [D, N, kColumns*H]
   void* dh;      // [D, N, R]: dL/dh_t of a projected layer, by all ways (with keep_h, of what the cell gives)
   // In the compute type, or null: not wanted. Of each row the norms of what the later steps, dh_n and dc_n send to h_t
-  // and to each state besides it; of the gradients of these by all ways; of each gate, that of W_ih x + b_ih.
+  // and to each state besides it; of the gradients of these by all ways; of each gate, that of W_ih x + b_ih (of a
+  // normalised W_ih x, its argument).
   void* norms;  // [D, N, 2*kStates + G] (NormColumns of cells/rules.h)
   // What a step sends to the states before it. Nothing from a time t that is a multiple of bptt_steps to t - 1, or the
   // other way in the reverse direction (0: everything); the rest with no element beyond `clip`, or no longer than

@@ -257,7 +257,8 @@ ModuleCall call_of(CellStep& step) {
   call.one_step = true;
   call.layers = call.directions = 1;
   call.I = step.x.size(1);
-  call.H = call.R = step.weights[1].size(1);
+  const CellConstants& cell = library->constants(step.cell);
+  call.H = call.R = step.weights[1].size(0) / (cell.first > 0 ? cell.gates : cell.parameters);
   call.x = borrowed(step.x);
   OptionalTensor* const into[] = {&call.h0, &call.c0};
   for (size_t s = 0; s < step.states.size(); ++s) *into[s] = borrowed(step.states[s]);

@@ -11,7 +11,20 @@ from . import extension  # noqa: F401  # isort: skip  before all that loads the 
 from . import functional, init, onnx, reference
 from .cells import CELLS, CellInfo
 from .convert import ConversionReport, convert, revert
-from .further_modules import MGU, SLSTM, IndRNN, PeepholeLSTM, SLSTMCell
+from .further_modules import (
+    MGU,
+    SLSTM,
+    IndRNN,
+    IndRNNCell,
+    LayerNormGRU,
+    LayerNormGRUCell,
+    LayerNormLSTM,
+    LayerNormLSTMCell,
+    MGUCell,
+    PeepholeLSTM,
+    PeepholeLSTMCell,
+    SLSTMCell,
+)
 from .insight.recording import LayerGradients, record_gradients
 from .layer import autograd, ops
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, ResidualRNN, RNNCell
@@ -32,11 +45,18 @@ __all__ = [
     "GRU",
     "GRUCell",
     "IndRNN",
+    "IndRNNCell",
     "LSTM",
     "LSTMCell",
     "LayerGradients",
+    "LayerNormGRU",
+    "LayerNormGRUCell",
+    "LayerNormLSTM",
+    "LayerNormLSTMCell",
     "MGU",
+    "MGUCell",
     "PeepholeLSTM",
+    "PeepholeLSTMCell",
     "QuantizationReport",
     "QuantizedCell",
     "QuantizedRecurrent",

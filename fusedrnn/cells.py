@@ -22,6 +22,9 @@ class CellInfo:
         first: gates that multiply ``h_{t-1}``; the others multiply a function of these and of it. None: all do. 0: none
             does, and ``weight_hh`` (U*H) is the units' parameters.
         split: the last gates whose gradients by ``x`` and by ``h`` differ.
+        norms: layer normalisation. 1: of W_ih x_t and of W_hh h_{t-1}; 2: of c_t as well. The units' parameters are
+            then the gains, of x by gate, of h by gate, and c's gain and bias, which begin as ones and zeros.
+        argument_split: with norms, the last gates whose two biases have different gradients.
         keeps: the gate that multiplies the state before, for initialisers. None: there is none.
         takes: the gate that multiplies what is new, if it is another than ``keeps``. None: it is not. Of a cell where
             it alone has a name, what it does not take is kept.
@@ -39,6 +42,8 @@ class CellInfo:
     parameters: tuple[str, ...] = ()
     first: int | None = None
     split: int = 0
+    norms: int = 0
+    argument_split: int = 0
     keeps: str | None = None
     takes: str | None = None
     maskable: bool = True
@@ -63,7 +68,13 @@ class CellInfo:
     @property
     def gradient_blocks(self) -> int:
         """Blocks of H in a row of the gates' gradients (``dgates`` of csrc/problem.h)."""
-        return len(self.gates) + self.split + len(self.parameters)
+        of_arguments = len(self.gates) + self.argument_split if self.norms else 0
+        return len(self.gates) + self.split + len(self.parameters) + of_arguments
+
+    @property
+    def row_values(self) -> int:
+        """Numbers of a row that are saved for the backward pass besides those of the units."""
+        return 2 * self.norms
 
     @property
     def blocks(self) -> int:
@@ -74,6 +85,11 @@ class CellInfo:
     def has_unit_weight(self) -> bool:
         """Whether the units' parameters are a weight of their own, ``weight_unit``."""
         return self.product and len(self.parameters) > 0
+
+
+def _gains(gates: str, norms: int) -> tuple[str, ...]:
+    """The parameters of a unit of a cell with layer normalisation."""
+    return (*(f"gain_{of}_{gate}" for of in "xh" for gate in gates), *(("gain_c", "bias_c") if norms == 2 else ()))
 
 
 CELLS: dict[str, CellInfo] = {
@@ -99,6 +115,27 @@ CELLS: dict[str, CellInfo] = {
         ),
         CellInfo("indrnn_tanh", gates=("h",), parameters=("u",), first=0),
         CellInfo("indrnn_relu", gates=("h",), parameters=("u",), first=0),
+        CellInfo(
+            "layer_norm_lstm",
+            gates=("i", "f", "g", "o"),
+            states=("h", "c"),
+            saved=12,
+            parameters=_gains("ifgo", 2),
+            split=4,
+            norms=2,
+            keeps="f",
+            takes="i",
+        ),
+        CellInfo(
+            "layer_norm_gru",
+            gates=("r", "z", "n"),
+            saved=10,
+            parameters=_gains("rzn", 1),
+            split=3,
+            norms=1,
+            argument_split=1,
+            keeps="z",
+        ),
         CellInfo("slstm", gates=("i", "f", "z", "o"), states=("h", "c", "n", "m"), saved=5, keeps="f", takes="i"),
     )
 }

@@ -60,6 +60,8 @@ CHOICES = {
     "peephole_lstm": Cell("peephole_lstm", "peephole_lstm"),
     "indrnn": Cell("indrnn", "indrnn_tanh"),
     "indrnn_relu": Cell("indrnn", "indrnn_relu", options={"nonlinearity": "relu"}),
+    "layer_norm_lstm": Cell("layer_norm_lstm", "layer_norm_lstm"),
+    "layer_norm_gru": Cell("layer_norm_gru", "layer_norm_gru"),
     "slstm": Cell("slstm", "slstm"),
 }
 

@@ -340,10 +340,12 @@ def recurrent_cell(
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
+    w_unit: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """One step of any registered cell: input (B, I), each state (B, H) or None for zeros -> the next states (B, H).
 
-    Of two biases one may be None, for zeros; both: the cell has none.
+    Of two biases one may be None, for zeros; both: the cell has none. ``w_unit`` (U*H): the parameters of the units, of
+    a cell that has them besides ``w_hh``.
 
     Raises:
         RuntimeError, TypeError: sizes or dtypes that do not fit, with the messages of torch.nn's cells; a weight that
@@ -355,7 +357,7 @@ def recurrent_cell(
     if (b_ih is None) != (b_hh is None):
         b_ih = torch.zeros_like(b_hh) if b_ih is None else b_ih
         b_hh = torch.zeros_like(b_ih) if b_hh is None else b_hh
-    weights = [w for w in (w_ih, w_hh, b_ih, b_hh) if w is not None]
+    weights = [w for w in (w_ih, w_hh, b_ih, b_hh, w_unit) if w is not None]
     found = plain_cell(cell, input, hx, weights)
     if found is not None:
         return found
@@ -368,7 +370,7 @@ def recurrent_cell(
     hx, weights = rest[: len(hx)], rest[len(hx) :]
     if x.size(1) != w_ih.size(1):
         raise RuntimeError(f"input has inconsistent input_size: got {x.size(1)} expected {w_ih.size(1)}")
-    check_states_of_step(hx, x.size(0), w_hh.size(1))
+    check_states_of_step(hx, x.size(0), w_hh.size(0) // CELLS[cell].blocks)
     for tensor in (*hx, *weights):
         if tensor is not None and tensor.dtype != x.dtype:
             raise RuntimeError(f"input, hidden state and weights must have one dtype, got {x.dtype} and {tensor.dtype}")

@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 
 from . import options
+from .cells import CELLS
 from .fused_module import FusedModule
 from .modules import FusedRNNBase, document
-from .single_step import forward_cell
+from .single_step import FusedCellBase, forward_cell
 from .torch_internals import own_parameters
 
-__all__ = ["IndRNN", "MGU", "PeepholeLSTM", "SLSTM", "SLSTMCell"]
+__all__ = [
+    "IndRNN", "IndRNNCell", "LayerNormGRU", "LayerNormGRUCell", "LayerNormLSTM", "LayerNormLSTMCell", "MGU", "MGUCell",
+    "PeepholeLSTM", "PeepholeLSTMCell", "SLSTM", "SLSTMCell",
+]  # fmt: skip
 
 
 @document
@@ -74,6 +78,116 @@ class IndRNN(FusedRNNBase):
         for name, parameter in own_parameters(self).items():
             if name.startswith("weight_hh"):
                 parameter.uniform_(0, 1)
+
+
+class MGUCell(FusedCellBase):
+    """One step of :class:`MGU`: input (B, I), h (B, H) -> h (B, H)."""
+
+    _cell = "mgu"
+
+
+class PeepholeLSTMCell(FusedCellBase):
+    """One step of :class:`PeepholeLSTM`: input (B, I), (h, c) of (B, H) each -> (h, c). Its parameters, without the
+    layer's number: weight_unit (3*H).
+    """
+
+    _cell = "peephole_lstm"
+
+
+class IndRNNCell(FusedCellBase):
+    """One step of :class:`IndRNN`: input (B, I), h (B, H) -> h (B, H). weight_hh (H) is u."""
+
+    _cell = "indrnn_relu"
+
+    def __init__(
+        self, input_size: int, hidden_size: int, bias: bool = True, nonlinearity: str = "relu",
+        device: torch.device | str | int | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        self._cell = f"indrnn_{nonlinearity}"
+        super().__init__(input_size, hidden_size, bias, device, dtype)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """As torch.nn's, and u uniform in [0, 1]."""
+        super().reset_parameters()
+        self.weight_hh.uniform_(0, 1)
+
+
+@torch.no_grad()
+def reset_gains(module: torch.nn.Module) -> None:
+    """The gains of a layer or cell with layer normalisation: ones, and c's bias: zeros."""
+    for name, parameter in own_parameters(module).items():
+        if name.startswith("weight_unit"):
+            parameter.fill_(1)
+            if CELLS[options.cell_of(module)].norms == 2:
+                parameter[-module.hidden_size :] = 0
+
+
+@document
+class LayerNormLSTM(FusedRNNBase):
+    """LSTM with layer normalisation (Ba, Kiros and Hinton 2016, equations 20 to 22 of the supplement):
+
+    a = LN(W_ih x_t; g_x) + b_ih + LN(W_hh h_{t-1}; g_h) + b_hh, i = sigmoid(a_i), f = sigmoid(a_f), g = tanh(a_g),
+    o = sigmoid(a_o), c_t = f * c_{t-1} + i * g, h_t = o * tanh(LN(c_t; g_c) + b_c). LN(v; g) = g * (v - mean(v)) /
+    sqrt(var(v) + 1e-5), over the 4*H values of a row of W_ih x_t, those of W_hh h_{t-1}, and the H values of c_t.
+
+    Arguments, states and shapes as :class:`torch.nn.LSTM`'s, without ``proj_size``. For each layer and direction one
+    parameter more, weight_unit_l{k} (10*H): g_x and g_h by gate, g_c, b_c. Gains begin as ones, b_c as zeros, the rest
+    as torch.nn's, uniform within 1 / sqrt(H). Derivation: docs/derivations.md, section N.
+    """
+
+    _cell = "layer_norm_lstm"
+
+    def reset_parameters(self) -> None:
+        """As torch.nn's; gains are ones, c's bias zeros."""
+        super().reset_parameters()
+        reset_gains(self)
+
+
+@document
+class LayerNormGRU(FusedRNNBase):
+    """GRU with layer normalisation, the reset gate after the product:
+
+    x = LN(W_ih x_t; g_x) + b_ih, v = LN(W_hh h_{t-1}; g_h) + b_hh by gate, r = sigmoid(x_r + v_r),
+    z = sigmoid(x_z + v_z), n = tanh(x_n + r * v_n), h_t = (1 - z) * n + z * h_{t-1}. LN(v; g) = g * (v - mean(v)) /
+    sqrt(var(v) + 1e-5), over the 3*H values of a row of W_ih x_t, and those of W_hh h_{t-1}, as Haste has it. (Ba,
+    Kiros and Hinton 2016 take statistics over r and z and over n apart, and exchange z and 1 - z.)
+
+    Arguments, states and shapes as :class:`torch.nn.GRU`'s. For each layer and direction one parameter more,
+    weight_unit_l{k} (6*H): g_x and g_h by gate. Gains begin as ones, the rest as torch.nn's. Derivation:
+    docs/derivations.md, section N.
+    """
+
+    _cell = "layer_norm_gru"
+
+    def reset_parameters(self) -> None:
+        """As torch.nn's; gains are ones."""
+        super().reset_parameters()
+        reset_gains(self)
+
+
+class LayerNormLSTMCell(FusedCellBase):
+    """One step of :class:`LayerNormLSTM`: input (B, I), (h, c) of (B, H) each -> (h, c). weight_unit (10*H)."""
+
+    _cell = "layer_norm_lstm"
+
+    def reset_parameters(self) -> None:
+        """As torch.nn's; gains are ones, c's bias zeros."""
+        super().reset_parameters()
+        reset_gains(self)
+
+
+class LayerNormGRUCell(FusedCellBase):
+    """One step of :class:`LayerNormGRU`: input (B, I), h (B, H) -> h (B, H). weight_unit (6*H)."""
+
+    _cell = "layer_norm_gru"
+
+    def reset_parameters(self) -> None:
+        """As torch.nn's; gains are ones."""
+        super().reset_parameters()
+        reset_gains(self)
 
 
 @document

@@ -61,9 +61,9 @@ def quantize(model: nn.Module, dtype: str | torch.dtype = "int8") -> Quantizatio
     A module keeps its identity and its hooks: its class changes, parameters become buffers. ``model`` itself may be
     one. Computed weights (``torch.nn.utils.parametrize``) are taken as they are now. Dropout and options for training
     are left out, zoneout stays. Left alone, with the reason in the report: subclasses with code of their own, cells
-    whose units have parameters (PeepholeLSTM, IndRNN), modules whose ``forward`` was replaced on the instance or whose
-    weights a hook computes, weights that are on another device than the CPU or not finite. A second call changes
-    nothing.
+    whose units have parameters (PeepholeLSTM, IndRNN, LayerNormLSTM, LayerNormGRU), modules whose ``forward`` was
+    replaced on the instance or whose weights a hook computes, weights that are on another device than the CPU or not
+    finite. A second call changes nothing.
 
     Raises:
         TypeError: ``model`` is not a torch.nn.Module.

@@ -53,6 +53,7 @@ def forward_cell(
         w_hh,
         module.bias_ih,
         module.bias_hh,
+        module.weight_unit if CELLS[cell].has_unit_weight else None,
     )
     return result if batched else tuple(state.squeeze(0) for state in result)
 
@@ -61,7 +62,7 @@ def _plain(
     module: torch.nn.RNNCellBase, cell: str, input: Tensor, states: Sequence[Tensor] | None
 ) -> tuple[Tensor, ...] | None:
     """A batch through a cell, checked by the kernels alone; None where anything is different."""
-    weights = None if is_compiling() else usual_weights_of_cell(module)
+    weights = None if is_compiling() else usual_weights_of_cell(module, CELLS[cell].has_unit_weight)
     if weights is None:
         return None  # computed or replaced
     form = 2, 1, 1, module.input_size, module.hidden_size, module.hidden_size
@@ -100,3 +101,34 @@ class GRUCell(FusedModule, _TorchGRUCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         return forward_cell(self, "GRUCell", input, None if hx is None else (hx,))[0]
+
+
+class FusedCellBase(FusedModule, torch.nn.RNNCellBase):
+    """One step of a cell that torch.nn does not have: a subclass says which, ``_cell``, its name in the registry.
+
+    Arguments, parameters and shapes as :class:`torch.nn.GRUCell`'s, with the cell's G gates: weight_ih (G*H, I),
+    weight_hh (G*H, H). Parameters of the units are weight_unit (U*H), or weight_hh (U*H) where gates multiply no h.
+    """
+
+    def __init__(
+        self, input_size: int, hidden_size: int, bias: bool = True, device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        info = CELLS[self._cell]
+        vars(self)["reset_parameters"] = lambda: None  # not before they are there
+        super().__init__(input_size, hidden_size, bias, len(info.gates), device, dtype)
+        del vars(self)["reset_parameters"]
+        units = torch.nn.Parameter(self.weight_hh.new_empty(len(info.parameters) * hidden_size))
+        if info.has_unit_weight:
+            self.weight_unit = units
+        elif not info.product:
+            self.weight_hh = units
+        self.reset_parameters()
+        options.of(self)
+
+    def forward(
+        self, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        two = len(CELLS[options.cell_of(self)].states) == 2
+        found = forward_cell(self, type(self).__name__, input, hx if two or hx is None else (hx,))
+        return found if two else found[0]

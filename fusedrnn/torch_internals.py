@@ -186,12 +186,17 @@ def usual_weights(module: nn.RNNBase) -> list[Tensor] | None:
     return kept_weights(module, runs(module))
 
 
-def usual_weights_of_cell(module: nn.RNNCellBase) -> list[Tensor] | None:
-    """The same of a cell, whose weights torch.nn reads as attributes, whether or not it was made with biases."""
-    found = kept_parameters(module, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"), _READS)
+def usual_weights_of_cell(module: nn.RNNCellBase, of_units: bool = False) -> list[Tensor] | None:
+    """The same of a cell, whose weights torch.nn reads as attributes, whether or not it was made with biases.
+    ``of_units``: the last is weight_unit.
+    """
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", *(("weight_unit",) if of_units else ()))
+    found = kept_parameters(module, names, _READS)
     if found is None or found[0] is None or found[1] is None or (found[2] is None) != (found[3] is None):
         return None
-    return found[:2] if found[2] is None else found
+    if of_units and found[4] is None:
+        return None
+    return [*found[:2], *found[4:]] if found[2] is None else found
 
 
 def heard(module: nn.Module) -> bool:

@@ -170,12 +170,16 @@ def backward(a: Names) -> dict[str, Any]:
     of = {name: found[len(leaves) + i * D * N :][: D * N] for i, name in enumerate(names)}
     split, gates, each = CELLS[cell].split, bool(a["need_gates"]), len(a["weights"]) // D
     projected, units = CELLS[cell].projectable and each % 2, len(CELLS[cell].parameters)
-    dgates = x.new_zeros(D, N if gates else 0, (G + split + units) * H)
+    dgates = x.new_zeros(D, N if gates else 0, CELLS[cell].gradient_blocks * H)
+    argument_split = CELLS[cell].argument_split
     dh = x.new_zeros(D, N if gates and projected else 0, R)
     norms = x.new_zeros(D, N if a["need_norms"] else 0, 2 * (1 + beside(cell)) + G)
     for i, (d, n) in enumerate(itertools.product(range(D), range(N))):
         ih, hh = of["ih"][i], of["hh"][i]
-        if gates:
+        if gates and CELLS[cell].norms:
+            arguments = hh, ih[(G - argument_split) * H :]
+            dgates[d, n] = torch.cat([of["ph"][i], of["px"][i], of["units"][i], *arguments])
+        elif gates:
             dgates[d, n] = torch.cat([hh, ih[(G - split) * H :], *([of["units"][i]] if units else [])])
         if gates and projected:
             dh[d, n] = of["cell_h"][i][0]

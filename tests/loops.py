@@ -79,6 +79,36 @@ def _indrnn(x, states, w_ih, u, b_ih, b_hh, *, activation) -> States:
     return (activation(a if b_hh is None else a + b_hh),)
 
 
+def _layer_norm(v: Tensor, gain: Tensor) -> Tensor:
+    mean = v.sum(1, keepdim=True) / v.shape[1]
+    variance = ((v - mean) ** 2).sum(1, keepdim=True) / v.shape[1]
+    return gain * (v - mean) / torch.sqrt(variance + 1e-5)
+
+
+def _normed_gates(x, h, w_ih, w_hh, b_ih, b_hh, gains: Tensor, products: tuple) -> tuple[Tensor, Tensor]:
+    """``products``: what is added to W_ih x and to W_hh h."""
+    of_x, of_h = gains.chunk(2)
+    by_x = _layer_norm(x @ w_ih.T + products[0], of_x) + (0.0 if b_ih is None else b_ih)
+    return by_x, _layer_norm(h @ w_hh.T + products[1], of_h) + (0.0 if b_hh is None else b_hh)
+
+
+def _layer_norm_lstm(x, states, w_ih, w_hh, b_ih, b_hh, w_unit, products=(0.0, 0.0)) -> States:
+    h, c = states
+    H = h.shape[1]
+    by_x, by_h = _normed_gates(x, h, w_ih, w_hh, b_ih, b_hh, w_unit[: 8 * H], products)
+    i, f, g, o = (by_x + by_h).chunk(4, dim=1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(_layer_norm(c, w_unit[8 * H : 9 * H]) + w_unit[9 * H :]), c
+
+
+def _layer_norm_gru(x, states, w_ih, w_hh, b_ih, b_hh, w_unit, products=(0.0, 0.0)) -> States:
+    (h,) = states
+    by_x, by_h = _normed_gates(x, h, w_ih, w_hh, b_ih, b_hh, w_unit, products)
+    (x_r, x_z, x_n), (h_r, h_z, h_n) = by_x.chunk(3, dim=1), by_h.chunk(3, dim=1)
+    n = torch.tanh(x_n + torch.sigmoid(x_r + h_r) * h_n)
+    return ((h - n) * torch.sigmoid(x_z + h_z) + n,)
+
+
 def _slstm(x, states, w_ih, w_hh, b_ih, b_hh) -> States:
     """Beck et al. 2024, equations 8 to 17 with those of A.2; at n = 0 what the authors' package does at the start."""
     h, c, n, m = states
@@ -103,6 +133,7 @@ class Twin:
     torch_layer: Callable[..., nn.Module] | None = None
     torch_cell: Callable[..., nn.Module] | None = None
     kink: bool = False  # whether its derivative jumps: there 16 bits may round to the other side, and differences fail
+    rounding: float = 1.0  # margin in 16 bits: a norm of few c that differ little magnifies roundings
 
 
 def _both(name: str, **options) -> dict[str, Callable[..., nn.Module]]:
@@ -125,12 +156,21 @@ TWINS: dict[str, Twin] = {
     "gru_reset_before": Twin(
         _gru_reset_before, partial(fusedrnn.GRU, reset_after=False), partial(fusedrnn.GRUCell, reset_after=False)
     ),
-    "mgu": Twin(_mgu, fusedrnn.MGU),
-    "peephole_lstm": Twin(_peephole_lstm, fusedrnn.PeepholeLSTM),
-    "indrnn_tanh": Twin(partial(_indrnn, activation=torch.tanh), partial(fusedrnn.IndRNN, nonlinearity="tanh")),
-    "indrnn_relu": Twin(
-        partial(_indrnn, activation=torch.relu), partial(fusedrnn.IndRNN, nonlinearity="relu"), kink=True
+    "mgu": Twin(_mgu, fusedrnn.MGU, fusedrnn.MGUCell),
+    "peephole_lstm": Twin(_peephole_lstm, fusedrnn.PeepholeLSTM, fusedrnn.PeepholeLSTMCell),
+    "indrnn_tanh": Twin(
+        partial(_indrnn, activation=torch.tanh),
+        partial(fusedrnn.IndRNN, nonlinearity="tanh"),
+        partial(fusedrnn.IndRNNCell, nonlinearity="tanh"),
     ),
+    "indrnn_relu": Twin(
+        partial(_indrnn, activation=torch.relu),
+        partial(fusedrnn.IndRNN, nonlinearity="relu"),
+        partial(fusedrnn.IndRNNCell, nonlinearity="relu"),
+        kink=True,
+    ),
+    "layer_norm_lstm": Twin(_layer_norm_lstm, fusedrnn.LayerNormLSTM, fusedrnn.LayerNormLSTMCell, rounding=5.0),
+    "layer_norm_gru": Twin(_layer_norm_gru, fusedrnn.LayerNormGRU, fusedrnn.LayerNormGRUCell),
     "slstm": Twin(_slstm, fusedrnn.SLSTM, fusedrnn.SLSTMCell, kink=True),
 }
 
@@ -269,9 +309,8 @@ class Steps:
     h_n: Tensor
     c_n: Tensor | None
     c: Tensor | None  # c_t of every row; of more states besides h each direction's, side by side
-    rows: dict[
-        str, list[Tensor]
-    ]  # h, c0, c1 ... and what goes on from them: sent_h, sent_c0 ...; cell_h; ih, hh, units
+    # h, c0, c1 ... and what goes on from them: sent_h, sent_c0 ...; cell_h; ih, hh, units; px, ph
+    rows: dict[str, list[Tensor]]
 
 
 class _Limited(torch.autograd.Function):
@@ -296,14 +335,15 @@ def op_loop(
     by_norm: bool = False,
 ) -> Steps:  # fmt: skip
     """A layer as the ops take it, one sample and one step at a time; each step has biases of its own, whose gradients
-    are those of the gates, and parameters of its units. x (T, B, I) or (N, I), noise: mask_h, keep_h, keep_c."""
+    are those of the gates, and parameters of its units; with norms also zeros that are added to its products.
+    x (T, B, I) or (N, I), noise: mask_h, keep_h, keep_c."""
     sizes = [x.shape[1]] * x.shape[0] if batch_sizes is None else batch_sizes
     x, each, T, B = x.flatten(0, -2), len(weights) // directions, len(sizes), sizes[0]
     first = [sum(sizes[:t]) for t in range(T)]
     keeps = [None if k is None else k.flatten(0, -2) for k in noise[1:]]
     count = beside(cell)
     of_states = ("h", *(f"c{k}" for k in range(count)))
-    kinds = (*of_states, *(f"sent_{name}" for name in of_states), "cell_h", "ih", "hh", "units")
+    kinds = (*of_states, *(f"sent_{name}" for name in of_states), "cell_h", "ih", "hh", "units", "px", "ph")
     rows: dict[str, list] = {name: [None] * (directions * len(x)) for name in kinds}
     finals: list[States] = []
     for d in range(directions):
@@ -327,7 +367,11 @@ def op_loop(
                 rows["units"][d * len(x) + at] = units[0] if units else None
                 own_hh = w_hh if w_hh.dim() == 2 else units[0]
                 masked = own_hh if noise[0] is None else own_hh * noise[0][d, b]
-                new = TWINS[cell].step(x[at, None], before, w_ih, masked, *own, *units[: len(parameters)])
+                more = {}
+                if fusedrnn.CELLS[cell].norms:
+                    more["products"] = tuple(w_ih[:, :0].sum(1) for _ in range(2))
+                    rows["px"][d * len(x) + at], rows["ph"][d * len(x) + at] = more["products"]
+                new = TWINS[cell].step(x[at, None], before, w_ih, masked, *own, *units[: len(parameters)], **more)
                 if w_hr is not None:
                     new = (linear(new[0], w_hr), *new[1:])
                 rows["cell_h"][d * len(x) + at] = new[0]

@@ -26,7 +26,10 @@ from torch.utils.cpp_extension import library_paths
 
 ROOT = Path(__file__).parent.parent
 #: Whose failure kills a mutant of the file: zoneout and masks, clipping, norms, none of which is a cell's.
-TESTS = {"rules.h": ["tests/test_dropout.py", "tests/test_through_time.py", "tests/test_recording.py"]}
+TESTS = {
+    "rules.h": ["tests/test_dropout.py", "tests/test_through_time.py", "tests/test_recording.py"],
+    "layer_norm.h": ["tests/test_gradcheck.py", "-k", "layer_norm"],
+}
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,14 @@ class Mutant:
 
 
 def backward_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The statements of a cell's functions named backward, backward_first or dc_of, or of all, with line numbers."""
+    """The statements of a cell's functions named backward, backward_first, dc_of or normed_gradient, or of all
+    functions, with line numbers.
+    """
     every = path.name in TESTS
     inside = every
     for number, line in enumerate(path.read_text().splitlines()):
         if re.search(r"static \w+ \w+\(", line):
-            inside = bool(re.search(r"static (void backward|V dc_of)", line))
+            inside = bool(re.search(r"static (void backward|V dc_of|V normed_gradient)", line))
         elif line == "  }":
             inside = every
         elif inside and re.match(r"\s+(?:(const V|dx|drec|dunit|d|sum)\b.* = |return ).*;", line):

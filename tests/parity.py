@@ -167,11 +167,12 @@ def assert_parity(case: Case) -> None:
     """
     found, expected = run_ours(case), run_twin(case, torch.float64)
     assert all(t.dtype == case.dtype for t in found.values())
-    if TWINS[case.cell].kink and case.dtype.itemsize == 2:
+    # So it is where a norm of few c that differ little magnifies what is rounded.
+    if (TWINS[case.cell].kink or TWINS[case.cell].rounding > 1) and case.dtype.itemsize == 2:
         found, expected = ({name: r[name] for name in ("y", "h_n")} for r in (found, expected))
     # The state of the residual RNN grows with the steps, and so does what a product loses that takes it in 16 bits.
-    margin = 4.0 if case.cell == "residual_rnn" and case.dtype.itemsize == 2 else 1.0
-    assert_all_close(found, expected, case.dtype, margin)
+    margin = 4.0 if case.cell == "residual_rnn" else TWINS[case.cell].rounding
+    assert_all_close(found, expected, case.dtype, margin if case.dtype.itemsize == 2 else 1.0)
 
 
 def ragged(case: Case, *, sorted_lengths: bool = False) -> Case:

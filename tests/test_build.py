@@ -24,6 +24,7 @@ def test_python_registry_equals_the_compiled_one():
     for name, cell in fusedrnn.CELLS.items():
         expected = {"gates": len(cell.gates), "states": len(cell.states), "saved": cell.saved}
         expected |= {"projectable": cell.projectable, "split": cell.split, "parameters": len(cell.parameters)}
+        expected |= {"columns": cell.gradient_blocks, "row_values": cell.row_values}
         expected |= {"first": len(cell.gates) if cell.first is None else cell.first}
         assert {constant: compiled[name][constant] for constant in expected} == expected, name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -39,13 +40,17 @@ def test_kernels_compile_and_do_not_spill(source: Path) -> None:
         assert (kernel.stack, kernel.spills) == (0, 0), kernel
     ways = WAYS[source.stem]
     if not ways:
-        assert sum("ForwardStep" in kernel.name for kernel in compiled.kernels) >= len(CELLS) * 4 * len(architectures)
+        a_step = [kernel for kernel in compiled.kernels if re.search("ForwardStep|ForwardRow", kernel.name)]
+        assert len(a_step) >= len(CELLS) * 4 * len(architectures)
         for kernel in compiled.kernels:
-            assert kernel.registers <= 64, kernel  # so that an SM holds as many threads as it can
+            # So that an SM holds as many threads as it can; of those that do a row at least four blocks.
+            of_row = "ForwardRow" in kernel.name or "BackwardRow" in kernel.name
+            assert kernel.registers <= (128 if of_row else 64), kernel
         return
-    one_product = sum(cell["first"] == cell["gates"] for cell in fusedrnn._C.cells())
+    cells = [cell for cell in fusedrnn._C.cells() if cell["first"] == cell["gates"] and not cell["row_values"]]
+    persistent = [cell for cell in cells if cell["states"] <= 2]
     # At least two sizes of each direction and way of multiplying, for each architecture.
-    assert len(compiled.kernels) >= one_product * 2 * len(ways) * 2 * len(architectures)
+    assert len(compiled.kernels) >= len(persistent) * 2 * len(ways) * 2 * len(architectures)
     assert all(kernel.name.startswith("persistent_loop") for kernel in compiled.kernels)
 
     gates = {"".join(map(str.capitalize, cell["name"].split("_"))): cell["gates"] for cell in fusedrnn._C.cells()}

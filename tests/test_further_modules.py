@@ -18,12 +18,8 @@ from fusedrnn import functional
 
 T, B, I, H = 4, 3, 2, 5
 OPTIONS = {"num_layers": 2, "bidirectional": True, "dtype": torch.float64}
-MAKERS = {
-    "MGU": fusedrnn.MGU,
-    "PeepholeLSTM": fusedrnn.PeepholeLSTM,
-    "IndRNN": fusedrnn.IndRNN,
-    "SLSTM": fusedrnn.SLSTM,
-}
+NAMES = ("MGU", "PeepholeLSTM", "IndRNN", "LayerNormLSTM", "LayerNormGRU", "SLSTM")
+MAKERS = {name: getattr(fusedrnn, name) for name in NAMES}
 ENDS = ("_l0", "_l0_reverse", "_l1", "_l1_reverse")
 
 
@@ -127,6 +123,74 @@ def test_weights_that_are_not_those_of_the_cell_are_named() -> None:
         functional.recurrent("peephole_lstm", given, None, [*weights[:-1], weights[-1][:10]])
     with pytest.raises(RuntimeError, match="w_hh must have 1 dimension, got 2"):
         functional.recurrent("indrnn_tanh", given, None, [torch.zeros(H, I), torch.zeros(H, H)])
+
+
+def test_layer_normalisation_of_one_unit() -> None:
+    """By hand: W_ih x = (1, 2, 3, 4) has mean 5/2 and variance 5/4, that of h and c are 0, whose norm is 0."""
+    module = fusedrnn.LayerNormLSTM(1, 1, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        module.weight_ih_l0.copy_(torch.tensor([[1.0], [2], [3], [4]]))
+        module.weight_unit_l0.copy_(torch.tensor([1.0] * 4 + [9] * 4 + [7, 0.5]))
+    y, (h, c) = module(torch.ones(1, 1, 1, dtype=torch.float64))
+    i, f, g, o = (torch.tensor(k, dtype=torch.float64) / (1.25 + 1e-5) ** 0.5 for k in (-1.5, -0.5, 0.5, 1.5))
+    torch.testing.assert_close(c.squeeze(), i.sigmoid() * g.tanh(), rtol=0, atol=1e-15)
+    torch.testing.assert_close(y.squeeze(), o.sigmoid() * torch.tensor(0.5).double().tanh(), rtol=0, atol=1e-15)
+    assert torch.equal(y[-1], h[-1])
+
+
+@pytest.mark.parametrize("name", ["LayerNormLSTM", "LayerNormGRU"])
+def test_layer_normalisation_does_not_see_the_size_of_weights(name: str) -> None:
+    """But for epsilon. The gradient of a matrix is then at right angles to it."""
+    module, given = MAKERS[name](I, 64, num_layers=2, dtype=torch.float64), 100 * x()
+    with torch.no_grad():
+        for k in range(2):
+            getattr(module, f"weight_hh_l{k}").mul_(1e3)
+            getattr(module, f"weight_ih_l{k}").mul_(1e3)
+    larger = copy.deepcopy(module)
+    with torch.no_grad():
+        for k in range(2):
+            getattr(larger, f"weight_hh_l{k}").mul_(2)
+            getattr(larger, f"weight_ih_l{k}").mul_(3)
+    y, _ = module(given)
+    torch.testing.assert_close(larger(given)[0], y, rtol=0, atol=1e-7)
+    for weight in (module.weight_hh_l0, module.weight_ih_l1):
+        (dw,) = torch.autograd.grad(y.square().sum(), weight, retain_graph=True)
+        assert (dw * weight).sum().abs() < 1e-6 * dw.norm() * weight.norm()
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("LayerNormLSTM", 10), ("LayerNormGRU", 6)])
+def test_gains_begin_as_ones(name: str, parameters: int) -> None:
+    for module in (MAKERS[name](I, H, num_layers=2), getattr(fusedrnn, name + "Cell")(I, H)):
+        for parameter in (p for n, p in module.named_parameters() if n.startswith("weight_unit")):
+            assert parameter.shape == (parameters * H,)
+            assert (parameter[: 6 * H] == 1).all() and (parameter[9 * H :] == 0).all()
+        bias = getattr(module, "bias_ih", None) if hasattr(module, "bias_ih") else module.bias_ih_l0
+        assert 0 < bias.abs().max() <= H**-0.5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_single_steps_are_steps_of_the_layer(name: str) -> None:
+    layer, cell = MAKERS[name](I, H, dtype=torch.float64), getattr(fusedrnn, name + "Cell")(I, H, dtype=torch.float64)
+    cell.load_state_dict({key.removesuffix("_l0"): value for key, value in layer.state_dict().items()})
+    given, hx = x().requires_grad_(), None
+    outputs = []
+    for x_t in given:
+        hx = cell(x_t, hx)
+        outputs.append(hx[0] if isinstance(hx, tuple) else hx)
+    found, expected = torch.stack(outputs), layer(given)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    ours = torch.autograd.grad(found.square().sum(), [given, *cell.parameters()])
+    theirs = torch.autograd.grad(expected.square().sum(), [given, *layer.parameters()])
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    assert repr(cell) == f"{name}Cell({I}, {H})"
+    assert torch.equal(cell(given[0, 0])[0] if isinstance(hx, tuple) else cell(given[0, 0]), found[0, 0])
+
+
+def test_products_of_a_layer_with_norms_have_no_small_weights() -> None:
+    with pytest.raises(RuntimeError, match="cell layer_norm_gru has no kernels for matrices in int8 or bfloat16"):
+        weights = [w.bfloat16() if w.dim() == 2 else w for w in fusedrnn.LayerNormGRU(I, H)._flat_weights]
+        functional.recurrent("layer_norm_gru", torch.zeros(T, B, I), None, weights, scales=[])
 
 
 def gates(module: fusedrnn.SLSTM, given: Tensor) -> list[Tensor]:

@@ -56,7 +56,9 @@ def test_stacked_layers_side_by_side(cell: str, T: int, B: int, layers: int, thr
             for _ in range(3):
                 found = tensors(module(given_["x"].detach(), None if not hx else hx if len(hx) > 1 else hx[0]))
                 names = ("y", *FINALS)[: len(found)]
-                assert_all_close(dict(zip(names, found, strict=True)), {name: expected[name] for name in names}, dtype)
+                margin = TWINS[cell].rounding if dtype.itemsize == 2 else 1.0
+                wanted = {name: expected[name] for name in names}
+                assert_all_close(dict(zip(names, found, strict=True)), wanted, dtype, margin)
 
 
 def test_side_by_side_the_same_bits_again(threads: Callable) -> None:

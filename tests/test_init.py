@@ -128,7 +128,8 @@ def test_the_blocks_are_those_of_torch() -> None:
 def test_the_gates_that_keep_and_take() -> None:
     """As the papers have them: what ``kept_gate`` does not see of a gate that takes."""
     expected = {"lstm": ("f", "i"), "gru": ("z", None), "gru_reset_before": ("z", None), "mgu": (None, "f")}
-    expected["peephole_lstm"] = expected["slstm"] = ("f", "i")
+    expected |= dict.fromkeys(("peephole_lstm", "layer_norm_lstm", "slstm"), ("f", "i"))
+    expected["layer_norm_gru"] = ("z", None)
     for cell in ("rnn_tanh", "rnn_relu", "residual_rnn", "indrnn_tanh", "indrnn_relu", *expected):
         assert (CELLS[cell].keeps, CELLS[cell].takes) == expected.get(cell, (None, None))
 

@@ -14,7 +14,7 @@ from itertools import product
 
 import pytest
 import torch
-from loops import FINALS, SINGLES, STATES, TWINS, hx_of, layer_loop, states_like
+from loops import FINALS, SINGLES, STATES, TWINS, hx_of, layer_loop, of_units, states_like
 from parity import Case, Results, assert_parity, packer, ragged, results, run_ours, run_twin, twin
 from tolerances import assert_all_close, assert_close
 from torch import Tensor, nn
@@ -294,7 +294,7 @@ def test_single_steps(cell: str, dtype: torch.dtype) -> None:
 
     for bias, (B, I, H) in product((True, False), ((3, 4, 5), (1, 1, 1), (33, 20, 37))):
         module = TWINS[cell].cell(I, H, bias=bias, dtype=dtype)
-        weights = (module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh)
+        weights = (module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh, *of_units(cell, module))
         names = STATES[: len(CELLS[cell].states)]
         values = {"x": torch.randn(B, I), **{name: torch.randn(B, H) for name in names}}
         if "n0" in values:  # it divides
@@ -318,7 +318,7 @@ def test_single_steps(cell: str, dtype: torch.dtype) -> None:
         expected = run(twin(cell, wide), torch.float64, wide)
         found = run(module)
         assert_all_close(found, expected, dtype)
-        for function in (FUNCTIONS[cell][1], any_cell) if cell in FUNCTIONS else (any_cell,):
+        for function in (*FUNCTIONS.get(cell, ())[1:], any_cell):
             again = run(lambda x, hx, f=function, w=weights: f(x, hx, *w))
             # A module's steps multiply for their weights together, in another order of sums.
             assert all(torch.equal(again[name], found[name]) for name in ("y", "h_n", "dx", "dh0"))

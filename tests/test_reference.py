@@ -123,7 +123,7 @@ def test_gradients_are_central_differences(name: str, scope: str, bias: bool) ->
 
 @pytest.mark.parametrize("name", CASES)
 def test_gate_gradients(name: str) -> None:
-    """da_ih is the gradient of inputs added straight to the gates; da_hh sums to db_hh."""
+    """da_ih is the gradient of inputs added straight to the gates; da_hh sums to db_hh, but where norms are between."""
     case = CASES[name]
     arrays, d_outputs = case.problem("layer", bias=True)
     grads = case.backward("layer", d_outputs, case.forward("layer", arrays)[1])
@@ -134,7 +134,8 @@ def test_gate_gradients(name: str) -> None:
     }
     probe = case.backward("layer", d_outputs, case.forward("layer", probed)[1])
     np.testing.assert_allclose(grads["da_ih"], probe["dx"][..., I:], rtol=0, atol=EXACT)
-    np.testing.assert_allclose(grads["da_hh"].sum((0, 1)), grads["db_hh"], rtol=0, atol=EXACT)
+    if not case.info.norms:
+        np.testing.assert_allclose(grads["da_hh"].sum((0, 1)), grads["db_hh"], rtol=0, atol=EXACT)
 
 
 def test_missing_final_gradients_are_zero() -> None:

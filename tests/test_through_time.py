@@ -70,10 +70,14 @@ def loop(
                 before = tuple(Limited.apply(s, clip, mode) for s in before)
             if bptt and boundary % bptt == 0 and 0 < boundary < T:
                 before = tuple(torch.where(inside.unsqueeze(1), s.detach(), s) for s in before)
-            own = linear(x[t], w_ih, b_ih)
+            more = of_units(cell, module, suffix)
+            if CELLS[cell].norms:  # a gate's input is the normalised product and its bias
+                own = x.new_zeros(x.size(1), len(w_ih)).requires_grad_() + (0.0 if b_ih is None else b_ih)
+                new = TWINS[cell].step(x[t], before, w_ih, w_hh, own, b_hh, *more)
+            else:
+                own = linear(x[t], w_ih, b_ih)
+                new = TWINS[cell].step(own, before, torch.eye(own.size(1), dtype=own.dtype), w_hh, None, b_hh, *more)
             own.retain_grad() if own.requires_grad else None
-            weights = torch.eye(own.size(1), dtype=own.dtype), w_hh, None, b_hh, *of_units(cell, module, suffix)
-            new = TWINS[cell].step(own, before, *weights)
             if w_hr is not None:
                 new = (linear(new[0], w_hr), *new[1:])
             now = tuple(torch.where(active, a, b) for a, b in zip(new, now, strict=True))

@@ -16,6 +16,7 @@
 //            second half. The processor works on the halves of several units at once; a whole step is too long a chain
 //            of activations for that.
 //   kProjectable  whether h_t may be a projection of what the cell gives. Such a cell has two states.
+//   kNorms, kGateSplit  may be left out: layer normalisation of what the cell gets (layer_norm.h)
 //   kBound   how large an element of h_t can be (Bound below); of a cell with two products, of q too.
 //
 //   forward (x, rec, state, saved)              x[g] = (W_ih x_t + b_ih)_g, rec[g] = (W_hh h_{t-1} + b_hh)_g;

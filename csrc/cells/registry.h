@@ -1,6 +1,7 @@
 // The list of cells, in the order of fusedrnn/cells.py. CONTRIBUTING.md says what else a new cell needs.
 #pragma once
 
+#include "layer_norm.h"
 #include "rules.h"
 #include "unit_parameters.h"
 
@@ -10,6 +11,8 @@
 #else
 #include "gru.h"
 #include "indrnn.h"
+#include "layer_norm_gru.h"
+#include "layer_norm_lstm.h"
 #include "lstm.h"
 #include "mgu.h"
 #include "peephole.h"
@@ -37,6 +40,8 @@ using Registry = CellList<
     PeepholeLstm,
     IndRnnTanh,
     IndRnnRelu,
+    LayerNormLstm,
+    LayerNormGru,
     Slstm>;
 #endif
 // clang-format on

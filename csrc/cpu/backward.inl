@@ -6,8 +6,9 @@
 // all rows of the chunk (weight_gradients.inl). dG of all T is never stored. Slices of the batch accumulate apart and
 // are added in a fixed order, so the same number of threads gives the same bits.
 //
-// Columns of dG: drec of all gates, then dx of the last kSplit gates, then what the unit's parameters get; [k][H]. As
-// the products read it, without the last: [k][H rounded up to whole words].
+// Columns of dG: drec of all gates, then dx of the last kSplit gates, then what the unit's parameters get, and with
+// norms the gradients of the gates' arguments (cells/layer_norm.h); [k][H]. As the products read it, drec and dx alone:
+// [k][H rounded up to whole words].
 
 template <class Cell, class T>
 class BackwardPass {
@@ -16,14 +17,22 @@ class BackwardPass {
   using V = Vec<S>;
   static constexpr int L = V::kLanes, G = Cell::kGates, F = Cell::kFirst, K = Cell::kSaved, Z = Cell::kStates,
                        kBeside = Z - 1;  // states besides h
-  static constexpr int kSplit = Cell::kSplit, kParameters = Cell::kParameters, kFactors = G + kSplit,
-                       C = kFactors + kParameters;
+  static constexpr int kSplit = Cell::kSplit, kParameters = Cell::kParameters, kFactors = G + kSplit;
+  using Norms = NormsOf<Cell>;
+  static constexpr bool kNorms = Norms::kAny;
+  static constexpr int C = Norms::kColumns;
   static constexpr bool kProduct = F > 0, kTwoStage = kProduct && F < G, kConvert = sizeof(T) != sizeof(S);
   static constexpr int kRest = kTwoStage ? G - F : 0;
   static constexpr bool kRounded = sizeof(E) != sizeof(S);  // dG, before a product reads it
   static_assert(!kTwoStage || kSplit == 0, "the second stage's products read drec and dx as one");
   static constexpr int64_t kChunkBytes = 1 << 20;  // of dG: it stays in cache between its three uses
   static constexpr int64_t kLeastRows = 64, kMostRows = 512;
+
+  // Of a cell that never is, the compiler drops what only a projection needs.
+  template <class Of>
+  static constexpr bool is_projected(const Of& of) {
+    return Cell::kProjectable && of.projected;
+  }
 
   struct Shared : SharedPass {
     int64_t chunk_rows;
@@ -44,7 +53,7 @@ class BackwardPass {
     S *w_ih, *w_hh, *w_hr, *b;
   };
   struct TeamBuffers {
-    S *dg, *dh;                     // [chunk rows][C*H], [R] (projection)
+    S *dg, *dh;                     // [chunk rows][C*H], [R] (projection or norms)
     E *dg_operand, *dh_operand;     // as the products read them: rounded, or the same
     S *sent_dh, *sent_dc, *all_dc;  // [chunk rows][R], [kBeside][H], [kBeside][H]: what norms are of
     S* scale;                       // [members][Z][samples]: of what is sent back, clipped by its norm
@@ -103,12 +112,12 @@ class BackwardPass {
       s.w_hh[d] = panels(F * gate * outputs);
       s.w_rest[d] = panels(kRest * gate * outputs);
       s.w_unit[d] = carver.take<S>(kParameters * z.H);
-      s.w_hr[d] = panels(z.projected ? whole_steps<E>(z.R) * units : 0);
+      s.w_hr[d] = panels(is_projected(z) ? whole_steps<E>(z.R) * units : 0);
     }
     const int64_t items = p.weight_gradients ? z.D * s.plan.slices : 0, own = s.direct ? 0 : items;
     s.dw_ih = carver.take<S>(own * G * z.H * z.I);
     s.dw_hh = carver.take<S>(kProduct ? own * G * z.H * z.R : 0);
-    s.dw_hr = carver.take<S>(z.projected ? own * z.R * z.H : 0);
+    s.dw_hr = carver.take<S>(is_projected(z) ? own * z.R * z.H : 0);
     s.db = carver.take<S>(items * C * z.H);
   }
 
@@ -118,10 +127,10 @@ class BackwardPass {
     const int64_t kept = p.weight_gradients ? whole_steps<E>(rows) : 0;
     TeamBuffers b;
     b.dg = carver.take<S>(rows * row_stride<S>(C * z.H));
-    b.dh = carver.take<S>(z.projected ? rows * row_stride<S>(z.R) : 0);
+    b.dh = carver.take<S>(is_projected(z) || kNorms ? rows * row_stride<S>(z.R) : 0);
     if constexpr (kRounded) {
       b.dg_operand = carver.take<E>((rows + kRowsAhead) * operand_stride(z));
-      b.dh_operand = carver.take<E>(z.projected ? (rows + kRowsAhead) * row_stride<E>(z.R) : 0);
+      b.dh_operand = carver.take<E>(is_projected(z) ? (rows + kRowsAhead) * row_stride<E>(z.R) : 0);
     } else {
       b.dg_operand = b.dg;
       b.dh_operand = b.dh;
@@ -135,7 +144,7 @@ class BackwardPass {
     };
     b.x = strips(z.I, kept);
     b.h = strips(z.R, kProduct ? kept : 0);
-    b.m = strips(z.H, kTwoStage || z.projected ? kept : 0);
+    b.m = strips(z.H, kTwoStage || is_projected(z) ? kept : 0);
     b.carry_h = carver.take<S>(samples * row_stride<S>(z.R));
     b.carry_c = carver.take<S>(kBeside * samples * row_stride<S>(z.H));
     b.c0 = carver.take<S>(kBeside * samples * row_stride<S>(z.H));
@@ -173,7 +182,7 @@ class BackwardPass {
       const LayerWeights& w = p_.weights[d];
       if (kProduct) own(d, w.w_hh, F, z_.H, z_.R, s_.w_hh[d]);
       if (kTwoStage) own(d, static_cast<const T*>(w.w_hh) + F * z_.H * z_.R, kRest, z_.H, z_.R, s_.w_rest[d]);
-      if (z_.projected) own(d, w.w_hr, 1, z_.R, z_.H, s_.w_hr[d]);
+      if (is_projected(z_)) own(d, w.w_hr, 1, z_.R, z_.H, s_.w_hr[d]);
       if (!p_.dx) continue;  // W_ih: read by every member, for rows of its own
       const Range any = packing.any(ceil_div(z_.I, L), kGroupVectors<1>);
       pack_columns(static_cast<const T*>(w.w_ih), G, z_.H, z_.I, any, s_.w_ih[d]);
@@ -260,7 +269,7 @@ class BackwardPass {
       __builtin_memset(rows + own.begin * stride, 0, own.size() * stride * sizeof(E));
     };
     clear(b_.dg_operand, operand_ldg_);
-    if (z_.projected) clear(b_.dh_operand, operand_ldh_);
+    if (is_projected(z_)) clear(b_.dh_operand, operand_ldh_);
   }
 
   // Appends the rows of step t to the chunk's list; returns the number of rows so far.
@@ -312,6 +321,7 @@ class BackwardPass {
   static void candidates(const Row& at, const Values<V, K>& saved, Values<V, Z>& cur, int64_t H, int64_t u);
   static void cell_backward(const Step& s, int64_t r, int64_t u, V dh, V direct);
   static void first_stage_backward(const Step& s, int64_t r, int64_t u, V dq);
+  static void row_backward(const Step& s, int64_t r);  // row_stage.inl
 
   // Calls body(t, first chunk row of t, samples [begin, end) of t) for the part of the chunk in `own`.
   template <class Body>
@@ -343,7 +353,7 @@ class BackwardPass {
       for (int64_t b = samples.begin; b < samples.end; ++b) {
         const int64_t at = z_.offset[t] + item.first + b;
         copy(at, b_.dg + (first + b) * ldg_, C * z_.H, p_.dgates);
-        if (z_.projected) copy(at, b_.dh + (first + b) * ldh_, z_.R, p_.dh);
+        if (is_projected(z_)) copy(at, b_.dh + (first + b) * ldh_, z_.R, p_.dh);
       }
     });
   }
@@ -363,7 +373,7 @@ class BackwardPass {
           to[At::kTotal + 1 + k] = norm_of(b_.all_dc + (r * kBeside + k) * ldm_, H);
         }
         const S* dg = b_.dg + r * ldg_;
-        for (int g = 0; g < G; ++g) to[At::kGates + g] = norm_of(dg + (g < G - kSplit ? g : g + kSplit) * H, H);
+        for (int g = 0; g < G; ++g) to[At::kGates + g] = norm_of(dg + Norms::argument(g) * H, H);
       }
     });
   }
@@ -388,10 +398,11 @@ class BackwardPass {
         out[first + b] = dx + (z_.offset[t] + item.first + b) * z_.I;
       }
     });
-    const Inner gates{(G - kSplit) * gate_, kSplit * gate_, G * gate_};
+    constexpr int kShared = G - kSplit, kFirst = kShared > 0 ? 0 : G;  // columns of dx that are drec; the first one
+    const Inner gates = kShared > 0 ? Inner{kShared * gate_, kSplit * gate_, G * gate_} : Inner{G * gate_};
     product<1>(
         weights(s_.w_ih[item.d], p_.weights[item.d].w_ih, 0, z_.I), gates, {0, ceil_div(z_.I, L)}, own,
-        [&](int64_t r) { return b_.dg_operand + r * operand_ldg_; },
+        [&](int64_t r) { return b_.dg_operand + r * operand_ldg_ + kFirst * gate_; },
         [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA { prefetch_to_write(out[r] + u, n); },
         [&](int64_t r, int64_t v, const V* acc, int) { store(out[r] + v * L, acc[0], z_.I - v * L); });
   }

@@ -35,7 +35,7 @@ void BackwardPass<Cell, T>::step(const Item& item, int64_t later_row, int64_t la
                                  int64_t severed) {
   const Timed timed(Phase::kRecurrentProduct);
   // clang-format off
-  const Step s{z_.H, z_.R, ldg_, ldh_, ldm_, gate_, operand_ldg_, operand_ldh_, z_.projected, p_.norms != nullptr,
+  const Step s{z_.H, z_.R, ldg_, ldh_, ldm_, gate_, operand_ldg_, operand_ldh_, is_projected(z_), p_.norms != nullptr,
                p_.clip_by_norm ? S(0) : static_cast<S>(p_.clip), b_.rows + row, mask_of(item, 0),
                b_.dg + row * ldg_, b_.dh + row * ldh_, b_.sent_dh + row * ldh_,
                b_.sent_dc + row * kBeside * ldm_, b_.all_dc + row * kBeside * ldm_,
@@ -57,9 +57,12 @@ void BackwardPass<Cell, T>::step(const Item& item, int64_t later_row, int64_t la
     if (s.norms) store(s.sent_dh + r * s.ldh + u, dh);
     if (at.dy) dh = dh + load<S>(at.dy + u, s.R - u);
     const V direct = at.noise.h ? zoneout_backward(at.noise.h(u, s.R - u), dh) : V(0);
-    if (s.projected) {
+    if (is_projected(s)) {
       store(s.dh + r * s.ldh + u, dh);
       if constexpr (kRounded) store(s.dh_operand + r * s.operand_ldh + u, dh, s.R - u);
+      store(s.carry_h + r * s.ldh + u, direct);
+    } else if constexpr (kNorms) {
+      store(s.dh + r * s.ldh + u, dh);
       store(s.carry_h + r * s.ldh + u, direct);
     } else {
       cell_backward(s, r, u, dh, direct);
@@ -69,7 +72,7 @@ void BackwardPass<Cell, T>::step(const Item& item, int64_t later_row, int64_t la
   const auto expect = [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA {
     const Row& at = s.rows[r];
     if (at.dy) prefetch_to_read(at.dy + u, n);
-    if (!s.projected) expect_saved(s, at, u, n);
+    if (!is_projected(s)) expect_saved(s, at, u, n);
   };
   // Rows of what is sent are complete before the cell takes them, if they are clipped by norm or some send nothing.
   const bool apart = severed > 0 || p_.clip_by_norm;
@@ -91,7 +94,12 @@ void BackwardPass<Cell, T>::step(const Item& item, int64_t later_row, int64_t la
     for (int64_t r = apart ? 0 : both; r < now; ++r) take_dh(r, v * L, carried(r, v * L));
   }
   if (now == 0) return;
-  if (s.projected) {
+  if constexpr (kNorms) {
+    team_.meet();
+    const Timed timed_cells(Phase::kCell);
+    const Range own = part(now, team_.me, team_.members);
+    for (int64_t r = own.begin; r < own.end; ++r) row_backward(s, r);
+  } else if (is_projected(s)) {
     team_.meet();
     product<1>(
         weights(s_.w_hr[d], p_.weights[d].w_hr, 0, s.H), Inner{s.R}, units_, {0, now},
@@ -144,7 +152,7 @@ template <class Cell, class T>
 FUSEDRNN_INLINE void BackwardPass<Cell, T>::expect_saved(const Step& s, const Row& at, int64_t u, int64_t n) {
   for (int k = 0; k < K + Z - 1; ++k) prefetch_to_read(at.saved + k * s.H + u, n);
   for (int k = 0; k < kBeside; ++k) prefetch_to_read(at.c_prev + k * at.ldc + u, n);
-  if (s.projected) return;
+  if (is_projected(s)) return;
   if (at.h_prev) prefetch_to_read(at.h_prev + u, n);
   if constexpr (K == 0) prefetch_to_read(at.y + u, n);
 }
@@ -176,10 +184,10 @@ FUSEDRNN_INLINE void BackwardPass<Cell, T>::cell_backward(const Step& s, int64_t
   Values<V, Z> direct_c;  // from 1 on
   for (int g = 0; g < G; ++g) dx[g] = drec[g] = V(0);
   for (int k = 0; k < K; ++k) saved[k] = load<S>(at.saved + k * H + u, n);
-  prev[0] = s.projected ? V(0) : previous_h(at, u, s.R);
+  prev[0] = is_projected(s) ? V(0) : previous_h(at, u, s.R);
   if constexpr (!kProduct) prev[0] = with_mask(s.mask_of(r), u, s.R, prev[0]);
   if (K == 0 && at.noise.h) cur[0] = load<S>(at.saved + u, n);
-  else cur[0] = s.projected ? V(0) : load<S>(at.y + u, n);
+  else cur[0] = is_projected(s) ? V(0) : load<S>(at.y + u, n);
   d[0] = dh;
   UnitParameters<Cell, V> parameters = s.parameters_of(u);
   if constexpr (Z > 1) {
@@ -205,7 +213,7 @@ FUSEDRNN_INLINE void BackwardPass<Cell, T>::cell_backward(const Step& s, int64_t
   for (int g = 0; g < G; ++g) s.put(r, g, u, drec[g]);
   for (int g = G - kSplit; g < G; ++g) s.put(r, g + kSplit, u, dx[g]);
   for (int k = 0; k < kParameters; ++k) s.put(r, kFactors + k, u, parameters.gradient[k]);
-  if (!s.projected) store(s.carry_h + r * s.ldh + u, d[0] + direct);
+  if (!is_projected(s)) store(s.carry_h + r * s.ldh + u, d[0] + direct);
   for (int k = 1; k < Z; ++k) store(s.carry_c + (r * kBeside + k - 1) * s.ldm + u, s.limited(d[k] + direct_c[k]));
 }
 

@@ -1,6 +1,7 @@
 // What the drivers need to know of a cell without its functions, and what they demand of it.
 #pragma once
 
+#include "../cells/layer_norm.h"
 #include "dispatch.h"
 
 namespace fusedrnn {
@@ -14,8 +15,16 @@ constexpr CellConstants constants_of() {
   static_assert(Cell::kStates == 1 || (Cell::kFirst == Cell::kGates && Cell::kSaved > 0),
                 "of a cell with more states than one the drivers make one product, and save something");
   static_assert(Cell::kStates <= 2 || Cell::kParameters == 0, "dc_of of many states gets no parameters");
-  return {Cell::kName,  Cell::kGates, Cell::kStates,     Cell::kSaved,
-          Cell::kFirst, Cell::kSplit, Cell::kParameters, Cell::kProjectable};
+  return {Cell::kName,
+          Cell::kGates,
+          Cell::kStates,
+          Cell::kSaved,
+          Cell::kFirst,
+          Cell::kSplit,
+          Cell::kParameters,
+          Cell::kProjectable,
+          NormsOf<Cell>::kColumns,
+          NormsOf<Cell>::kRowValues};
 }
 
 // A set's table with the kernels of bfloat16 of another.

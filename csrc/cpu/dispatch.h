@@ -68,9 +68,10 @@ struct CellConstants {
   const char* name;
   int gates, states, saved, first, split, parameters;
   bool projectable;
+  int columns;     // blocks of H of a row of dgates (problem.h)
+  int row_values;  // saved of a row besides the units' values and the states
 
-  int beside() const { return states - 1; }                   // states besides h: blocks of H where it says c
-  int columns() const { return gates + split + parameters; }  // blocks of H of a row of dgates (problem.h)
+  int beside() const { return states - 1; }  // states besides h: blocks of H where it says c
 };
 int find_cell(std::string_view name);  // -1: unknown
 const CellConstants& cell_constants(int cell);

@@ -24,6 +24,8 @@ class ForwardPass {
   static constexpr int L = V::kLanes, G = Cell::kGates, F = Cell::kFirst, K = Cell::kSaved, Z = Cell::kStates,
                        kBeside = Z - 1;  // states besides h
   static constexpr int kParameters = Cell::kParameters;
+  using Norms = NormsOf<Cell>;
+  static constexpr bool kNorms = Norms::kAny;
   static constexpr bool kProduct = F > 0, kTwoStage = kProduct && F < G;
   static constexpr int kRest = kTwoStage ? G - F : 0;
   static constexpr bool kRounded = sizeof(E) != sizeof(S);  // h, before a product reads it
@@ -32,6 +34,11 @@ class ForwardPass {
   static_assert(K == 0 || K >= G, "the projection is written where the saved gates go");
   static_assert(!kTwoStage || kBound != Bound::kNone, "q has the scale of h");
   static constexpr int64_t kChunkRows = 192;  // of projected gates: they stay in the second-level cache
+  // Of a cell that never is, the compiler drops what only a projection needs.
+  template <class Of>
+  static constexpr bool is_projected(const Of& of) {
+    return Cell::kProjectable && of.projected;
+  }
   static constexpr int64_t padded(int64_t n) { return ceil_div(n, L) * L; }  // to whole vectors
 
   struct Shared : SharedPass {
@@ -52,6 +59,8 @@ class ForwardPass {
     const E** x_row;  // [members][chunk rows]
     S** gate_row;     // [members][chunk rows]
     S** saved_row;    // [members][chunk rows], null without saved
+    S* rec;           // [samples][row_stride of G*H], with norms: W_hh h, unless it lives in `saved`
+    S* late;          // [members][kLate][row_stride of H], with a norm of c: what a row's second half takes
     Int8Rows int8;    // with int8 weights
   };
 
@@ -111,7 +120,7 @@ class ForwardPass {
       if constexpr (kQuantized) {
         s.s_ih[d] = carver.take<S>(G * z.H);
         s.s_hh[d] = carver.take<S>(G * z.H);
-        s.s_hr[d] = carver.take<S>(z.projected ? z.R : 0);
+        s.s_hr[d] = carver.take<S>(is_projected(z) ? z.R : 0);
       }
     }
     if (s.packed && !s.kept) carve_panels(z, s, carver);
@@ -123,7 +132,7 @@ class ForwardPass {
       s.w_ih[d] = carver.take<P>(whole_steps<E>(z.I) * G * units);
       s.w_hh[d] = carver.take<P>(whole_steps<E>(z.R) * F * units);
       s.w_rest[d] = carver.take<P>(whole_steps<E>(z.R) * kRest * units);
-      s.w_hr[d] = carver.take<P>(z.projected ? whole_steps<E>(z.H) * outputs : 0);
+      s.w_hr[d] = carver.take<P>(is_projected(z) ? whole_steps<E>(z.H) * outputs : 0);
     }
   }
 
@@ -138,12 +147,14 @@ class ForwardPass {
       if (kRounded || p.noise.mask_h) b.operand[i] = carver.take<E>((samples + kRowsAhead) * row_stride<E>(z.R));
     }
     b.c = carver.take<S>(kBeside * samples * row_stride<S>(z.H));
-    b.m = carver.take<E>(kTwoStage || z.projected ? (samples + kRowsAhead) * row_stride<E>(z.H) : 0);
+    b.m = carver.take<E>(kTwoStage || is_projected(z) ? (samples + kRowsAhead) * row_stride<E>(z.H) : 0);
     b.gates = carver.take<S>(p.saved && K ? 0 : rows * row_stride<S>(G * padded(z.H)));
     b.x = carver.take<E>(s.copies_x ? (rows + kRowsAhead) * row_stride<E>(z.I) : 0);
     b.x_row = carver.take<const E*>(rows * members);
     b.gate_row = carver.take<S*>(rows * members);
     b.saved_row = carver.take<S*>(p.saved ? rows * members : 0);
+    if constexpr (kNorms) b.rec = carver.take<S>(p.saved ? 0 : samples * row_stride<S>(G * z.H));
+    if constexpr (Norms::kOfState) b.late = carver.take<S>(members * Cell::kLate * row_stride<S>(z.H));
     if constexpr (kQuantized) b.int8.carve(carver, rows, samples);
     return b;
   }
@@ -152,13 +163,14 @@ class ForwardPass {
       : p_(p), z_(p.size), s_(shared), thread_(thread), index_(thread / shared.plan.members),
         team_(shared.flags + index_ * shared.plan.members, thread % shared.plan.members, shared.plan.members),
         ldh_(row_stride<S>(z_.R)), ldc_(row_stride<S>(z_.H)), ldo_(row_stride<E>(z_.R)), ldm_(row_stride<E>(z_.H)),
-        pitch_(p.saved && K ? z_.H : padded(z_.H)), unbound_(kBound == Bound::kNone || z_.projected) {
+        pitch_((p.saved && K) || kNorms ? z_.H : padded(z_.H)), unbound_(kBound == Bound::kNone || is_projected(z_)) {
     if (index_ >= s_.plan.teams) return;
     Carver carver(s_.block + s_.shared_bytes + index_ * s_.team_bytes);
     b_ = carve_team(p_, s_, carver);
     b_.x_row += team_.me * s_.most_rows;
     b_.gate_row += team_.me * s_.most_rows;
     if (p_.saved) b_.saved_row += team_.me * s_.most_rows;
+    if constexpr (Norms::kOfState) b_.late += team_.me * Cell::kLate * ldc_;
     units_ = part(ceil_div(z_.H, L), team_.me, team_.members);
     outputs_ = part(ceil_div(z_.R, L), team_.me, team_.members);
   }
@@ -171,7 +183,7 @@ class ForwardPass {
         pack_weights<G>(d, w.w_ih, z_.H, z_.I, s_.w_ih[d]);
         if constexpr (kProduct) pack_weights<F>(d, w.w_hh, z_.H, z_.R, s_.w_hh[d]);
         if constexpr (kTwoStage) pack_weights<kRest>(d, rest_of(w.w_hh), z_.H, z_.R, s_.w_rest[d]);
-        if (z_.projected) pack_weights<1>(d, w.w_hr, z_.R, z_.H, s_.w_hr[d]);
+        if (is_projected(z_)) pack_weights<1>(d, w.w_hr, z_.R, z_.H, s_.w_hr[d]);
       }
       if (thread_ == d % s_.threads) {
         for (int64_t i = 0; i < G * z_.H; ++i) {
@@ -184,7 +196,7 @@ class ForwardPass {
           const WeightScales& scales = p_.scales[d];
           __builtin_memcpy(s_.s_ih[d], scales.ih, G * z_.H * sizeof(S));
           __builtin_memcpy(s_.s_hh[d], scales.hh, G * z_.H * sizeof(S));
-          if (z_.projected) __builtin_memcpy(s_.s_hr[d], scales.hr, z_.R * sizeof(S));
+          if (is_projected(z_)) __builtin_memcpy(s_.s_hr[d], scales.hr, z_.R * sizeof(S));
         }
       }
     }
@@ -231,6 +243,10 @@ class ForwardPass {
         team_.meet();
       }
       project(item.d, rows);
+      if constexpr (kNorms) {
+        team_.meet();
+        normalise_inputs(part(rows, team_.me, team_.members));  // read after the meeting of a step's product
+      }
       for (int64_t s = s0, row = 0; s < s1; ++s) {
         const int64_t t = time_of(item, s);
         step(item, t, row, s & 1);
@@ -260,7 +276,7 @@ class ForwardPass {
           const T* const c0 = p_.c0 ? static_cast<const T*>(p_.c0) + (sample * kBeside + k) * z_.H : nullptr;
           store(b_.c + (b * kBeside + k) * ldc_ + v * L, c0 ? load<S>(c0 + v * L, z_.H - v * L) : V(0));
         }
-        if (kRounded && (kTwoStage || z_.projected)) store(b_.m + b * ldm_ + v * L, V(0));
+        if (kRounded && (kTwoStage || is_projected(z_))) store(b_.m + b * ldm_ + v * L, V(0));
       }
     }
     if constexpr (kQuantized) {
@@ -300,7 +316,7 @@ class ForwardPass {
       }
     };
     for (E* operand : b_.operand) clear(operand, ldo_, z_.R);
-    if (kTwoStage || z_.projected) clear(b_.m, ldm_, z_.H);
+    if (kTwoStage || is_projected(z_)) clear(b_.m, ldm_, z_.H);
   }
 
   // Appends the rows of step t to the chunk's lists; returns the number of rows so far.
@@ -313,7 +329,7 @@ class ForwardPass {
       if (p_.saved) {
         S* saved = static_cast<S*>(p_.saved) + (item.d * z_.N + z_.offset[t] + item.first + b) * p_.saved_stride;
         b_.saved_row[rows] = saved;
-        if (K) b_.gate_row[rows] = saved;
+        if (K) b_.gate_row[rows] = saved + (kNorms ? Norms::kOwnSaved * z_.H : 0);
       }
     }
     return rows;
@@ -340,6 +356,10 @@ class ForwardPass {
   FUSEDRNN_INLINE V with_mask(const T* mask, int64_t u, V h) const {
     return mask ? masked(h, load<S>(mask + u, z_.R - u)) : h;
   }
+
+  // row_stage.inl
+  Moments<S> normalise_row(S* row, int64_t n) const;
+  void normalise_inputs(Range own) const;
 
   // forward_step.inl
   void project(int d, int64_t rows) const;
@@ -372,7 +392,7 @@ class ForwardPass {
   TeamBuffers b_;
   Range units_, outputs_;  // own vectors of H and of R
   const int64_t ldh_, ldc_, ldo_, ldm_;
-  const int64_t pitch_;  // between the gates of a row: whole vectors, unless they live in `saved`
+  const int64_t pitch_;  // between the gates of a row: whole vectors, unless they live in `saved` or have norms
   const bool unbound_;   // whether nothing bounds h
   bool by_row_ = false;  // whether rows of h are rounded to int8 after a step
 };

@@ -20,7 +20,7 @@ void ForwardPass<Cell, Types>::project(int d, int64_t rows) const {
         const S row_scale = kQuantized ? x_scale[r] : 1;
         for (int g = 0; g < G; ++g) {
           const V product = number(acc[g * stride], scales + g * H + u, row_scale);
-          store(gates + g * pitch, product + load(bias + g * H + u), pitch - u);
+          store(gates + g * pitch, kNorms ? product : product + load(bias + g * H + u), pitch - u);
         }
       });
 }
@@ -32,7 +32,7 @@ void ForwardPass<Cell, Types>::step(const Item& item, int64_t t, int64_t row, in
   const LayerWeights& w = p_.weights[item.d];
   const int64_t n = item.rows(t), H = z_.H, R = z_.R, ldh = ldh_, ldc = ldc_, ldo = ldo_, ldm = ldm_, ldy = z_.D * R;
   const int64_t pitch = pitch_;
-  const bool projected = z_.projected, saving = p_.saved;
+  const bool projected = is_projected(z_), saving = p_.saved;
   const S *bias = s_.b_hh[item.d], *scales = s_.s_hh[item.d], *scales_hr = s_.s_hr[item.d];
   T* y = static_cast<T*>(p_.y) + (z_.offset[t] + item.first) * ldy + item.d * R;
   const S* h_prev = b_.h[now];
@@ -169,6 +169,66 @@ void ForwardPass<Cell, Types>::step(const Item& item, int64_t t, int64_t row, in
                      put_h(r, u, state[0]);
                      keep(r, u, F, K, saved);
                    });
+  } else if constexpr (kNorms) {
+    const int64_t ld_rec = saving ? 0 : row_stride<S>(G * H), rec_at = (Norms::kOwnSaved + G) * H;
+    const auto rec_row = [&](int64_t r) { return saving ? saved_row[r] + rec_at : b_.rec + r * ld_rec; };
+    product<G>(weights(s_.w_hh[item.d], w.w_hh, H), Inner{R}, units_, {0, n}, h_row, nothing_expected,
+               [&](int64_t r, int64_t v, const Sum* acc, int stride) {
+                 S* rec = rec_row(r) + v * L;
+                 const S row_scale = scale_of_h(r);
+                 for (int g = 0; g < G; ++g) {
+                   store(rec + g * H, number(acc[g * stride], scales + (g * H + v * L), row_scale), H - v * L);
+                 }
+               });
+    team_.meet();
+    const Timed timed_cells(Phase::kCell);
+    const S *const w_unit_of = s_.w_unit[item.d], *const bias_ih = s_.b_ih[item.d];
+    S* const late_row = b_.late;
+    for (int64_t r = own_rows.begin; r < own_rows.end; ++r) {
+      S *const x_row = gate_row[r], *const rec = rec_row(r);
+      const Moments<S> of_rec = normalise_row(rec, G * H);
+      if (saving) saved_row[r][(K + Z - 1) * H + Norms::kScaleOfRec] = of_rec.scale;
+      for (int64_t u = 0; u < H; u += L) {
+        const auto at = [&](const S* from, int k) FUSEDRNN_INLINE_LAMBDA { return load<S>(from + k * H + u, H - u); };
+        Values<V, G> x, a;
+        Values<V, K> saved;
+        Values<V, Z> state;
+        Values<V, Cell::kLate> late;
+        for (int g = 0; g < G; ++g) {
+          x[g] = with_gain(at(x_row, g), at(w_unit_of, Norms::kGainOfX + g), at(bias_ih, g));
+          a[g] = with_gain(at(rec, g), at(w_unit_of, Norms::kGainOfRec + g), at(bias, g));
+        }
+        states(r, u, state);
+        Cell::forward(x, a, state, saved, late);
+        if constexpr (Norms::kOfState) {
+          for (int i = 0; i < Cell::kLate; ++i) store(late_row + i * ldc + u, late[i], H - u);
+          put_c(r, u, state);
+        } else {
+          Cell::finish(late, state, saved);
+          put_h(r, u, state[0]);
+        }
+        keep(r, u, 0, Norms::kOwnSaved, saved);
+      }
+      if constexpr (Norms::kOfState) {
+        S* const c_row = late_row + ldc;  // as the cell gave it
+        const Moments<S> of_c = normalise_row(c_row, H);
+        if (saving) {
+          saved_row[r][(K + Z - 1) * H + Norms::kMeanOfState] = of_c.mean;
+          saved_row[r][(K + Z - 1) * H + Norms::kScaleOfState] = of_c.scale;
+        }
+        for (int64_t u = 0; u < H; u += L) {
+          const auto gain = [&](int k) FUSEDRNN_INLINE_LAMBDA { return load<S>(w_unit_of + k * H + u, H - u); };
+          Values<V, K> saved;
+          Values<V, Z> state;
+          Values<V, Cell::kLate> late = {
+              load<S>(late_row + u, H - u),
+              with_gain(load<S>(c_row + u, H - u), gain(Norms::kGainOfState), gain(Norms::kBiasOfState))};
+          states(r, u, state);
+          Cell::finish(late, state, saved);
+          put_h(r, u, state[0]);
+        }
+      }
+    }
   } else {
     const auto first_half = [&](int64_t r, int64_t v, Sum* acc, int stride) {
       const int64_t u = v * L;

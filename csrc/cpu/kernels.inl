@@ -42,6 +42,8 @@ struct TileUse {};  // there are none
 //
 #include "backward_step.inl"
 //
+#include "row_stage.inl"
+//
 #include "weight_gradients.inl"
 
 #if defined(FUSEDRNN_INT8_TABLE) && !defined(FUSEDRNN_ADDED_CELL)

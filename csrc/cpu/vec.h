@@ -243,6 +243,23 @@ FUSEDRNN_INLINE Vec<S> sums_of_lanes(Vec<S> (&rows)[Vec<S>::kLanes]) {
   return rows[0];
 }
 
+template <class S>
+FUSEDRNN_INLINE S sum_of_lanes(Vec<S> a) {
+  S sum = 0;
+  for (int lane = 0; lane < Vec<S>::kLanes; ++lane) sum += a.v[lane];
+  return sum;
+}
+
+// Zero in all lanes but the first n.
+template <class S>
+FUSEDRNN_INLINE Vec<S> first_lanes(Vec<S> a, int64_t n) {
+  if (__builtin_expect(n >= Vec<S>::kLanes, 1)) return a;
+  for (int lane = 0; lane < Vec<S>::kLanes; ++lane) {
+    if (lane >= n) a.v[lane] = 0;
+  }
+  return a;
+}
+
 // ---- limits (rules.h) ---------------------------------------------------------------------------------------------
 
 template <class S>

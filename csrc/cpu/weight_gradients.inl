@@ -27,7 +27,7 @@ void BackwardPass<Cell, T>::clear_weight_sums(const Item& item, int index, bool 
     clear(sum.w_ih + (g * z_.H + u0) * z_.I, un * z_.I);
     if (kProduct) clear(sum.w_hh + (g * z_.H + u0) * z_.R, un * z_.R);
   }
-  if (z_.projected && all) {
+  if (is_projected(z_) && all) {
     const int64_t p0 = outputs_.begin * L, pn = min64(z_.R, outputs_.end * L) - p0;
     clear(sum.w_hr + p0 * z_.H, pn * z_.H);
   }
@@ -51,12 +51,12 @@ void BackwardPass<Cell, T>::weight_gradients(const Item& item, int index, int64_
     if (!kProduct) continue;
     outer_product(drec, operand_ldg_, rows, un, g < F ? b_.h : b_.m, to.w_hh + (g * H + u0) * R, R, add);
   }
-  if (z_.projected) {
+  if (is_projected(z_)) {
     const int64_t p0 = outputs_.begin * L, pn = min64(R, outputs_.end * L) - p0;
     outer_product(b_.dh_operand + p0, operand_ldh_, rows, pn, b_.m, to.w_hr + p0 * H, H, add);
   }
   const Timed timed_biases(Phase::kBiasGradient);
-  for (int c = 0; c < C; ++c) {
+  for (int c = kNorms ? kFactors : 0; c < C; ++c) {  // with norms no bias has the gradient of a product
     for (int64_t u = u0; u < u0 + un; u += L) {
       S* db = to.b + c * H + u;
       const V sum = pairwise_sum(b_.dg + c * H + u, rows);
@@ -92,7 +92,7 @@ void BackwardPass<Cell, T>::gather_operands(const Item& item, int64_t s0, int64_
       for (int64_t u = 0; kProduct && u < z_.R; u += L) {
         b_.h.put(r, u, with_mask(mask, u, z_.R, previous_h(at, u, z_.R)));
       }
-      if (kTwoStage || z_.projected) {
+      if (kTwoStage || is_projected(z_)) {
         for (int64_t u = 0; u < z_.H; u += L) b_.m.put(r, u, second_operand(at, mask, u));
       }
     }
@@ -108,7 +108,7 @@ void BackwardPass<Cell, T>::clear_operands(Range own, int64_t rows) {
   for (int64_t r = max64(own.begin, ceil_div(rows, kPair<E>) * kPair<E>); r < own.end; r += kPair<E>) {
     clear(b_.x, r);
     if (kProduct) clear(b_.h, r);
-    if (kTwoStage || z_.projected) clear(b_.m, r);
+    if (kTwoStage || is_projected(z_)) clear(b_.m, r);
   }
 }
 
@@ -138,17 +138,19 @@ void BackwardPass<Cell, T>::add_slices() {
     const WeightGradients& dw = p_.dw[d];
     const int64_t H = z_.H, biases = C * H;
     const S* db = s_.db + d * s_.plan.slices * biases;
-    add_slices_of(db, biases, G * H, dw.b_hh);
-    add_slices_of(db, biases, (G - kSplit) * H, dw.b_ih);
-    if (kSplit && dw.b_ih) {
-      add_slices_of(db + G * H, biases, kSplit * H, static_cast<T*>(dw.b_ih) + (G - kSplit) * H);
+    const S* const arguments = db + Norms::kFirstArgument * H;
+    constexpr int kOther = Norms::kGateSplit;  // gates whose two biases have different gradients
+    add_slices_of(arguments, biases, G * H, dw.b_hh);
+    add_slices_of(arguments, biases, (G - kOther) * H, dw.b_ih);
+    if (kOther && dw.b_ih) {
+      add_slices_of(arguments + G * H, biases, kOther * H, static_cast<T*>(dw.b_ih) + (G - kOther) * H);
     }
     add_slices_of(db + kFactors * H, biases, kParameters * H, dw.w_unit);
     if (s_.direct) continue;
     const int64_t first = d * s_.plan.slices;
     add_slices_of(s_.dw_ih + first * G * H * z_.I, G * H * z_.I, G * H * z_.I, dw.w_ih);
     if (kProduct) add_slices_of(s_.dw_hh + first * G * H * z_.R, G * H * z_.R, G * H * z_.R, dw.w_hh);
-    if (z_.projected) add_slices_of(s_.dw_hr + first * z_.R * H, z_.R * H, z_.R * H, dw.w_hr);
+    if (is_projected(z_)) add_slices_of(s_.dw_hr + first * z_.R * H, z_.R * H, z_.R * H, dw.w_hr);
   }
 }
 

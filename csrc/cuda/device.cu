@@ -23,6 +23,32 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) body(blockIdx.z, row, column);
 }
 
+constexpr int kRowBlocks = 4;  // of a processor at a time, for which a row's kernel may take 128 registers
+
+// The threads of a block, for one row.
+struct RowBlock {
+  __device__ int64_t begin() const { return threadIdx.x; }
+  __device__ int64_t step() const { return kThreads; }
+  // Of all threads, in the same order for each.
+  template <class S>
+  __device__ S sum(S v) const {
+    constexpr int kWarps = kThreads / 32;
+    __shared__ S of_warp[kWarps];
+    for (int mask = 16; mask > 0; mask /= 2) v += __shfl_xor_sync(0xffffffffu, v, mask);
+    __syncthreads();  // the sum before this one has been read
+    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = v;
+    __syncthreads();
+    S total = S(0);
+    for (int warp = 0; warp < kWarps; ++warp) total += of_warp[warp];
+    return total;
+  }
+};
+
+template <class Body>
+__global__ void __launch_bounds__(kThreads, kRowBlocks) each_row(const __grid_constant__ Body body, int64_t rows) {
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) body(RowBlock(), blockIdx.y, row);
+}
+
 struct Cuda {
   static constexpr int64_t kProjectionBytes = int64_t{64} << 20;
 
@@ -35,6 +61,14 @@ struct Cuda {
     const dim3 grid(static_cast<unsigned>((columns + kThreads - 1) / kThreads),
                     static_cast<unsigned>(std::min(rows, kMaxBlocks)), slots);
     each_element<<<grid, kThreads, 0, static_cast<cudaStream_t>(call.stream)>>>(body, rows, columns);
+    error = cudaGetLastError();
+  }
+
+  template <class Body>
+  void each_block(int slots, int64_t rows, const Body& body) {
+    if (rows == 0 || error != cudaSuccess) return;
+    const dim3 grid(static_cast<unsigned>(std::min(rows, kMaxBlocks)), slots);
+    each_row<<<grid, kThreads, 0, static_cast<cudaStream_t>(call.stream)>>>(body, rows);
     error = cudaGetLastError();
   }
 

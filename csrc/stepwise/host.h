@@ -46,6 +46,13 @@ struct Host {
     }
   }
 
+  template <class Body>
+  void each_block(int slots, int64_t rows, const Body& body) {
+    for (int s = 0; s < slots; ++s) {
+      for (int64_t row = 0; row < rows; ++row) body(OneThread(), s, row);
+    }
+  }
+
   void product(const Product& p) {
     for (int i = 0; i < p.count; ++i) {
       switch (p.dtype) {

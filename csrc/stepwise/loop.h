@@ -3,10 +3,10 @@
 // run a body over elements and make a product:
 //
 //   device.each(slots, rows, columns, body)   body(s, row, column) for all of them (step.h)
-//   device.product(p)                         product.h
-//   Device::kProjectionBytes                  memory for input products of several steps
-//   device.persists<Pass>(problem)            whether it runs many steps as one kernel, where one can (persistent/)
-//   device.run_steps<Cell>(span)              that kernel (persistent/span.h)
+//   device.each_block(slots, rows, body)      body(block, slot, row) for all rows, a block of threads each
+//   (row_stage.h) device.product(p)                         product.h Device::kProjectionBytes                  memory
+//   for input products of several steps device.persists<Pass>(problem)            whether it runs many steps as one
+//   kernel, where one can (persistent/) device.run_steps<Cell>(span)              that kernel (persistent/span.h)
 //
 // in this order, each after the one before. On the GPU (device.cu) both only enqueue; nothing here reads a result. The
 // input products of all steps are one product before the loop, unless they take more than kProjectionBytes; the weight

@@ -8,6 +8,7 @@
 
 #include "../persistent/span.h"
 #include "loop.h"
+#include "row_stage.h"
 #include "step_backward.h"
 
 namespace fusedrnn {
@@ -19,12 +20,13 @@ struct StepwiseBackward {
   using T = Type;
   using S = Compute<T>;
   static constexpr DType kDType = Element<T>::kDType;
-  static constexpr int G = Cell::kGates, kSplit = Cell::kSplit, kBlocks = G + kSplit + Cell::kParameters,
-                       Z = Cell::kStates, kBeside = Z - 1;
+  using Norms = NormsOf<Cell>;
+  static constexpr int G = Cell::kGates, kSplit = Cell::kSplit, kBlocks = Norms::kColumns, Z = Cell::kStates,
+                       kBeside = Z - 1;
   static constexpr bool kProduct = Cell::kFirst > 0, kTwoProducts = kProduct && Cell::kFirst < G;
   static constexpr bool kOneType = std::is_same_v<S, T>;
   // Whether there is a kernel for many steps (persistent/backward.h); and whether it can do those of p.
-  static constexpr bool kPersistent = Cell::kFirst == G && kBeside < 2 && !std::is_same_v<T, double>;
+  static constexpr bool kPersistent = Cell::kFirst == G && kBeside < 2 && !Norms::kAny && !std::is_same_v<T, double>;
   static bool can_persist(const BackwardProblem& p) {
     return kPersistent && !p.size.projected && !p.noise.mask_h && !p.noise.keep_h.data && !p.noise.keep_c.data &&
            !p.norms && !p.clip_by_norm;
@@ -189,6 +191,8 @@ struct StepwiseBackward {
         multiply(u.dy_rows[0], {R, 0, R}, w_hr, R * H, H, u.through, false);
         device.each(slots.count, rows, H, BackwardStep<Cell, S, T, true>{element});
       }
+    } else if constexpr (Norms::kAny) {
+      device.each_block(slots.count, rows, BackwardRow<Cell, S, T>{element});
     } else {
       device.each(slots.count, rows, H, BackwardStep<Cell, S, T, false>{element});
     }

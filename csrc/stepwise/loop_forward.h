@@ -7,6 +7,7 @@
 
 #include "../persistent/span.h"
 #include "loop.h"
+#include "row_stage.h"
 #include "step_forward.h"
 
 namespace fusedrnn {
@@ -18,11 +19,12 @@ struct StepwiseForward {
   using T = Type;
   using S = Compute<T>;
   static constexpr DType kDType = Element<T>::kDType;
+  using Norms = NormsOf<Cell>;
   static constexpr int G = Cell::kGates, kBeside = Cell::kStates - 1;
   static constexpr bool kProduct = Cell::kFirst > 0, kTwoProducts = kProduct && Cell::kFirst < G;
   static constexpr bool kOneType = std::is_same_v<S, T>;
   // Whether there is a kernel for many steps (persistent/forward.h); and whether it can do those of p.
-  static constexpr bool kPersistent = Cell::kFirst == G && kBeside < 2 && !std::is_same_v<T, double>;
+  static constexpr bool kPersistent = Cell::kFirst == G && kBeside < 2 && !Norms::kAny && !std::is_same_v<T, double>;
   static bool can_persist(const ForwardProblem& p) {
     return kPersistent && !p.size.projected && !p.noise.mask_h && !p.noise.keep_h.data && !p.noise.keep_c.data;
   }
@@ -35,6 +37,7 @@ struct StepwiseForward {
     S* c;             // [slots][B][kBeside*H] or null
     T* q;             // [slots][B][H] or null
     S* kept;          // [slots][B][kSaved*H] or null
+    S* late;          // [slots][B][kLate*H] or null
     T* w_ih;          // [2][G*H][I], of two directions, as all the weights here
     T* w_hh;          // [2][G*H][R]
     T* w_hr;          // [2][R][H]
@@ -55,6 +58,7 @@ struct StepwiseForward {
     if (kBeside > 0) w.c = arena.take<S>(z.D * z.B * kBeside * z.H);
     if (kTwoProducts || z.projected) w.q = arena.take<T>(z.D * z.B * z.H);
     if (kTwoProducts && !p.saved) w.kept = arena.take<S>(z.D * z.B * Cell::kSaved * z.H);
+    if (Norms::kOfState) w.late = arena.take<S>(z.D * z.B * Cell::kLate * z.H);
     if (z.D == 2) {
       w.w_ih = arena.take<T>(row * z.I);
       if (kProduct) w.w_hh = arena.take<T>(row * z.R);
@@ -181,7 +185,8 @@ struct StepwiseForward {
         return project_output(device, p, slots, w, weights, element);
       }
     }
-    device.each(slots.count, rows, H, ForwardStep<Cell, S, T, false>{element});
+    if constexpr (Norms::kAny) device.each_block(slots.count, rows, ForwardRow<Cell, S, T>{element, w.late});
+    else device.each(slots.count, rows, H, ForwardStep<Cell, S, T, false>{element});
   }
 
   // h = W_hr (o * tanh(c)), where the next product reads it; then y.

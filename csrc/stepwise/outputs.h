@@ -18,7 +18,7 @@ class Outputs {
  public:
   Outputs(ForwardProblem& p, const CellConstants& cell, DType dtype) : compute_(compute_of(dtype)) {
     const LayerSizes& z = p.size;
-    const int64_t own = (cell.saved + cell.states - 1) * z.H;
+    const int64_t own = (cell.saved + cell.states - 1) * z.H + cell.row_values;
     add(p.y, z.N, z.D * z.R, dtype);
     add(p.h_n, z.D * z.B, z.R, dtype);
     add(p.c_n, z.D * z.B, (cell.states - 1) * z.H, dtype);
@@ -35,7 +35,7 @@ class Outputs {
     }
     add(p.dh0, z.D * z.B, z.R, dtype);
     add(p.dc0, z.D * z.B, (cell.states - 1) * z.H, dtype);
-    add(p.dgates, z.D * z.N, cell.columns() * z.H, compute_);
+    add(p.dgates, z.D * z.N, cell.columns * z.H, compute_);
     add(p.dh, z.D * z.N, z.R, compute_);
     add(p.norms, z.D * z.N, 2 * cell.states + cell.gates, compute_);
     for (int d = 0; d < z.D && p.weight_gradients; ++d) {

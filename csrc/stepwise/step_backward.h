@@ -6,7 +6,8 @@
 namespace fusedrnn {
 
 // What the steps of a backward pass share. A row of dg holds the gradients of rec for all gates, then those of x for
-// the last kSplit gates, then what the units' parameters get: kGates + kSplit + kParameters blocks of H.
+// the last kSplit gates, then what the units' parameters get, and with norms the gradients of the gates' arguments:
+// kColumns (cells/layer_norm.h) blocks of H.
 template <class S, class T>
 struct BackwardBuffers {
   int64_t B, H, R, width;
@@ -16,7 +17,7 @@ struct BackwardBuffers {
   PerSlot<const S*> saved;  // [N, saved_stride]
   int64_t saved_stride;
   PerSlot<const T*> w_unit;  // [U*H] or null
-  PerSlot<T*> dg;            // [N, (G + kSplit + U)*H]
+  PerSlot<T*> dg;            // [N, kColumns*H]
   PerSlot<const T*> mask;    // [B, R] or null
   PerSlot<T*> before;        // [N, R]: mask * h_{t-1} of each row, or null
   PerSlot<T*> q;             // [N, H]: operand of the second product or output before its projection; or null
@@ -238,10 +239,10 @@ struct RowNorms {
   RowView dy;
   PerSlot<const S*> dh;           // [N, R]
   PerSlot<const S*> sent_dc, dc;  // [N, (kStates - 1)*H]
-  PerSlot<const T*> dg;           // [N, (G + kSplit + U)*H]
+  PerSlot<const T*> dg;           // [N, kColumns*H]
   S* to;                          // [slots][N][columns]
 
-  static constexpr int G = Cell::kGates, kSplit = Cell::kSplit, kBeside = Cell::kStates - 1;
+  static constexpr int G = Cell::kGates, kBeside = Cell::kStates - 1;
   using At = NormColumns<Cell>;
 
   FUSEDRNN_INLINE void operator()(int s, int64_t n, int64_t column) const {
@@ -260,7 +261,7 @@ struct RowNorms {
     return norm(sum_of_squares<S>(R, 1, [&](int64_t j) { return sent[j] + widen(more[j]); }));
   }
   FUSEDRNN_INLINE S norm_of_gate(int s, int64_t n, int64_t g) const {
-    const T* row = dg[s] + (n * (G + kSplit + Cell::kParameters) + (g < G - kSplit ? g : g + kSplit)) * H;
+    const T* row = dg[s] + (n * NormsOf<Cell>::kColumns + NormsOf<Cell>::argument(static_cast<int>(g))) * H;
     return norm(sum_of_squares<S>(H, 1, [&](int64_t j) { return widen(row[j]); }));
   }
 };
@@ -285,22 +286,24 @@ struct SumRows {
 template <class Cell, class S, class T>
 struct SumsOfGates {
   int64_t H, parts;
-  PerSlot<const S*> part;  // [parts, (G + kSplit + U)*H]
+  PerSlot<const S*> part;  // [parts, kColumns*H]
   PerSlot<T*> db_ih;       // [G*H]
   PerSlot<T*> db_hh;       // [G*H]
   PerSlot<T*> dw_unit;     // [U*H]
 
-  static constexpr int G = Cell::kGates, kSplit = Cell::kSplit, kFactors = G + kSplit;
+  using Norms = NormsOf<Cell>;
+  static constexpr int G = Cell::kGates, kSplit = Norms::kGateSplit, kFactors = Norms::kFactors;
 
-  FUSEDRNN_INLINE void operator()(int s, int64_t, int64_t j) const {
+  FUSEDRNN_INLINE void operator()(int s, int64_t, int64_t column) const {
     S sum = S(0);
-    for (int64_t p = 0; p < parts; ++p) sum += part[s][p * (kFactors + Cell::kParameters) * H + j];
+    for (int64_t p = 0; p < parts; ++p) sum += part[s][p * Norms::kColumns * H + column];
     const T value = narrow<T>(sum);
-    if (j >= kFactors * H) dw_unit[s][j - kFactors * H] = value;
-    if (!db_ih[s]) return;
+    const int64_t u = column - kFactors * H, j = column - Norms::kFirstArgument * H;
+    if (u >= 0 && u < Cell::kParameters * H) dw_unit[s][u] = value;
+    if (!db_ih[s] || j < 0) return;
     if (j < G * H) db_hh[s][j] = value;
     if (j < (G - kSplit) * H) db_ih[s][j] = value;
-    if (G * H <= j && j < kFactors * H) db_ih[s][j - kSplit * H] = value;
+    if (G * H <= j && j < (G + kSplit) * H) db_ih[s][j - kSplit * H] = value;
   }
 };
 

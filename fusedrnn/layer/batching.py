@@ -163,10 +163,11 @@ def _weight_gradients(call: LayerCall, count: int, y: Tensor, saved: Tensor, gra
     x, y, h0, dgates, dh = call.x.flatten(0, rows), y.flatten(0, rows), call.states[0], gradients.gates, gradients.h
     gates, split, kept = len(call.info.gates), call.info.split, call.info.saved
     first, factors = gates if call.info.first is None else call.info.first, gates + split
+    units = factors + len(call.info.parameters)
     found = []
     for d, weights in enumerate(call.by_direction):
-        mine = _unfold(dgates[d], 0, count)  # (N, V, (gates + split + parameters) * H)
-        values = _unfold(saved[d], 0, count).split(hidden, dim=-1)  # those kept of the cell, then c_t
+        mine = _unfold(dgates[d], 0, count)  # (N, V, blocks * H)
+        values = _unfold(saved[d], 0, count).split(hidden, dim=-1)  # those kept of the cell, then c_t, then more
         inputs = _unfold(x, 0, count)
         start = None if h0 is None else h0[d]
         before = _unfold(previous(y[:, d * out : (d + 1) * out], start, steps, reverse=d == 1), 0, count)
@@ -176,16 +177,17 @@ def _weight_gradients(call: LayerCall, count: int, y: Tensor, saved: Tensor, gra
 
         own = gates - split  # gates whose input part has the gradient of the recurrent part
         dw_ih = [_outer(of(0, own), inputs), _outer(of(gates, factors), inputs)]
-        dw_hh = [_outer(of(0, first), before) if first else mine[..., factors * hidden :].sum(0)]
+        dw_hh = [_outer(of(0, first), before) if first else of(factors, units).sum(0)]
         if 0 < first < gates:
             dw_hh.append(_outer(of(first, gates), STEPS[cell].operand(values[:kept], before)))
         found += [torch.cat(dw_ih, dim=1) if split else dw_ih[0], torch.cat(dw_hh, dim=1)]
         if weights.b_ih is not None:
-            sums = mine.sum(0)
-            input_sums = torch.cat([sums[:, : own * hidden], sums[:, gates * hidden : factors * hidden]], dim=1)
-            found += [input_sums, sums[:, : gates * hidden]]
+            # Columns of the arguments' gradients, by h for all gates and then by x for the last of them.
+            begin, other = (units, call.info.argument_split) if call.info.norms else (0, split)
+            of_h, of_x = of(begin, begin + gates).sum(0), of(begin + gates, begin + gates + other).sum(0)
+            found += [torch.cat([of_h[:, : (gates - other) * hidden], of_x], dim=1), of_h]
         if weights.w_unit is not None:
-            found.append(mine[..., factors * hidden :].sum(0))
+            found.append(of(factors, units).sum(0))
         if weights.w_hr is not None:
             found.append(_outer(_unfold(dh[d], 0, count), STEPS[cell].output(values[:kept], values[kept])))
     return [g.to(x.dtype) for g in found]

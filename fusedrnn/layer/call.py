@@ -185,8 +185,9 @@ class Gradients(NamedTuple):
 
     Attributes:
         x, states, weights: those of the arguments.
-        gates: (D, N, (G + split + U)*H), dL/d(W_hh h + b_hh) of all gates, then dL/d(W_ih x + b_ih) of the last
-            ``split``, then what the row adds to the gradients of the units' parameters.
+        gates: (D, N, blocks*H), dL/d(W_hh h + b_hh) of all gates, then dL/d(W_ih x + b_ih) of the last ``split``, then
+            what the row adds to the gradients of the units' parameters; of a cell with norms dL/d(W_hh h) and
+            dL/d(W_ih x), and last those of the gates' arguments, of all gates by h, of ``argument_split`` by x.
         h: (D, N, R), dL/dh_t of a projected layer.
         norms: (D, N, 2*states + G), for :class:`fusedrnn.record_gradients`.
     """

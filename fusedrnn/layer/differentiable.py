@@ -93,10 +93,28 @@ def _slstm(act: Any, x: Tensor, rec: Recurrent, h: Tensor, c: Tensor, n: Tensor,
     return o * (c / n), c, n, m  # (X9)
 
 
+_NORM_EPSILON = 1e-5
+
+
+def _normalised(rows: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+    """Layer normalisation of each row, written out: the third derivative of torch's own is wrong."""
+    v = rows - rows.mean(dim=1, keepdim=True)  # (N1)
+    v = gain * (v * (v.square().mean(dim=1, keepdim=True) + _NORM_EPSILON).rsqrt())  # (N2), (N3)
+    return v if bias is None else v + bias  # (N5), (N6), (N14)
+
+
+def _layer_norm_lstm(act: Any, x: Tensor, rec: Recurrent, h: Tensor, c: Tensor, units: Parameters) -> States:
+    a_i, a_f, a_g, a_o = (x + rec(h, 0, 4)).chunk(4, dim=1)  # both normalised: (N5), (N6)
+    i, f, g, o = act.sigmoid(a_i), act.sigmoid(a_f), act.tanh(a_g), act.sigmoid(a_o)  # (N9), (N10), (N11), (N12)
+    c = f * c + i * g  # (N13)
+    return o * torch.tanh(_normalised(c, *units)), c  # (N15)
+
+
 class Step(NamedTuple):
     """One step of a cell, and how the saved values (each a unit's, as csrc/cells orders them) take part in it."""
 
-    # (activations, W_ih x + b_ih of all gates, :data:`Recurrent`, states[, :data:`Parameters`]) -> states
+    # (activations, W_ih x + b_ih of all gates, :data:`Recurrent`, states[, :data:`Parameters`]) -> states. With norms
+    # both products come normalised, and of the parameters those of c alone.
     of: Callable[..., States]
     operand: Callable[[States, Tensor], Tensor] | None = None  # (saved, h_{t-1}) -> q, of a cell with two products
     output: Callable[[States, Tensor], Tensor] | None = None  # (saved, c_t) -> h_t before its projection
@@ -116,6 +134,8 @@ STEPS: dict[str, Step] = {
     "peephole_lstm": Step(_peephole_lstm, gates=(0, 1, 2, 3)),
     "indrnn_tanh": Step(_indrnn_tanh, gates=()),
     "indrnn_relu": Step(_indrnn_relu, gates=()),
+    "layer_norm_lstm": Step(_layer_norm_lstm),
+    "layer_norm_gru": Step(_gru),  # (N25), (N26), (N27), (N28)
     "mgu": Step(_mgu, operand=lambda saved, h: saved[0] * h, gates=(0, 1)),  # (U2)
     "slstm": Step(_slstm),
 }
@@ -221,7 +241,12 @@ def _direction(
     gates, hidden = len(info.gates), w_hh.size(0) // info.blocks
     w_unit = w_unit if info.product else w_hh
     units = () if w_unit is None else (w_unit.chunk(len(info.parameters)),)
-    projections = linear(x.flatten(0, -2), w_ih, b_ih).split(list(rows))
+    projections = linear(x.flatten(0, -2), w_ih, None if info.norms else b_ih)
+    if info.norms:
+        gain_x, gain_h, of_c = w_unit.split([gates * hidden, gates * hidden, w_unit.size(0) - 2 * gates * hidden])
+        projections = _normalised(projections, gain_x, b_ih)  # (N5)
+        units = (of_c.chunk(2),) if info.norms == 2 else ()
+    projections = projections.split(list(rows))
     parts: dict[int, tuple[Tensor, Tensor | None]] = {}  # cut once: the gradient of each cut has the size of the whole
 
     def masked(h: Tensor) -> Tensor:
@@ -230,6 +255,8 @@ def _direction(
     def recurrent(h: Tensor, first: int, last: int) -> Tensor:
         if not info.product:
             return x.new_zeros(()) if b_hh is None else b_hh
+        if info.norms:
+            return _normalised(linear(masked(h), w_hh), gain_h, b_hh)  # (N6)
         if first not in parts:
             part = slice(first * hidden, last * hidden)
             whole = last - first == gates

@@ -159,7 +159,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     y = x.new_empty((*x.shape[:-1], call.directions * call.width))
     dtype = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
     values = info.saved + len(info.states) - 1 or int(call.noise.keep_h is not None)
-    width = _spread_stride(values * call.hidden, dtype.itemsize)
+    width = _spread_stride(values * call.hidden + info.row_values, dtype.itemsize)
     saved = x.new_empty((call.directions, math.prod(x.shape[:-1]) if save else 0, width), dtype=dtype)
     return y, *_finals(call), saved
 

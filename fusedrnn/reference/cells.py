@@ -6,7 +6,7 @@ Each ``*_forward`` returns the new states and a cache; each ``*_backward`` takes
 all paths summed, and the cache. It returns a dictionary: ``dx``, ``dh_prev``, (``dc_prev``), ``dW_ih``, ``dW_hh``,
 ``db_ih`` and ``db_hh`` where there are biases, ``dW_hr`` where there is a projection, ``dW_unit`` where units have
 parameters besides, and the gate gradients ``da_ih`` and ``da_hh`` (B, G*H), the gradients of W_ih x + b_ih and of
-W_hh h + b_hh.
+W_hh h + b_hh; with layer normalisation of W_ih x and of W_hh h.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ __all__ = [
     "gru_cell_forward",
     "indrnn_cell_backward",
     "indrnn_cell_forward",
+    "layer_norm_gru_cell_backward",
+    "layer_norm_gru_cell_forward",
+    "layer_norm_lstm_cell_backward",
+    "layer_norm_lstm_cell_forward",
     "lstm_cell_backward",
     "lstm_cell_forward",
     "mgu_cell_backward",
@@ -323,6 +327,115 @@ def indrnn_cell_backward(dh: Array, cache: tuple) -> Gradients:
     grads["dW_hh"] = (da * h_prev).sum(axis=0)  # (I5)
     grads["dh_prev"] = u * da  # (I6)
     return grads | ({"db_ih": db} if has_b_ih else {}) | ({"db_hh": db} if has_b_hh else {})
+
+
+NORM_EPSILON = 1e-5
+
+
+def normalised(v: Array) -> tuple[Array, Array]:
+    """Each row of v (B, n) with mean 0 and variance 1, and the scale (B, 1) that made it so."""
+    d = v - v.mean(axis=1, keepdims=True)  # (N1)
+    scale = 1.0 / np.sqrt((d * d).mean(axis=1, keepdims=True) + NORM_EPSILON)  # (N2)
+    return d * scale, scale  # (N3)
+
+
+def normalised_backward(d: Array, normed: Array, scale: Array) -> Array:
+    """The gradient of v (B, n) from that of it normalised."""
+    means = d.mean(axis=1, keepdims=True), (d * normed).mean(axis=1, keepdims=True)
+    return scale * (d - means[0] - normed * means[1])  # (N4)
+
+
+def _normed_arguments(x: Array, h_prev: Array, weights: tuple, gains: Array) -> tuple[Array, Array, tuple]:
+    """The gates' arguments by x and by h (B, G*H), and a cache."""
+    W_ih, W_hh, b_ih, b_hh = weights
+    gain_x, gain_h = np.split(gains, 2)
+    x_normed, x_scale = normalised(linear(x, W_ih, None))
+    h_normed, h_scale = normalised(linear(h_prev, W_hh, None))
+    by_x = gain_x * x_normed + (0.0 if b_ih is None else b_ih)  # (N5)
+    by_h = gain_h * h_normed + (0.0 if b_hh is None else b_hh)  # (N6)
+    return by_x, by_h, (x, h_prev, gain_x, gain_h, x_normed, h_normed, x_scale, h_scale, weights)
+
+
+def _normed_arguments_backward(da_x: Array, da_h: Array, cache: tuple) -> tuple[Gradients, Array]:
+    """From the gradients of both arguments: those of the products and of what they are made of; dgains."""
+    x, h_prev, gain_x, gain_h, x_normed, h_normed, x_scale, h_scale, (W_ih, W_hh, b_ih, b_hh) = cache
+    dp_x = normalised_backward(gain_x * da_x, x_normed, x_scale)  # (N7), (N4)
+    dp_h = normalised_backward(gain_h * da_h, h_normed, h_scale)  # (N7), (N4)
+    grads = through_weights(dp_x, dp_h, x, h_prev, (W_ih, W_hh, None, None))  # (N24)
+    grads |= {} if b_ih is None else {"db_ih": da_x.sum(axis=0)}
+    grads |= {} if b_hh is None else {"db_hh": da_h.sum(axis=0)}
+    return grads, np.concatenate([(da_x * x_normed).sum(axis=0), (da_h * h_normed).sum(axis=0)])  # (N8)
+
+
+def layer_norm_lstm_cell_forward(
+    x: Array,
+    h_prev: Array,
+    c_prev: Array,
+    W_ih: Array,
+    W_hh: Array,
+    W_unit: Array,
+    b_ih: Array | None = None,
+    b_hh: Array | None = None,
+) -> tuple[Array, Array, tuple]:
+    """One step of the LSTM with layer normalisation, W_unit (10*H): the gains of W_ih x and of W_hh h by gate, then
+    gain and bias of c. Returns (h_t, c_t, cache).
+    """
+    W_unit, H = np.asarray(W_unit, np.float64), c_prev.shape[1]
+    by_x, by_h, cache = _normed_arguments(x, h_prev, (W_ih, W_hh, b_ih, b_hh), W_unit[: 8 * H])
+    gain_c, bias_c = np.split(W_unit[8 * H :], 2)
+    a_i, a_f, a_g, a_o = np.split(by_x + by_h, 4, axis=1)
+    i, f, g, o = sigmoid(a_i), sigmoid(a_f), np.tanh(a_g), sigmoid(a_o)  # (N9), (N10), (N11), (N12)
+    c = f * c_prev + i * g  # (N13)
+    c_normed, c_scale = normalised(c)
+    tanh_m = np.tanh(gain_c * c_normed + bias_c)  # (N14)
+    return o * tanh_m, c, (c_prev, (i, f, g, o), tanh_m, gain_c, c_normed, c_scale, cache)  # (N15)
+
+
+def layer_norm_lstm_cell_backward(dh: Array, dc: Array, cache: tuple) -> Gradients:
+    """Gradients of one step from dh (B, H) and dc (B, H), what reaches c_t from later than step t."""
+    c_prev, (i, f, g, o), tanh_m, gain_c, c_normed, c_scale, cache = cache
+    dm = dh * o * (1.0 - tanh_m * tanh_m)  # (N16)
+    dc = dc + normalised_backward(gain_c * dm, c_normed, c_scale)  # (N17)
+    da_i = dc * g * i * (1.0 - i)  # (N18)
+    da_f = dc * c_prev * f * (1.0 - f)  # (N19)
+    da_g = dc * i * (1.0 - g * g)  # (N20)
+    da_o = dh * tanh_m * o * (1.0 - o)  # (N21)
+    da = np.concatenate([da_i, da_f, da_g, da_o], axis=1)
+    grads, dgains = _normed_arguments_backward(da, da, cache)
+    grads["dc_prev"] = dc * f  # (N22)
+    grads["dW_unit"] = np.concatenate([dgains, (dm * c_normed).sum(axis=0), dm.sum(axis=0)])  # (N23)
+    return grads
+
+
+def layer_norm_gru_cell_forward(
+    x: Array,
+    h_prev: Array,
+    W_ih: Array,
+    W_hh: Array,
+    W_unit: Array,
+    b_ih: Array | None = None,
+    b_hh: Array | None = None,
+) -> tuple[Array, tuple]:
+    """One step of the GRU with layer normalisation, W_unit (6*H): the gains of W_ih x and of W_hh h by gate. Returns
+    (h_t, cache).
+    """
+    by_x, by_h, cache = _normed_arguments(x, h_prev, (W_ih, W_hh, b_ih, b_hh), np.asarray(W_unit, np.float64))
+    (x_r, x_z, x_n), (h_r, h_z, h_n) = np.split(by_x, 3, axis=1), np.split(by_h, 3, axis=1)
+    r, z = sigmoid(x_r + h_r), sigmoid(x_z + h_z)  # (N25), (N26)
+    n = np.tanh(x_n + r * h_n)  # (N27)
+    return n + z * (h_prev - n), (h_prev, r, z, n, h_n, cache)  # (N28)
+
+
+def layer_norm_gru_cell_backward(dh: Array, cache: tuple) -> Gradients:
+    """Gradients of one step from dh (B, H) = dL/dh_t."""
+    h_prev, r, z, n, h_n, cache = cache
+    da_n = dh * (1.0 - z) * (1.0 - n * n)  # (N29)
+    da_r = da_n * h_n * r * (1.0 - r)  # (N31)
+    da_z = dh * (h_prev - n) * z * (1.0 - z)  # (N32)
+    da_x, da_h = (np.concatenate([da_r, da_z, last], axis=1) for last in (da_n, da_n * r))  # (N30)
+    grads, grads_of_gains = _normed_arguments_backward(da_x, da_h, cache)
+    grads["dh_prev"] = grads["dh_prev"] + dh * z  # (N33)
+    return grads | {"dW_unit": grads_of_gains}
 
 
 def _reset_after_backward(dh: Array, cache: tuple) -> Gradients:

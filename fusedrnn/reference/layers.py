@@ -20,6 +20,10 @@ __all__ = [
     "gru_forward",
     "indrnn_backward",
     "indrnn_forward",
+    "layer_norm_gru_backward",
+    "layer_norm_gru_forward",
+    "layer_norm_lstm_backward",
+    "layer_norm_lstm_forward",
     "lstm_backward",
     "lstm_forward",
     "mgu_backward",
@@ -208,3 +212,43 @@ def indrnn_forward(
 def indrnn_backward(dy: Array, caches: list, dh_n: Array | None = None) -> Gradients:
     """Gradients of ``indrnn_forward``, equations (I4) to (I6)."""
     return _backward(cells.indrnn_cell_backward, dy, caches, {"dh": _or_zero(dh_n)})
+
+
+def layer_norm_lstm_forward(
+    x: Array,
+    h0: Array,
+    c0: Array,
+    W_ih: Array,
+    W_hh: Array,
+    W_unit: Array,
+    b_ih: Array | None = None,
+    b_hh: Array | None = None,
+) -> tuple[Array, Array, Array, list]:
+    """The LSTM layer with layer normalisation, equations (N1) to (N15). Returns (y, h_n, c_n, caches)."""
+    return _forward(cells.layer_norm_lstm_cell_forward, x, [h0, c0], W_ih, W_hh, W_unit, b_ih, b_hh)
+
+
+def layer_norm_lstm_backward(
+    dy: Array, caches: list, dh_n: Array | None = None, dc_n: Array | None = None
+) -> Gradients:
+    """Gradients of ``layer_norm_lstm_forward``, equations (N16) to (N24)."""
+    d_states = {"dh": _or_zero(dh_n), "dc": _or_zero(dc_n)}
+    return _backward(cells.layer_norm_lstm_cell_backward, dy, caches, d_states)
+
+
+def layer_norm_gru_forward(
+    x: Array,
+    h0: Array,
+    W_ih: Array,
+    W_hh: Array,
+    W_unit: Array,
+    b_ih: Array | None = None,
+    b_hh: Array | None = None,
+) -> tuple[Array, Array, list]:
+    """The GRU layer with layer normalisation, equations (N25) to (N28). Returns (y, h_n, caches)."""
+    return _forward(cells.layer_norm_gru_cell_forward, x, [h0], W_ih, W_hh, W_unit, b_ih, b_hh)
+
+
+def layer_norm_gru_backward(dy: Array, caches: list, dh_n: Array | None = None) -> Gradients:
+    """Gradients of ``layer_norm_gru_forward``, equations (N29) to (N33)."""
+    return _backward(cells.layer_norm_gru_cell_backward, dy, caches, {"dh": _or_zero(dh_n)})
