@@ -15,15 +15,21 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int64_t kMaxBlocks = 65535;  // of a grid's y
 
+constexpr int kFewBlocks = 4;  // of a processor at a time, for which a kernel may take 128 registers
+
+// Whether a body holds more than 64 registers: those of cells of many states.
 template <class Body>
-__global__ void __launch_bounds__(kThreads)
+constexpr bool is_wide = false;
+template <class Cell, class S, class T, bool kProjected>
+constexpr bool is_wide<BackwardStep<Cell, S, T, kProjected>> = Cell::kStates > 2;
+
+template <class Body>
+__global__ void __launch_bounds__(kThreads, is_wide<Body> ? kFewBlocks : 0)
     each_element(const __grid_constant__ Body body, int64_t rows, int64_t columns) {
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (column >= columns) return;
   for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) body(blockIdx.z, row, column);
 }
-
-constexpr int kRowBlocks = 4;  // of a processor at a time, for which a row's kernel may take 128 registers
 
 // The threads of a block, for one row.
 struct RowBlock {
@@ -45,7 +51,7 @@ struct RowBlock {
 };
 
 template <class Body>
-__global__ void __launch_bounds__(kThreads, kRowBlocks) each_row(const __grid_constant__ Body body, int64_t rows) {
+__global__ void __launch_bounds__(kThreads, kFewBlocks) each_row(const __grid_constant__ Body body, int64_t rows) {
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) body(RowBlock(), blockIdx.y, row);
 }
 

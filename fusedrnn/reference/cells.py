@@ -356,15 +356,16 @@ def _normed_arguments(x: Array, h_prev: Array, weights: tuple, gains: Array) -> 
     return by_x, by_h, (x, h_prev, gain_x, gain_h, x_normed, h_normed, x_scale, h_scale, weights)
 
 
-def _normed_arguments_backward(da_x: Array, da_h: Array, cache: tuple) -> tuple[Gradients, Array]:
-    """From the gradients of both arguments: those of the products and of what they are made of; dgains."""
+def _normed_arguments_backward(da_x: Array, da_h: Array, cache: tuple) -> Gradients:
+    """From the gradients of both arguments: those of what the products are made of, and of the gains."""
     x, h_prev, gain_x, gain_h, x_normed, h_normed, x_scale, h_scale, (W_ih, W_hh, b_ih, b_hh) = cache
     dp_x = normalised_backward(gain_x * da_x, x_normed, x_scale)  # (N7), (N4)
     dp_h = normalised_backward(gain_h * da_h, h_normed, h_scale)  # (N7), (N4)
     grads = through_weights(dp_x, dp_h, x, h_prev, (W_ih, W_hh, None, None))  # (N24)
     grads |= {} if b_ih is None else {"db_ih": da_x.sum(axis=0)}
     grads |= {} if b_hh is None else {"db_hh": da_h.sum(axis=0)}
-    return grads, np.concatenate([(da_x * x_normed).sum(axis=0), (da_h * h_normed).sum(axis=0)])  # (N8)
+    grads["dW_unit"] = np.concatenate([(da_x * x_normed).sum(axis=0), (da_h * h_normed).sum(axis=0)])  # (N8)
+    return grads
 
 
 def layer_norm_lstm_cell_forward(
@@ -401,9 +402,9 @@ def layer_norm_lstm_cell_backward(dh: Array, dc: Array, cache: tuple) -> Gradien
     da_g = dc * i * (1.0 - g * g)  # (N20)
     da_o = dh * tanh_m * o * (1.0 - o)  # (N21)
     da = np.concatenate([da_i, da_f, da_g, da_o], axis=1)
-    grads, dgains = _normed_arguments_backward(da, da, cache)
+    grads = _normed_arguments_backward(da, da, cache)
     grads["dc_prev"] = dc * f  # (N22)
-    grads["dW_unit"] = np.concatenate([dgains, (dm * c_normed).sum(axis=0), dm.sum(axis=0)])  # (N23)
+    grads["dW_unit"] = np.concatenate([grads["dW_unit"], (dm * c_normed).sum(axis=0), dm.sum(axis=0)])  # (N23)
     return grads
 
 
@@ -433,9 +434,9 @@ def layer_norm_gru_cell_backward(dh: Array, cache: tuple) -> Gradients:
     da_r = da_n * h_n * r * (1.0 - r)  # (N31)
     da_z = dh * (h_prev - n) * z * (1.0 - z)  # (N32)
     da_x, da_h = (np.concatenate([da_r, da_z, last], axis=1) for last in (da_n, da_n * r))  # (N30)
-    grads, grads_of_gains = _normed_arguments_backward(da_x, da_h, cache)
+    grads = _normed_arguments_backward(da_x, da_h, cache)
     grads["dh_prev"] = grads["dh_prev"] + dh * z  # (N33)
-    return grads | {"dW_unit": grads_of_gains}
+    return grads
 
 
 def _reset_after_backward(dh: Array, cache: tuple) -> Gradients:
