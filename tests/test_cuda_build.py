@@ -43,7 +43,7 @@ def test_kernels_compile_and_do_not_spill(source: Path) -> None:
         a_step = [kernel for kernel in compiled.kernels if re.search("ForwardStep|ForwardRow", kernel.name)]
         assert len(a_step) >= len(CELLS) * 4 * len(architectures)
         for kernel in compiled.kernels:
-            # So that an SM holds as many threads as it can; of those that do a row, or many states, at least four blocks.
+            # So that an SM holds as many threads as it can; of rows and of many states at least four blocks.
             few = re.search("ForwardRow|BackwardRow|BackwardStep<Slstm", kernel.name)
             assert kernel.registers <= (128 if few else 64), kernel
         return
