@@ -123,6 +123,79 @@ struct Weights {
   const T* columns = nullptr;  // [K][units], likewise
 };
 
+// Of rows that are multiplied before their epilogue.
+constexpr int64_t kBlockRows = kBlockBytes / (kPanelWidth * FUSEDRNN_VECTOR_BYTES);
+
+// A block of rows times the weights of `vectors`, panel after panel: the results of a panel of nv vectors are
+// [n][kGroup][nv]. It knows of no cell, so it is compiled once for all of them.
+template <int kGroup, class E, class T, class P>
+__attribute__((noinline)) void block_product(const Weights<E, T, P>& weights, Inner inner, Range vectors,
+                                             const E* const* rows, int64_t n, Sums<E>* results) {
+  constexpr int U = kGroupVectors<kGroup>, L = Sums<E>::kLanes, kWords = L * kPair<E>;
+  static_assert(kGroup * U <= kPanelWidth, "a cell with more gates needs a wider panel");
+  const E* second[kBlockRows];
+  for (int64_t r = 0; r < n; ++r) second[r] = rows[r] + inner.second_at;
+  [[maybe_unused]] Sums<E> start[kUnsignedWeights<E> ? kBlockRows : 1];
+  for (int64_t r = 0; r < n && kUnsignedWeights<E>; ++r) start[r].v = start_of_sums(rows[r], inner.first);
+  const int64_t first_steps = steps_of<E>(inner.first), steps = first_steps + steps_of<E>(inner.second);
+  for (int64_t v0 = vectors.begin; v0 < vectors.end; v0 += U) {
+    const int nv = static_cast<int>(min64(U, vectors.end - v0)), width = kGroup * nv;
+    if constexpr (kGroup == 1 && kPair<E> == 1 && std::is_same_v<E, T>) {
+      if (weights.columns) {
+        const auto vectors_of = [&](auto count, int v) FUSEDRNN_INLINE_LAMBDA {
+          const int64_t at = (v0 + v) * L;
+          few_rows_product<count()>(RowsInRuns<E>{rows, second, inner}, n, weights.columns + at, weights.units,
+                                    weights.units - at, results + v, width);
+        };
+        int v = 0;
+        for (; v + 4 <= width; v += 4) vectors_of(std::integral_constant<int, 4>(), v);
+        for (; v < width; ++v) vectors_of(std::integral_constant<int, 1>(), v);
+        results += n * width;
+        continue;
+      }
+    }
+    const P* panel = weights.rows ? nullptr : weights.panels + v0 * steps * kGroup * kWords;
+    for (int w = 0; w < width && weights.rows; ++w) {
+      const int64_t u = (v0 + w % nv) * L;
+      const T* own = weights.rows + (w / nv * weights.units + u) * inner.first;
+      dot_rows(rows, n, inner.first, own, weights.units - u, results + w, width);
+      for (int64_t r = 0; r < n && kUnsignedWeights<E>; ++r) results[r * width + w].v += start[r].v;
+    }
+#if defined(FUSEDRNN_AMX)
+    if (!weights.rows && n > kFewRows) {
+      static_assert(kPanelWidth == kTileWidth, "a panel is one strip");
+      const int64_t distance = (rows[1] - rows[0]) * static_cast<int64_t>(sizeof(E)), pitch = width * kTileBytes;
+      const auto run = [&](const E* from, const E* strip, int64_t count, bool accumulate) FUSEDRNN_INLINE_LAMBDA {
+        tile_products(n, width, tile_source(from, distance), tile_source(strip, pitch), count / kTileRows,
+                      tile_sums(results, pitch), accumulate);
+      };
+      run(rows[0], panel, first_steps, false);
+      if (inner.second) run(second[0], panel + first_steps * width * kWords, steps - first_steps, true);
+      results += n * width;
+      continue;
+    }
+#endif
+    const int64_t whole = strip_width(width), pitch = whole * steps * kWords;
+    for (int64_t w = 0, nr = 0; w < width && !weights.rows; w += nr) {
+      const int64_t left = width - w, own = min64(left, whole);
+      const int64_t strips = n > kFewRows ? 1 : max64(1, min64(left, kFewSums / n) / whole);
+      nr = strips * own;
+      const P* strip = panel + w * steps * kWords;
+      const P* rest = strip + first_steps * own * kWords;  // of each strip
+      for_row_blocks({0, n}, max_rows(static_cast<int>(own)), [&](int64_t r, int mr) {
+        const auto tile = Tiles<E, P>::row_tile_of(static_cast<int>(strips), static_cast<int>(own), mr);
+        Sums<E>* to = results + r * width + w;
+        for (int64_t sum = 0; sum < mr * nr && kUnsignedWeights<E>; ++sum) {
+          to[sum / nr * width + sum % nr] = start[r + sum / nr];
+        }
+        tile(rows + r, first_steps, strip, pitch, to, width, kUnsignedWeights<E>);
+        if (inner.second) tile(second + r, steps - first_steps, rest, pitch, to, width, true);
+      });
+    }
+    results += n * width;
+  }
+}
+
 // Rows times weights: for each own vector v and each row r, epilogue(r, v, acc, stride): gate g of the product is
 // acc[g * stride]. A block of rows meets one strip after another, a few rows one panel after another; then, while the
 // product is in the first-level cache, comes the epilogue, for the whole block. What it leaves in acc is there for
@@ -133,13 +206,9 @@ template <int kGroup, class E, class T, class P, class RowPointer, class Expect,
 FUSEDRNN_INLINE void product(const Weights<E, T, P>& weights, Inner inner, Range vectors, Range rows,
                              const RowPointer& a, const Expect& expect, const Epilogue& epilogue,
                              const Second& second) {
-  constexpr int U = kGroupVectors<kGroup>, L = Sums<E>::kLanes, kWords = L * kPair<E>;
-  constexpr int64_t kBlockRows = kBlockBytes / (kPanelWidth * FUSEDRNN_VECTOR_BYTES);
-  static_assert(kGroup * U <= kPanelWidth, "a cell with more gates needs a wider panel");
+  constexpr int U = kGroupVectors<kGroup>, L = Sums<E>::kLanes;
   Sums<E> out[(kBlockRows + kRowsAhead) * kPanelWidth];
-  const E* row[2][kBlockRows];
-  [[maybe_unused]] Sums<E> start[kUnsignedWeights<E> ? kBlockRows : 1];
-  const int64_t first_steps = steps_of<E>(inner.first), steps = first_steps + steps_of<E>(inner.second);
+  const E* row[kBlockRows];
   const int64_t blocks = ceil_div(rows.size(), kBlockRows);
   const int64_t panels = max64(1, 16 / max64(1, rows.size()));  // that share a block
   for (int64_t first = vectors.begin; first < vectors.end; first += panels * U) {
@@ -148,69 +217,10 @@ FUSEDRNN_INLINE void product(const Weights<E, T, P>& weights, Inner inner, Range
       const Range block = part(rows.size(), i, blocks);
       const int64_t r0 = rows.begin + block.begin, n = block.size();
       for (int64_t r = 0; r < n; ++r) {
-        row[0][r] = a(r0 + r);
-        row[1][r] = row[0][r] + inner.second_at;
-        if constexpr (kUnsignedWeights<E>) start[r].v = start_of_sums(row[0][r], inner.first);
+        row[r] = a(r0 + r);
         expect(r0 + r, first * L, (last - first) * L);
       }
-      Sums<E>* results = out;
-      for (int64_t v0 = first; v0 < last; v0 += U) {
-        const int nv = static_cast<int>(min64(U, last - v0)), width = kGroup * nv;
-        if constexpr (kGroup == 1 && kPair<E> == 1 && std::is_same_v<E, T>) {
-          if (weights.columns) {
-            const auto vectors_of = [&](auto count, int v) FUSEDRNN_INLINE_LAMBDA {
-              const int64_t at = (v0 + v) * L;
-              few_rows_product<count()>(RowsInRuns<E>{row[0], row[1], inner}, n, weights.columns + at, weights.units,
-                                        weights.units - at, results + v, width);
-            };
-            int v = 0;
-            for (; v + 4 <= width; v += 4) vectors_of(std::integral_constant<int, 4>(), v);
-            for (; v < width; ++v) vectors_of(std::integral_constant<int, 1>(), v);
-            results += n * width;
-            continue;
-          }
-        }
-        const P* panel = weights.rows ? nullptr : weights.panels + v0 * steps * kGroup * kWords;
-        for (int w = 0; w < width && weights.rows; ++w) {
-          const int64_t u = (v0 + w % nv) * L;
-          const T* own = weights.rows + (w / nv * weights.units + u) * inner.first;
-          dot_rows(row[0], n, inner.first, own, weights.units - u, results + w, width);
-          for (int64_t r = 0; r < n && kUnsignedWeights<E>; ++r) results[r * width + w].v += start[r].v;
-        }
-#if defined(FUSEDRNN_AMX)
-        if (!weights.rows && n > kFewRows) {
-          static_assert(kPanelWidth == kTileWidth, "a panel is one strip");
-          const int64_t distance = (row[0][1] - row[0][0]) * static_cast<int64_t>(sizeof(E)),
-                        pitch = width * kTileBytes;
-          const auto run = [&](const E* from, const E* strip, int64_t count, bool accumulate) FUSEDRNN_INLINE_LAMBDA {
-            tile_products(n, width, tile_source(from, distance), tile_source(strip, pitch), count / kTileRows,
-                          tile_sums(results, pitch), accumulate);
-          };
-          run(row[0][0], panel, first_steps, false);
-          if (inner.second) run(row[1][0], panel + first_steps * width * kWords, steps - first_steps, true);
-          results += n * width;
-          continue;
-        }
-#endif
-        const int64_t whole = strip_width(width), pitch = whole * steps * kWords;
-        for (int64_t w = 0, nr = 0; w < width && !weights.rows; w += nr) {
-          const int64_t left = width - w, own = min64(left, whole);
-          const int64_t strips = n > kFewRows ? 1 : max64(1, min64(left, kFewSums / n) / whole);
-          nr = strips * own;
-          const P* strip = panel + w * steps * kWords;
-          const P* rest = strip + first_steps * own * kWords;  // of each strip
-          for_row_blocks({0, n}, max_rows(static_cast<int>(own)), [&](int64_t r, int mr) {
-            const auto tile = Tiles<E, P>::row_tile_of(static_cast<int>(strips), static_cast<int>(own), mr);
-            Sums<E>* to = results + r * width + w;
-            for (int64_t sum = 0; sum < mr * nr && kUnsignedWeights<E>; ++sum) {
-              to[sum / nr * width + sum % nr] = start[r + sum / nr];
-            }
-            tile(row[0] + r, first_steps, strip, pitch, to, width, kUnsignedWeights<E>);
-            if (inner.second) tile(row[1] + r, steps - first_steps, rest, pitch, to, width, true);
-          });
-        }
-        results += n * width;
-      }
+      block_product<kGroup>(weights, inner, {first, last}, row, n, out);
       const Timed timed(Phase::kCell);
       const auto each = [&](const auto& body) FUSEDRNN_INLINE_LAMBDA {
         Sums<E>* acc = out;

@@ -95,7 +95,7 @@ cudaError_t launch_type(const Span<T>& span, const Launch& where) {
 
 template <class Cell, class Span>
 constexpr auto launcher() -> cudaError_t (*)(const Span&, const Launch&) {
-  if constexpr (Cell::kFirst == Cell::kGates && Cell::kStates <= 2 && !NormsOf<Cell>::kAny) return launch_type<Cell>;
+  if constexpr (is_persistent<Cell>) return launch_type<Cell>;
   else return nullptr;
 }
 

@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "../cells/cell.h"
+#include "../cells/layer_norm.h"
 
 #if defined(__CUDACC__)
 #define FUSEDRNN_KERNEL __device__ __forceinline__
@@ -20,6 +21,11 @@
 #endif
 
 namespace fusedrnn::persistent {
+
+// Whether a cell has kernels for many steps: one product makes all its gates, as they are, and one state at most is
+// beside h.
+template <class Cell>
+constexpr bool is_persistent = Cell::kFirst == Cell::kGates && Cell::kStates <= 2 && !NormsOf<Cell>::kAny;
 
 constexpr int kLanes = 32, kSamples = 8, kTileUnits = 16, kVectorBytes = 64;
 

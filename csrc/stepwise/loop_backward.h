@@ -26,7 +26,7 @@ struct StepwiseBackward {
   static constexpr bool kProduct = Cell::kFirst > 0, kTwoProducts = kProduct && Cell::kFirst < G;
   static constexpr bool kOneType = std::is_same_v<S, T>;
   // Whether there is a kernel for many steps (persistent/backward.h); and whether it can do those of p.
-  static constexpr bool kPersistent = Cell::kFirst == G && kBeside < 2 && !Norms::kAny && !std::is_same_v<T, double>;
+  static constexpr bool kPersistent = persistent::is_persistent<Cell> && !std::is_same_v<T, double>;
   static bool can_persist(const BackwardProblem& p) {
     return kPersistent && !p.size.projected && !p.noise.mask_h && !p.noise.keep_h.data && !p.noise.keep_c.data &&
            !p.norms && !p.clip_by_norm;

@@ -323,7 +323,7 @@ int run_cells(uint64_t seed, CellList<Cells...>) {
   int bad = 0;
   const auto run = [&](auto cell) {
     using Cell = decltype(cell);
-    if constexpr (Cell::kFirst == Cell::kGates && Cell::kStates <= 2) bad += run_types<Cell>(seed);
+    if constexpr (is_persistent<Cell>) bad += run_types<Cell>(seed);
   };
   (run(Cells()), ...);
   return bad;
