@@ -38,9 +38,8 @@
 // lie in one row, one after another, where the drivers, the ops and what is saved say c. It adds
 //   dc_of(saved, cur, d)                        with two states: dL/dc_t by all ways, of d as it comes into backward
 //   candidate(saved, prev)                      likewise: c_t again, where the state is another (zoneout)
-//   dc_of(saved, cur, d, dc)                    with more: dL/d(state k at t) by all ways into dc[k], k from 1 on. Such
-//   a
-//                                               cell has no parameters of its units, and no zoneout but of h.
+//   dc_of(saved, cur, d, dc)                    with more: dL/d(state k at t) by all ways into dc[k], k from 1 on.
+//                                               Such a cell has no parameters of its units, and no zoneout but of h.
 // A cell with kParameters > 0: forward, forward_first and dc_of have one more argument, the last: unit, the parameters.
 // backward and backward_first have two: unit, and dunit, what this sample and step adds to dL/d(unit); backward writes
 // it, backward_first adds to it. Such a cell has no projection.

@@ -24,8 +24,13 @@ constexpr int kNormsOf = 0;
 template <class Cell>
 constexpr int kNormsOf<Cell, std::void_t<decltype(Cell::kNorms)>> = Cell::kNorms;
 
+// The numbers of a row that are saved behind the states: which is which.
+struct RowNumbers {
+  static constexpr int kScaleOfX = 0, kScaleOfRec = 1, kMeanOfState = 2, kScaleOfState = 3;
+};
+
 template <class Cell>
-struct NormsOf {
+struct NormsOf : RowNumbers {
   static constexpr int kCount = kNormsOf<Cell>;
   static constexpr bool kAny = kCount > 0, kOfState = kCount > 1;
   static constexpr int gate_split() {
@@ -33,9 +38,8 @@ struct NormsOf {
     else return Cell::kSplit;
   }
   static constexpr int kGates = Cell::kGates;
-  // Of the saved values, those that the cell gives; numbers of a row that are saved behind the states.
+  // Of the saved values, those that the cell gives; how many RowNumbers there are.
   static constexpr int kOwnSaved = Cell::kSaved - (kAny ? 2 * kGates : 0), kRowValues = 2 * kCount;
-  static constexpr int kScaleOfX = 0, kScaleOfRec = 1, kMeanOfState = 2, kScaleOfState = 3;  // which
   // Parameters of a unit.
   static constexpr int kGainOfX = 0, kGainOfRec = kGates, kGainOfState = 2 * kGates, kBiasOfState = 2 * kGates + 1;
   // Columns of a row of dG: those that products read, the units' parameters, and with norms the gradients of the

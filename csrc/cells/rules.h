@@ -63,10 +63,13 @@ FUSEDRNN_INLINE S norm(S sum_of_squares) {
   return square_root(sum_of_squares);  // (P6)
 }
 
-// Columns of a row of norms: what each state gets from later steps; from all sides; each gate's gradient.
-template <class Cell>
+// Columns of a row of norms: where that of what each state gets from later steps begins; from all sides; of each gate's
+// gradient; and how many there are.
 struct NormColumns {
-  static constexpr int kSent = 0, kTotal = Cell::kStates, kGates = 2 * Cell::kStates, kCount = kGates + Cell::kGates;
+  int sent, total, gates, count;
 };
+FUSEDRNN_INLINE constexpr NormColumns norm_columns(int states, int gates) {
+  return {0, states, 2 * states, 2 * states + gates};
+}
 
 }  // namespace fusedrnn

@@ -1,4 +1,5 @@
-// Back-propagation through time of every cell: one parallel region for the whole layer. Included after forward.inl.
+// Back-propagation through time: one parallel region for the whole layer. Of a cell it knows the constants alone, so it
+// is compiled once for all of them; the cell's part is backward_step.inl. Included after forward.inl.
 //
 // A team goes back through an item in chunks of steps. Per step: dL/dh = dy + the product of the later step's gate
 // gradients with W_hh, in register tiles, then the cell's backward on each block of rows; a barrier a product. dG of a
@@ -6,41 +7,30 @@
 // all rows of the chunk (weight_gradients.inl). dG of all T is never stored. Slices of the batch accumulate apart and
 // are added in a fixed order, so the same number of threads gives the same bits.
 //
-// Columns of dG: drec of all gates, then dx of the last kSplit gates, then what the unit's parameters get, and with
+// Columns of dG: drec of all gates, then dx of the last `split` gates, then what the unit's parameters get, and with
 // norms the gradients of the gates' arguments (cells/layer_norm.h); [k][H]. As the products read it, drec and dx alone:
 // [k][H rounded up to whole words].
 
-template <class Cell, class T>
-class BackwardPass {
+template <class T>
+class BackwardLoop {
+ protected:
   using S = typename ComputeType<T>::Type;
   using E = typename OperandType<T>::Type;
   using V = Vec<S>;
-  static constexpr int L = V::kLanes, G = Cell::kGates, F = Cell::kFirst, K = Cell::kSaved, Z = Cell::kStates,
-                       kBeside = Z - 1;  // states besides h
-  static constexpr int kSplit = Cell::kSplit, kParameters = Cell::kParameters, kFactors = G + kSplit;
-  using Norms = NormsOf<Cell>;
-  static constexpr bool kNorms = Norms::kAny;
-  static constexpr int C = Norms::kColumns;
-  static constexpr bool kProduct = F > 0, kTwoStage = kProduct && F < G, kConvert = sizeof(T) != sizeof(S);
-  static constexpr int kRest = kTwoStage ? G - F : 0;
+  static constexpr int L = V::kLanes;
+  static constexpr bool kConvert = sizeof(T) != sizeof(S);
   static constexpr bool kRounded = sizeof(E) != sizeof(S);  // dG, before a product reads it
-  static_assert(!kTwoStage || kSplit == 0, "the second stage's products read drec and dx as one");
-  static constexpr int64_t kChunkBytes = 1 << 20;  // of dG: it stays in cache between its three uses
+  static constexpr int64_t kChunkBytes = 1 << 20;           // of dG: it stays in cache between its three uses
   static constexpr int64_t kLeastRows = 64, kMostRows = 512;
 
-  // Of a cell that never is, the compiler drops what only a projection needs.
-  template <class Of>
-  static constexpr bool is_projected(const Of& of) {
-    return Cell::kProjectable && of.projected;
-  }
-
   struct Shared : SharedPass {
+    const CellConstants* cell;
     int64_t chunk_rows;
     bool direct;  // weight gradients accumulate in the result itself
     bool packed;  // weights; else they are read as they lie, for so few rows
     E *w_ih[2], *w_hh[2], *w_rest[2], *w_hr[2];
     S* w_unit[2];
-    S *dw_ih, *dw_hh, *dw_hr, *db;  // [items][...], db: [items][C*H]
+    S *dw_ih, *dw_hh, *dw_hr, *db;  // [items][...], db: [items][columns*H]
   };
   struct Row {  // where a row of the chunk finds what forward kept
     const S* saved;
@@ -53,41 +43,56 @@ class BackwardPass {
     S *w_ih, *w_hh, *w_hr, *b;
   };
   struct TeamBuffers {
-    S *dg, *dh;                     // [chunk rows][C*H], [R] (projection or norms)
+    S *dg, *dh;                     // [chunk rows][columns*H], [R] (projection or norms)
     E *dg_operand, *dh_operand;     // as the products read them: rounded, or the same
-    S *sent_dh, *sent_dc, *all_dc;  // [chunk rows][R], [kBeside][H], [kBeside][H]: what norms are of
-    S* scale;                       // [members][Z][samples]: of what is sent back, clipped by its norm
+    S *sent_dh, *sent_dc, *all_dc;  // [chunk rows][R], [beside][H], [beside][H]: what norms are of
+    S* scale;                       // [members][states][samples]: of what is sent back, clipped by its norm
     Strips<E> x, h, m;              // [chunk rows][I], [R], [H]: right operands of the weight gradients
-    S *carry_h, *carry_c, *c0;      // [samples][R], [kBeside][H], [kBeside][H]
+    S *carry_h, *carry_c, *c0;      // [samples][R], [beside][H], [beside][H]
     Row* rows;                      // [members][chunk rows]
   };
 
  public:
-  static bool run(const BackwardProblem& p) {
+  // work: what a thread does, by a loop of this cell.
+  static bool run(const BackwardProblem& p, const CellConstants& cell,
+                  void (*work)(const BackwardProblem&, const Shared&, int thread)) {
     Shared shared{};
-    shared.plan = make_plan(p.size, G, L, p.threads);
+    shared.cell = &cell;
+    shared.plan = make_plan(p.size, cell.gates, L, p.threads);
     const bool done = in_parallel(
         shared.plan.teams * shared.plan.members, [&](int threads) { return prepare(p, shared, threads); },
-        [&](int thread) {
-          BackwardPass pass(p, shared, thread);
-          pass.pack();
-          meet_all();
-          [[maybe_unused]] const TileUse tiles{};
-          pass.run_items();
-          meet_all();
-          if (p.weight_gradients) pass.add_slices();
-          if (p.dx) pass.add_directions();
-        });
+        [&](int thread) { work(p, shared, thread); });
     if (done) release_scratch();
     return done;
   }
 
- private:
+  void work() {
+    pack();
+    meet_all();
+    [[maybe_unused]] const TileUse tiles{};
+    run_items();
+    meet_all();
+    if (p_.weight_gradients) add_slices();
+    if (p_.dx) add_directions();
+  }
+
+ protected:
+  // What a cell brings. A step: samples [0, later) have gate gradients of the step worked on before at chunk row
+  // `later_row` on, samples [0, now) are active at this step, chunk rows from `row` on. A sample in one set only starts
+  // or ends here. The first `severed` samples of the later step send nothing.
+  virtual void step(const Item& item, int64_t later_row, int64_t later, int64_t row, int64_t now, int64_t severed) = 0;
+  // The row that the second product of a step read, again, as row r of the weight gradients' operand.
+  virtual void put_second_operand(const Row& at, const T* mask, int64_t r) const = 0;
+
+  static bool two_stage(const CellConstants& cell) { return cell.first > 0 && cell.first < cell.gates; }
+  // Columns of a row of dG that products read.
+  static int factors(const CellConstants& cell) { return cell.gates + cell.split; }
+
   // Plan, memory and flags for the threads that OpenMP has started; false: no memory.
   static bool prepare(const BackwardProblem& p, Shared& s, int threads) {
-    s.share(p.size, G, L, threads);
-    s.chunk_rows = kChunkBytes / (row_stride<S>(C * p.size.H) * static_cast<int64_t>(sizeof(S)) +
-                                  (kRounded ? operand_stride(p.size) * static_cast<int64_t>(sizeof(E)) : 0));
+    s.share(p.size, s.cell->gates, L, threads);
+    s.chunk_rows = kChunkBytes / (row_stride<S>(s.cell->columns * p.size.H) * static_cast<int64_t>(sizeof(S)) +
+                                  (kRounded ? operand_stride(p.size, *s.cell) * static_cast<int64_t>(sizeof(E)) : 0));
     s.chunk_rows = min64(kMostRows, max64(kLeastRows, s.chunk_rows));
     s.most_rows = min64(p.size.N, s.chunk_rows + s.most_samples);
     s.direct = !kConvert && s.plan.slices == 1;
@@ -97,71 +102,74 @@ class BackwardPass {
   }
 
   // Of dG as the products read it: dG itself, unless that is rounded.
-  static int64_t operand_stride(const LayerSizes& z) {
-    return kRounded ? row_stride<E>(kFactors * whole_steps<E>(z.H)) : row_stride<E>(C * z.H);
+  static int64_t operand_stride(const LayerSizes& z, const CellConstants& cell) {
+    return kRounded ? row_stride<E>(factors(cell) * whole_steps<E>(z.H)) : row_stride<E>(cell.columns * z.H);
   }
 
   static void carve_shared(const BackwardProblem& p, Shared& s, Carver& carver) {
     const LayerSizes& z = p.size;
+    const CellConstants& cell = *s.cell;
+    const int rest = two_stage(cell) ? cell.gates - cell.first : 0;
     const int64_t gate = whole_steps<E>(z.H);
     const int64_t inputs = ceil_div(z.I, L) * L, units = ceil_div(z.H, L) * L, outputs = ceil_div(z.R, L) * L;
     const auto panels = [&](int64_t size) { return carver.take<E>(s.packed ? size : 0); };
     s.flags = carver.take<Flag>(s.plan.teams * s.plan.members);
     for (int d = 0; d < z.D; ++d) {
-      s.w_ih[d] = panels(p.dx ? G * gate * inputs : 0);
-      s.w_hh[d] = panels(F * gate * outputs);
-      s.w_rest[d] = panels(kRest * gate * outputs);
-      s.w_unit[d] = carver.take<S>(kParameters * z.H);
-      s.w_hr[d] = panels(is_projected(z) ? whole_steps<E>(z.R) * units : 0);
+      s.w_ih[d] = panels(p.dx ? cell.gates * gate * inputs : 0);
+      s.w_hh[d] = panels(cell.first * gate * outputs);
+      s.w_rest[d] = panels(rest * gate * outputs);
+      s.w_unit[d] = carver.take<S>(cell.parameters * z.H);
+      s.w_hr[d] = panels(z.projected ? whole_steps<E>(z.R) * units : 0);
     }
     const int64_t items = p.weight_gradients ? z.D * s.plan.slices : 0, own = s.direct ? 0 : items;
-    s.dw_ih = carver.take<S>(own * G * z.H * z.I);
-    s.dw_hh = carver.take<S>(kProduct ? own * G * z.H * z.R : 0);
-    s.dw_hr = carver.take<S>(is_projected(z) ? own * z.R * z.H : 0);
-    s.db = carver.take<S>(items * C * z.H);
+    s.dw_ih = carver.take<S>(own * cell.gates * z.H * z.I);
+    s.dw_hh = carver.take<S>(cell.first ? own * cell.gates * z.H * z.R : 0);
+    s.dw_hr = carver.take<S>(z.projected ? own * z.R * z.H : 0);
+    s.db = carver.take<S>(items * cell.columns * z.H);
   }
 
   static TeamBuffers carve_team(const BackwardProblem& p, const Shared& s, Carver& carver) {
     const LayerSizes& z = p.size;
-    const int64_t rows = s.most_rows, samples = s.most_samples;
+    const CellConstants& cell = *s.cell;
+    const int64_t rows = s.most_rows, samples = s.most_samples, beside = cell.states - 1;
     const int64_t kept = p.weight_gradients ? whole_steps<E>(rows) : 0;
     TeamBuffers b;
-    b.dg = carver.take<S>(rows * row_stride<S>(C * z.H));
-    b.dh = carver.take<S>(is_projected(z) || kNorms ? rows * row_stride<S>(z.R) : 0);
+    b.dg = carver.take<S>(rows * row_stride<S>(cell.columns * z.H));
+    b.dh = carver.take<S>(z.projected || cell.norms ? rows * row_stride<S>(z.R) : 0);
     if constexpr (kRounded) {
-      b.dg_operand = carver.take<E>((rows + kRowsAhead) * operand_stride(z));
-      b.dh_operand = carver.take<E>(is_projected(z) ? (rows + kRowsAhead) * row_stride<E>(z.R) : 0);
+      b.dg_operand = carver.take<E>((rows + kRowsAhead) * operand_stride(z, cell));
+      b.dh_operand = carver.take<E>(z.projected ? (rows + kRowsAhead) * row_stride<E>(z.R) : 0);
     } else {
       b.dg_operand = b.dg;
       b.dh_operand = b.dh;
     }
     b.sent_dh = carver.take<S>(p.norms ? rows * row_stride<S>(z.R) : 0);
-    b.sent_dc = carver.take<S>(p.norms ? kBeside * rows * row_stride<S>(z.H) : 0);
-    b.all_dc = carver.take<S>(p.norms ? kBeside * rows * row_stride<S>(z.H) : 0);
-    b.scale = carver.take<S>(p.clip_by_norm ? Z * samples * s.plan.members : 0);
+    b.sent_dc = carver.take<S>(p.norms ? beside * rows * row_stride<S>(z.H) : 0);
+    b.all_dc = carver.take<S>(p.norms ? beside * rows * row_stride<S>(z.H) : 0);
+    b.scale = carver.take<S>(p.clip_by_norm ? cell.states * samples * s.plan.members : 0);
     const auto strips = [&](int64_t n, int64_t most) {
       return Strips<E>{carver.take<E>(Strips<E>::elements(n, most)), n, most};
     };
     b.x = strips(z.I, kept);
-    b.h = strips(z.R, kProduct ? kept : 0);
-    b.m = strips(z.H, kTwoStage || is_projected(z) ? kept : 0);
+    b.h = strips(z.R, cell.first ? kept : 0);
+    b.m = strips(z.H, two_stage(cell) || z.projected ? kept : 0);
     b.carry_h = carver.take<S>(samples * row_stride<S>(z.R));
-    b.carry_c = carver.take<S>(kBeside * samples * row_stride<S>(z.H));
-    b.c0 = carver.take<S>(kBeside * samples * row_stride<S>(z.H));
+    b.carry_c = carver.take<S>(beside * samples * row_stride<S>(z.H));
+    b.c0 = carver.take<S>(beside * samples * row_stride<S>(z.H));
     b.rows = carver.take<Row>(rows * s.plan.members);
     return b;
   }
 
-  BackwardPass(const BackwardProblem& p, const Shared& shared, int thread)
-      : p_(p), z_(p.size), s_(shared), thread_(thread), index_(thread / shared.plan.members),
+  BackwardLoop(const BackwardProblem& p, const Shared& shared, int thread)
+      : p_(p), z_(p.size), s_(shared), cell_(*shared.cell), thread_(thread), index_(thread / shared.plan.members),
         team_(shared.flags + index_ * shared.plan.members, thread % shared.plan.members, shared.plan.members),
-        ldg_(row_stride<S>(C * z_.H)), ldh_(row_stride<S>(z_.R)), ldm_(row_stride<S>(z_.H)),
-        gate_(whole_steps<E>(z_.H)), operand_ldg_(operand_stride(z_)), operand_ldh_(row_stride<E>(z_.R)) {
+        ldg_(row_stride<S>(cell_.columns * z_.H)), ldh_(row_stride<S>(z_.R)), ldm_(row_stride<S>(z_.H)),
+        gate_(whole_steps<E>(z_.H)), operand_ldg_(operand_stride(z_, cell_)), operand_ldh_(row_stride<E>(z_.R)) {
     if (index_ >= s_.plan.teams) return;
     Carver carver(s_.block + s_.shared_bytes + index_ * s_.team_bytes);
     b_ = carve_team(p_, s_, carver);
     b_.rows += team_.me * s_.most_rows;
-    b_.scale += team_.me * Z * s_.most_samples;
+    b_.scale += team_.me * cell_.states * s_.most_samples;
     units_ = part(ceil_div(z_.H, L), team_.me, team_.members);
     outputs_ = part(ceil_div(z_.R, L), team_.me, team_.members);
   }
@@ -169,7 +177,7 @@ class BackwardPass {
   void pack() const {
     for (int d = 0; d < z_.D && thread_ == 0; ++d) {
       const T* const own_parameters = static_cast<const T*>(p_.weights[d].w_unit);
-      for (int64_t i = 0; i < kParameters * z_.H; ++i) s_.w_unit[d][i] = to_compute(own_parameters[i]);
+      for (int64_t i = 0; i < cell_.parameters * z_.H; ++i) s_.w_unit[d][i] = to_compute(own_parameters[i]);
     }
     if (!s_.packed) return;
     const Timed timed(Phase::kPack);
@@ -180,12 +188,15 @@ class BackwardPass {
     };
     for (int d = 0; d < z_.D; ++d) {
       const LayerWeights& w = p_.weights[d];
-      if (kProduct) own(d, w.w_hh, F, z_.H, z_.R, s_.w_hh[d]);
-      if (kTwoStage) own(d, static_cast<const T*>(w.w_hh) + F * z_.H * z_.R, kRest, z_.H, z_.R, s_.w_rest[d]);
-      if (is_projected(z_)) own(d, w.w_hr, 1, z_.R, z_.H, s_.w_hr[d]);
+      const int64_t first = cell_.first;
+      if (first) own(d, w.w_hh, first, z_.H, z_.R, s_.w_hh[d]);
+      if (two_stage(cell_)) {
+        own(d, static_cast<const T*>(w.w_hh) + first * z_.H * z_.R, cell_.gates - first, z_.H, z_.R, s_.w_rest[d]);
+      }
+      if (z_.projected) own(d, w.w_hr, 1, z_.R, z_.H, s_.w_hr[d]);
       if (!p_.dx) continue;  // W_ih: read by every member, for rows of its own
       const Range any = packing.any(ceil_div(z_.I, L), kGroupVectors<1>);
-      pack_columns(static_cast<const T*>(w.w_ih), G, z_.H, z_.I, any, s_.w_ih[d]);
+      pack_columns(static_cast<const T*>(w.w_ih), cell_.gates, z_.H, z_.I, any, s_.w_ih[d]);
     }
   }
 
@@ -251,8 +262,8 @@ class BackwardPass {
       for (int64_t v = outputs_.begin; v < outputs_.end; ++v) {
         store(b_.carry_h + b * ldh_ + v * L, read(p_.dh_n, sample * z_.R, v * L, z_.R));
       }
-      for (int k = 0; k < kBeside; ++k) {
-        const int64_t from = sample * kBeside + k, to = b * kBeside + k;
+      for (int k = 0; k < beside(); ++k) {
+        const int64_t from = sample * beside() + k, to = b * beside() + k;
         for (int64_t v = units_.begin; v < units_.end; ++v) {
           store(b_.carry_c + to * ldm_ + v * L, read(p_.dc_n, from * z_.H, v * L, z_.H));
           store(b_.c0 + to * ldm_ + v * L, read(p_.c0, from * z_.H, v * L, z_.H));
@@ -269,7 +280,7 @@ class BackwardPass {
       __builtin_memset(rows + own.begin * stride, 0, own.size() * stride * sizeof(E));
     };
     clear(b_.dg_operand, operand_ldg_);
-    if (is_projected(z_)) clear(b_.dh_operand, operand_ldh_);
+    if (z_.projected) clear(b_.dh_operand, operand_ldh_);
   }
 
   // Appends the rows of step t to the chunk's list; returns the number of rows so far.
@@ -286,16 +297,16 @@ class BackwardPass {
       row.saved = saved + at * pitch;
       row.y = y + at * width;
       row.dy = p_.dy.data ? row_at<T>(p_.dy, z_.offset, t, item.first + b) + item.d * z_.R : nullptr;
-      row.dc = p_.dc.data ? row_at<T>(p_.dc, z_.offset, t, item.first + b) + item.d * kBeside * z_.H : nullptr;
+      row.dc = p_.dc.data ? row_at<T>(p_.dc, z_.offset, t, item.first + b) + item.d * beside() * z_.H : nullptr;
       row.noise = noise.row(b);
       if (b < known) {
         const int64_t earlier = z_.offset[before] + item.first + b;
         row.h_prev = y + earlier * width;
-        row.c_prev = saved + earlier * pitch + K * z_.H;
+        row.c_prev = saved + earlier * pitch + cell_.saved * z_.H;
         row.ldc = z_.H;
       } else {
         row.h_prev = h0 ? h0 + (item.d * z_.B + item.first + b) * z_.R : nullptr;
-        row.c_prev = Z > 1 ? b_.c0 + b * kBeside * ldm_ : nullptr;
+        row.c_prev = beside() ? b_.c0 + b * beside() * ldm_ : nullptr;
         row.ldc = ldm_;
       }
     }
@@ -311,17 +322,31 @@ class BackwardPass {
     return mask ? masked(v, load<S>(mask + u, R - u)) : v;
   }
 
-  // backward_step.inl
-  struct Step;
-  void step(const Item& item, int64_t later_row, int64_t later, int64_t row, int64_t now, int64_t severed);
-  void limit(Range samples);
-  S scale_of(const S* row, int64_t n) const;
-  static V previous_h(const Row& row, int64_t u, int64_t R);
-  static void expect_saved(const Step& s, const Row& at, int64_t u, int64_t n);
-  static void candidates(const Row& at, const Values<V, K>& saved, Values<V, Z>& cur, int64_t H, int64_t u);
-  static void cell_backward(const Step& s, int64_t r, int64_t u, V dh, V direct);
-  static void first_stage_backward(const Step& s, int64_t r, int64_t u, V dq);
-  static void row_backward(const Step& s, int64_t r);  // row_stage.inl
+  FUSEDRNN_INLINE static V previous_h(const Row& row, int64_t u, int64_t R) {
+    return row.h_prev ? load<S>(row.h_prev + u, R - u) : V(0);
+  }
+
+  // The carries of these samples, no longer than `clip`: each member scales its own part.
+  void limit(Range samples) {
+    S *of_h = b_.scale, *of_c = b_.scale + s_.most_samples;  // of_c: [samples][beside]
+    const int beside = this->beside();
+    const auto scale_of = [&](const S* row, int64_t n) {
+      return clip_factor(norm_of(row, n), static_cast<S>(p_.clip));
+    };
+    team_.meet();
+    for (int64_t r = samples.begin; r < samples.end; ++r) {
+      of_h[r] = scale_of(b_.carry_h + r * ldh_, z_.R);
+      for (int64_t i = r * beside; i < (r + 1) * beside; ++i) of_c[i] = scale_of(b_.carry_c + i * ldm_, z_.H);
+    }
+    team_.meet();
+    const auto scale = [](S* from, int64_t v, S by) { store(from + v * L, load(from + v * L) * V(by)); };
+    for (int64_t r = samples.begin; r < samples.end; ++r) {
+      for (int64_t v = outputs_.begin; v < outputs_.end; ++v) scale(b_.carry_h + r * ldh_, v, of_h[r]);
+      for (int64_t i = r * beside; i < (r + 1) * beside; ++i) {
+        for (int64_t v = units_.begin; v < units_.end; ++v) scale(b_.carry_c + i * ldm_, v, of_c[i]);
+      }
+    }
+  }
 
   // Calls body(t, first chunk row of t, samples [begin, end) of t) for the part of the chunk in `own`.
   template <class Body>
@@ -340,7 +365,6 @@ class BackwardPass {
   void weight_gradients(const Item& item, int index, int64_t s0, int64_t s1, int64_t rows, bool add);
   void gather_operands(const Item& item, int64_t s0, int64_t s1, Range own);
   void clear_operands(Range own, int64_t rows);
-  V second_operand(const Row& at, const T* mask, int64_t u) const;
   V pairwise_sum(const S* column, int64_t rows) const;
   void add_slices();
   void add_slices_of(const S* slices, int64_t stride, int64_t n, void* result);
@@ -352,28 +376,28 @@ class BackwardPass {
     for_steps(item, s0, s1, part(rows, team_.me, team_.members), [&](int64_t t, int64_t first, Range samples) {
       for (int64_t b = samples.begin; b < samples.end; ++b) {
         const int64_t at = z_.offset[t] + item.first + b;
-        copy(at, b_.dg + (first + b) * ldg_, C * z_.H, p_.dgates);
-        if (is_projected(z_)) copy(at, b_.dh + (first + b) * ldh_, z_.R, p_.dh);
+        copy(at, b_.dg + (first + b) * ldg_, cell_.columns * z_.H, p_.dgates);
+        if (z_.projected) copy(at, b_.dh + (first + b) * ldh_, z_.R, p_.dh);
       }
     });
   }
 
   void give_norms(const Item& item, int64_t s0, int64_t s1, int64_t rows) const {
-    using At = NormColumns<Cell>;
+    const NormColumns at = norm_columns(cell_.states, cell_.gates);
     const int64_t H = z_.H;
     for_steps(item, s0, s1, part(rows, team_.me, team_.members), [&](int64_t t, int64_t first, Range samples) {
       for (int64_t b = samples.begin; b < samples.end; ++b) {
         const int64_t r = first + b;
-        S* to = static_cast<S*>(p_.norms) + (item.d * z_.N + z_.offset[t] + item.first + b) * At::kCount;
+        S* to = static_cast<S*>(p_.norms) + (item.d * z_.N + z_.offset[t] + item.first + b) * at.count;
         const T* const dy = b_.rows[r].dy;
-        to[At::kSent] = norm_of(b_.sent_dh + r * ldh_, z_.R);
-        to[At::kTotal] = dy ? norm_of(b_.sent_dh + r * ldh_, z_.R, dy) : to[At::kSent];
-        for (int k = 0; k < kBeside; ++k) {
-          to[At::kSent + 1 + k] = norm_of(b_.sent_dc + (r * kBeside + k) * ldm_, H);
-          to[At::kTotal + 1 + k] = norm_of(b_.all_dc + (r * kBeside + k) * ldm_, H);
+        to[at.sent] = norm_of(b_.sent_dh + r * ldh_, z_.R);
+        to[at.total] = dy ? norm_of(b_.sent_dh + r * ldh_, z_.R, dy) : to[at.sent];
+        for (int k = 0; k < beside(); ++k) {
+          to[at.sent + 1 + k] = norm_of(b_.sent_dc + (r * beside() + k) * ldm_, H);
+          to[at.total + 1 + k] = norm_of(b_.all_dc + (r * beside() + k) * ldm_, H);
         }
         const S* dg = b_.dg + r * ldg_;
-        for (int g = 0; g < G; ++g) to[At::kGates + g] = norm_of(dg + Norms::argument(g) * H, H);
+        for (int g = 0; g < cell_.gates; ++g) to[at.gates + g] = norm_of(dg + argument(g) * H, H);
       }
     });
   }
@@ -398,11 +422,12 @@ class BackwardPass {
         out[first + b] = dx + (z_.offset[t] + item.first + b) * z_.I;
       }
     });
-    constexpr int kShared = G - kSplit, kFirst = kShared > 0 ? 0 : G;  // columns of dx that are drec; the first one
-    const Inner gates = kShared > 0 ? Inner{kShared * gate_, kSplit * gate_, G * gate_} : Inner{G * gate_};
+    const int shared = cell_.gates - cell_.split, from = shared > 0 ? 0 : cell_.gates;  // columns of dx that are drec
+    const Inner gates =
+        shared > 0 ? Inner{shared * gate_, cell_.split * gate_, cell_.gates * gate_} : Inner{cell_.gates * gate_};
     product<1>(
         weights(s_.w_ih[item.d], p_.weights[item.d].w_ih, 0, z_.I), gates, {0, ceil_div(z_.I, L)}, own,
-        [&](int64_t r) { return b_.dg_operand + r * operand_ldg_ + kFirst * gate_; },
+        [&](int64_t r) { return b_.dg_operand + r * operand_ldg_ + from * gate_; },
         [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA { prefetch_to_write(out[r] + u, n); },
         [&](int64_t r, int64_t v, const V* acc, int) { store(out[r] + v * L, acc[0], z_.I - v * L); });
   }
@@ -427,18 +452,25 @@ class BackwardPass {
       for (int64_t u = outputs_.begin * L; u < min64(z_.R, outputs_.end * L); u += L) {
         store(dh0 + u, load(b_.carry_h + b * ldh_ + u), z_.R - u);
       }
-      for (int k = 0; k < kBeside; ++k) {
-        T* dc0 = static_cast<T*>(p_.dc0) + (sample * kBeside + k) * z_.H;
+      for (int k = 0; k < beside(); ++k) {
+        T* dc0 = static_cast<T*>(p_.dc0) + (sample * beside() + k) * z_.H;
         for (int64_t u = units_.begin * L; u < min64(z_.H, units_.end * L); u += L) {
-          store(dc0 + u, load(b_.carry_c + (b * kBeside + k) * ldm_ + u), z_.H - u);
+          store(dc0 + u, load(b_.carry_c + (b * beside() + k) * ldm_ + u), z_.H - u);
         }
       }
     }
   }
 
+  int beside() const { return cell_.states - 1; }  // states besides h
+  // The column of the gradient of a gate's argument, its part of x.
+  int argument(int gate) const {
+    return cell_.first_argument + (gate < cell_.gates - cell_.gate_split ? gate : gate + cell_.gate_split);
+  }
+
   const BackwardProblem& p_;
   const LayerSizes& z_;
   const Shared& s_;
+  const CellConstants& cell_;
   const int thread_, index_;  // index of the team
   Team team_;
   TeamBuffers b_;

@@ -1,5 +1,53 @@
-// One time step of BackwardPass: the products with dG of the later step, and the cell's gradients. Included after
-// backward.inl.
+// The backward pass of a cell: what BackwardLoop leaves to it, and the table's function. A step is the products with dG
+// of the later step, and the cell's gradients. Included after backward.inl.
+
+template <class Cell, class T>
+class BackwardPass final : public BackwardLoop<T> {
+  using Loop = BackwardLoop<T>;
+  using Loop::kRounded, Loop::L;
+  using Loop::ldg_, Loop::ldh_, Loop::ldm_, Loop::gate_, Loop::operand_ldg_, Loop::operand_ldh_;
+  using Loop::limit, Loop::mask_of, Loop::previous_h, Loop::weights, Loop::with_mask;
+  using Loop::p_, Loop::z_, Loop::s_, Loop::b_, Loop::team_, Loop::units_, Loop::outputs_;
+  using typename Loop::E;
+  using typename Loop::Row;
+  using typename Loop::S;
+  using typename Loop::Shared;
+  using typename Loop::V;
+  static constexpr int G = Cell::kGates, F = Cell::kFirst, K = Cell::kSaved, Z = Cell::kStates,
+                       kBeside = Z - 1;  // states besides h
+  static constexpr int kSplit = Cell::kSplit, kParameters = Cell::kParameters, kFactors = G + kSplit;
+  using Norms = NormsOf<Cell>;
+  static constexpr bool kNorms = Norms::kAny;
+  static constexpr bool kProduct = F > 0, kTwoStage = kProduct && F < G;
+  static constexpr int kRest = kTwoStage ? G - F : 0;
+  static_assert(!kTwoStage || kSplit == 0, "the second stage's products read drec and dx as one");
+  static constexpr CellConstants kConstants = constants_of<Cell>();
+
+ public:
+  static bool run(const BackwardProblem& p) {
+    return Loop::run(p, kConstants, [](const BackwardProblem& problem, const Shared& shared, int thread) {
+      BackwardPass(problem, shared, thread).work();
+    });
+  }
+
+ private:
+  using Loop::Loop;
+
+  // Of a cell that never is, the compiler drops what only a projection needs.
+  template <class Of>
+  static constexpr bool is_projected(const Of& of) {
+    return Cell::kProjectable && of.projected;
+  }
+
+  struct Step;
+  void step(const Item& item, int64_t later_row, int64_t later, int64_t row, int64_t now, int64_t severed) override;
+  void put_second_operand(const Row& at, const T* mask, int64_t r) const override;
+  static void expect_saved(const Step& s, const Row& at, int64_t u, int64_t n);
+  static void candidates(const Row& at, const Values<V, K>& saved, Values<V, Z>& cur, int64_t H, int64_t u);
+  static void cell_backward(const Step& s, int64_t r, int64_t u, V dh, V direct);
+  static void first_stage_backward(const Step& s, int64_t r, int64_t u, V dq);
+  static void row_backward(const Step& s, int64_t r);  // row_stage.inl
+};
 
 // What the cells of a step read and write, by sample. A copy: stores of vectors may alias every member of the pass.
 template <class Cell, class T>
@@ -27,9 +75,6 @@ struct BackwardPass<Cell, T>::Step {
   }
 };
 
-// Samples [0, later) have gate gradients of the step worked on before at chunk row `later_row` on, samples [0, now)
-// are active at this step, chunk rows from `row` on. A sample in one set only starts or ends here. The first `severed`
-// samples of the later step send nothing.
 template <class Cell, class T>
 void BackwardPass<Cell, T>::step(const Item& item, int64_t later_row, int64_t later, int64_t row, int64_t now,
                                  int64_t severed) {
@@ -115,36 +160,6 @@ void BackwardPass<Cell, T>::step(const Item& item, int64_t later_row, int64_t la
         [&](int64_t r, int64_t v, const V* acc, int) { first_stage_backward(s, r, v * L, acc[0]); });
   }
   team_.meet();
-}
-
-// The carries of these samples, no longer than `clip`: each member scales its own part.
-template <class Cell, class T>
-void BackwardPass<Cell, T>::limit(Range samples) {
-  S *of_h = b_.scale, *of_c = b_.scale + s_.most_samples;  // of_c: [samples][kBeside]
-  team_.meet();
-  for (int64_t r = samples.begin; r < samples.end; ++r) {
-    of_h[r] = scale_of(b_.carry_h + r * ldh_, z_.R);
-    for (int64_t i = r * kBeside; i < (r + 1) * kBeside; ++i) of_c[i] = scale_of(b_.carry_c + i * ldm_, z_.H);
-  }
-  team_.meet();
-  const auto scale = [](S* from, int64_t v, S by) { store(from + v * L, load(from + v * L) * V(by)); };
-  for (int64_t r = samples.begin; r < samples.end; ++r) {
-    for (int64_t v = outputs_.begin; v < outputs_.end; ++v) scale(b_.carry_h + r * ldh_, v, of_h[r]);
-    for (int64_t i = r * kBeside; i < (r + 1) * kBeside; ++i) {
-      for (int64_t v = units_.begin; v < units_.end; ++v) scale(b_.carry_c + i * ldm_, v, of_c[i]);
-    }
-  }
-}
-
-template <class Cell, class T>
-typename BackwardPass<Cell, T>::S BackwardPass<Cell, T>::scale_of(const S* row, int64_t n) const {
-  return clip_factor(norm_of(row, n), static_cast<S>(p_.clip));
-}
-
-template <class Cell, class T>
-FUSEDRNN_INLINE typename BackwardPass<Cell, T>::V BackwardPass<Cell, T>::previous_h(const Row& row, int64_t u,
-                                                                                    int64_t R) {
-  return row.h_prev ? load<S>(row.h_prev + u, R - u) : V(0);
 }
 
 // What cell_backward will read of a row's units [u, u + n).
@@ -236,4 +251,23 @@ FUSEDRNN_INLINE void BackwardPass<Cell, T>::first_stage_backward(const Step& s, 
   for (int g = 0; g < F; ++g) s.put(r, g, u, drec[g]);
   for (int k = 0; k < kParameters; ++k) s.put(r, kFactors + k, u, parameters.gradient[k]);
   store(s.carry_h + r * s.ldh + u, load(s.carry_h + r * s.ldh + u) + with_mask(mask, u, s.R, d[0]));
+}
+
+template <class Cell, class T>
+void BackwardPass<Cell, T>::put_second_operand(const Row& at, const T* mask, int64_t r) const {
+  if constexpr (kTwoStage || Cell::kProjectable) {
+    for (int64_t u = 0; u < z_.H; u += L) {
+      Values<V, K> saved;
+      Values<V, Z> state;
+      for (int k = 0; k < K; ++k) saved[k] = load<S>(at.saved + k * z_.H + u, z_.H - u);
+      if constexpr (kTwoStage) {
+        state[0] = with_mask(mask, u, z_.R, previous_h(at, u, z_.R));
+        b_.m.put(r, u, Cell::recurrent_operand(saved, state));
+      } else {
+        state[0] = V(0);
+        candidates(at, saved, state, z_.H, u);
+        b_.m.put(r, u, Cell::output(saved, state));
+      }
+    }
+  }
 }

@@ -24,6 +24,7 @@
 #define FUSEDRNN_BF16_PRODUCTS
 #endif
 #include "../cells/registry.h"
+#include "constants.h"
 
 #define FUSEDRNN_VECTOR_BYTES 64
 #include "kernels.inl"

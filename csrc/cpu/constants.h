@@ -24,7 +24,12 @@ constexpr CellConstants constants_of() {
           Cell::kParameters,
           Cell::kProjectable,
           NormsOf<Cell>::kColumns,
-          NormsOf<Cell>::kRowValues};
+          NormsOf<Cell>::kRowValues,
+          Cell::kLate,
+          NormsOf<Cell>::kCount,
+          NormsOf<Cell>::kGateSplit,
+          NormsOf<Cell>::kOwnSaved,
+          NormsOf<Cell>::kFirstArgument};
 }
 
 // A set's table with the kernels of bfloat16 of another.

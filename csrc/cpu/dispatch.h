@@ -70,6 +70,10 @@ struct CellConstants {
   bool projectable;
   int columns;     // blocks of H of a row of dgates (problem.h)
   int row_values;  // saved of a row besides the units' values and the states
+  int late;
+  int norms, gate_split;  // cells/layer_norm.h
+  int own_saved;          // of `saved`, what the cell gives; the rest the driver
+  int first_argument;     // of `columns`, the gradient of the first gate's argument
 
   int beside() const { return states - 1; }  // states besides h: blocks of H where it says c
 };

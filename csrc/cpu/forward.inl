@@ -1,4 +1,5 @@
-// The forward time loop of every cell: one parallel region for the whole layer. Included after team.h.
+// The forward time loop: one parallel region for the whole layer. Of a cell it knows the constants alone, so it is
+// compiled once for all of them; the cell's part is forward_step.inl. Included after team.h.
 //
 // A team takes an item (direction, slice of the batch) and goes through time in chunks. For a chunk it first makes
 // x W_ih^T + b_ih of all its rows (each member its own units), then steps: the product with h_{t-1} in register
@@ -12,8 +13,9 @@
 // is rounded where it is made; another one has a scale of its row, and is rounded by row after the step. Which it is
 // follows from h_{t-1} alone: a sequence gives the same numbers in pieces.
 
-template <class Cell, class Types>
-class ForwardPass {
+template <class Types>
+class ForwardLoop {
+ protected:
   using T = typename LayerTypes<Types>::Element;
   using W = typename LayerTypes<Types>::Weight;
   using S = typename LayerTypes<Types>::Compute;
@@ -21,27 +23,14 @@ class ForwardPass {
   using P = typename LayerTypes<Types>::Panel;
   using V = Vec<S>;
   using Sum = Sums<E>;
-  static constexpr int L = V::kLanes, G = Cell::kGates, F = Cell::kFirst, K = Cell::kSaved, Z = Cell::kStates,
-                       kBeside = Z - 1;  // states besides h
-  static constexpr int kParameters = Cell::kParameters;
-  using Norms = NormsOf<Cell>;
-  static constexpr bool kNorms = Norms::kAny;
-  static constexpr bool kProduct = F > 0, kTwoStage = kProduct && F < G;
-  static constexpr int kRest = kTwoStage ? G - F : 0;
+  static constexpr int L = V::kLanes;
   static constexpr bool kRounded = sizeof(E) != sizeof(S);  // h, before a product reads it
   static constexpr bool kQuantized = std::is_same_v<E, int8_t>;
-  static constexpr Bound kBound = Cell::kBound;
-  static_assert(K == 0 || K >= G, "the projection is written where the saved gates go");
-  static_assert(!kTwoStage || kBound != Bound::kNone, "q has the scale of h");
   static constexpr int64_t kChunkRows = 192;  // of projected gates: they stay in the second-level cache
-  // Of a cell that never is, the compiler drops what only a projection needs.
-  template <class Of>
-  static constexpr bool is_projected(const Of& of) {
-    return Cell::kProjectable && of.projected;
-  }
   static constexpr int64_t padded(int64_t n) { return ceil_div(n, L) * L; }  // to whole vectors
 
   struct Shared : SharedPass {
+    const CellConstants* cell;
     bool kept, ready;  // panels that outlive the call, packed before
     bool packed;
     bool copies_x;  // of another type, or rows that end inside a word
@@ -51,7 +40,7 @@ class ForwardPass {
     S *s_ih[2], *s_hh[2], *s_hr[2];  // scales of int8 weights
   };
   struct TeamBuffers {
-    S *h[2], *c;      // [samples][row_stride], of c [samples][kBeside][row_stride]
+    S *h[2], *c;      // [samples][row_stride], of c [samples][states besides h][row_stride]
     E* operand[2];    // h as the products read it, masked and rounded; where that changes nothing, h itself
     E* m;             // [samples][row_stride], what the second product of a step reads
     S* gates;         // [chunk rows][row_stride of G*H], unless they live in `saved`
@@ -60,39 +49,52 @@ class ForwardPass {
     S** gate_row;     // [members][chunk rows]
     S** saved_row;    // [members][chunk rows], null without saved
     S* rec;           // [samples][row_stride of G*H], with norms: W_hh h, unless it lives in `saved`
-    S* late;          // [members][kLate][row_stride of H], with a norm of c: what a row's second half takes
+    S* late;          // [members][late][row_stride of H], with a norm of c: what a row's second half takes
     Int8Rows int8;    // with int8 weights
   };
 
  public:
   // Bytes of the packed weights of a layer.
-  static int64_t panel_bytes(const LayerSizes& size) {
-    Shared unused;
+  static int64_t panel_bytes(const LayerSizes& size, const CellConstants& cell) {
+    Shared unused{};
+    unused.cell = &cell;
     Carver measure(nullptr);
     carve_panels(size, unused, measure);
     return measure.used();
   }
 
-  static bool run(const ForwardProblem& p) {
+  // work: what a thread does, by a loop of this cell.
+  static bool run(const ForwardProblem& p, const CellConstants& cell,
+                  void (*work)(const ForwardProblem&, const Shared&, int thread)) {
     Shared shared{};
-    shared.plan = make_plan(p.size, G, L, p.threads);
+    shared.cell = &cell;
+    shared.plan = make_plan(p.size, cell.gates, L, p.threads);
     const bool done = in_parallel(
         shared.plan.teams * shared.plan.members, [&](int threads) { return prepare(p, shared, threads); },
-        [&](int thread) {
-          ForwardPass pass(p, shared, thread);
-          pass.pack();
-          meet_all();
-          [[maybe_unused]] const TileUse tiles{};
-          pass.run_items();
-        });
+        [&](int thread) { work(p, shared, thread); });
     if (done) release_scratch();
     return done;
   }
 
- private:
+  void work() {
+    pack();
+    meet_all();
+    [[maybe_unused]] const TileUse tiles{};
+    run_items();
+  }
+
+ protected:
+  // What a cell brings: its matrices packed; x W_ih^T + b_ih of the chunk's rows; and one time step of its rows
+  // [row, row + n): h[now] in, the other h out.
+  virtual void pack_matrices(int d) const = 0;
+  virtual void project(int d, int64_t rows) const = 0;
+  virtual void step(const Item& item, int64_t t, int64_t row, int now) = 0;
+
+  static bool two_stage(const CellConstants& cell) { return cell.first > 0 && cell.first < cell.gates; }
+
   // Plan, memory and flags for the threads that OpenMP has started; false: no memory.
   static bool prepare(const ForwardProblem& p, Shared& s, int threads) {
-    s.share(p.size, G, L, threads);
+    s.share(p.size, s.cell->gates, L, threads);
     s.ready = p.panels && p.panels->members == s.plan.members;
     s.kept = s.ready || (p.panels && p.panels->members == 0);
     s.packed = s.kept || p.size.N > kRowsUnpacked;
@@ -112,15 +114,16 @@ class ForwardPass {
 
   static void carve_shared(const ForwardProblem& p, Shared& s, Carver& carver) {
     const LayerSizes& z = p.size;
+    const int64_t gates = s.cell->gates * z.H;
     s.flags = carver.take<Flag>(s.plan.teams * s.plan.members);
     for (int d = 0; d < z.D; ++d) {
-      s.b_ih[d] = carver.take<S>(G * z.H);
-      s.b_hh[d] = carver.take<S>(G * z.H);
-      s.w_unit[d] = carver.take<S>(kParameters * z.H);
+      s.b_ih[d] = carver.take<S>(gates);
+      s.b_hh[d] = carver.take<S>(gates);
+      s.w_unit[d] = carver.take<S>(s.cell->parameters * z.H);
       if constexpr (kQuantized) {
-        s.s_ih[d] = carver.take<S>(G * z.H);
-        s.s_hh[d] = carver.take<S>(G * z.H);
-        s.s_hr[d] = carver.take<S>(is_projected(z) ? z.R : 0);
+        s.s_ih[d] = carver.take<S>(gates);
+        s.s_hh[d] = carver.take<S>(gates);
+        s.s_hr[d] = carver.take<S>(z.projected ? z.R : 0);
       }
     }
     if (s.packed && !s.kept) carve_panels(z, s, carver);
@@ -128,16 +131,18 @@ class ForwardPass {
 
   static void carve_panels(const LayerSizes& z, Shared& s, Carver& carver) {
     const int64_t units = padded(z.H), outputs = padded(z.R);
+    const int rest = two_stage(*s.cell) ? s.cell->gates - s.cell->first : 0;
     for (int d = 0; d < z.D; ++d) {
-      s.w_ih[d] = carver.take<P>(whole_steps<E>(z.I) * G * units);
-      s.w_hh[d] = carver.take<P>(whole_steps<E>(z.R) * F * units);
-      s.w_rest[d] = carver.take<P>(whole_steps<E>(z.R) * kRest * units);
-      s.w_hr[d] = carver.take<P>(is_projected(z) ? whole_steps<E>(z.H) * outputs : 0);
+      s.w_ih[d] = carver.take<P>(whole_steps<E>(z.I) * s.cell->gates * units);
+      s.w_hh[d] = carver.take<P>(whole_steps<E>(z.R) * s.cell->first * units);
+      s.w_rest[d] = carver.take<P>(whole_steps<E>(z.R) * rest * units);
+      s.w_hr[d] = carver.take<P>(z.projected ? whole_steps<E>(z.H) * outputs : 0);
     }
   }
 
   static TeamBuffers carve_team(const ForwardProblem& p, const Shared& s, Carver& carver) {
     const LayerSizes& z = p.size;
+    const CellConstants& cell = *s.cell;
     const int64_t rows = s.most_rows, members = s.plan.members, samples = s.most_samples;
     TeamBuffers b;
     b.h[0] = carver.take<S>(samples * row_stride<S>(z.R));
@@ -146,31 +151,32 @@ class ForwardPass {
       if constexpr (!kRounded) b.operand[i] = b.h[i];
       if (kRounded || p.noise.mask_h) b.operand[i] = carver.take<E>((samples + kRowsAhead) * row_stride<E>(z.R));
     }
-    b.c = carver.take<S>(kBeside * samples * row_stride<S>(z.H));
-    b.m = carver.take<E>(kTwoStage || is_projected(z) ? (samples + kRowsAhead) * row_stride<E>(z.H) : 0);
-    b.gates = carver.take<S>(p.saved && K ? 0 : rows * row_stride<S>(G * padded(z.H)));
+    b.c = carver.take<S>((cell.states - 1) * samples * row_stride<S>(z.H));
+    b.m = carver.take<E>(two_stage(cell) || z.projected ? (samples + kRowsAhead) * row_stride<E>(z.H) : 0);
+    b.gates = carver.take<S>(p.saved && cell.saved ? 0 : rows * row_stride<S>(cell.gates * padded(z.H)));
     b.x = carver.take<E>(s.copies_x ? (rows + kRowsAhead) * row_stride<E>(z.I) : 0);
     b.x_row = carver.take<const E*>(rows * members);
     b.gate_row = carver.take<S*>(rows * members);
     b.saved_row = carver.take<S*>(p.saved ? rows * members : 0);
-    if constexpr (kNorms) b.rec = carver.take<S>(p.saved ? 0 : samples * row_stride<S>(G * z.H));
-    if constexpr (Norms::kOfState) b.late = carver.take<S>(members * Cell::kLate * row_stride<S>(z.H));
+    b.rec = carver.take<S>(cell.norms && !p.saved ? samples * row_stride<S>(cell.gates * z.H) : 0);
+    b.late = carver.take<S>(cell.norms ? members * cell.late * row_stride<S>(z.H) : 0);
     if constexpr (kQuantized) b.int8.carve(carver, rows, samples);
     return b;
   }
 
-  ForwardPass(const ForwardProblem& p, const Shared& shared, int thread)
-      : p_(p), z_(p.size), s_(shared), thread_(thread), index_(thread / shared.plan.members),
+  ForwardLoop(const ForwardProblem& p, const Shared& shared, int thread, Bound bound)
+      : p_(p), z_(p.size), s_(shared), cell_(*shared.cell), thread_(thread), index_(thread / shared.plan.members),
         team_(shared.flags + index_ * shared.plan.members, thread % shared.plan.members, shared.plan.members),
         ldh_(row_stride<S>(z_.R)), ldc_(row_stride<S>(z_.H)), ldo_(row_stride<E>(z_.R)), ldm_(row_stride<E>(z_.H)),
-        pitch_((p.saved && K) || kNorms ? z_.H : padded(z_.H)), unbound_(kBound == Bound::kNone || is_projected(z_)) {
+        pitch_((p.saved && cell_.saved) || cell_.norms ? z_.H : padded(z_.H)), bound_(bound),
+        unbound_(bound == Bound::kNone || z_.projected) {
     if (index_ >= s_.plan.teams) return;
     Carver carver(s_.block + s_.shared_bytes + index_ * s_.team_bytes);
     b_ = carve_team(p_, s_, carver);
     b_.x_row += team_.me * s_.most_rows;
     b_.gate_row += team_.me * s_.most_rows;
     if (p_.saved) b_.saved_row += team_.me * s_.most_rows;
-    if constexpr (Norms::kOfState) b_.late += team_.me * Cell::kLate * ldc_;
+    b_.late += team_.me * cell_.late * ldc_;
     units_ = part(ceil_div(z_.H, L), team_.me, team_.members);
     outputs_ = part(ceil_div(z_.R, L), team_.me, team_.members);
   }
@@ -179,24 +185,19 @@ class ForwardPass {
     const Timed timed(Phase::kPack);
     for (int d = 0; d < z_.D; ++d) {
       const LayerWeights& w = p_.weights[d];
-      if (s_.packed && !s_.ready) {
-        pack_weights<G>(d, w.w_ih, z_.H, z_.I, s_.w_ih[d]);
-        if constexpr (kProduct) pack_weights<F>(d, w.w_hh, z_.H, z_.R, s_.w_hh[d]);
-        if constexpr (kTwoStage) pack_weights<kRest>(d, rest_of(w.w_hh), z_.H, z_.R, s_.w_rest[d]);
-        if (is_projected(z_)) pack_weights<1>(d, w.w_hr, z_.R, z_.H, s_.w_hr[d]);
-      }
+      if (s_.packed && !s_.ready) pack_matrices(d);
       if (thread_ == d % s_.threads) {
-        for (int64_t i = 0; i < G * z_.H; ++i) {
+        for (int64_t i = 0; i < cell_.gates * z_.H; ++i) {
           s_.b_ih[d][i] = w.b_ih ? to_compute(static_cast<const T*>(w.b_ih)[i]) : S(0);
           s_.b_hh[d][i] = w.b_hh ? to_compute(static_cast<const T*>(w.b_hh)[i]) : S(0);
         }
-        for (int64_t i = 0; i < kParameters * z_.H; ++i)
+        for (int64_t i = 0; i < cell_.parameters * z_.H; ++i)
           s_.w_unit[d][i] = to_compute(static_cast<const T*>(w.w_unit)[i]);
         if constexpr (kQuantized) {
           const WeightScales& scales = p_.scales[d];
-          __builtin_memcpy(s_.s_ih[d], scales.ih, G * z_.H * sizeof(S));
-          __builtin_memcpy(s_.s_hh[d], scales.hh, G * z_.H * sizeof(S));
-          if (is_projected(z_)) __builtin_memcpy(s_.s_hr[d], scales.hr, z_.R * sizeof(S));
+          __builtin_memcpy(s_.s_ih[d], scales.ih, cell_.gates * z_.H * sizeof(S));
+          __builtin_memcpy(s_.s_hh[d], scales.hh, cell_.gates * z_.H * sizeof(S));
+          if (z_.projected) __builtin_memcpy(s_.s_hr[d], scales.hr, z_.R * sizeof(S));
         }
       }
     }
@@ -207,9 +208,6 @@ class ForwardPass {
     const Range vectors = Packing{s_.plan, thread_, s_.threads}.own(d, ceil_div(units, L), kGroupVectors<kGroup>);
     pack_rows<kGroup, E>(static_cast<const W*>(w), units, inner, vectors, panels);
   }
-
-  // The rows of W_hh that multiply q.
-  const W* rest_of(const void* w_hh) const { return static_cast<const W*>(w_hh) + F * z_.H * z_.R; }
 
   FUSEDRNN_INLINE Weights<E, W, P> weights(const P* panels, const void* w, int64_t units) const {
     return {panels, s_.packed ? nullptr : static_cast<const W*>(w), units};
@@ -243,7 +241,7 @@ class ForwardPass {
         team_.meet();
       }
       project(item.d, rows);
-      if constexpr (kNorms) {
+      if (cell_.norms) {
         team_.meet();
         normalise_inputs(part(rows, team_.me, team_.members));  // read after the meeting of a step's product
       }
@@ -272,11 +270,11 @@ class ForwardPass {
         store(b_.operand[1] + b * ldo_ + v * L, operand);
       }
       for (int64_t v = units_.begin; v < units_.end; ++v) {
-        for (int k = 0; k < kBeside; ++k) {
-          const T* const c0 = p_.c0 ? static_cast<const T*>(p_.c0) + (sample * kBeside + k) * z_.H : nullptr;
-          store(b_.c + (b * kBeside + k) * ldc_ + v * L, c0 ? load<S>(c0 + v * L, z_.H - v * L) : V(0));
+        for (int k = 0; k < beside(); ++k) {
+          const T* const c0 = p_.c0 ? static_cast<const T*>(p_.c0) + (sample * beside() + k) * z_.H : nullptr;
+          store(b_.c + (b * beside() + k) * ldc_ + v * L, c0 ? load<S>(c0 + v * L, z_.H - v * L) : V(0));
         }
-        if (kRounded && (kTwoStage || is_projected(z_))) store(b_.m + b * ldm_ + v * L, V(0));
+        if (kRounded && reads_m()) store(b_.m + b * ldm_ + v * L, V(0));
       }
     }
     if constexpr (kQuantized) {
@@ -292,7 +290,7 @@ class ForwardPass {
 
   // Whether rows of h are rounded after each step: h may be above 1.
   bool rounds_by_row(const Item& item) const {
-    if (unbound_ || (kBound == Bound::kOne && !p_.noise.changes_h())) return unbound_;
+    if (unbound_ || (bound_ == Bound::kOne && !p_.noise.changes_h())) return unbound_;
     for (int64_t b = 0; b < item.samples(); ++b) {
       if (!(b_.int8.h_scale[0][b] <= kScaleOfOne)) return true;  // or NaN
     }
@@ -316,12 +314,12 @@ class ForwardPass {
       }
     };
     for (E* operand : b_.operand) clear(operand, ldo_, z_.R);
-    if (kTwoStage || is_projected(z_)) clear(b_.m, ldm_, z_.H);
+    if (reads_m()) clear(b_.m, ldm_, z_.H);
   }
 
   // Appends the rows of step t to the chunk's lists; returns the number of rows so far.
   int64_t list_rows(const Item& item, int64_t t, int64_t rows) {
-    const int64_t n = item.rows(t), gate_stride = row_stride<S>(G * pitch_);
+    const int64_t n = item.rows(t), gate_stride = row_stride<S>(cell_.gates * pitch_);
     for (int64_t b = 0; b < n; ++b, ++rows) {
       if (s_.copies_x) b_.x_row[rows] = b_.x + rows * row_stride<E>(z_.I);
       else b_.x_row[rows] = row_at<E>(p_.x, z_.offset, t, item.first + b);
@@ -329,7 +327,7 @@ class ForwardPass {
       if (p_.saved) {
         S* saved = static_cast<S*>(p_.saved) + (item.d * z_.N + z_.offset[t] + item.first + b) * p_.saved_stride;
         b_.saved_row[rows] = saved;
-        if (K) b_.gate_row[rows] = saved + (kNorms ? Norms::kOwnSaved * z_.H : 0);
+        if (cell_.saved) b_.gate_row[rows] = saved + (cell_.norms ? cell_.own_saved * z_.H : 0);
       }
     }
     return rows;
@@ -357,13 +355,43 @@ class ForwardPass {
     return mask ? masked(h, load<S>(mask + u, z_.R - u)) : h;
   }
 
-  // row_stage.inl
-  Moments<S> normalise_row(S* row, int64_t n) const;
-  void normalise_inputs(Range own) const;
+  // Every cell of so many gates.
+  template <int G>
+  void project_gates(int d, int64_t rows) const {
+    const Timed timed(Phase::kInputProduct);
+    const int64_t H = z_.H, pitch = pitch_;
+    const bool with_bias = !cell_.norms;
+    const S *bias = s_.b_ih[d], *scales = s_.s_ih[d];
+    const float* x_scale = b_.int8.x_scale;
+    const E* const* x_row = b_.x_row;
+    S* const* gate_row = b_.gate_row;
+    product<G>(
+        weights(s_.w_ih[d], p_.weights[d].w_ih, H), Inner{z_.I}, units_, {0, rows}, [&](int64_t r) { return x_row[r]; },
+        [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA {
+          for (int g = 0; g < G; ++g) prefetch_to_write(gate_row[r] + g * pitch + u, n);
+        },
+        [&](int64_t r, int64_t v, const Sum* acc, int stride) {
+          const int64_t u = v * L;
+          S* gates = gate_row[r] + u;
+          const S row_scale = kQuantized ? x_scale[r] : 1;
+          for (int g = 0; g < G; ++g) {
+            const V product = number(acc[g * stride], scales + g * H + u, row_scale);
+            store(gates + g * pitch, with_bias ? product + load(bias + g * H + u) : product, pitch - u);
+          }
+        });
+  }
 
-  // forward_step.inl
-  void project(int d, int64_t rows) const;
-  void step(const Item& item, int64_t t, int64_t row, int now);
+  // W_ih x of these rows of the chunk.
+  void normalise_inputs(Range own) const {
+    const Timed timed(Phase::kCell);
+    const int64_t states_end = (cell_.saved + beside()) * z_.H;
+    for (int64_t r = own.begin; r < own.end; ++r) {
+      const Moments<S> of_x = normalise_row(b_.gate_row[r], cell_.gates * z_.H);
+      if (!p_.saved) continue;
+      b_.saved_row[r][states_end + RowNumbers::kScaleOfX] = of_x.scale;
+      for (int64_t i = states_end + cell_.row_values; i < p_.saved_stride; ++i) b_.saved_row[r][i] = 0;
+    }
+  }
 
   void final_states(const Item& item) {
     const Range own = part(item.samples(), team_.me, team_.members);
@@ -372,9 +400,9 @@ class ForwardPass {
       for (int64_t b = max64(next, own.begin); b < min64(item.rows(t), own.end); ++b) {
         const int64_t sample = item.d * z_.B + item.first + b, steps = item.d ? item.steps : t + 1;
         copy_row(b_.h[steps & 1] + b * ldh_, static_cast<T*>(p_.h_n) + sample * z_.R, z_.R);
-        for (int k = 0; k < kBeside; ++k) {
-          T* const c_n = static_cast<T*>(p_.c_n) + (sample * kBeside + k) * z_.H;
-          copy_row(b_.c + (b * kBeside + k) * ldc_, c_n, z_.H);
+        for (int k = 0; k < beside(); ++k) {
+          T* const c_n = static_cast<T*>(p_.c_n) + (sample * beside() + k) * z_.H;
+          copy_row(b_.c + (b * beside() + k) * ldc_, c_n, z_.H);
         }
       }
     }
@@ -384,15 +412,21 @@ class ForwardPass {
     for (int64_t i = 0; i < n; i += L) store(to + i, load(from + i), n - i);
   }
 
+  int beside() const { return cell_.states - 1; }  // states besides h
+  // Whether a step has a second product, of m.
+  bool reads_m() const { return two_stage(cell_) || z_.projected; }
+
   const ForwardProblem& p_;
   const LayerSizes& z_;
   const Shared& s_;
+  const CellConstants& cell_;
   const int thread_, index_;  // index of the team
   Team team_;
   TeamBuffers b_;
   Range units_, outputs_;  // own vectors of H and of R
   const int64_t ldh_, ldc_, ldo_, ldm_;
   const int64_t pitch_;  // between the gates of a row: whole vectors, unless they live in `saved` or have norms
+  const Bound bound_;
   const bool unbound_;   // whether nothing bounds h
   bool by_row_ = false;  // whether rows of h are rounded to int8 after a step
 };

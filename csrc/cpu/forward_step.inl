@@ -1,38 +1,64 @@
-// What ForwardPass does between two meetings: the input projection of a chunk, and one time step. Included after
-// forward.inl. Stores of vectors may alias everything: whatever the loops need of the object is copied to locals first.
+// The forward pass of a cell: what ForwardLoop leaves to it, and the table's functions. Included after forward.inl.
+// Stores of vectors may alias everything: whatever the loops need of the object is copied to locals first.
 
 template <class Cell, class Types>
-void ForwardPass<Cell, Types>::project(int d, int64_t rows) const {
-  const Timed timed(Phase::kInputProduct);
-  const int64_t H = z_.H, pitch = pitch_;
-  const S *bias = s_.b_ih[d], *scales = s_.s_ih[d];
-  const float* x_scale = b_.int8.x_scale;
-  const E* const* x_row = b_.x_row;
-  S* const* gate_row = b_.gate_row;
-  product<G>(
-      weights(s_.w_ih[d], p_.weights[d].w_ih, H), Inner{z_.I}, units_, {0, rows}, [&](int64_t r) { return x_row[r]; },
-      [&](int64_t r, int64_t u, int64_t n) FUSEDRNN_INLINE_LAMBDA {
-        for (int g = 0; g < G; ++g) prefetch_to_write(gate_row[r] + g * pitch + u, n);
-      },
-      [&](int64_t r, int64_t v, const Sum* acc, int stride) {
-        const int64_t u = v * L;
-        S* gates = gate_row[r] + u;
-        const S row_scale = kQuantized ? x_scale[r] : 1;
-        for (int g = 0; g < G; ++g) {
-          const V product = number(acc[g * stride], scales + g * H + u, row_scale);
-          store(gates + g * pitch, kNorms ? product : product + load(bias + g * H + u), pitch - u);
-        }
-      });
-}
+class ForwardPass final : public ForwardLoop<Types> {
+  using Loop = ForwardLoop<Types>;
+  using Loop::kQuantized, Loop::kRounded, Loop::L;
+  using Loop::ldh_, Loop::ldc_, Loop::ldo_, Loop::ldm_, Loop::pitch_;
+  using Loop::number, Loop::quantize_h, Loop::weights, Loop::with_mask;
+  using Loop::p_, Loop::z_, Loop::s_, Loop::b_, Loop::team_, Loop::units_, Loop::outputs_, Loop::by_row_;
+  using typename Loop::E;
+  using typename Loop::S;
+  using typename Loop::Shared;
+  using typename Loop::Sum;
+  using typename Loop::T;
+  using typename Loop::V;
+  using typename Loop::W;
+  static constexpr int G = Cell::kGates, F = Cell::kFirst, K = Cell::kSaved, Z = Cell::kStates,
+                       kBeside = Z - 1;  // states besides h
+  using Norms = NormsOf<Cell>;
+  static constexpr bool kNorms = Norms::kAny;
+  static constexpr bool kProduct = F > 0, kTwoStage = kProduct && F < G;
+  static constexpr int kRest = kTwoStage ? G - F : 0;
+  static_assert(K == 0 || K >= G, "the projection is written where the saved gates go");
+  static_assert(!kTwoStage || Cell::kBound != Bound::kNone, "q has the scale of h");
+  static constexpr CellConstants kConstants = constants_of<Cell>();
 
-// One time step of the rows [row, row + n) of the chunk: h[now] in, the other h out.
+ public:
+  static int64_t panel_bytes(const LayerSizes& size) { return Loop::panel_bytes(size, kConstants); }
+  static bool run(const ForwardProblem& p) {
+    return Loop::run(p, kConstants, [](const ForwardProblem& problem, const Shared& shared, int thread) {
+      ForwardPass(problem, shared, thread).work();
+    });
+  }
+
+ private:
+  ForwardPass(const ForwardProblem& p, const Shared& shared, int thread) : Loop(p, shared, thread, Cell::kBound) {}
+
+  void pack_matrices(int d) const override {
+    const LayerWeights& w = p_.weights[d];
+    this->template pack_weights<G>(d, w.w_ih, z_.H, z_.I, s_.w_ih[d]);
+    if constexpr (kProduct) this->template pack_weights<F>(d, w.w_hh, z_.H, z_.R, s_.w_hh[d]);
+    if constexpr (kTwoStage) this->template pack_weights<kRest>(d, rest_of(w.w_hh), z_.H, z_.R, s_.w_rest[d]);
+    if (is_projected()) this->template pack_weights<1>(d, w.w_hr, z_.R, z_.H, s_.w_hr[d]);
+  }
+  void project(int d, int64_t rows) const override { this->template project_gates<G>(d, rows); }
+  void step(const Item& item, int64_t t, int64_t row, int now) override;
+
+  // Of a cell that never is, the compiler drops what only a projection needs.
+  FUSEDRNN_INLINE bool is_projected() const { return Cell::kProjectable && z_.projected; }
+  // The rows of W_hh that multiply q.
+  const W* rest_of(const void* w_hh) const { return static_cast<const W*>(w_hh) + F * z_.H * z_.R; }
+};
+
 template <class Cell, class Types>
 void ForwardPass<Cell, Types>::step(const Item& item, int64_t t, int64_t row, int now) {
   const Timed timed(Phase::kRecurrentProduct);
   const LayerWeights& w = p_.weights[item.d];
   const int64_t n = item.rows(t), H = z_.H, R = z_.R, ldh = ldh_, ldc = ldc_, ldo = ldo_, ldm = ldm_, ldy = z_.D * R;
   const int64_t pitch = pitch_;
-  const bool projected = is_projected(z_), saving = p_.saved;
+  const bool projected = is_projected(), saving = p_.saved;
   const S *bias = s_.b_hh[item.d], *scales = s_.s_hh[item.d], *scales_hr = s_.s_hr[item.d];
   T* y = static_cast<T*>(p_.y) + (z_.offset[t] + item.first) * ldy + item.d * R;
   const S* h_prev = b_.h[now];

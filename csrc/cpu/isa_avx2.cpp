@@ -17,6 +17,7 @@
 #pragma GCC target("avx2,fma")
 #endif
 #include "../cells/registry.h"
+#include "constants.h"
 
 #define FUSEDRNN_VECTOR_BYTES 32
 #define FUSEDRNN_TABLE kTableAvx2

@@ -20,6 +20,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #endif
 #include "../cells/registry.h"
+#include "constants.h"
 
 #define FUSEDRNN_VECTOR_BYTES 64
 #define FUSEDRNN_TABLE kTableAvx512

@@ -19,6 +19,7 @@
 #pragma GCC target("avxvnni,avx2,fma")
 #endif
 #include "../cells/registry.h"
+#include "constants.h"
 
 #define FUSEDRNN_VECTOR_BYTES 32
 #define FUSEDRNN_VNNI

@@ -11,6 +11,7 @@
 #include "plan.h"
 
 #include "../cells/registry.h"
+#include "constants.h"
 
 #define FUSEDRNN_VECTOR_BYTES 16
 #define FUSEDRNN_TABLE kTableBase

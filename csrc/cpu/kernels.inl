@@ -34,6 +34,8 @@ struct TileUse {};  // there are none
 //
 #include "quantize.h"
 //
+#include "row_norm.h"
+//
 #include "forward.inl"
 //
 #include "forward_step.inl"

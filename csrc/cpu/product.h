@@ -75,7 +75,7 @@ template <class E>
 struct RowsInRuns {
   const E* const* first;
   const E* const* second;
-  Inner inner;
+  const Inner& inner;
 };
 template <int MR, int NV, class E>
 void few_rows_product(RowsInRuns<E> a, const E* w, int64_t columns, int64_t left, Sums<E>* out, int64_t pitch) {
@@ -127,42 +127,64 @@ struct Weights {
 constexpr int64_t kBlockRows = kBlockBytes / (kPanelWidth * FUSEDRNN_VECTOR_BYTES);
 
 // A block of rows times the weights of `vectors`, panel after panel: the results of a panel of nv vectors are
-// [n][kGroup][nv]. It knows of no cell, so it is compiled once for all of them.
-template <int kGroup, class E, class T, class P>
-__attribute__((noinline)) void block_product(const Weights<E, T, P>& weights, Inner inner, Range vectors,
-                                             const E* const* rows, int64_t n, Sums<E>* results) {
-  constexpr int U = kGroupVectors<kGroup>, L = Sums<E>::kLanes, kWords = L * kPair<E>;
-  static_assert(kGroup * U <= kPanelWidth, "a cell with more gates needs a wider panel");
+// [n][kGroup][nv]. They know of no cell, so they are compiled once for all of them. With weights as they lie, by their
+// columns:
+template <class E>
+__attribute__((noinline)) void product_by_columns(const Weights<E, E>& weights, const Inner& inner, Range vectors,
+                                                  const E* const* rows, int64_t n, Sums<E>* results) {
+  constexpr int U = kGroupVectors<1>, L = Sums<E>::kLanes;
   const E* second[kBlockRows];
   for (int64_t r = 0; r < n; ++r) second[r] = rows[r] + inner.second_at;
+  for (int64_t v0 = vectors.begin; v0 < vectors.end; v0 += U) {
+    const int width = static_cast<int>(min64(U, vectors.end - v0));
+    const auto vectors_of = [&](auto count, int v) FUSEDRNN_INLINE_LAMBDA {
+      const int64_t at = (v0 + v) * L;
+      few_rows_product<count()>(RowsInRuns<E>{rows, second, inner}, n, weights.columns + at, weights.units,
+                                weights.units - at, results + v, width);
+    };
+    int v = 0;
+    for (; v + 4 <= width; v += 4) vectors_of(std::integral_constant<int, 4>(), v);
+    for (; v < width; ++v) vectors_of(std::integral_constant<int, 1>(), v);
+    results += n * width;
+  }
+}
+
+// By their rows, in one run:
+template <int kGroup, class E, class T, class P>
+__attribute__((noinline)) void product_by_rows(const Weights<E, T, P>& weights, int64_t K, Range vectors,
+                                               const E* const* rows, int64_t n, Sums<E>* results) {
+  constexpr int U = kGroupVectors<kGroup>, L = Sums<E>::kLanes;
+  for (int64_t v0 = vectors.begin; v0 < vectors.end; v0 += U) {
+    const int nv = static_cast<int>(min64(U, vectors.end - v0)), width = kGroup * nv;
+    for (int w = 0; w < width; ++w) {
+      const int64_t u = (v0 + w % nv) * L;
+      const T* own = weights.rows + (w / nv * weights.units + u) * K;
+      dot_rows(rows, n, K, own, weights.units - u, results + w, width);
+    }
+    for (int64_t r = 0; r < n && kUnsignedWeights<E>; ++r) {
+      const WordsOf<E> start = start_of_sums(rows[r], K);
+      for (int w = 0; w < width; ++w) results[r * width + w].v += start;
+    }
+    results += n * width;
+  }
+}
+
+// Packed:
+template <int kGroup, class E, class P>
+__attribute__((noinline)) void product_by_panels(const P* panels, const Inner& inner, Range vectors,
+                                                 const E* const* rows, int64_t n, Sums<E>* results) {
+  constexpr int U = kGroupVectors<kGroup>, kWords = Sums<E>::kLanes * kPair<E>;
+  static_assert(kGroup * U <= kPanelWidth, "a cell with more gates needs a wider panel");
+  const E* second[kBlockRows];
+  for (int64_t r = 0; r < n && inner.second; ++r) second[r] = rows[r] + inner.second_at;
   [[maybe_unused]] Sums<E> start[kUnsignedWeights<E> ? kBlockRows : 1];
   for (int64_t r = 0; r < n && kUnsignedWeights<E>; ++r) start[r].v = start_of_sums(rows[r], inner.first);
   const int64_t first_steps = steps_of<E>(inner.first), steps = first_steps + steps_of<E>(inner.second);
   for (int64_t v0 = vectors.begin; v0 < vectors.end; v0 += U) {
     const int nv = static_cast<int>(min64(U, vectors.end - v0)), width = kGroup * nv;
-    if constexpr (kGroup == 1 && kPair<E> == 1 && std::is_same_v<E, T>) {
-      if (weights.columns) {
-        const auto vectors_of = [&](auto count, int v) FUSEDRNN_INLINE_LAMBDA {
-          const int64_t at = (v0 + v) * L;
-          few_rows_product<count()>(RowsInRuns<E>{rows, second, inner}, n, weights.columns + at, weights.units,
-                                    weights.units - at, results + v, width);
-        };
-        int v = 0;
-        for (; v + 4 <= width; v += 4) vectors_of(std::integral_constant<int, 4>(), v);
-        for (; v < width; ++v) vectors_of(std::integral_constant<int, 1>(), v);
-        results += n * width;
-        continue;
-      }
-    }
-    const P* panel = weights.rows ? nullptr : weights.panels + v0 * steps * kGroup * kWords;
-    for (int w = 0; w < width && weights.rows; ++w) {
-      const int64_t u = (v0 + w % nv) * L;
-      const T* own = weights.rows + (w / nv * weights.units + u) * inner.first;
-      dot_rows(rows, n, inner.first, own, weights.units - u, results + w, width);
-      for (int64_t r = 0; r < n && kUnsignedWeights<E>; ++r) results[r * width + w].v += start[r].v;
-    }
+    const P* panel = panels + v0 * steps * kGroup * kWords;
 #if defined(FUSEDRNN_AMX)
-    if (!weights.rows && n > kFewRows) {
+    if (n > kFewRows) {
       static_assert(kPanelWidth == kTileWidth, "a panel is one strip");
       const int64_t distance = (rows[1] - rows[0]) * static_cast<int64_t>(sizeof(E)), pitch = width * kTileBytes;
       const auto run = [&](const E* from, const E* strip, int64_t count, bool accumulate) FUSEDRNN_INLINE_LAMBDA {
@@ -176,7 +198,7 @@ __attribute__((noinline)) void block_product(const Weights<E, T, P>& weights, In
     }
 #endif
     const int64_t whole = strip_width(width), pitch = whole * steps * kWords;
-    for (int64_t w = 0, nr = 0; w < width && !weights.rows; w += nr) {
+    for (int64_t w = 0, nr = 0; w < width; w += nr) {
       const int64_t left = width - w, own = min64(left, whole);
       const int64_t strips = n > kFewRows ? 1 : max64(1, min64(left, kFewSums / n) / whole);
       nr = strips * own;
@@ -194,6 +216,16 @@ __attribute__((noinline)) void block_product(const Weights<E, T, P>& weights, In
     }
     results += n * width;
   }
+}
+
+template <int kGroup, class E, class T, class P>
+FUSEDRNN_INLINE void block_product(const Weights<E, T, P>& weights, const Inner& inner, Range vectors,
+                                   const E* const* rows, int64_t n, Sums<E>* results) {
+  if constexpr (kGroup == 1 && kPair<E> == 1 && std::is_same_v<E, T> && std::is_same_v<E, P>) {
+    if (weights.columns) return product_by_columns(weights, inner, vectors, rows, n, results);
+  }
+  if (weights.rows) return product_by_rows<kGroup>(weights, inner.first, vectors, rows, n, results);
+  product_by_panels<kGroup>(weights.panels, inner, vectors, rows, n, results);
 }
 
 // Rows times weights: for each own vector v and each row r, epilogue(r, v, acc, stride): gate g of the product is

@@ -1,41 +1,5 @@
-// Layer normalisation in the passes of the CPU (cells/layer_norm.h): rows that one thread has whole. A step's product
-// is made by units, then a team meets, and its members share the rows. Included after backward_step.inl.
-
-// The sum of at(i) over n values, where at gives the lanes from i on, zero past the last value.
-template <class V, class At>
-FUSEDRNN_INLINE typename V::Scalar sum_of_row(int64_t n, const At& at) {
-  V sum(0);
-  for (int64_t i = 0; i < n; i += V::kLanes) sum = sum + at(i);
-  return sum_of_lanes(sum);
-}
-
-// In place; returns what it was normalised by.
-template <class Cell, class Types>
-FUSEDRNN_INLINE Moments<typename ForwardPass<Cell, Types>::S> ForwardPass<Cell, Types>::normalise_row(S* row,
-                                                                                                      int64_t n) const {
-  const auto value = [&](int64_t i) FUSEDRNN_INLINE_LAMBDA { return load<S>(row + i, n - i); };
-  const S mean = mean_of(sum_of_row<V>(n, value), n);
-  const S squares = sum_of_row<V>(n, [&](int64_t i) FUSEDRNN_INLINE_LAMBDA {
-    const V d = first_lanes(without_mean(value(i), V(mean)), n - i);
-    return d * d;
-  });
-  const S scale = scale_of_squares(squares, n);
-  for (int64_t i = 0; i < n; i += L) store(row + i, normalised(value(i), V(mean), V(scale)), n - i);
-  return {mean, scale};
-}
-
-// W_ih x of these rows of the chunk.
-template <class Cell, class Types>
-void ForwardPass<Cell, Types>::normalise_inputs(Range own) const {
-  const Timed timed(Phase::kCell);
-  for (int64_t r = own.begin; r < own.end; ++r) {
-    const Moments<S> of_x = normalise_row(b_.gate_row[r], G * z_.H);
-    if (!p_.saved) continue;
-    S* const numbers = b_.saved_row[r] + (K + Z - 1) * z_.H;
-    numbers[Norms::kScaleOfX] = of_x.scale;
-    for (int64_t i = (K + Z - 1) * z_.H + Norms::kRowValues; i < p_.saved_stride; ++i) b_.saved_row[r][i] = 0;
-  }
-}
+// The backward pass of a cell with layer normalisation (cells/layer_norm.h): rows that one thread has whole. A step's
+// product is made by units, then a team meets, and its members share the rows. Included after backward_step.inl.
 
 // The cell of sample r, from dL/dh in `dh`: the gradients of the gates' arguments, then of the products.
 template <class Cell, class T>

@@ -141,7 +141,7 @@ struct StepwiseBackward {
       for (int s = 0; s < slots.count; ++s) {
         norms.dh[s] = u.dh_rows[s], norms.sent_dc[s] = u.sent_dc[s], norms.dc[s] = u.dc_rows[s], norms.dg[s] = u.dg[s];
       }
-      device.each(slots.count, N, NormColumns<Cell>::kCount, norms);
+      device.each(slots.count, N, norm_columns(Cell::kStates, G).count, norms);
     }
     if (p.dgates) {
       device.each(z.D, N, kBlocks * H, Cast<T, S>{N, kBlocks * H, w.dg, typed<S>(p.dgates)});

@@ -243,15 +243,15 @@ struct RowNorms {
   S* to;                          // [slots][N][columns]
 
   static constexpr int G = Cell::kGates, kBeside = Cell::kStates - 1;
-  using At = NormColumns<Cell>;
 
   FUSEDRNN_INLINE void operator()(int s, int64_t n, int64_t column) const {
-    S& result = to[(s * N + n) * At::kCount + column];
-    if (column == At::kSent || (column == At::kTotal && !dy.data)) result = norm_of(dh[s] + n * R, R);
-    else if (column < At::kTotal) result = norm_of(sent_dc[s] + (n * kBeside + column - At::kSent - 1) * H, H);
-    else if (column == At::kTotal) result = norm_with_dy(s, n);
-    else if (column < At::kGates) result = norm_of(dc[s] + (n * kBeside + column - At::kTotal - 1) * H, H);
-    else result = norm_of_gate(s, n, column - At::kGates);
+    constexpr NormColumns at = norm_columns(Cell::kStates, G);
+    S& result = to[(s * N + n) * at.count + column];
+    if (column == at.sent || (column == at.total && !dy.data)) result = norm_of(dh[s] + n * R, R);
+    else if (column < at.total) result = norm_of(sent_dc[s] + (n * kBeside + column - at.sent - 1) * H, H);
+    else if (column == at.total) result = norm_with_dy(s, n);
+    else if (column < at.gates) result = norm_of(dc[s] + (n * kBeside + column - at.total - 1) * H, H);
+    else result = norm_of_gate(s, n, column - at.gates);
   }
 
   FUSEDRNN_INLINE S norm_with_dy(int s, int64_t n) const {
