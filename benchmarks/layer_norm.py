@@ -9,24 +9,21 @@ which unrolls it: its compilation takes minutes.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from itertools import product
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
 import fusedrnn
 
-from . import report
-from .measure import MIN_ROUNDS, Disagreement, Timer, run_rounds
+from . import beside_loops
+from .beside_loops import Beside, Data, title_of
 
-__all__ = ["CELLS", "contenders", "measure"]
+__all__ = ["CELLS", "contenders"]
 
 TOLERANCE = 2e-3  # of the largest value, in float32: norms of c magnify roundings, over a hundred steps
-SHAPES = ((100, 32, 128, 128), (100, 1, 128, 128), (100, 32, 512, 512))  # T, B, I, H
-Call = Callable[[], Sequence[Tensor]]
+SHAPES = (*beside_loops.SHAPES, (100, 32, 512, 512))
 
 
 def _normed(rows: Tensor, gain: Tensor, bias: Tensor) -> Tensor:
@@ -68,72 +65,28 @@ CELLS = {
 }
 
 
-def contenders(name: str, shape: Sequence[int], mode: str, compiled: bool) -> dict[str, Call]:
-    """What there is to time: each gives its outputs (infer) or its gradients (train)."""
-    torch.manual_seed(1)
-    T, B, I, H = shape
+def contenders(name: str, shape: Sequence[int], mode: str, args: argparse.Namespace) -> Beside:
+    """What there is to time; args.compile: torch.compile too."""
+    data = Data.drawn(shape, mode)
     ours, plain, loop = CELLS[name]
-    module = ours(I, H)
-    x, dy = torch.randn(T, B, I), torch.randn(T, B, H)
-    weights = [w.detach().requires_grad_(mode == "train") for w in module.parameters()]
-
-    def layer(module: torch.nn.Module) -> Call:
-        parameters = list(module.parameters())
-        if mode == "train":
-            return lambda: torch.autograd.grad(module(x)[0], parameters, dy)
-        return torch.no_grad()(lambda: [module(x)[0]])
-
-    def of_loop(function: Callable[[Tensor, list[Tensor]], Tensor]) -> Call:
-        if mode == "train":
-            return lambda: torch.autograd.grad(function(x, weights), weights, dy)
-        return torch.no_grad()(lambda: [function(x, weights)])
-
-    calls = {"layer": layer(module), "plain layer": layer(plain(I, H)), "loop": of_loop(loop)}
-    if compiled:
-        calls["torch.compile"] = of_loop(torch.compile(loop, dynamic=False))
-    return calls
-
-
-def check(title: str, calls: dict[str, Call]) -> None:
-    """Raises Disagreement where the layer's results are not the loop's."""
-    for contender in {*calls} - {"plain layer", "loop"}:
-        for found, right in zip(calls[contender](), calls["loop"](), strict=True):
-            deviation = ((found - right).abs().max() / right.abs().max()).item()
-            if not deviation <= TOLERANCE:
-                raise Disagreement(f"{title}: {contender} deviates by {deviation:.1e} of the largest value")
-
-
-def measure(
-    name: str, shape: Sequence[int], mode: str, seconds: float, compiled: bool = False, min_rounds: int = MIN_ROUNDS
-) -> dict[str, tuple[float, float]]:
-    """Of each contender the milliseconds, and its time over that of the layer: medians of interleaved rounds."""
-    calls, threads = contenders(name, shape, mode, compiled), torch.get_num_threads()
-    check(f"{name} {mode}", calls)
-    rounds, _ = run_rounds([Timer(call, threads) for call in calls.values()], seconds, min_rounds)
-    return {
-        each: (1e3 * float(np.median(rounds[:, i])), float(np.median(rounds[:, i] / rounds[:, 0])))
-        for i, each in enumerate(calls)
+    sizes = shape[2:]
+    module = ours(*sizes)
+    weights = list(module.parameters())
+    calls = {
+        "layer": data.of_layer(module),
+        "plain layer": data.of_layer(plain(*sizes)),
+        "loop": data.of_loop(loop, weights),
     }
+    if args.compile:
+        calls["torch.compile"] = data.of_loop(torch.compile(loop, dynamic=False), weights)
+    return Beside(title_of(name, shape, mode), calls, TOLERANCE, frozenset({"plain layer"}))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.layer_norm", description=__doc__.splitlines()[0])
-    parser.add_argument("cells", nargs="*", default=list(CELLS), help=f"of {', '.join(CELLS)}")
-    parser.add_argument("--seconds", type=float, default=3.0, help="time for the rounds of a case")
-    parser.add_argument("--compile", action="store_true", help="torch.compile too")
-    args = parser.parse_args(argv)
-    if unknown := [name for name in args.cells if name not in CELLS]:
-        parser.error(f"no such cell: {', '.join(unknown)}; there are {', '.join(CELLS)}")
-    print(report.describe(report.machine(torch.get_num_threads())), flush=True)
-    print(f"{'case':34} {'ms: layer':>10}   over the layer", flush=True)
-    for name, shape, mode in product(args.cells, SHAPES, ("train", "infer")):
-        found = measure(name, shape, mode, args.seconds, args.compile)
-        T, B, I, H = shape
-        ratios = ", ".join(f"{each} {ratio:.2f}" for each, (_, ratio) in found.items() if each != "layer")
-        print(f"{f'{name} {mode} T{T} B{B} I{I} H{H}':34} {found['layer'][0]:>10.2f}   {ratios}", flush=True)
-    return 0
+def main(argv: Sequence[str] | None = None) -> None:
+    command = beside_loops.parser("layer_norm", __doc__, CELLS)
+    command.add_argument("--compile", action="store_true", help="torch.compile too")
+    beside_loops.print_rows(command, argv, CELLS, SHAPES, contenders)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -1,33 +1,26 @@
 """The command ``python -m benchmarks.own_cells``: layers of a user's own cells (fusedrnn.cell) beside the same function
 as a loop of torch operations, as TorchScript and under torch.compile, and beside the package's own layer of the cell.
 
-All in turn in one process, with the same weights, after their outputs and gradients were compared. The loop multiplies
-the input of all steps at once, as a careful user would. torch.compile unrolls it: its compilation takes minutes for a
-hundred steps, so it is left out unless ``--compile`` asks for it.
+All with the same weights. The loop multiplies the input of all steps at once, as a careful user would. torch.compile
+unrolls it: its compilation takes minutes for a hundred steps, so it is left out unless ``--compile`` asks for it.
 """
 
 from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Callable, Sequence
-from itertools import product
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 import fusedrnn
 
-from . import report
-from .measure import MIN_ROUNDS, Disagreement, Timer, run_rounds
+from . import beside_loops
+from .beside_loops import SHAPES, Beside, Data, title_of
 
-__all__ = ["CELLS", "contenders", "measure"]
-
-TOLERANCE = 1e-4  # of the largest value, in float32
-SHAPES = ((100, 32, 128, 128), (100, 1, 128, 128))  # T, B, I, H
-Call = Callable[[], Sequence[Tensor]]
+__all__ = ["CELLS", "contenders"]
 
 
 @fusedrnn.cell(gates="f n")
@@ -98,78 +91,33 @@ CELLS = {
 }
 
 
-def contenders(name: str, shape: Sequence[int], mode: str, compiled: bool) -> dict[str, Call]:
-    """What there is to time: each gives its outputs (infer) or its gradients (train)."""
-    torch.manual_seed(1)
-    T, B, I, H = shape
+def contenders(name: str, shape: Sequence[int], mode: str, args: argparse.Namespace) -> Beside:
+    """What there is to time; args.compile: torch.compile too."""
+    data = Data.drawn(shape, mode)
     cell, built_in, loop = CELLS[name]
-    ours, theirs = cell.Module(I, H), built_in(I, H)
+    sizes = shape[2:]
+    ours, theirs = cell.Module(*sizes), built_in(*sizes)
     theirs.load_state_dict(ours.state_dict())
-    x, dy = torch.randn(T, B, I), torch.randn(T, B, H)
-    weights = [w.detach().requires_grad_(mode == "train") for w in ours.parameters()]
-
-    def layer(module: torch.nn.Module) -> Call:
-        parameters = list(module.parameters())
-        if mode == "train":
-            return lambda: torch.autograd.grad(module(x)[0], parameters, dy)
-        return torch.no_grad()(lambda: [module(x)[0]])
-
-    def of_loop(function: Callable[[Tensor, list[Tensor]], Tensor]) -> Call:
-        if mode == "train":
-            return lambda: torch.autograd.grad(function(x, weights), weights, dy)
-        return torch.no_grad()(lambda: [function(x, weights)])
-
+    weights = list(ours.parameters())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", (DeprecationWarning, FutureWarning))  # TorchScript's
-        calls = {"own cell": layer(ours), "package": layer(theirs), "loop": of_loop(loop)}
-        calls["TorchScript"] = of_loop(torch.jit.script(loop))
-    if compiled:
-        calls["torch.compile"] = of_loop(torch.compile(loop, dynamic=False))
-    return calls
-
-
-def check(title: str, calls: dict[str, Call]) -> None:
-    """Raises Disagreement where a contender's results are not the loop's."""
-    expected = calls["loop"]()
-    for contender, call in calls.items():
-        for found, right in zip(call(), expected, strict=True):
-            deviation = ((found - right).abs().max() / right.abs().max()).item()
-            if not deviation <= TOLERANCE:
-                raise Disagreement(f"{title}: {contender} deviates by {deviation:.1e} of the largest value")
-
-
-def measure(
-    name: str, shape: Sequence[int], mode: str, seconds: float, compiled: bool = False, min_rounds: int = MIN_ROUNDS
-) -> dict[str, dict[str, float]]:
-    """Milliseconds, medians of interleaved rounds; each time over that of the own cell, medians of the rounds'."""
-    calls, threads = contenders(name, shape, mode, compiled), torch.get_num_threads()
-    for _ in range(2):  # TorchScript and torch.compile specialise
-        check(f"{name} {mode}", calls)
-    rounds, _ = run_rounds([Timer(call, threads) for call in calls.values()], seconds, min_rounds)
-    return {
-        "ms": {each: 1e3 * float(np.median(rounds[:, i])) for i, each in enumerate(calls)},
-        "ratio": {each: float(np.median(rounds[:, i] / rounds[:, 0])) for i, each in enumerate(calls) if i},
+        scripted = torch.jit.script(loop)
+    calls = {
+        "layer": data.of_layer(ours),
+        "package": data.of_layer(theirs),
+        "loop": data.of_loop(loop, weights),
+        "TorchScript": data.of_loop(scripted, weights),
     }
+    if args.compile:
+        calls["torch.compile"] = data.of_loop(torch.compile(loop, dynamic=False), weights)
+    return Beside(title_of(name, shape, mode), calls)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.own_cells", description=__doc__.splitlines()[0])
-    parser.add_argument("cells", nargs="*", default=list(CELLS), help=f"of {', '.join(CELLS)}")
-    parser.add_argument("--seconds", type=float, default=3.0, help="time for the rounds of a case")
-    parser.add_argument("--compile", action="store_true", help="torch.compile too")
-    args = parser.parse_args(argv)
-    if unknown := [name for name in args.cells if name not in CELLS]:
-        parser.error(f"no such cell: {', '.join(unknown)}; there are {', '.join(CELLS)}")
-    print(report.describe(report.machine(torch.get_num_threads())), flush=True)
-    print(f"{'case':38} {'ms: own cell':>12}   over the own cell", flush=True)
-    for name, shape, mode in product(args.cells, SHAPES, ("train", "infer")):
-        found = measure(name, shape, mode, args.seconds, args.compile)
-        T, B, I, H = shape
-        ratios = ", ".join(f"{each} {ratio:.2f}" for each, ratio in found["ratio"].items())
-        print(f"{f'{name} {mode} T{T} B{B} I{I} H{H}':38} {found['ms']['own cell']:>12.2f}   {ratios}", flush=True)
-    return 0
+def main(argv: Sequence[str] | None = None) -> None:
+    command = beside_loops.parser("own_cells", __doc__, CELLS)
+    command.add_argument("--compile", action="store_true", help="torch.compile too")
+    beside_loops.print_rows(command, argv, CELLS, SHAPES, contenders)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -51,10 +51,10 @@ def backward_lines(path: Path) -> Iterator[tuple[int, str]]:
     inside = every
     for number, line in enumerate(path.read_text().splitlines()):
         if re.search(r"static \w+ \w+\(", line):
-            inside = bool(re.search(r"static (void backward|V dc_of|V normed_gradient)", line))
+            inside = bool(re.search(r"static (void backward|V dc_of|void dc_of|V normed_gradient)", line))
         elif line == "  }":
             inside = every
-        elif inside and re.match(r"\s+(?:(const V|dx|drec|dunit|d|sum)\b.* = |return ).*;", line):
+        elif inside and re.match(r"\s+(?:(const V|dx|drec|dunit|d|dc|sum)\b.* = |return ).*;", line):
             yield number, line
 
 

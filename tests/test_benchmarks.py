@@ -15,13 +15,16 @@ import torch
 import fusedrnn
 from benchmarks import __main__ as command
 from benchmarks import (
+    beside_loops,
     cases,
     dropout,
     int8,
     int8_quality,
+    layer_norm,
     limits,
     measure,
     memory,
+    own_cells,
     per_sample,
     probes,
     python_threads,
@@ -30,6 +33,7 @@ from benchmarks import (
     second_order,
     sequences,
     single_steps,
+    slstm,
     streaming,
     through_time,
     works_with,
@@ -414,6 +418,34 @@ def test_cells_are_compared_before_they_are_timed(capsys, monkeypatch):
     monkeypatch.setattr(fusedrnn.GRUCell, "forward", lambda self, x, state=None: x * self.weight_hh.sum())
     with pytest.raises(measure.Disagreement, match="GRUCell B2 H8: result 0 deviates"):
         list(single_steps.rows(0.01))
+
+
+@pytest.mark.parametrize(
+    ("commands", "names"), [(layer_norm, ["lstm", "gru"]), (own_cells, ["mgu"]), (slstm, ["slstm"])]
+)
+def test_layers_are_compared_with_a_loop_before_they_are_timed(commands, names, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(commands, "SHAPES", ((4, 3, 5, 7),))
+    monkeypatch.setenv("FUSEDRNN_CACHE", str(tmp_path))
+    commands.main([*names, "--seconds", "0.01"])
+    header, *rows = capsys.readouterr().out.splitlines()[1:]
+    assert header.split() == ["case", "ms:", "layer", "over", "the", "layer"]
+    assert [row.split()[:2] for row in rows] == [[name, mode] for name in names for mode in beside_loops.MODES]
+    for row in rows:
+        milliseconds, ratios = row.split("H7")[1].split(maxsplit=1)
+        assert float(milliseconds) > 0 and "loop" in ratios
+        assert all(float(ratio.split()[-1]) > 0 for ratio in ratios.split(", "))
+
+
+def test_a_layer_that_is_not_its_loop_is_not_timed():
+    data = beside_loops.Data.drawn((4, 3, 5, 7), "infer")
+    weight = torch.randn(7, 5)
+    calls = {
+        "layer": data.of_loop(lambda x, weights: x @ (weights[0] * 1.001).t(), [weight]),
+        "loop": data.of_loop(lambda x, weights: x @ weights[0].t(), [weight]),
+        "other": data.of_loop(lambda x, weights: x, [weight]),
+    }
+    with pytest.raises(measure.Disagreement, match="case: layer deviates by"):
+        beside_loops.Beside("case", calls, others=frozenset({"other"})).measure(0.01)
 
 
 def test_options_of_the_backward_pass_are_timed(capsys, monkeypatch):

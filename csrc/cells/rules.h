@@ -8,6 +8,15 @@
 
 namespace fusedrnn {
 
+// Columns of a row of norms: where that of what each state gets from later steps begins; from all sides; of each gate's
+// gradient; and how many there are.
+struct NormColumns {
+  int sent, total, gates, count;
+};
+FUSEDRNN_INLINE constexpr NormColumns norm_columns(int states, int gates) {
+  return {0, states, 2 * states, 2 * states + gates};
+}
+
 FUSEDRNN_INLINE float lesser(float v, float limit) { return v > limit ? limit : v; }  // NaN stays NaN
 FUSEDRNN_INLINE double lesser(double v, double limit) { return v > limit ? limit : v; }
 FUSEDRNN_INLINE float greater(float v, float limit) { return v < limit ? limit : v; }
@@ -61,15 +70,6 @@ FUSEDRNN_INLINE V sum_of_squares(int64_t n, int64_t lanes, const At& at) {
 template <class S>
 FUSEDRNN_INLINE S norm(S sum_of_squares) {
   return square_root(sum_of_squares);  // (P6)
-}
-
-// Columns of a row of norms: where that of what each state gets from later steps begins; from all sides; of each gate's
-// gradient; and how many there are.
-struct NormColumns {
-  int sent, total, gates, count;
-};
-FUSEDRNN_INLINE constexpr NormColumns norm_columns(int states, int gates) {
-  return {0, states, 2 * states, 2 * states + gates};
 }
 
 }  // namespace fusedrnn

@@ -84,10 +84,6 @@ class BackwardLoop {
   // The row that the second product of a step read, again, as row r of the weight gradients' operand.
   virtual void put_second_operand(const Row& at, const T* mask, int64_t r) const = 0;
 
-  static bool two_stage(const CellConstants& cell) { return cell.first > 0 && cell.first < cell.gates; }
-  // Columns of a row of dG that products read.
-  static int factors(const CellConstants& cell) { return cell.gates + cell.split; }
-
   // Plan, memory and flags for the threads that OpenMP has started; false: no memory.
   static bool prepare(const BackwardProblem& p, Shared& s, int threads) {
     s.share(p.size, s.cell->gates, L, threads);
@@ -103,13 +99,12 @@ class BackwardLoop {
 
   // Of dG as the products read it: dG itself, unless that is rounded.
   static int64_t operand_stride(const LayerSizes& z, const CellConstants& cell) {
-    return kRounded ? row_stride<E>(factors(cell) * whole_steps<E>(z.H)) : row_stride<E>(cell.columns * z.H);
+    return kRounded ? row_stride<E>(cell.factors() * whole_steps<E>(z.H)) : row_stride<E>(cell.columns * z.H);
   }
 
   static void carve_shared(const BackwardProblem& p, Shared& s, Carver& carver) {
     const LayerSizes& z = p.size;
     const CellConstants& cell = *s.cell;
-    const int rest = two_stage(cell) ? cell.gates - cell.first : 0;
     const int64_t gate = whole_steps<E>(z.H);
     const int64_t inputs = ceil_div(z.I, L) * L, units = ceil_div(z.H, L) * L, outputs = ceil_div(z.R, L) * L;
     const auto panels = [&](int64_t size) { return carver.take<E>(s.packed ? size : 0); };
@@ -117,7 +112,7 @@ class BackwardLoop {
     for (int d = 0; d < z.D; ++d) {
       s.w_ih[d] = panels(p.dx ? cell.gates * gate * inputs : 0);
       s.w_hh[d] = panels(cell.first * gate * outputs);
-      s.w_rest[d] = panels(rest * gate * outputs);
+      s.w_rest[d] = panels(cell.second_gates() * gate * outputs);
       s.w_unit[d] = carver.take<S>(cell.parameters * z.H);
       s.w_hr[d] = panels(z.projected ? whole_steps<E>(z.R) * units : 0);
     }
@@ -131,7 +126,7 @@ class BackwardLoop {
   static TeamBuffers carve_team(const BackwardProblem& p, const Shared& s, Carver& carver) {
     const LayerSizes& z = p.size;
     const CellConstants& cell = *s.cell;
-    const int64_t rows = s.most_rows, samples = s.most_samples, beside = cell.states - 1;
+    const int64_t rows = s.most_rows, samples = s.most_samples;
     const int64_t kept = p.weight_gradients ? whole_steps<E>(rows) : 0;
     TeamBuffers b;
     b.dg = carver.take<S>(rows * row_stride<S>(cell.columns * z.H));
@@ -144,18 +139,18 @@ class BackwardLoop {
       b.dh_operand = b.dh;
     }
     b.sent_dh = carver.take<S>(p.norms ? rows * row_stride<S>(z.R) : 0);
-    b.sent_dc = carver.take<S>(p.norms ? beside * rows * row_stride<S>(z.H) : 0);
-    b.all_dc = carver.take<S>(p.norms ? beside * rows * row_stride<S>(z.H) : 0);
+    b.sent_dc = carver.take<S>(p.norms ? cell.beside() * rows * row_stride<S>(z.H) : 0);
+    b.all_dc = carver.take<S>(p.norms ? cell.beside() * rows * row_stride<S>(z.H) : 0);
     b.scale = carver.take<S>(p.clip_by_norm ? cell.states * samples * s.plan.members : 0);
     const auto strips = [&](int64_t n, int64_t most) {
       return Strips<E>{carver.take<E>(Strips<E>::elements(n, most)), n, most};
     };
     b.x = strips(z.I, kept);
     b.h = strips(z.R, cell.first ? kept : 0);
-    b.m = strips(z.H, two_stage(cell) || z.projected ? kept : 0);
+    b.m = strips(z.H, cell.second_gates() || z.projected ? kept : 0);
     b.carry_h = carver.take<S>(samples * row_stride<S>(z.R));
-    b.carry_c = carver.take<S>(beside * samples * row_stride<S>(z.H));
-    b.c0 = carver.take<S>(beside * samples * row_stride<S>(z.H));
+    b.carry_c = carver.take<S>(cell.beside() * samples * row_stride<S>(z.H));
+    b.c0 = carver.take<S>(cell.beside() * samples * row_stride<S>(z.H));
     b.rows = carver.take<Row>(rows * s.plan.members);
     return b;
   }
@@ -190,8 +185,8 @@ class BackwardLoop {
       const LayerWeights& w = p_.weights[d];
       const int64_t first = cell_.first;
       if (first) own(d, w.w_hh, first, z_.H, z_.R, s_.w_hh[d]);
-      if (two_stage(cell_)) {
-        own(d, static_cast<const T*>(w.w_hh) + first * z_.H * z_.R, cell_.gates - first, z_.H, z_.R, s_.w_rest[d]);
+      if (cell_.second_gates()) {
+        own(d, static_cast<const T*>(w.w_hh) + first * z_.H * z_.R, cell_.second_gates(), z_.H, z_.R, s_.w_rest[d]);
       }
       if (z_.projected) own(d, w.w_hr, 1, z_.R, z_.H, s_.w_hr[d]);
       if (!p_.dx) continue;  // W_ih: read by every member, for rows of its own
@@ -262,8 +257,8 @@ class BackwardLoop {
       for (int64_t v = outputs_.begin; v < outputs_.end; ++v) {
         store(b_.carry_h + b * ldh_ + v * L, read(p_.dh_n, sample * z_.R, v * L, z_.R));
       }
-      for (int k = 0; k < beside(); ++k) {
-        const int64_t from = sample * beside() + k, to = b * beside() + k;
+      for (int k = 0; k < cell_.beside(); ++k) {
+        const int64_t from = sample * cell_.beside() + k, to = b * cell_.beside() + k;
         for (int64_t v = units_.begin; v < units_.end; ++v) {
           store(b_.carry_c + to * ldm_ + v * L, read(p_.dc_n, from * z_.H, v * L, z_.H));
           store(b_.c0 + to * ldm_ + v * L, read(p_.c0, from * z_.H, v * L, z_.H));
@@ -297,7 +292,7 @@ class BackwardLoop {
       row.saved = saved + at * pitch;
       row.y = y + at * width;
       row.dy = p_.dy.data ? row_at<T>(p_.dy, z_.offset, t, item.first + b) + item.d * z_.R : nullptr;
-      row.dc = p_.dc.data ? row_at<T>(p_.dc, z_.offset, t, item.first + b) + item.d * beside() * z_.H : nullptr;
+      row.dc = p_.dc.data ? row_at<T>(p_.dc, z_.offset, t, item.first + b) + item.d * cell_.beside() * z_.H : nullptr;
       row.noise = noise.row(b);
       if (b < known) {
         const int64_t earlier = z_.offset[before] + item.first + b;
@@ -306,7 +301,7 @@ class BackwardLoop {
         row.ldc = z_.H;
       } else {
         row.h_prev = h0 ? h0 + (item.d * z_.B + item.first + b) * z_.R : nullptr;
-        row.c_prev = beside() ? b_.c0 + b * beside() * ldm_ : nullptr;
+        row.c_prev = cell_.beside() ? b_.c0 + b * cell_.beside() * ldm_ : nullptr;
         row.ldc = ldm_;
       }
     }
@@ -329,20 +324,20 @@ class BackwardLoop {
   // The carries of these samples, no longer than `clip`: each member scales its own part.
   void limit(Range samples) {
     S *of_h = b_.scale, *of_c = b_.scale + s_.most_samples;  // of_c: [samples][beside]
-    const int beside = this->beside();
+    const int others = cell_.beside();
     const auto scale_of = [&](const S* row, int64_t n) {
       return clip_factor(norm_of(row, n), static_cast<S>(p_.clip));
     };
     team_.meet();
     for (int64_t r = samples.begin; r < samples.end; ++r) {
       of_h[r] = scale_of(b_.carry_h + r * ldh_, z_.R);
-      for (int64_t i = r * beside; i < (r + 1) * beside; ++i) of_c[i] = scale_of(b_.carry_c + i * ldm_, z_.H);
+      for (int64_t i = r * others; i < (r + 1) * others; ++i) of_c[i] = scale_of(b_.carry_c + i * ldm_, z_.H);
     }
     team_.meet();
     const auto scale = [](S* from, int64_t v, S by) { store(from + v * L, load(from + v * L) * V(by)); };
     for (int64_t r = samples.begin; r < samples.end; ++r) {
       for (int64_t v = outputs_.begin; v < outputs_.end; ++v) scale(b_.carry_h + r * ldh_, v, of_h[r]);
-      for (int64_t i = r * beside; i < (r + 1) * beside; ++i) {
+      for (int64_t i = r * others; i < (r + 1) * others; ++i) {
         for (int64_t v = units_.begin; v < units_.end; ++v) scale(b_.carry_c + i * ldm_, v, of_c[i]);
       }
     }
@@ -392,9 +387,9 @@ class BackwardLoop {
         const T* const dy = b_.rows[r].dy;
         to[at.sent] = norm_of(b_.sent_dh + r * ldh_, z_.R);
         to[at.total] = dy ? norm_of(b_.sent_dh + r * ldh_, z_.R, dy) : to[at.sent];
-        for (int k = 0; k < beside(); ++k) {
-          to[at.sent + 1 + k] = norm_of(b_.sent_dc + (r * beside() + k) * ldm_, H);
-          to[at.total + 1 + k] = norm_of(b_.all_dc + (r * beside() + k) * ldm_, H);
+        for (int k = 0; k < cell_.beside(); ++k) {
+          to[at.sent + 1 + k] = norm_of(b_.sent_dc + (r * cell_.beside() + k) * ldm_, H);
+          to[at.total + 1 + k] = norm_of(b_.all_dc + (r * cell_.beside() + k) * ldm_, H);
         }
         const S* dg = b_.dg + r * ldg_;
         for (int g = 0; g < cell_.gates; ++g) to[at.gates + g] = norm_of(dg + argument(g) * H, H);
@@ -452,16 +447,15 @@ class BackwardLoop {
       for (int64_t u = outputs_.begin * L; u < min64(z_.R, outputs_.end * L); u += L) {
         store(dh0 + u, load(b_.carry_h + b * ldh_ + u), z_.R - u);
       }
-      for (int k = 0; k < beside(); ++k) {
-        T* dc0 = static_cast<T*>(p_.dc0) + (sample * beside() + k) * z_.H;
+      for (int k = 0; k < cell_.beside(); ++k) {
+        T* dc0 = static_cast<T*>(p_.dc0) + (sample * cell_.beside() + k) * z_.H;
         for (int64_t u = units_.begin * L; u < min64(z_.H, units_.end * L); u += L) {
-          store(dc0 + u, load(b_.carry_c + (b * beside() + k) * ldm_ + u), z_.H - u);
+          store(dc0 + u, load(b_.carry_c + (b * cell_.beside() + k) * ldm_ + u), z_.H - u);
         }
       }
     }
   }
 
-  int beside() const { return cell_.states - 1; }  // states besides h
   // The column of the gradient of a gate's argument, its part of x.
   int argument(int gate) const {
     return cell_.first_argument + (gate < cell_.gates - cell_.gate_split ? gate : gate + cell_.gate_split);

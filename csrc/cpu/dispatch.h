@@ -75,7 +75,11 @@ struct CellConstants {
   int own_saved;          // of `saved`, what the cell gives; the rest the driver
   int first_argument;     // of `columns`, the gradient of the first gate's argument
 
-  int beside() const { return states - 1; }  // states besides h: blocks of H where it says c
+  // Never functions of an object file, which is of one instruction set perhaps. States besides h, blocks of H where it
+  // says c; gates of the second product of a step; columns of dG that products read.
+  __attribute__((always_inline)) int beside() const { return states - 1; }
+  __attribute__((always_inline)) int second_gates() const { return first > 0 ? gates - first : 0; }
+  __attribute__((always_inline)) int factors() const { return gates + split; }
 };
 int find_cell(std::string_view name);  // -1: unknown
 const CellConstants& cell_constants(int cell);

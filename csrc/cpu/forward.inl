@@ -90,8 +90,6 @@ class ForwardLoop {
   virtual void project(int d, int64_t rows) const = 0;
   virtual void step(const Item& item, int64_t t, int64_t row, int now) = 0;
 
-  static bool two_stage(const CellConstants& cell) { return cell.first > 0 && cell.first < cell.gates; }
-
   // Plan, memory and flags for the threads that OpenMP has started; false: no memory.
   static bool prepare(const ForwardProblem& p, Shared& s, int threads) {
     s.share(p.size, s.cell->gates, L, threads);
@@ -131,11 +129,10 @@ class ForwardLoop {
 
   static void carve_panels(const LayerSizes& z, Shared& s, Carver& carver) {
     const int64_t units = padded(z.H), outputs = padded(z.R);
-    const int rest = two_stage(*s.cell) ? s.cell->gates - s.cell->first : 0;
     for (int d = 0; d < z.D; ++d) {
       s.w_ih[d] = carver.take<P>(whole_steps<E>(z.I) * s.cell->gates * units);
       s.w_hh[d] = carver.take<P>(whole_steps<E>(z.R) * s.cell->first * units);
-      s.w_rest[d] = carver.take<P>(whole_steps<E>(z.R) * rest * units);
+      s.w_rest[d] = carver.take<P>(whole_steps<E>(z.R) * s.cell->second_gates() * units);
       s.w_hr[d] = carver.take<P>(z.projected ? whole_steps<E>(z.H) * outputs : 0);
     }
   }
@@ -151,8 +148,8 @@ class ForwardLoop {
       if constexpr (!kRounded) b.operand[i] = b.h[i];
       if (kRounded || p.noise.mask_h) b.operand[i] = carver.take<E>((samples + kRowsAhead) * row_stride<E>(z.R));
     }
-    b.c = carver.take<S>((cell.states - 1) * samples * row_stride<S>(z.H));
-    b.m = carver.take<E>(two_stage(cell) || z.projected ? (samples + kRowsAhead) * row_stride<E>(z.H) : 0);
+    b.c = carver.take<S>(cell.beside() * samples * row_stride<S>(z.H));
+    b.m = carver.take<E>(cell.second_gates() || z.projected ? (samples + kRowsAhead) * row_stride<E>(z.H) : 0);
     b.gates = carver.take<S>(p.saved && cell.saved ? 0 : rows * row_stride<S>(cell.gates * padded(z.H)));
     b.x = carver.take<E>(s.copies_x ? (rows + kRowsAhead) * row_stride<E>(z.I) : 0);
     b.x_row = carver.take<const E*>(rows * members);
@@ -270,9 +267,9 @@ class ForwardLoop {
         store(b_.operand[1] + b * ldo_ + v * L, operand);
       }
       for (int64_t v = units_.begin; v < units_.end; ++v) {
-        for (int k = 0; k < beside(); ++k) {
-          const T* const c0 = p_.c0 ? static_cast<const T*>(p_.c0) + (sample * beside() + k) * z_.H : nullptr;
-          store(b_.c + (b * beside() + k) * ldc_ + v * L, c0 ? load<S>(c0 + v * L, z_.H - v * L) : V(0));
+        for (int k = 0; k < cell_.beside(); ++k) {
+          const T* const c0 = p_.c0 ? static_cast<const T*>(p_.c0) + (sample * cell_.beside() + k) * z_.H : nullptr;
+          store(b_.c + (b * cell_.beside() + k) * ldc_ + v * L, c0 ? load<S>(c0 + v * L, z_.H - v * L) : V(0));
         }
         if (kRounded && reads_m()) store(b_.m + b * ldm_ + v * L, V(0));
       }
@@ -384,7 +381,7 @@ class ForwardLoop {
   // W_ih x of these rows of the chunk.
   void normalise_inputs(Range own) const {
     const Timed timed(Phase::kCell);
-    const int64_t states_end = (cell_.saved + beside()) * z_.H;
+    const int64_t states_end = (cell_.saved + cell_.beside()) * z_.H;
     for (int64_t r = own.begin; r < own.end; ++r) {
       const Moments<S> of_x = normalise_row(b_.gate_row[r], cell_.gates * z_.H);
       if (!p_.saved) continue;
@@ -400,9 +397,9 @@ class ForwardLoop {
       for (int64_t b = max64(next, own.begin); b < min64(item.rows(t), own.end); ++b) {
         const int64_t sample = item.d * z_.B + item.first + b, steps = item.d ? item.steps : t + 1;
         copy_row(b_.h[steps & 1] + b * ldh_, static_cast<T*>(p_.h_n) + sample * z_.R, z_.R);
-        for (int k = 0; k < beside(); ++k) {
-          T* const c_n = static_cast<T*>(p_.c_n) + (sample * beside() + k) * z_.H;
-          copy_row(b_.c + (b * beside() + k) * ldc_, c_n, z_.H);
+        for (int k = 0; k < cell_.beside(); ++k) {
+          T* const c_n = static_cast<T*>(p_.c_n) + (sample * cell_.beside() + k) * z_.H;
+          copy_row(b_.c + (b * cell_.beside() + k) * ldc_, c_n, z_.H);
         }
       }
     }
@@ -412,9 +409,8 @@ class ForwardLoop {
     for (int64_t i = 0; i < n; i += L) store(to + i, load(from + i), n - i);
   }
 
-  int beside() const { return cell_.states - 1; }  // states besides h
   // Whether a step has a second product, of m.
-  bool reads_m() const { return two_stage(cell_) || z_.projected; }
+  bool reads_m() const { return cell_.second_gates() || z_.projected; }
 
   const ForwardProblem& p_;
   const LayerSizes& z_;

@@ -56,7 +56,7 @@ void BackwardLoop<T>::weight_gradients(const Item& item, int index, int64_t s0, 
     outer_product(b_.dh_operand + p0, operand_ldh_, rows, pn, b_.m, to.w_hr + p0 * H, H, add);
   }
   const Timed timed_biases(Phase::kBiasGradient);
-  for (int c = cell_.norms ? factors(cell_) : 0; c < cell_.columns;
+  for (int c = cell_.norms ? cell_.factors() : 0; c < cell_.columns;
        ++c) {  // with norms no bias has the gradient of a product
     for (int64_t u = u0; u < u0 + un; u += L) {
       S* db = to.b + c * H + u;
@@ -93,7 +93,7 @@ void BackwardLoop<T>::gather_operands(const Item& item, int64_t s0, int64_t s1, 
       for (int64_t u = 0; cell_.first && u < z_.R; u += L) {
         b_.h.put(r, u, with_mask(mask, u, z_.R, previous_h(at, u, z_.R)));
       }
-      if (two_stage(cell_) || z_.projected) put_second_operand(at, mask, r);
+      if (cell_.second_gates() || z_.projected) put_second_operand(at, mask, r);
     }
   });
 }
@@ -107,7 +107,7 @@ void BackwardLoop<T>::clear_operands(Range own, int64_t rows) {
   for (int64_t r = max64(own.begin, ceil_div(rows, kPair<E>) * kPair<E>); r < own.end; r += kPair<E>) {
     clear(b_.x, r);
     if (cell_.first) clear(b_.h, r);
-    if (two_stage(cell_) || z_.projected) clear(b_.m, r);
+    if (cell_.second_gates() || z_.projected) clear(b_.m, r);
   }
 }
 
@@ -126,7 +126,7 @@ void BackwardLoop<T>::add_slices() {
     if (other && dw.b_ih) {
       add_slices_of(arguments + G * H, biases, other * H, static_cast<T*>(dw.b_ih) + (G - other) * H);
     }
-    add_slices_of(db + factors(cell_) * H, biases, cell_.parameters * H, dw.w_unit);
+    add_slices_of(db + cell_.factors() * H, biases, cell_.parameters * H, dw.w_unit);
     if (s_.direct) continue;
     const int64_t first = d * s_.plan.slices;
     add_slices_of(s_.dw_ih + first * G * H * z_.I, G * H * z_.I, G * H * z_.I, dw.w_ih);
