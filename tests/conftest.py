@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import hypothesis
 import pytest
 import torch
+from many_steps import STEP_BY_STEP
 
 import fusedrnn
 
@@ -23,12 +24,23 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.backends.cudnn.allow_tf32 = False  # as tests hold float32 against float64; test_float32_switch has it on
     config.addinivalue_line("markers", "isa: run once more under each instruction set that the processor has")
     config.addinivalue_line("markers", "int8: of int8 weights, for sets that have kernels of their own for them alone")
+    config.addinivalue_line("markers", "float64: computes in float64 alone, which has no kernels for many steps")
     config.addinivalue_line("markers", "device: computes on FUSEDRNN_TEST_DEVICE, as those marked isa do")
     config.addinivalue_line("markers", "long: takes a minute or more, and begins before the others")
     config.addinivalue_line("markers", "cuda: needs a GPU; python -m benchmarks.gpu tests runs all three there")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def by_steps(item: pytest.Item) -> bool:
+    """Whether a test is of a cell or of a type that has no kernels for many steps."""
+    values = item.callspec.params if hasattr(item, "callspec") else {}
+    cell, float64 = values.get("cell"), values.get("dtype") is torch.float64 or item.get_closest_marker("float64")
+    return bool(float64) or (isinstance(cell, str) and cell in STEP_BY_STEP)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if fusedrnn._C.isa() == "persistent":  # those compute what they do under "stepwise", by the same functions
+        config.hook.pytest_deselected(items=[item for item in items if by_steps(item)])
+        items[:] = [item for item in items if not by_steps(item)]
     items.sort(key=lambda item: item.get_closest_marker("long") is None)  # so that no core is left with one at the end
 
 

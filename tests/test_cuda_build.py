@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from many_steps import PERSISTENT
 
 import fusedrnn
 from benchmarks import ptxas
@@ -47,10 +48,8 @@ def test_kernels_compile_and_do_not_spill(source: Path) -> None:
             few = re.search("ForwardRow|BackwardRow|BackwardStep<Slstm", kernel.name)
             assert kernel.registers <= (128 if few else 64), kernel
         return
-    cells = [cell for cell in fusedrnn._C.cells() if cell["first"] == cell["gates"] and not cell["row_values"]]
-    persistent = [cell for cell in cells if cell["states"] <= 2]
     # At least two sizes of each direction and way of multiplying, for each architecture.
-    assert len(compiled.kernels) >= len(persistent) * 2 * len(ways) * 2 * len(architectures)
+    assert len(compiled.kernels) >= len(PERSISTENT) * 2 * len(ways) * 2 * len(architectures)
     assert all(kernel.name.startswith("persistent_loop") for kernel in compiled.kernels)
 
     gates = {"".join(map(str.capitalize, cell["name"].split("_"))): cell["gates"] for cell in fusedrnn._C.cells()}

@@ -192,6 +192,7 @@ def test_two_threads_share_a_step(cell: str, threads: Callable[[int], None]) -> 
 
 
 @pytest.mark.isa
+@pytest.mark.float64
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradcheck(cell: str) -> None:
     """First and second derivatives, of masks that the seed repeats."""

@@ -194,6 +194,7 @@ def test_zoneout_in_every_layout(kind: str) -> None:
 
 
 @pytest.mark.isa
+@pytest.mark.float64
 def test_with_the_other_options() -> None:
     """Gates computed again give the same bits; truncation at every step cuts the path of kept states too."""
     x = torch.randn(T, B, I, dtype=torch.float64, device=DEVICE)
@@ -214,6 +215,7 @@ def test_with_the_other_options() -> None:
 
 
 @pytest.mark.isa
+@pytest.mark.float64
 def test_recorded_norms_are_those_of_the_states() -> None:
     """dL/dh_t and dL/dc_t by every way, kept states among them: from single steps, whose states autograd sees."""
     for zoneout, proj in product((0.3, (0.3, 0.0), (0.0, 0.4)), (0, 3)):

@@ -74,6 +74,7 @@ SHAPES = [(3, 2, 5), (1, 2, 5), (3, 1, 5), (1, 1, 1), (2, 3, 9), (2, 2, 17)]
 
 
 @pytest.mark.isa
+@pytest.mark.float64
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"T{s[0]}-B{s[1]}-H{s[2]}")
 @pytest.mark.parametrize("cell", CELLS)
 def test_odd_shapes(cell: str, shape: tuple[int, int, int]) -> None:
@@ -82,6 +83,7 @@ def test_odd_shapes(cell: str, shape: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.isa
+@pytest.mark.float64
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "ragged"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_entry_by_entry(cell: str, packed: bool) -> None:
@@ -90,6 +92,7 @@ def test_entry_by_entry(cell: str, packed: bool) -> None:
 
 
 @pytest.mark.isa
+@pytest.mark.float64
 @pytest.mark.parametrize("cell", PROJECTED)
 def test_projection_entry_by_entry(cell: str) -> None:
     check(Case(cell, proj_size=3, num_layers=2), fast=False)

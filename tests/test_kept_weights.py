@@ -41,7 +41,7 @@ def test_kept_weights_give_the_same_bits(cell: str, options: dict, number: int, 
     if "proj_size" in options and not CELLS[cell].projectable:
         pytest.skip("only the LSTM is projected")
     threads(number)
-    for dtype, H in zip(KEPT * 2, (5, 9, 17, 70, 96, 150), strict=True):
+    for dtype, H in zip(KEPT * 2, (5, 9, 17) * 2 if EMULATED else (5, 9, 17, 70, 96, 150), strict=True):
         module = TWINS[cell].layer(7, H, dtype=dtype, **options)
         x = torch.randn(9 if EMULATED else 20, 2, 7, dtype=dtype)
         expected = by_the_ops(module, x)
@@ -121,6 +121,7 @@ def test_no_bit_of_a_weight_may_change_unseen(data) -> None:
 
 
 @pytest.mark.isa
+@pytest.mark.skipif(EMULATED, reason="the digest is that of the base set")
 @given(st.data())
 def test_nor_may_two_bits(data) -> None:
     """Also a word's top bit with any of a word as far away as a lane of the digest reads the next one."""

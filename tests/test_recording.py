@@ -32,6 +32,7 @@ def recorded(case: Case) -> list[fusedrnn.LayerGradients]:
 
 
 @pytest.mark.isa
+@pytest.mark.float64
 @pytest.mark.parametrize("cell", CELLS)
 def test_recorded_norms(cell: str) -> None:
     for case in kinds(cell):

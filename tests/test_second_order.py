@@ -95,6 +95,7 @@ def kinds(cell: str) -> list[Case]:
 
 
 @pytest.mark.isa
+@pytest.mark.float64
 @pytest.mark.parametrize("cell", CELLS)
 def test_every_kind_of_layer(cell: str) -> None:
     for case in kinds(cell):

@@ -140,6 +140,7 @@ def expected(case: Case, **options: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.isa
+@pytest.mark.float64
 @pytest.mark.parametrize("cell", CELLS)
 def test_truncation(cell: str) -> None:
     for case, steps in product(kinds(cell), (1, 3, 6, 7, 100)):
@@ -147,6 +148,7 @@ def test_truncation(cell: str) -> None:
 
 
 @pytest.mark.isa
+@pytest.mark.float64
 @pytest.mark.parametrize("mode", ["value", "norm"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_clipping(cell: str, mode: str) -> None:
@@ -191,6 +193,7 @@ def test_limits_are_for_the_first_gradient_alone() -> None:
 
 
 @pytest.mark.isa
+@pytest.mark.float64
 @pytest.mark.parametrize("cell", CELLS)
 def test_gates_computed_again(cell: str) -> None:
     """The same bits, and nothing kept but input and output; higher derivatives and maps as ever."""
@@ -213,6 +216,7 @@ def test_gates_computed_again(cell: str) -> None:
 
 
 @pytest.mark.isa
+@pytest.mark.float64
 @pytest.mark.parametrize("cell", CELLS)
 def test_states_of_every_step(cell: str) -> None:
     for case in kinds(cell):

@@ -84,6 +84,7 @@ def test_vmap_over_inputs_and_over_weights(cell: str) -> None:
 
 
 @pytest.mark.isa
+@pytest.mark.float64
 @pytest.mark.parametrize("cell", CELLS)
 def test_per_sample_gradients(cell: str) -> None:
     """Of every argument, over inputs and states, over inputs alone, and over weights."""

@@ -11,6 +11,7 @@
 #endif
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -23,7 +24,7 @@
 namespace fusedrnn {
 namespace {
 
-KernelTable with_int8(const char* name, KernelTable table, const SmallWeightsTable& int8) {
+[[maybe_unused]] KernelTable with_int8(const char* name, KernelTable table, const SmallWeightsTable& int8) {
   table.name = name;
   table.int8 = &int8;
   return table;
@@ -45,7 +46,11 @@ const std::vector<const KernelTable*>& tables() {
 }
 
 // Never chosen but by name.
-const KernelTable& (*const kEmulated[])() = {table_stepwise, table_persistent};
+#if defined(FUSEDRNN_BASE_ONLY)
+constexpr std::array<const KernelTable& (*)(), 0> kEmulated = {};
+#else
+constexpr std::array kEmulated = {table_stepwise, table_persistent};
+#endif
 
 template <class... Cells>
 constexpr int count(CellList<Cells...>) {
@@ -174,8 +179,8 @@ const char* isa_error() {
     if (!find_isa(forced)) {
       std::string known;
       for (const KernelTable* table : tables()) known += std::string(table->name) + ", ";
-      known += std::string(table_stepwise().name) + ", " + table_persistent().name;
-      return "FUSEDRNN_CPU_ISA must be one of " + known + ", got '" + forced + "'";
+      for (const auto& table : kEmulated) known += std::string(table().name) + ", ";
+      return "FUSEDRNN_CPU_ISA must be one of " + known + "got '" + forced + "'";
     }
     if (!isa_supported(forced)) return "FUSEDRNN_CPU_ISA=" + std::string(forced) + ": this CPU does not have it";
     return std::string();

@@ -1,6 +1,7 @@
 // FUSEDRNN_CPU_ISA=persistent: the stepwise driver with its time loops run by the persistent kernels on an emulated GPU
 // (emulator.h), for every layer that they can do. FUSEDRNN_EMULATOR_SEED draws another order of threads.
 #pragma GCC optimize("O1")  // it is for tests: compiled in half the time
+#if !defined(FUSEDRNN_BASE_ONLY)
 #include "../stepwise/host.h"
 
 #include <chrono>
@@ -45,6 +46,15 @@ Geometry some_geometry(const Steps& steps, int64_t H) {
   return s;
 }
 
+// Step by step, as stepwise/host.cpp computes it.
+template <class Pass>
+bool by_steps(const typename Pass::Problem& p) {
+  static const int cell = find_cell(Pass::Cell::kName), type = static_cast<int>(Pass::kDType);
+  if constexpr (std::is_same_v<typename Pass::Problem, BackwardProblem>)
+    return table_stepwise().backward[cell][type](p);
+  else return table_stepwise().forward[cell][type](p);
+}
+
 // Values that nobody can take for results.
 template <class E>
 void poison(E* memory, int64_t count) {
@@ -60,7 +70,7 @@ struct HostWays {
 
   bool can_persist(const Problem& p) const { return Pass::can_persist(p); }
   std::string run(const Problem& p, Way way) const {
-    const bool done = way == Way::kPersistent ? run_on_host<Pass>(p, device) : run_on_host<Pass>(p, Host());
+    const bool done = way == Way::kPersistent ? run_on_host<Pass>(p, device) : by_steps<Pass>(p);
     return done ? "" : "not enough memory for the layer's working space";
   }
   double seconds(const Problem& p, Way way) const {
@@ -106,6 +116,12 @@ struct Emulated : Host {
 
   template <class Pass>
   static bool compute(const typename Pass::Problem& p) {
+    if constexpr (!Pass::kPersistent) return by_steps<Pass>(p);
+    else return by_either_way<Pass>(p);
+  }
+
+  template <class Pass>
+  static bool by_either_way(const typename Pass::Problem& p) {
     const auto [tf32, may_measure] = settings();
     const Emulated device{{}, tf32};
     if (plan() != Plan::kAuto) return run_on_host<Pass>(p, device);
@@ -115,7 +131,7 @@ struct Emulated : Host {
     const std::string kind = kind_of(Pass::Cell::kName, Pass::kDType, tf32, p.size, backward ? "backward" : "forward");
     static const CellConstants& cell = cell_constants(find_cell(Pass::Cell::kName));
     const Way way = way_for(choices, kind, p, cell, Pass::kDType, tf32, may_measure, ways);
-    return way == Way::kPersistent ? run_on_host<Pass>(p, device) : run_on_host<Pass>(p, Host());
+    return way == Way::kPersistent ? run_on_host<Pass>(p, device) : by_steps<Pass>(p);
   }
 
   template <class Pass>
@@ -185,3 +201,4 @@ const KernelTable& table_persistent() {
 }
 
 }  // namespace fusedrnn
+#endif

@@ -1,5 +1,6 @@
 // FUSEDRNN_CPU_ISA=stepwise puts the stepwise driver in the place of the CPU's own kernels.
 #pragma GCC optimize("O1")  // it is for tests: compiled in half the time
+#if !defined(FUSEDRNN_BASE_ONLY)
 #include "host.h"
 
 namespace fusedrnn {
@@ -10,3 +11,4 @@ const KernelTable& table_stepwise() {
 }
 
 }  // namespace fusedrnn
+#endif
