@@ -8,6 +8,7 @@ compared with the loop's.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -19,7 +20,7 @@ from torch import Tensor
 from . import report
 from .measure import MIN_ROUNDS, Disagreement, Timer, run_rounds
 
-__all__ = ["MODES", "SHAPES", "Beside", "Call", "Data", "Reading", "parser", "print_rows"]
+__all__ = ["MODES", "SHAPES", "Beside", "Call", "Data", "Reading", "parser", "print_rows", "title_of"]
 
 MODES = ("train", "infer")
 SHAPES = ((100, 32, 128, 128), (100, 1, 128, 128))  # T, B, I, H
@@ -97,6 +98,7 @@ def parser(command: str, description: str, cells: Iterable[str]) -> argparse.Arg
     """The options that the commands share."""
     made = argparse.ArgumentParser(prog=f"python -m benchmarks.{command}", description=description.splitlines()[0])
     made.add_argument("cells", nargs="*", metavar="cell", help=f"of {', '.join(cells)}; all of them if none is named")
+    made.add_argument("--only", default="", metavar="REGEX", help="cases whose title has it: 'train T100 B32 I128'")
     made.add_argument("--seconds", type=float, default=3.0, help="time for the rounds of a case")
     return made
 
@@ -115,6 +117,8 @@ def print_rows(
     print(report.describe(report.machine(torch.get_num_threads())), flush=True)
     print(f"{'case':38} {'ms: layer':>10}   over the layer", flush=True)
     for name, shape, mode in product(args.cells or cells, shapes, MODES):
+        if not re.search(args.only, title_of(name, shape, mode)):
+            continue
         torch.manual_seed(1)
         beside = contenders(name, shape, mode, args)
         reading = beside.measure(args.seconds)

@@ -434,6 +434,8 @@ def test_layers_are_compared_with_a_loop_before_they_are_timed(commands, names, 
         milliseconds, ratios = row.split("H7")[1].split(maxsplit=1)
         assert float(milliseconds) > 0 and "loop" in ratios
         assert all(float(ratio.split()[-1]) > 0 for ratio in ratios.split(", "))
+    commands.main([*names, "--only", "train T9"])
+    assert len(capsys.readouterr().out.splitlines()) == 2
 
 
 def test_a_layer_that_is_not_its_loop_is_not_timed():
