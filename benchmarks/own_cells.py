@@ -46,6 +46,18 @@ def lstm(x, rec, h, c):
     return torch.sigmoid(x.o + rec.o) * torch.tanh(c), c
 
 
+@fusedrnn.cell(gates="r z n")
+def gru(x, rec, h):
+    r, z = torch.sigmoid(x.r + rec.r), torch.sigmoid(x.z + rec.z)
+    n = torch.tanh(x.n + r * rec.n)
+    return (1 - z) * n + z * h
+
+
+@fusedrnn.cell(gates="a")
+def rnn(x, rec, h):
+    return torch.tanh(x.a + rec.a)
+
+
 def mgu_loop(x: Tensor, weights: list[Tensor]) -> Tensor:
     w_ih, w_hh, b_ih, b_hh = weights
     hidden = w_hh.size(1)
@@ -83,11 +95,34 @@ def lstm_loop(x: Tensor, weights: list[Tensor]) -> Tensor:
     return torch.stack(steps)
 
 
+def gru_loop(x: Tensor, weights: list[Tensor]) -> Tensor:
+    w_ih, w_hh, b_ih, b_hh = weights
+    h, steps = x.new_zeros(x.size(1), w_hh.size(1)), []
+    for a in linear(x, w_ih, b_ih).unbind(0):
+        x_r, x_z, x_n = a.chunk(3, 1)
+        h_r, h_z, h_n = linear(h, w_hh, b_hh).chunk(3, 1)
+        z = torch.sigmoid(x_z + h_z)
+        h = (1 - z) * torch.tanh(x_n + torch.sigmoid(x_r + h_r) * h_n) + z * h
+        steps.append(h)
+    return torch.stack(steps)
+
+
+def rnn_loop(x: Tensor, weights: list[Tensor]) -> Tensor:
+    w_ih, w_hh, b_ih, b_hh = weights
+    h, steps = x.new_zeros(x.size(1), w_hh.size(1)), []
+    for a in linear(x, w_ih, b_ih).unbind(0):
+        h = torch.tanh(a + linear(h, w_hh, b_hh))
+        steps.append(h)
+    return torch.stack(steps)
+
+
 #: For each the user's cell, the package's own layer and the loop.
 CELLS = {
     "mgu": (mgu, fusedrnn.MGU, mgu_loop),
     "peephole_lstm": (peephole_lstm, fusedrnn.PeepholeLSTM, peephole_loop),
     "lstm": (lstm, fusedrnn.LSTM, lstm_loop),
+    "gru": (gru, fusedrnn.GRU, gru_loop),
+    "rnn": (rnn, fusedrnn.RNN, rnn_loop),
 }
 
 

@@ -32,8 +32,9 @@ def orthogonal_(module: _Module, gain: float = 1.0, generator: Generator | None 
 
     weight_hh of each layer and direction is (G*H, R), of G blocks (H, R); R is proj_size, or H without, and a block
     with R < H has orthonormal columns times ``gain``. So W_k changes no norm but by ``gain``. Of the whole matrix,
-    torch.nn.init.orthogonal_ would make a block that shrinks by sqrt(G) in the mean. Nothing else is changed, weight_hr
-    neither. The draws are those of torch.nn.init.orthogonal_, block by block; float16 and bfloat16 draw in float32.
+    torch.nn.init.orthogonal_ would make a block that shrinks by sqrt(G) in the mean. Where weight_hh is by heads
+    (SLSTM), so is each head's block of a gate. Nothing else is changed, weight_hr neither. The draws are those of
+    torch.nn.init.orthogonal_, block by block; float16 and bfloat16 draw in float32.
 
     Raises:
         TypeError: ``module`` is not a recurrent layer or cell, ``gain`` not a number.
@@ -43,7 +44,9 @@ def orthogonal_(module: _Module, gain: float = 1.0, generator: Generator | None 
     if not info.product:
         raise ValueError(f"{type(module).__name__} has no matrix to make orthogonal: its weight_hh is a vector")
     gain = _number("gain", gain)
-    for weight in _parameters(module, "weight_hh"):
+    weights = _parameters(module, "weight_hh")
+    heads = [head for weight in weights for head in (weight if weight.dim() == 3 else [weight])]  # (SLSTM), or one
+    for weight in heads:
         for block in weight.chunk(len(info.gates)):
             drawn = torch.empty_like(block, dtype=torch.promote_types(block.dtype, torch.float32))
             block.copy_(nn.init.orthogonal_(drawn, gain, generator))

@@ -108,6 +108,14 @@ def test_every_block_is_orthogonal_and_nothing_else_changes(name: str, gain: flo
     }
 
 
+@pytest.mark.parametrize("maker", [fusedrnn.SLSTM, fusedrnn.SLSTMCell])
+def test_every_block_of_a_head_is_orthogonal(maker: type[nn.Module]) -> None:
+    module = init.orthogonal_(maker(3, 12, num_heads=3, dtype=torch.float64), 2.0)
+    weight = dict(module.named_parameters())["weight_hh" if maker is fusedrnn.SLSTMCell else "weight_hh_l0"]
+    blocks = weight.detach().view(3 * 4, 4, 4)  # of heads, then of gates
+    assert_close("W^T W", blocks.mT @ blocks, (4 * torch.eye(4, dtype=torch.float64)).expand(12, 4, 4))
+
+
 def test_an_orthogonal_rnn_neither_shrinks_nor_stretches_a_gradient() -> None:
     """At h = 0 the slope of tanh is 1, and the Jacobian over 50 steps is W^50: (R14)."""
     module = init.orthogonal_(fusedrnn.RNN(1, H, bias=False, dtype=torch.float64))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -13,5 +12,8 @@ def block_diagonal(weight: Tensor) -> Tensor:
     is not asked for. The product costs what that of a full matrix costs.
     """
     heads, rows, units = weight.shape
-    blocks = weight.view(heads, rows // units, units, units).permute(1, 2, 3, 0)
-    return torch.diag_embed(blocks).permute(0, 3, 1, 4, 2).reshape(rows * heads, heads * units)
+    gates = rows // units
+    whole = weight.new_zeros(gates, heads, units, heads, units)
+    blocks = weight.view(heads, gates, units, units).permute(1, 2, 3, 0)  # the heads last, as a diagonal has them
+    whole.diagonal(dim1=1, dim2=3).copy_(blocks)
+    return whole.view(gates * heads * units, heads * units)
