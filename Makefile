@@ -97,6 +97,7 @@ $(PEERS): requirements-peers.txt | $(SETUP)
 bench-peers: $(BUILD) $(PEERS)
 	@$(BIN) -m benchmarks.peers $(ARGS)
 	$(if $(ARGS),,@$(BIN) -m benchmarks.int8)
+	$(if $(ARGS),,@$(BIN) -m benchmarks.slstm --peers)
 
 # A package apart, in build/NAME/lib, compiled with flags of its own: $(call variant,NAME,compiler flags,linker flags)
 define variant

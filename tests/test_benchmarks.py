@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -421,21 +422,28 @@ def test_cells_are_compared_before_they_are_timed(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("commands", "names"), [(layer_norm, ["lstm", "gru"]), (own_cells, ["mgu"]), (slstm, ["slstm"])]
+    ("commands", "names"), [(layer_norm, ["lstm", "gru"]), (own_cells, ["mgu"]), (slstm, ["slstm", "slstm_4_heads"])]
 )
 def test_layers_are_compared_with_a_loop_before_they_are_timed(commands, names, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(commands, "SHAPES", ((4, 3, 5, 7),))
+    monkeypatch.setattr(commands, "SHAPES", ((4, 3, 5, 8),))
     monkeypatch.setenv("FUSEDRNN_CACHE", str(tmp_path))
     commands.main([*names, "--seconds", "0.01"])
     header, *rows = capsys.readouterr().out.splitlines()[1:]
     assert header.split() == ["case", "ms:", "layer", "over", "the", "layer"]
     assert [row.split()[:2] for row in rows] == [[name, mode] for name in names for mode in beside_loops.MODES]
     for row in rows:
-        milliseconds, ratios = row.split("H7")[1].split(maxsplit=1)
+        milliseconds, ratios = row.split("H8")[1].split(maxsplit=1)
         assert float(milliseconds) > 0 and "loop" in ratios
         assert all(float(ratio.split()[-1]) > 0 for ratio in ratios.split(", "))
     commands.main([*names, "--only", "train T9"])
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+@pytest.mark.parametrize("mode", beside_loops.MODES)
+@pytest.mark.parametrize("cell", slstm.CELLS)
+def test_slstm_is_that_of_its_authors(cell, mode):
+    pytest.importorskip("xlstm", reason="requirements-peers.txt")
+    slstm.contenders(cell, (9, 3, 5, 8), mode, Namespace(peers=True)).check()
 
 
 def test_a_layer_that_is_not_its_loop_is_not_timed():
