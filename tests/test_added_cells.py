@@ -120,6 +120,16 @@ def test_it_is_compiled_again_for_another_source_or_compiler(place: Path) -> Non
     assert len(paths) == 3 and compiled(place) == 3
 
 
+def test_comments_do_not_count(place: Path) -> None:
+    """Of the files that are compiled for one cell."""
+    paths = set()
+    for text in ("", "// a comment\n\n  // another\n", "int more;\n"):
+        code = MAKE.replace('"added_cell.h": ""', f'"added_cell.h": {text!r}')
+        told = subprocess.run([sys.executable, "-c", code, str(place / "source")], capture_output=True, check=True)
+        paths.add(told.stdout)
+    assert len(paths) == compiled(place) == 2
+
+
 def test_what_the_compiler_says_is_told(place: Path) -> None:
     (place / "source/one.cpp").write_text("int one( { return nonsense; }")
     out, error = start(place).communicate(timeout=60)
@@ -268,9 +278,9 @@ def own_lstm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         patch.setenv("FUSEDRNN_CACHE", str(tmp_path_factory.mktemp("cache")))
         info = dataclasses.replace(CELLS["lstm"], name="own_lstm", projectable=False)
         library.add(info, "OwnLstm", source)
-        library.add(info, "OwnLstm", source)  # nothing more
+        library.add(info, "OwnLstm", f"// read once more\n\n{source}")  # nothing more
         with pytest.raises(ValueError, match="there is a cell own_lstm already, which is another"):
-            library.add(info, "OwnLstm", source + "\n")
+            library.add(info, "OwnLstm", source + "struct More {};\n")
     yield "own_lstm"
     del CELLS["own_lstm"]
 

@@ -366,6 +366,36 @@ def renamed(name: str, source: str) -> UserCell:
     return cell
 
 
+def edited(place: Path, body: str, name: str = "edited", gates: str = "f n") -> UserCell:
+    """A cell of a file with this function, which is executed; the file is gone where it has no text."""
+    code = f"def {name}(x, rec, h):\n{body}"
+    place.write_text(code)
+    namespace: dict = {"tanh": user_cells.tanh, "sigmoid": user_cells.sigmoid}
+    exec(compile(code, str(place), "exec"), namespace)
+    return fusedrnn.cell(gates=gates)(namespace[name])
+
+
+def test_the_registered_name_is_of_the_mathematics_and_names(tmp_path: Path) -> None:
+    """A program that was exported finds its cell by it."""
+    line, last = "    f = sigmoid(x.f + rec.f)\n", "    return f * h + tanh(x.n + rec.n)\n"
+    forms = [line + last, f"    # a comment \\\n\n{line}{last}", f'    """Said."""\n{line}    # // */\n{last}']
+    cells = [edited(tmp_path / f"{i}.py", form) for i, form in enumerate(forms)]
+    assert "# a comment" in cells[1].source() and cells[0].source() != cells[1].source()
+    namespace: dict = {"tanh": user_cells.tanh, "sigmoid": user_cells.sigmoid}
+    exec(f"def edited(x, rec, h):\n{forms[0]}", namespace)  # whose source cannot be read
+    cells.append(fusedrnn.cell(gates="f n")(namespace["edited"]))
+    before = len(library._added)
+    names = {cell.registered for cell in cells} | {mine.Module(2, 3)._cell for mine in cells}
+    assert len(names) == 1 and len(library._added) == before + 1
+    others = [
+        edited(tmp_path / "a.py", line + last.replace("f * h", "f * h * 0.5")),
+        edited(tmp_path / "b.py", (line + last).replace("x.n", "x.k").replace("rec.n", "rec.k"), gates="f k"),
+        edited(tmp_path / "c.py", line + last, name="edited_too"),
+    ]
+    eager = {layers._registered(cell, eager=True).removesuffix(layers._EAGER) for cell in [*cells, *others]}
+    assert names < eager and len(eager) == 4
+
+
 def test_kernels_that_are_wrong_are_not_used() -> None:
     """The check before the first use: a derivative with another number in it."""
     cell = renamed("wrong_gru", "wrong")

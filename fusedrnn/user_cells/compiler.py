@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-__all__ = ["Unit", "compiler", "library", "words"]
+__all__ = ["Unit", "compiler", "library", "without_comments", "words"]
 
 _LIBRARY, _SUM, _LOCK = "cell.so", "cell.sha256", "lock"
 _threads = threading.Lock()
@@ -61,6 +61,11 @@ def words(variable: str) -> list[str]:
         return shlex.split(text)
     except ValueError as error:
         raise RuntimeError(f"{variable} is {text!r}: {error}") from error
+
+
+def without_comments(text: str) -> str:
+    """C++ without the lines that are comments as a whole, and without empty ones: what an edit may change."""
+    return "\n".join(line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("//"))
 
 
 def compiler() -> list[str]:
@@ -186,7 +191,8 @@ def _digest(units: Sequence[Unit], texts: dict[str, str], headers: Path, link: S
     parts = [path.read_bytes() for path in read]
     parts += [_version(command).encode() for command in sorted({unit.compiler for unit in units})]
     told = [(u.source.name, u.compiler, u.flags) for u in units]
-    parts += [repr((sorted(texts.items()), told, link)).encode()]
+    code = [(file, without_comments(text)) for file, text in sorted(texts.items())]
+    parts += [repr((code, told, link)).encode()]
     return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 
@@ -196,7 +202,7 @@ def library(title: str, units: Sequence[Unit], texts: dict[str, str], headers: P
     Args:
         title: what is compiled, for the line that says so.
         units: what is compiled, from ``headers``, a folder all of whose sources count for what it is kept under.
-        texts: files beside, name and contents, in a folder where the units' includes look.
+        texts: files beside, name and contents, in a folder where the units' includes look. Their comments do not count.
         link: the linker's command, to which the objects are added.
 
     Raises:

@@ -26,6 +26,7 @@ from ..layer.differentiable import STEPS, Step
 from ..layer.differentiable import layer as by_torch
 from ..modules import FusedRNNBase
 from .cell import Names, TracedCell
+from .compiler import without_comments
 from .library import add
 from .printer import struct_name
 from .stages import is_maskable
@@ -54,7 +55,8 @@ def _registered(cell: TracedCell, eager: bool = False) -> str:
     Raises:
         RuntimeError: no compiler, or it fails, or its kernels do not give what the equations say.
     """
-    digest = hashlib.sha256(cell.source().encode()).hexdigest()[:12]
+    said = without_comments(cell.source()), cell.gates, cell.states, cell.parameters
+    digest = hashlib.sha256(repr(said).encode()).hexdigest()[:12]
     name = f"{cell.name.lower()}_{digest}{_EAGER if eager else ''}"
     with _lock:
         if eager:

@@ -13,7 +13,7 @@ import torch
 
 from .. import _C
 from ..cells import CELLS, CellInfo
-from .compiler import Unit, compiler, library, words
+from .compiler import Unit, compiler, library, without_comments, words
 
 __all__ = ["HEADERS", "add", "cuda_units"]
 
@@ -38,7 +38,7 @@ SETS: dict[str, tuple[tuple[str, ...], str, str | None]] = {
 }
 
 _loaded: list[ctypes.CDLL] = []  # for the rest of the process: the library of the ops points into them
-_added: dict[str, tuple[str, Path]] = {}  # of each cell its source, and the folder of its library
+_added: dict[str, tuple[str, Path]] = {}  # of each cell its source without comments, and the folder of its library
 _adding = threading.Lock()
 
 
@@ -100,7 +100,7 @@ def add(info: CellInfo, struct: str, source: str) -> Path:
     Args:
         info: what Python needs to know of it. Its name is the struct's ``kName``, and no other cell's.
         struct: the name of the struct in namespace fusedrnn.
-        source: the header that has it.
+        source: the header that has it. Another comment does not make it another.
 
     Returns:
         The folder where its library is kept.
@@ -111,7 +111,7 @@ def add(info: CellInfo, struct: str, source: str) -> Path:
     """
     with _adding:
         before, folder = _added.get(info.name, (None, Path()))
-        if before == source:
+        if before == without_comments(source):
             CELLS[info.name] = info
             return folder
         if info.name in CELLS:
@@ -132,6 +132,6 @@ def add(info: CellInfo, struct: str, source: str) -> Path:
         if fault:
             raise RuntimeError(f"cell {info.name} is not added: {fault} ({path})")
         _loaded.append(cell)
-        _added[info.name] = source, path.parent
+        _added[info.name] = without_comments(source), path.parent
         CELLS[info.name] = info
     return path.parent
