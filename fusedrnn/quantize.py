@@ -14,6 +14,7 @@ from .convert import ConversionEntry, check_model, listed, own_class, title
 from .inference import cache
 from .quantized import MOST_INT8, QuantizedCell, QuantizedRecurrent, short, small_dtype
 from .torch_internals import flat_weights, hooks_before, weight_names
+from .user_cells import Recurrent
 
 _CLASSES = {getattr(nn, name) for name in ("RNN", "LSTM", "GRU", "RNNCell", "LSTMCell", "GRUCell")}
 _CLASSES |= {getattr(modules, name) for name in modules.__all__} - {modules.FusedRNNBase}
@@ -61,9 +62,9 @@ def quantize(model: nn.Module, dtype: str | torch.dtype = "int8") -> Quantizatio
     A module keeps its identity and its hooks: its class changes, parameters become buffers. ``model`` itself may be
     one. Computed weights (``torch.nn.utils.parametrize``) are taken as they are now. Dropout and options for training
     are left out, zoneout stays. Left alone, with the reason in the report: subclasses with code of their own, cells
-    whose units have parameters (PeepholeLSTM, IndRNN, LayerNormLSTM, LayerNormGRU), modules whose ``forward`` was
-    replaced on the instance or whose weights a hook computes, weights that are on another device than the CPU or not
-    finite. A second call changes nothing.
+    of the user's own, cells whose units have parameters (PeepholeLSTM, IndRNN, LayerNormLSTM, LayerNormGRU), modules
+    whose ``forward`` was replaced on the instance or whose weights a hook computes, weights that are on another device
+    than the CPU or not finite. A second call changes nothing.
 
     Raises:
         TypeError: ``model`` is not a torch.nn.Module.
@@ -113,6 +114,8 @@ def _weights(module: nn.Module) -> list[Tensor]:
 
 
 def _obstacle(module: nn.Module, cls: type[nn.Module]) -> str | None:
+    if issubclass(cls, Recurrent):
+        return "its cell is the user's own (fusedrnn.cell), without kernels with small matrices"
     if cls not in _CLASSES:
         return "a subclass, whose code may be its own"
     if not CELLS[options.cell_of(module)].has_small_weights:

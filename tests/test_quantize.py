@@ -13,6 +13,7 @@ from inference import same, tensors
 from tolerances import assert_close
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
+from written_cells import mgu
 
 import fusedrnn
 from fusedrnn import QuantizationReport, QuantizedCell, QuantizedRecurrent
@@ -198,6 +199,13 @@ def test_what_is_left_alone() -> None:
         "elsewhere": "weight_ih_l0 is on device meta, these kernels are for the CPU",
     }
     assert all(type(model[name]) is before[name] for name in reasons)
+
+
+def test_a_cell_of_the_users_own_is_left_alone() -> None:
+    model = nn.ModuleDict({"own": mgu.Module(4, 5, eager=True)})
+    (left,) = fusedrnn.quantize(model).left
+    assert left.reason == "its cell is the user's own (fusedrnn.cell), without kernels with small matrices"
+    assert type(model["own"]) is mgu.Module
 
 
 def test_computed_weights_are_taken_as_they_are() -> None:

@@ -223,6 +223,14 @@ def test_vmap_recording_and_export() -> None:
     close(*found)
 
 
+def test_a_cell_that_is_not_there_is_told_with_what_to_do() -> None:
+    """Where a program of another process is compiled again, say."""
+    with FakeTensorMode():
+        x, weights = torch.randn(2, 1, 3), [torch.randn(8, 3), torch.randn(8, 4)]
+        with pytest.raises(ValueError, match="unknown cell 'mgu_0123': .* import the module .* one layer of it"):
+            torch.ops.fusedrnn.layer_forward(x, None, None, None, weights, "mgu_0123", False, False)
+
+
 def test_compiled_by_torch() -> None:
     module, x = gru.Module(2, 3), torch.randn(4, 2, 2, requires_grad=True)
     with torch._dynamo.config.patch(allow_rnn=True):

@@ -332,7 +332,10 @@ class LayerCall(NamedTuple):
 
 def _call_of_op(cell: str, bidirectional: bool, tensors: Sequence[Any], noise: Noise) -> LayerCall:
     if cell not in CELLS:
-        raise ValueError(f"unknown cell '{cell}'")
+        raise ValueError(
+            f"unknown cell '{cell}': if it is one of your own (fusedrnn.cell), import the module that makes it, and"
+            " make one layer of it, before a program that has it runs"
+        )
     x, batch_sizes, h0, c0, weights = tensors
     if c0 is not None and len(CELLS[cell].states) == 1:
         raise RuntimeError(f"cell {cell} has no c0")
