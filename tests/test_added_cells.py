@@ -29,9 +29,8 @@ ONE = 'extern "C" int one() { return 1; }\n'
 MAKE = """
 import sys; from pathlib import Path; from fusedrnn.user_cells.compiler import *
 source = Path(sys.argv[1])
-units = [Unit(source / "one.cpp", tuple(compiler()), ("-fPIC",))]
-link = [*compiler(), "-shared"]
-print(library("one", units, {"added_cell.h": ""}, source, link))
+units = [Unit(source / "one.cpp", compiler_if_any(), ("-fPIC",))]
+print(library("one", units, {"added_cell.h": ""}, source, ["-shared"]))
 """
 #: A compiler that writes a line for each call; and waits with compiling while there is a file.
 WRAPPER = """#!/bin/sh
@@ -145,6 +144,57 @@ def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(RuntimeError, match="none of c\\+\\+, g\\+\\+ and clang\\+\\+ is found"):
         compiler.compiler()
+
+
+def test_a_kept_library_needs_no_compiler(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a cache was filled elsewhere; but what would not be loaded otherwise is not loaded."""
+    out, _ = start(place).communicate(timeout=60)
+    for name, value in (("CXX", "no-such-compiler"), ("PATH", ""), ("CXX", "")):
+        monkeypatch.setenv(name, value)
+        assert start(place).communicate(timeout=60) == (out, "")
+    assert compiled(place) == 1
+    needed, library = "NoCompilerError: a C++ compiler is needed", Path(out.strip())
+    (place / "cache").chmod(0o777)
+    out, error = start(place).communicate(timeout=60)
+    assert out == "" and "compiled cells are not kept: others can write" in error and needed in error
+    (place / "cache").chmod(0o700)
+    library.chmod(0o777)
+    out, error = start(place).communicate(timeout=60)
+    assert out == "" and "is not loaded: others can write" in error
+    library.chmod(0o700)
+    library.write_bytes(b"")
+    out, error = start(place).communicate(timeout=60)
+    assert out == "" and needed in error
+    (place / "source/one.cpp").write_text(ONE.replace("return 1", "return 1 + 0"))
+    assert needed in start(place).communicate(timeout=60)[1]
+    monkeypatch.setenv("FUSEDRNN_CACHE", str(place / "empty"))
+    assert needed in start(place).communicate(timeout=60)[1]
+
+
+def test_a_compiler_of_another_version_compiles_again(place: Path) -> None:
+    first = start(place).communicate(timeout=60)[0]
+    text = (place / "compiler").read_text()
+    (place / "compiler").write_text(text.replace("exec", '[ "$1" = --version ] && echo newer\nexec'))
+    second = start(place).communicate(timeout=60)[0]
+    assert second not in (first, "") and compiled(place) == 2
+    (place / "compiler").write_text(text)
+    assert start(place).communicate(timeout=60)[0] == first and compiled(place) == 2
+
+
+def test_torchs_version_counts_where_its_headers_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the place where it lies does not."""
+
+    def digests() -> list[str]:
+        link = [f"-L{library._TORCH / 'lib'}"]
+        units = [library._units(isa, "Mgu", False) for isa in ("stepwise", "base")]
+        return [compiler._digests(each, {}, Path("nowhere"), link, library._places())[0] for each in units]
+
+    before = digests()
+    monkeypatch.setattr(library, "_TORCH", Path("/elsewhere/torch"))
+    assert digests() == before
+    monkeypatch.setattr(torch, "__version__", "99.0")
+    after = digests()
+    assert after[0] != before[0] and after[1] == before[1]
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o770, 0o1777])

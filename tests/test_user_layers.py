@@ -443,6 +443,17 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         renamed("no_gru", "{}").Module(2, 3)
 
 
+def test_a_kept_cell_needs_no_compiler() -> None:
+    """In another process than the one that compiled it."""
+    expected = mgu.registered
+    code = "from written_cells import mgu; print(mgu.Module(2, 3)._cell)"
+    told = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env=os.environ | {"CXX": "nope", "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+    )  # fmt: skip
+    assert told.stdout.strip() == expected and told.stderr == ""
+
+
 def test_what_the_page_says_runs(tmp_path: Path) -> None:
     """The code of docs/own-cells.md as a file, and the example of the same cell."""
     root = Path(__file__).parent.parent

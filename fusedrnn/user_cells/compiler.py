@@ -1,9 +1,9 @@
 """Shared libraries that are compiled where they are used, and kept: each once, whoever asks for it meanwhile.
 
 They lie in ``$FUSEDRNN_CACHE``, else in ``fusedrnn`` below ``$XDG_CACHE_HOME`` or ``~/.cache``, a folder for each
-digest of sources, compiler and flags. A library is loaded from folders alone that nobody else can write; where they are
-not such, it is compiled into a folder of this process. It comes into its place complete, by a rename: a crash before
-that leaves nothing that would be loaded.
+digest of sources and flags and for each compiler; where no compiler is, a library that any has made is taken. It is
+loaded from folders alone that nobody else can write; where they are not such, it is compiled into a folder of this
+process. It comes into its place complete, by a rename: a crash before that leaves nothing that would be loaded.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-__all__ = ["Unit", "compiler", "library", "without_comments", "words"]
+__all__ = ["NoCompilerError", "Unit", "compiler", "compiler_if_any", "library", "without_comments", "words"]
 
 _LIBRARY, _SUM, _LOCK = "cell.so", "cell.sha256", "lock"
 _threads = threading.Lock()
@@ -43,11 +43,15 @@ os.register_at_fork(after_in_child=_after_fork)
 
 @dataclass(frozen=True)
 class Unit:
-    """One source file, its compiler, and what that is told: what is read and written is added."""
+    """One source file, its compiler (empty: none is there), and what that is told: paths and the output are added."""
 
     source: Path
     compiler: tuple[str, ...]
     flags: tuple[str, ...]
+
+
+class NoCompilerError(RuntimeError):
+    """There is no C++ compiler."""
 
 
 def words(variable: str) -> list[str]:
@@ -72,14 +76,24 @@ def compiler() -> list[str]:
     """The C++ compiler's command: ``$CXX``, else c++, g++ or clang++.
 
     Raises:
-        RuntimeError: there is none.
+        NoCompilerError: there is none.
+        RuntimeError: the quotes in ``$CXX`` do not match.
     """
     named = words("CXX")
     for command in [named] if named else [["c++"], ["g++"], ["clang++"]]:
         if found := shutil.which(command[0]):
             return [found, *command[1:]]
     wanted = f"CXX is {named[0]!r}, which is not found" if named else "none of c++, g++ and clang++ is found"
-    raise RuntimeError(f"a C++ compiler is needed: {wanted}. Install g++ >= 10, or name one in CXX; or eager=True")
+    advice = "Install g++ >= 10, or name one in CXX; or eager=True"
+    raise NoCompilerError(f"a C++ compiler is needed: {wanted}. {advice}")
+
+
+def compiler_if_any() -> tuple[str, ...]:
+    """The C++ compiler's command; empty where there is none."""
+    try:
+        return tuple(compiler())
+    except NoCompilerError:
+        return ()
 
 
 @functools.cache
@@ -134,8 +148,10 @@ def _make(folder: Path) -> None:
         path.mkdir(mode=0o700, exist_ok=True)
 
 
-def _folder(name: str) -> Path:
-    """Where a library is kept. The folder is there; it can be written, or holds the library already."""
+def _folder(name: str, by: str) -> Path | None:
+    """Where a library is kept that is made by this compiler, as ``_digests`` has it. The folder is there; it can be
+    written, or holds the library already. Without a compiler: one that holds it, or None.
+    """
     named = os.environ.get("FUSEDRNN_CACHE")
     try:
         above = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -145,9 +161,12 @@ def _folder(name: str) -> Path:
     fault = "there is no home folder" if folder is None else _fault(folder.absolute())
     if not fault:
         try:
-            own = folder.absolute() / name
-            if _is_whole(own):
-                return own
+            kept = sorted(folder.absolute().glob(f"{name}-{by or '*'}"))
+            if whole := next(filter(_is_whole, kept), None):
+                return whole
+            if not by:
+                return None
+            own = folder.absolute() / f"{name}-{by}"
             _make(own)
             if os.access(own, os.W_OK | os.X_OK):
                 return own
@@ -159,7 +178,9 @@ def _folder(name: str) -> Path:
         RuntimeWarning,
         stacklevel=2,
     )
-    own = _own_folder() / name
+    if not by:
+        return None
+    own = _own_folder() / f"{name}-{by}"
     own.mkdir(exist_ok=True)
     return own
 
@@ -186,35 +207,62 @@ def _alone(folder: Path, title: str) -> Iterator[None]:
         yield
 
 
-def _digest(units: Sequence[Unit], texts: dict[str, str], headers: Path, link: Sequence[str]) -> str:
+def _digests(
+    units: Sequence[Unit], texts: dict[str, str], headers: Path, link: Sequence[str], places: dict[str, str]
+) -> tuple[str, str]:
+    """Of what is compiled, and of the compilers: their commands and versions. That is empty where one is not there."""
     read = sorted(path for path in headers.rglob("*") if path.suffix in (".h", ".inl", ".cpp", ".cu", ".cuh"))
     parts = [path.read_bytes() for path in read]
-    parts += [_version(command).encode() for command in sorted({unit.compiler for unit in units})]
-    told = [(u.source.name, u.compiler, u.flags) for u in units]
+
+    def named(words: Sequence[str]) -> list[str]:
+        found = list(words)
+        for path, name in places.items():
+            found = [word.replace(path, name) for word in found]
+        return found
+
+    told = [(unit.source.name, named(unit.flags)) for unit in units]
     code = [(file, without_comments(text)) for file, text in sorted(texts.items())]
-    parts += [repr((code, told, link)).encode()]
-    return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+    parts += [repr((code, told, named(link))).encode()]
+    commands = [unit.compiler for unit in units]
+    versions = [_version(command) for command in sorted(set(commands))] if all(commands) else []
+    by = [repr((commands, versions)).encode()] if versions else []
+    what, who = (b"\0".join(hashlib.sha256(part).digest() for part in given) for given in (parts, by))
+    return hashlib.sha256(what).hexdigest()[:32], hashlib.sha256(who).hexdigest()[:12] if by else ""
 
 
-def library(title: str, units: Sequence[Unit], texts: dict[str, str], headers: Path, link: Sequence[str]) -> Path:
-    """A library of these units, compiled now if it is not there yet.
+def library(
+    title: str,
+    units: Sequence[Unit],
+    texts: dict[str, str],
+    headers: Path,
+    link: Sequence[str],
+    places: dict[str, str] | None = None,
+) -> Path:
+    """A library of these units, compiled now if it is not there yet. Without a compiler: one that another has made.
 
     Args:
         title: what is compiled, for the line that says so.
         units: what is compiled, from ``headers``, a folder all of whose sources count for what it is kept under.
-        texts: files beside, name and contents, in a folder where the units' includes look. Their comments do not count.
-        link: the linker's command, to which the objects are added.
+        texts: files beside, name and contents, in a folder where the units' includes look. Comments do not count.
+        link: what the first unit's compiler is told to link; the objects are added.
+        places: paths in flags and ``link``, and what counts in their stead: they may be others elsewhere.
 
     Raises:
+        NoCompilerError: there is none, and no such library.
         RuntimeError: a compiler fails: with what it said.
     """
-    folder = _folder(_digest(units, texts, headers, link)[:32])
+    name, by = _digests(units, texts, headers, link, places or {})
+    folder = _folder(name, by)
+    if folder is None:
+        compiler()  # raises
+        raise NoCompilerError("a C++ compiler is needed")  # one has come this moment
     made = folder / _LIBRARY
     if not _is_whole(folder):
         with _alone(folder, title):
             if not _is_whole(folder):
                 print(f"fusedrnn: compiling {title}, once, in {folder}", file=sys.stderr, flush=True)
-                _compile(folder, [replace(u, flags=(*u.flags, f"-I{headers}")) for u in units], texts, link)
+                told = [replace(unit, flags=(*unit.flags, f"-I{headers}")) for unit in units]
+                _compile(folder, told, texts, [*units[0].compiler, *link])
     if fault := _fault(made):
         raise RuntimeError(f"{made} is not loaded: {fault}")
     return made

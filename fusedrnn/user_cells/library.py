@@ -13,7 +13,7 @@ import torch
 
 from .. import _C
 from ..cells import CELLS, CellInfo
-from .compiler import Unit, compiler, library, without_comments, words
+from .compiler import Unit, compiler_if_any, library, without_comments, words
 
 __all__ = ["HEADERS", "add", "cuda_units"]
 
@@ -63,8 +63,15 @@ def _units(isa: str, struct: str, cuda: bool) -> list[Unit]:
     flags += [f"-DFUSEDRNN_ADDED_PAIRS={pairs}", f'-DFUSEDRNN_ADDED_ISA="{isa}"'] if pairs else []
     flags += [f"-isystem{_TORCH / 'include'}"] if "stepwise/host.cpp" in files else []
     flags += ["-DFUSEDRNN_ADDED_CUDA"] if cuda else []
-    by = tuple(compiler())
+    by = compiler_if_any()
     return [Unit(HEADERS / file, by, tuple(flags)) for file in (*files, "cpu/plan.cpp", "added/cell.cpp")]
+
+
+def _places() -> dict[str, str]:
+    """Torch may lie elsewhere where a kept library is used. Where its headers are used (``stepwise/host.cpp``) its
+    version counts.
+    """
+    return {str(_TORCH / "include"): f"torch {torch.__version__}", str(_TORCH): "torch"}
 
 
 def cuda_units(nvcc: str, struct: str, architectures: Sequence[str]) -> list[Unit]:
@@ -119,12 +126,12 @@ def add(info: CellInfo, struct: str, source: str) -> Path:
         gpus = _gpus()
         units = _units(_C.isa(), struct, gpus is not None)
         # OpenMP's symbols come from torch's copy, as for the library of the ops (setup.py).
-        link = [*compiler(), "-shared", f"-L{_TORCH / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu", "-lc10"]
+        link = ["-shared", f"-L{_TORCH / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu", "-lc10"]
         if gpus:
             nvcc, home, architectures = gpus
             units += cuda_units(nvcc, struct, architectures)
             link += [f"-L{home / 'lib64'}", "-lcudart"]
-        path = library(f"cell {info.name}", units, {"added_cell.h": source}, HEADERS, link)
+        path = library(f"cell {info.name}", units, {"added_cell.h": source}, HEADERS, link, _places())
         cell = _load(path)
         cell.fusedrnn_added_cell.restype = ctypes.c_void_p
         cell.fusedrnn_added_cell.argtypes = [ctypes.c_void_p]
