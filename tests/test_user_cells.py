@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,9 +18,8 @@ from torch import Tensor
 from written_cells import FURTHER, TWINS
 
 import fusedrnn
-from fusedrnn.user_cells import (
-    UserCell,
-)  # fmt: skip
+from fusedrnn import user_cells
+from fusedrnn.user_cells import UserCell
 
 ROOT = Path(__file__).parent.parent
 COMPILER = shutil.which("c++")
@@ -165,6 +165,30 @@ def test_the_text_is_the_same_in_every_process() -> None:
         env={"PYTHONPATH": str(Path(fusedrnn.__file__).parent.parent), "PYTHONHASHSEED": seed},
     ).stdout  # fmt: skip
     assert run("1") == run("2") == "".join(made.source() for made in ALL.values()).encode()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_function_takes_tensors(name: str) -> None:
+    """To step through it with a debugger."""
+    cell, (B, H), draw = ALL[name], (2, 5), lambda *_: 0.2 + 0.6 * torch.rand(2, 5, dtype=torch.float64)
+    weight = torch.randn(H, H, dtype=torch.float64)
+    x = {gate: draw() for gate in cell.gates}
+    rec = {g: (lambda q: q @ weight) if i in cell.trace.operands else draw() for i, g in enumerate(cell.gates)}
+    states, parameters = list(map(draw, cell.states)), list(map(draw, cell.parameters))
+    found = cell.function(SimpleNamespace(**x), SimpleNamespace(**rec), *states, *parameters)
+    if not cell.trace.product:
+        rec = {gate: torch.zeros(B, H, dtype=torch.float64) for gate in cell.gates}
+    expected = cell.eager(list(x.values()), list(rec.values()), states, parameters)
+    torch.testing.assert_close(found if isinstance(found, tuple) else (found,), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_functions_of_tensors_and_numbers() -> None:
+    v = torch.tensor([-1.0, 0.5, 30.0], dtype=torch.float64, requires_grad=True)
+    for name in ("sigmoid", "tanh", "relu", "exp", "square"):
+        torch.testing.assert_close(getattr(user_cells, name)(v), getattr(torch, name)(v))
+    assert user_cells.maximum(v, 0).tolist() == [0, 0.5, 30] and user_cells.minimum(1.0, v).tolist() == [-1, 0.5, 1]
+    assert user_cells.where(v < 0, 0.0, v).tolist() == [0, 0.5, 30]
+    torch.testing.assert_close(user_cells.softplus(v), torch.log1p(v.exp()))
 
 
 def test_lines_fit_and_equations_are_numbered() -> None:

@@ -260,6 +260,22 @@ def test_eager() -> None:
         mgu.Module(2, 3, eager=True, grad_clip=1.0)(torch.randn(2, 1, 2))
 
 
+def test_a_gate_of_which_one_part_is_used() -> None:
+    """Its other rows have zero gradients."""
+
+    def half(x, rec, h):
+        return h + torch.tanh(x.f) * torch.tanh(rec.n)
+
+    module = fusedrnn.cell(gates="f n")(half).Module(2, 3, eager=True)
+    module(torch.randn(4, 2, 2))[0].sum().backward()
+    of_f, of_n = module.weight_ih_l0.grad.chunk(2)
+    assert of_f.all() and not of_n.any()
+    of_f, of_n = module.weight_hh_l0.grad.chunk(2)
+    assert not of_f.any() and of_n.all()
+    with pytest.raises(fusedrnn.CellError, match="the gate k has no effect"):
+        fusedrnn.cell(gates="f n k")(half)
+
+
 def test_what_an_eager_layer_does_not_do() -> None:
     eager = mgu.Module(2, 3, eager=True, dtype=torch.float16)
     with pytest.raises(ValueError, match="record_gradients: made with eager=True"):
@@ -457,8 +473,9 @@ def test_a_kept_cell_needs_no_compiler() -> None:
 def test_what_the_page_says_runs(tmp_path: Path) -> None:
     """The code of docs/own-cells.md as a file, and the example of the same cell."""
     root = Path(__file__).parent.parent
-    (code,) = re.findall(r"```python\n(.*?)```", (root / "docs/own-cells.md").read_text(encoding="utf-8"), re.DOTALL)
-    (tmp_path / "page.py").write_text(code)
+    page = (root / "docs/own-cells.md").read_text(encoding="utf-8")
+    code, debugging = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "page.py").write_text(f"{code}\n{debugging}\nassert new.shape == (8, 64)\n")
     run = partial(subprocess.run, cwd=tmp_path, check=True, capture_output=True, text=True)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
     run([sys.executable, "page.py"], env=environment)

@@ -35,6 +35,7 @@ class TracedCell:
 
     Attributes:
         name: the function's.
+        function: as it was given. With tensors as the gates of x and rec it computes a step, line by line.
         gates, states, parameters: their names; G, Z and U of them.
         constants: those of the struct (``csrc/cells/cell.h``).
         stages: the struct's functions, as graphs.

@@ -243,8 +243,9 @@ class Recurrent(FusedRNNBase):
     """A layer of a user's cell: ``class MGU(fusedrnn.Recurrent, cell=mgu): ...``.
 
     Arguments, parameters, shapes and options as :class:`fusedrnn.modules.FusedRNNBase`'s. The cell is compiled when the
-    first module is made, which takes some seconds, once for each machine and user. With ``eager=True`` nothing is:
-    torch's operations compute the layer, one after the other, for debugging or where no compiler is there.
+    first module is made, which takes some seconds, once for each machine and user. With ``eager=True`` nothing is, and
+    no compiler is needed: torch's operations compute the equations, one after the other. Such a layer does not train
+    with ``grad_clip`` or ``bptt_steps``, and :func:`fusedrnn.record_gradients` refuses it.
 
     Raises:
         RuntimeError: no compiler, or it fails, or its kernels do not give what the equations say.
