@@ -52,7 +52,30 @@ WRONG: dict[str, tuple[dict[str, str], str, str]] = {
     "cos": ({}, "return torch.cos(x.f + rec.f)  # wrong", "cos is no operation of a cell"),
     "method": ({}, "return (x.f + rec.f).cos()  # wrong", "cos is no operation of a cell"),
     "clamp": ({}, "return torch.clamp(x.f + rec.f, 0, 1)  # wrong", "minimum.maximum"),
-    "an option": ({}, "return torch.nn.functional.softplus(x.f + rec.f, beta=2)  # wrong", "beta=2"),
+    "an option": (
+        {}, "return torch.nn.functional.softplus(x.f + rec.f, beta=2)  # wrong",
+        "beta=2(.*\n)+Write softplus\\(2 \\* v\\) / 2",
+    ),
+    "an option by position": (
+        {}, "return torch.nn.functional.softplus(x.f + rec.f, 2)  # wrong", "takes 1 value, not 2(.*\n)+It is not supp"
+    ),
+    "alpha": ({}, "return torch.add(x.f + rec.f, h, alpha=0.5)  # wrong", "alpha=0.5(.*\n)+Write a \\+ 0.5 \\* b"),
+    "alpha of a method": ({}, "return (x.f + rec.f).add(h, alpha=2)  # wrong", "alpha=2(.*\n)+Write a \\+ 2 \\* b"),
+    "alpha of sub": ({}, "return torch.sub(x.f + rec.f, h, alpha=2)  # wrong", "alpha=2(.*\n)+Write a - 2 \\* b"),
+    "rounding": (
+        {}, "return torch.div(x.f + rec.f, h, rounding_mode='floor')  # wrong", "rounding_mode(.*\n)+It is not support"
+    ),
+    "detach": ({}, "return x.f + rec.f + h.detach()  # wrong", "a gradient cannot be stopped inside a cell"),
+    "detach of torch": ({}, "return x.f + rec.f + torch.detach(h)  # wrong", "a gradient cannot be stopped inside"),
+    "data": ({}, "return x.f + rec.f + h.data  # wrong", "a gradient cannot be stopped inside"),
+    "requires_grad_": ({}, "return x.f + rec.f + h.requires_grad_(False)  # wrong", "a gradient cannot be stopped"),
+    "to": ({}, "return x.f + rec.f + h.to(torch.float64)  # wrong", "computes in the type and on the device of its"),
+    "half": ({}, "return x.f + rec.f + h.half()  # wrong", "computes in the type and on the device of its"),
+    "float of a condition": (
+        {}, "return (h > 0).float() * (x.f + rec.f)  # wrong", "float of a condition(.*\n)+Write where\\(condition, v"
+    ),
+    "to of a condition": ({}, "return (h > 0).to(torch.float32) * (x.f + rec.f)  # wrong", "to of a condition"),
+    "power of a condition": ({}, "return (h > 0) ** 2 * (x.f + rec.f)  # wrong", "arithmetic with a condition"),
     "power": ({}, "return (x.f + rec.f) ** 2.5  # wrong", "the power 2.5"),
     "power of": ({}, "return (x.f + rec.f) ** h  # wrong", "exponent is no number"),
     "remainder": ({}, "return (x.f + rec.f) % 2  # wrong", "no operations"),
@@ -76,7 +99,7 @@ WRONG: dict[str, tuple[dict[str, str], str, str]] = {
     "x called": ({}, "return tanh(x.f(h) + rec.f)  # wrong", "a value that is called"),
     "x written": ({}, "x.f = h  # wrong\nreturn h", "written to"),
     "another cell": ({}, "return OTHER[0] + x.f + rec.f  # wrong", "values of two cells"),
-    "results": ({}, "return h, x.f + rec.f", "returns 2 values, of 1 states"),
+    "results": ({}, "return h, x.f + rec.f", "returns 2 values, of 1 states(.*\n)+Return one value for each: the new"),
     "results of two": ({"states": "h c"}, "return tanh(x.f + rec.f)", "returns 1 values, of 2 states"),
     "number returned": ({"states": "h c"}, "return tanh(x.f + rec.f + c), 0.0", "the new state c is a float"),
     "nothing returned": ({}, "h = h + x.f + rec.f", "the new state h is a NoneType"),
@@ -227,3 +250,43 @@ def test_the_gradient_of_no_grad_is_not_asked_for() -> None:
     with torch.no_grad():
         made = cell(gates="f")(another.function)
     assert made.equations == another.equations
+
+
+@pytest.mark.parametrize("kind", ["gates", "states", "parameters"])
+@pytest.mark.parametrize("names", [3, [1, 2], torch.zeros(2), {"f": 1}])
+def test_names_are_strings(kind: str, names: object) -> None:
+    with pytest.raises(TypeError, match=f'{kind} must be names, such as {kind}="f n"'):
+        cell(**{"gates": "f", kind: names})
+
+
+@cell(gates="f n")
+def mgu(x, rec, h):
+    f = sigmoid(x.f + rec.f)
+    n = tanh(x.n + rec.n(f * h))
+    return (1 - f) * h + f * n
+
+
+def test_a_cell_is_not_called() -> None:
+    with pytest.raises(TypeError, match=r"mgu is a cell, and is not called.*mgu.Module\(16, 64, bias=False\)"):
+        mgu(16, 64, bias=False)
+    with pytest.raises(TypeError, match=r"mgu.Module\(input_size, hidden_size\)"):
+        mgu(torch.zeros(2, 16))
+
+
+def test_eager_says_how_many_values_it_takes() -> None:
+    v = torch.zeros(2, 3)
+    right = {"x": [v, v], "rec": [v, lambda q: q], "states": [v], "parameters": []}
+    mgu.eager(**right)
+    for name, values, message in (
+        ("x", [v], r"x of mgu must be 2 values \(f, n\), got 1"),
+        ("rec", [v], r"rec of mgu must be 2 values \(f, n\), got 1"),
+        ("rec", [v] * 3, r"rec of mgu must be 2 values \(f, n\), got 3"),
+        ("states", [], r"states of mgu must be 1 values \(h\), got 0"),
+        ("parameters", [v], "parameters of mgu must be 0 values, got 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mgu.eager(**right | {name: values})
+    with pytest.raises(TypeError, match="rec.f of mgu must be a tensor, got function"):
+        mgu.eager(**right | {"rec": [lambda q: q, v]})
+    with pytest.raises(TypeError, match="rec.n of mgu must be a tensor, or a function of its operand, got int"):
+        mgu.eager(**right | {"rec": [v, 1]})

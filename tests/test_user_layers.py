@@ -256,7 +256,7 @@ def test_eager() -> None:
         results.append(found)
     close(results[0], results[2])
     close(results[0], results[1])
-    with pytest.raises(RuntimeError, match="grad_clip and bptt_steps change the first gradient alone"):
+    with pytest.raises(RuntimeError, match="grad_clip and bptt_steps change the first gradient alone: .* eager=True"):
         mgu.Module(2, 3, eager=True, grad_clip=1.0)(torch.randn(2, 1, 2))
 
 

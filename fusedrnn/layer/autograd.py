@@ -37,7 +37,7 @@ def recurrent_layer(call: LayerCall) -> Outputs:
     if call.info.eager:
         if call.x.size(0) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        return _by_torch(call, "a cell without kernels")
+        return _by_torch(call, "a module made with eager=True, of which torch computes every gradient,")
     if exporting():  # a program has no backward
         return _forward(call, save=False)[0]
     if call.scales is not None:

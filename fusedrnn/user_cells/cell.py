@@ -94,13 +94,26 @@ class TracedCell:
 
         Returns:
             The states of step t [B, H].
+
+        Raises:
+            ValueError: too few values or too many. TypeError: a value is no tensor, nor a function for a called gate.
         """
         graph, known = self.trace.graph, {}
+        wanted = (("x", x, self.gates), ("rec", rec, self.gates), ("states", states, self.states),
+                  ("parameters", parameters, self.parameters))  # fmt: skip
+        for what, values, names in wanted:
+            if len(values) != len(names):
+                listed = f" ({', '.join(names)})" if names else ""
+                raise ValueError(f"{what} of {self.name} must be {len(names)} values{listed}, got {len(values)}")
         for kind, values in (("x", x), ("state", states), ("unit", parameters)):
             known |= {graph.leaf(kind, i): value for i, value in enumerate(values)}
         known |= {graph.leaf("rec", g): value for g, value in enumerate(rec) if isinstance(value, Tensor)}
         for gate, value in enumerate(rec):
             if not isinstance(value, Tensor):
+                if gate not in self.trace.operands or not callable(value):
+                    kind, given = "a tensor", type(value).__name__
+                    kind += ", or a function of its operand" if gate in self.trace.operands else ""
+                    raise TypeError(f"rec.{self.gates[gate]} of {self.name} must be {kind}, got {given}")
                 known[graph.leaf("rec", gate)] = value(evaluate([self.trace.operands[gate][0]], known)[0])
         return tuple(evaluate(self.trace.results, known))
 

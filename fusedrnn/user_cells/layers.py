@@ -8,12 +8,12 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -179,6 +179,13 @@ class UserCell(TracedCell):
         name = self.function.__qualname__
         return name if "." in name else next((n for n, v in there.items() if v is self), name)
 
+    def __call__(self, *arguments: Any, **options: Any) -> NoReturn:
+        """A cell is not called."""
+        given = ", ".join([*map(repr, arguments), *(f"{name}={value!r}" for name, value in options.items())])
+        plain = all(isinstance(v, (int, float, str)) for v in (*arguments, *options.values()))
+        layer = f"{self.name}.Module({given if given and plain else 'input_size, hidden_size'})"
+        raise TypeError(f"{self.name} is a cell, and is not called: its layers are made by {layer}")
+
     @property
     def registered(self) -> str:
         """The registry's name, for :func:`fusedrnn.functional.recurrent`: compiled and checked at the first use."""
@@ -221,10 +228,15 @@ def cell(
 
     Raises:
         CellError: with the line of the function and what to write instead, if the function is no such cell.
-        TypeError: the decorator stands without its gates.
+        TypeError: the decorator stands without its gates, or names are no strings.
     """
     if misplaced or gates is None:
         raise TypeError('fusedrnn.cell is told the gates: write @fusedrnn.cell(gates="f n") above the function')
+    for kind, names in (("gates", gates), ("states", states), ("parameters", parameters)):
+        if not isinstance(names, str) and not (
+            isinstance(names, Sequence) and all(isinstance(name, str) for name in names)
+        ):
+            raise TypeError(f'{kind} must be names, such as {kind}="f n" or {kind}=["f", "n"], got {names!r}')
 
     def of(function: Callable) -> UserCell:
         return UserCell(function, gates, states, parameters)

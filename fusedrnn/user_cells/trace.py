@@ -90,9 +90,11 @@ def _run(function: Callable, *arguments: object) -> tuple[object, dict[str, obje
 
 def _results(made: Trace, result: object) -> tuple[Node, ...]:
     given = result if isinstance(result, (tuple, list)) else (result,)
-    wanted = ", ".join(made.states)
+    wanted = ", ".join(f"the new {state}" for state in made.states)
     if len(given) != len(made.states):
-        raise made.fail(f"it returns {len(given)} values, of {len(made.states)} states", f"Write return {wanted}.")
+        raise made.fail(
+            f"it returns {len(given)} values, of {len(made.states)} states", f"Return one value for each: {wanted}."
+        )
     for state, value in zip(made.states, given, strict=True):
         if not isinstance(value, Value) or value.node.is_number():
             what = f"a {type(value).__name__}" if not isinstance(value, Value) else "a number"

@@ -44,7 +44,9 @@ _SAME = {
     "ge": "greater_equal",
 }
 _REDUCTIONS = frozenset("sum mean max min prod norm var std amax amin softmax log_softmax cumsum logsumexp".split())
-_READ = frozenset("item numpy tolist detach cpu data __array__ to float double half".split())
+_READ = frozenset("item numpy tolist __array__".split())
+_STOPPED = frozenset("detach data requires_grad".split())
+_CONVERTED = frozenset("to type type_as float double half bfloat16 int long bool cpu cuda".split())
 _OF_TENSORS = frozenset("shape dtype device layout grad grad_fn requires_grad is_cuda ndim T mT H".split())
 _INSTEAD = {
     "clamp": "Write minimum(maximum(v, low), high).",
@@ -75,6 +77,14 @@ _BRANCH = _no(
 _NUMBER = _no(
     "a traced value is no number, and cannot be made one",
     "Compute with the value itself, with the functions of fusedrnn.user_cells or torch.",
+)
+_STOP = _no(
+    "a gradient cannot be stopped inside a cell: its gradient is that of all it computes",
+    "Write the value itself, and detach what goes into the layer or comes out of it.",
+)
+_CONVERT = _no(
+    "a value cannot be converted or moved: a cell computes in the type and on the device of its layer",
+    "Write the value itself, and choose type and device where the layer is made.",
 )
 _INDEX = _no(
     "a traced value has no elements: it is one unit of one sample", "Write gates as x.NAME, states by their names."
@@ -118,7 +128,7 @@ class Value:
         if trace is None:
             refuse(f"{name} of no traced value", "Use Python's math for numbers.")
         if torch.is_grad_enabled() is not trace.with_gradients:
-            refuse("no_grad in a cell: its gradient is that of all it computes", "Leave it out.")
+            refuse("no_grad in a cell: its gradient is that of all it computes", "A gradient cannot be stopped here.")
         if name == "where":
             condition, *operands = operands
             if len(operands) != 2 or not isinstance(condition, Condition):
@@ -134,7 +144,8 @@ class Value:
         if wanted is None:
             refuse(f"{name} is no operation of a cell", _INSTEAD.get(name, f"There are {LIST}."))
         if len(operands) != wanted:
-            refuse(f"{name} takes {wanted} values, not {len(operands)}", "Leave its other arguments out.")
+            values = f"{wanted} value{'s' if wanted > 1 else ''}"
+            refuse(f"{name} takes {values}, not {len(operands)}", _without_option(name, "", ""))
         nodes = [_node(trace, o) for o in operands]
         if name == "__rsub__":
             name, nodes = "sub", nodes[::-1]
@@ -161,7 +172,7 @@ class Value:
             if isinstance(value, (Value, Condition)):
                 refuse(f"torch.{name} with a traced value by keyword, {key}", "Give it by position.")
             if key not in optional or value != optional[key]:
-                refuse(f"{key}={value!r} of torch.{name}", "Leave it out.")
+                refuse(f"{key}={value!r} of torch.{name}", _without_option(name, key, value))
         if not given:
             refuse(f"torch.{name} with a traced value by keyword", "Give it by position.")
         return cls.operation(name, *args)
@@ -169,6 +180,8 @@ class Value:
     def __getattr__(self, name: str) -> Callable[..., Value]:
         if name.startswith("__") and name.endswith("__"):
             raise AttributeError(name)  # Python and other libraries ask for what they may find
+        if name == "data":
+            _STOP(self)
         if name in _OF_TENSORS:
             refuse(f".{name} of a traced value: it is one unit of one sample, and no tensor", "Leave it out.")
         return lambda *args, **options: _method(self, name, args, options)
@@ -221,6 +234,8 @@ class Condition:
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = _no(
         "arithmetic with a condition", "Write where(condition, 1, 0)."
     )
+    __pow__ = __rpow__ = __mod__ = __rmod__ = __floordiv__ = __rfloordiv__ = __matmul__ = __rmatmul__ = __neg__
+    __abs__ = __pos__ = __neg__
     __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _no(
         "a comparison of conditions", "Put one where into another."
     )
@@ -229,6 +244,11 @@ class Condition:
 
     def __init__(self, trace: Trace, node: Node) -> None:
         self._trace, self.node = trace, node
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__") and name.endswith("__"):
+            raise AttributeError(name)
+        refuse(f".{name} of a condition: it is no value", "Write where(condition, v, 0).")
 
 
 class Gates:
@@ -346,6 +366,21 @@ def _power(trace: Trace, base: object, exponent: object) -> Value:
     return Value(trace, result if exponent > 0 else make("div", trace.graph.number(1), result))
 
 
+def _without_option(name: str, key: str, value: object) -> str:
+    """What to write in the place of an argument that an operation of a cell does not have."""
+    if key == "inplace":
+        return f"Write v = {name}(v): values do not change."
+    number = f"{value}" if isinstance(value, numbers.Real) and not isinstance(value, bool) else None
+    if key == "alpha" and number and name in ("add", "sub", "__rsub__"):
+        terms = {"add": f"a + {number} * b", "sub": f"a - {number} * b", "__rsub__": f"b - {number} * a"}
+        return f"Write {terms[name]}."
+    if key == "beta" and number and name == "softplus":
+        return f"Write softplus({number} * v) / {number}."
+    if name == "softplus":
+        return "It is not supported: softplus(v) is log(1 + e^v). With a factor beta write softplus(beta * v) / beta."
+    return f"It is not supported: write what it does to {name} with operations of a cell."
+
+
 def _method(value: Value, name: str, args: tuple, options: dict) -> Value:
     """v.NAME(...), as a tensor would compute it."""
     if name in ("max", "min") and len(args) == 1 and isinstance(args[0], Value):
@@ -353,7 +388,9 @@ def _method(value: Value, name: str, args: tuple, options: dict) -> Value:
     if name not in _KNOWN:
         _refuse_method(name)
     for key, given in options.items():
-        refuse(f"{key}={given!r} of {name}", "Leave it out.")
+        if isinstance(given, (Value, Condition)):
+            refuse(f"{name} with a traced value by keyword, {key}", "Give it by position.")
+        refuse(f"{key}={given!r} of {name}", _without_option(name, key, given))
     return Value.operation(name, *((args[0], value, *args[1:]) if name == "where" and args else (value, *args)))
 
 
@@ -366,6 +403,10 @@ def _refuse_method(name: str) -> NoReturn:
             f"{name} over units: a cell sees one unit of one sample",
             "Of two values there are maximum(a, b) and minimum(a, b). Sums over units are W_hh's.",
         )
+    if plain in _STOPPED:
+        _STOP(None)
+    if plain in _CONVERTED:
+        _CONVERT(None)
     if plain in _READ:
         _NUMBER(None)
     if name.endswith("_") and not name.startswith("_"):
