@@ -112,6 +112,43 @@ def test_the_derived_backward_pass_is_autograds(name: str) -> None:
     assert_same(ALL[name], by_stages(ALL[name], values), by_autograd(ALL[name], values))
 
 
+LONG = {
+    "tanh": lambda v, h: torch.tanh(v) * 0.5 + 0.4,
+    "sums": lambda v, h: v + h - torch.sigmoid(v),
+    "terms": lambda v, h: v + h,
+    "products": lambda v, h: v * torch.sigmoid(h + v),
+    "halves": lambda v, h: torch.where(v < h, -0.9 * v, torch.maximum(v * 0.8, h / 2)),
+    "twice": lambda v, h: v + v,
+    "squares": lambda v, h: v * v,
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_chains_of_operations_may_be_long(name: str) -> None:
+    @fusedrnn.cell(gates="f")
+    def chained(x, rec, h):
+        v = torch.sigmoid(x.f + rec.f) * 0.9
+        for _ in range(200):
+            v = LONG[name](v, h)
+        return v * 2.0**-200 if name == "twice" else v
+
+    assert chained.source().count("{") == chained.source().count("}")
+    values = arguments_of(chained)
+    assert_same(chained, by_stages(chained, values), by_autograd(chained, values))
+
+
+def test_an_operand_may_be_a_long_product() -> None:
+    @fusedrnn.cell(gates="f n")
+    def of_a_product(x, rec, h):
+        f, q = torch.sigmoid(x.f + rec.f), h
+        for _ in range(200):
+            q = f * -q
+        return f * h + (1 - f) * torch.tanh(x.n + rec.n(q))
+
+    values = arguments_of(of_a_product)
+    assert_same(of_a_product, by_stages(of_a_product, values), by_autograd(of_a_product, values))
+
+
 @pytest.mark.parametrize("name", TWINS)
 def test_the_eager_step_is_the_librarys(name: str) -> None:
     """Against the plain steps of loops.py, products and biases included."""

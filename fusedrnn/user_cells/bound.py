@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from .graph import Node, needed_for
+from .graph import MOST_PARTS, Node, needed_for
 
 Interval = tuple[float, float]
 _ALL: Interval = (-math.inf, math.inf)
@@ -130,7 +130,17 @@ def _mean(node: Node, is_weight: Callable[[Product], bool]) -> tuple[Product, Pr
 
 
 def _factors(node: Node) -> Product:
-    return [f for a in node.args for f in _factors(a)] if node.op == "mul" else [node]
+    """Of a product; those of its two sides alone where there are very many."""
+    found, waiting = [], [node]
+    while waiting:
+        factor = waiting.pop()
+        if factor.op != "mul":
+            found.append(factor)
+        elif len(found) + len(waiting) > MOST_PARTS:  # v = v * v, again and again, has more than can be counted
+            return [*node.args]
+        else:
+            waiting += factor.args[::-1]
+    return found
 
 
 def _each_factor(node: Node) -> list[tuple[Node, Product]]:

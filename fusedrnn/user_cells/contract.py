@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from .cut import cheapest_cut
-from .graph import CONDITIONS, TRANSCENDENTAL, Graph, Node, evaluate, leaves, needed_for
+from .graph import CONDITIONS, TRANSCENDENTAL, Graph, Node, evaluate, holding, leaves, needed_for
 from .record import Trace
 
 Write = tuple[str, Node]
@@ -105,20 +105,14 @@ class Draft:
         self.saved += [None] * (count - len(self.saved))
 
 
-def is_moving(node: Node, memory: dict[Node, bool]) -> bool:
-    """Whether it is computed from a gradient."""
-    if node not in memory:
-        memory[node] = node.kind in ("d", "dq", "sent", "dunit") or any(is_moving(a, memory) for a in node.args)
-    return memory[node]
-
-
 def needs(gradients: Iterable[Node], known: Iterable[Node] = ()) -> set[Node]:
     """The values of the forward pass that these gradients are computed from; those ``known`` are there."""
-    gradients, memory = list(gradients), {}
-    found = {node for node in gradients if not is_moving(node, memory)}
+    gradients, moving = list(gradients), {}
+    holding(gradients, lambda node: node.kind in ("d", "dq", "sent", "dunit"), moving)
+    found = {node for node in gradients if not moving[node]}
     for node in needed_for(gradients, known):
-        if is_moving(node, memory) and node not in known:
-            found |= {a for a in node.args if not is_moving(a, memory)}
+        if moving[node] and node not in known:
+            found |= {a for a in node.args if not moving[a]}
     return {node for node in found if not node.is_number()}
 
 
@@ -135,15 +129,10 @@ def to_keep(
             return None
         return many + (0 if node.op in TRANSCENDENTAL else 1 if node.op in ("leaf", "relu") else 2)
 
-    memory = {node: False for node in known}
-
-    def behind(node: Node) -> bool:
-        if node not in memory:
-            memory[node] = gone(node) or any(behind(a) for a in node.args)
-        return memory[node]
-
+    behind = {node: False for node in known}
+    holding(wanted, gone, behind)
     fewest = cheapest_cut(wanted, gone, price, known)
-    whole = cheapest_cut(wanted, lambda n: gone(n) or (n.op in TRANSCENDENTAL and may(n) and behind(n)), price, known)
+    whole = cheapest_cut(wanted, lambda n: gone(n) or (n.op in TRANSCENDENTAL and may(n) and behind[n]), price, known)
     return whole if len(whole) <= max(len(fewest), room) else fewest
 
 

@@ -44,6 +44,7 @@ OPERATIONS: dict[str, Callable[..., Tensor]] = {
 #: Dear to compute: their results are saved rather than computed again.
 TRANSCENDENTAL = frozenset(("sigmoid", "tanh", "exp", "log", "softplus", "sqrt", "div"))
 CONDITIONS = frozenset(("less", "less_equal"))
+MOST_PARTS = 64  # terms of a sum, or factors of a product, that are looked at one by one
 
 
 class Leaf(NamedTuple):
@@ -161,12 +162,19 @@ class Graph:
         return None
 
 
-def _terms(node: Node, sign: int = 1) -> list[tuple[int, Node]]:
-    """Of a sum: what is added and subtracted. x.g + rec.g is one term."""
-    if node.op not in ("add", "sub") or is_pair(node):
-        return [(sign, node)]
-    a, b = node.args
-    return _terms(a, sign) + _terms(b, -sign if node.op == "sub" else sign)
+def _terms(node: Node) -> list[tuple[int, Node]]:
+    """Of a sum: what is added and subtracted. x.g + rec.g is one term, and so is a sum of very many."""
+    found, waiting = [], [(1, node)]
+    while waiting:
+        sign, term = waiting.pop()
+        if term.op not in ("add", "sub") or is_pair(term):
+            found.append((sign, term))
+            continue
+        if len(found) + len(waiting) > MOST_PARTS:  # v = v + v, again and again, has more than can be counted
+            return [(1, node)]
+        a, b = term.args
+        waiting += [(-sign if term.op == "sub" else sign, b), (sign, a)]
+    return found
 
 
 def is_pair(node: Node) -> bool:
@@ -176,6 +184,15 @@ def is_pair(node: Node) -> bool:
 
 def _indices(node: Node) -> set[int]:
     return {a.value.index for a in node.args if isinstance(a.value, Leaf)}
+
+
+def holding(roots: Iterable[Node], is_one: Callable[[Node], bool], memory: dict[Node, bool]) -> None:
+    """Into ``memory``, of each root and all it is computed from: whether it is such a node, or computed from one. What
+    the memory has already stays, and is not looked behind.
+    """
+    for node in needed_for(roots, memory):
+        if node not in memory:
+            memory[node] = is_one(node) or any(memory[a] for a in node.args)
 
 
 def needed_for(roots: Iterable[Node], known: Iterable[Node] = ()) -> list[Node]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .bound import Ranges
 from .contract import Constants, Draft, Stage, Write, check_use, needs, splits, to_keep
 from .derive import adjoints
-from .graph import Node, leaves, needed_for
+from .graph import Node, holding, leaves, needed_for
 from .record import Trace
 
 
@@ -282,9 +282,13 @@ def is_maskable(trace: Trace, stages: tuple[Stage, ...]) -> bool:
 
 def _is_factor(node: Node, h: Node) -> bool:
     """Whether the node is h times what does not depend on h."""
-    if node is h or node.op == "neg":
-        return node is h or _is_factor(node.args[0], h)
-    if node.op not in ("mul", "div"):
-        return False
-    a, b = (h in needed_for([operand]) for operand in node.args)
-    return a != b and not (b and node.op == "div") and _is_factor(node.args[0 if a else 1], h)
+    depends: dict[Node, bool] = {}
+    holding([node], lambda n: n is h, depends)
+    while node is not h:
+        if node.op not in ("neg", "mul", "div"):
+            return False
+        ways = [a for a in node.args if depends[a]]
+        if len(ways) != 1 or (node.op == "div" and ways[0] is not node.args[0]):
+            return False
+        node = ways[0]
+    return True
