@@ -28,15 +28,24 @@ def _node(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def as_states(states: Sequence[Tensor] | None, cell: str) -> Sequence[Tensor] | None:
-    """The caller's hx, the right number of tensors."""
+    """The caller's hx, the right number of tensors. The one of a cell with one state comes here in a tuple.
+
+    Raises:
+        TypeError: no tensor, or no tuple of tensors. RuntimeError: too few tensors or too many.
+    """
     count = len(CELLS[cell].states)
     if states is None:
         return None
-    if isinstance(states, Tensor):
-        raise TypeError(f"hx of {cell} must be a tuple of {count} tensors, got a tensor")
+    if not isinstance(states, (tuple, list)):
+        got = "a tensor" if isinstance(states, Tensor) else type(states).__name__
+        raise TypeError(f"hx of {cell} must be a tuple of {count} tensors, got {got}")
     if len(states) != count:
         number = {1: "one hidden state", 2: "two hidden states"}.get(count, f"{count} hidden states")
-        raise RuntimeError(f"{cell} expects {number}")
+        raise RuntimeError(f"{cell} expects {number}, got {len(states)}")
+    for index, state in enumerate(states):
+        if not isinstance(state, Tensor):
+            what = f"hx[{index}]" if count > 1 else "hx"
+            raise TypeError(f"{what} of {cell} must be a tensor, got {type(state).__name__}")
     return states
 
 

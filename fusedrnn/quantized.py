@@ -146,11 +146,7 @@ class _Quantized(Called, nn.Module):
         return len(CELLS[self.cell].states) == 2
 
     def _states(self, hx: Any) -> Sequence[Tensor] | None:
-        states = as_states(hx if self._two_states or hx is None else (hx,), self.cell)
-        for state in states or ():
-            if not isinstance(state, Tensor):
-                raise TypeError(f"each hidden state of {self.cell} must be a tensor, got {type(state).__name__}")
-        return states
+        return as_states(hx if self._two_states or hx is None else (hx,), self.cell)
 
     def _check_input(self, x: Any) -> None:
         if not isinstance(x, Tensor):

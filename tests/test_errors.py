@@ -167,6 +167,40 @@ def test_lstm_states() -> None:
             fusedrnn.LSTM(4, 5)(x, hx)
 
 
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("name", ["GRU", "RNN", "MGU", "IndRNN", "LayerNormGRU"])
+def test_one_state_is_a_tensor(name: str, single: bool) -> None:
+    module = getattr(fusedrnn, name + "Cell" * single)(4, 5)
+    shape = (2,) if single else (3, 2)
+    h = torch.zeros((2, 5) if single else (1, 2, 5))
+    for hx, got in (((h,), "tuple"), ([h], "list"), ((h, None), "tuple"), (3, "int")):
+        for recorded in (True, False):
+            with (
+                torch.set_grad_enabled(recorded),
+                pytest.raises(TypeError, match=f"hx of .* must be a tensor, got {got}"),
+            ):
+                module(torch.zeros(*shape, 4), hx)
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("name", ["LSTM", "PeepholeLSTM", "LayerNormLSTM", "SLSTM"])
+def test_several_states_are_a_tuple_of_tensors(name: str, single: bool) -> None:
+    module, count = getattr(fusedrnn, name + "Cell" * single)(4, 5), 4 if name == "SLSTM" else 2
+    x = torch.zeros(2, 4) if single else torch.zeros(3, 2, 4)
+    h = torch.zeros((2, 5) if single else (1, 2, 5))
+    for recorded in (True, False):
+        with torch.set_grad_enabled(recorded):
+            with pytest.raises(TypeError, match=r"hx\[1\] of .* must be a tensor, got NoneType"):
+                module(x, (h, None, h, h)[:count])
+            with pytest.raises(TypeError, match=rf"hx\[{count - 1}\] of .* must be a tensor, got tuple"):
+                module(x, [h, h, h, h][: count - 1] + [(h,)])
+            with pytest.raises(TypeError, match=f"must be a tuple of {count} tensors, got int"):
+                module(x, 3)
+            for given in (1, 3, 5):
+                with pytest.raises(RuntimeError, match=f"expects .* hidden states, got {given}"):
+                    module(x, (h,) * given)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_list_of_states_is_accepted(name: str) -> None:
     ours = getattr(fusedrnn, name)(4, 5)

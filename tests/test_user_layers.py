@@ -276,6 +276,12 @@ def test_a_gate_of_which_one_part_is_used() -> None:
         fusedrnn.cell(gates="f n k")(half)
 
 
+def test_the_state_of_a_layer_is_a_tensor() -> None:
+    h = torch.zeros(1, 1, 3)
+    with pytest.raises(TypeError, match="hx of mgu_.* must be a tensor, got tuple"):
+        mgu.Module(2, 3, eager=True)(torch.zeros(4, 1, 2), (h,))
+
+
 def test_what_an_eager_layer_does_not_do() -> None:
     eager = mgu.Module(2, 3, eager=True, dtype=torch.float16)
     with pytest.raises(ValueError, match="record_gradients: made with eager=True"):
