@@ -79,6 +79,15 @@ class IndRNN(FusedRNNBase):
             if name.startswith("weight_hh"):
                 parameter.uniform_(0, 1)
 
+    @property
+    def nonlinearity(self) -> str:
+        """ "tanh" or "relu", as the constructor was told."""
+        return self._cell.removeprefix("indrnn_")
+
+    def extra_repr(self) -> str:
+        """As the others', and the nonlinearity."""
+        return super().extra_repr() + (", nonlinearity=tanh" if self.nonlinearity == "tanh" else "")
+
 
 class MGUCell(FusedCellBase):
     """One step of :class:`MGU`: input (B, I), h (B, H) -> h (B, H)."""
@@ -113,6 +122,15 @@ class IndRNNCell(FusedCellBase):
         """As torch.nn's, and u uniform in [0, 1]."""
         super().reset_parameters()
         self.weight_hh.uniform_(0, 1)
+
+    @property
+    def nonlinearity(self) -> str:
+        """ "tanh" or "relu", as the constructor was told."""
+        return self._cell.removeprefix("indrnn_")
+
+    def extra_repr(self) -> str:
+        """As torch.nn's, and the nonlinearity."""
+        return super().extra_repr() + (", nonlinearity=tanh" if self.nonlinearity == "tanh" else "")
 
 
 @torch.no_grad()

@@ -78,6 +78,20 @@ def test_factors_of_independent_units_begin_within_0_and_1() -> None:
         fusedrnn.IndRNN(I, H, nonlinearity="sine")
 
 
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+def test_independent_units_say_their_nonlinearity(nonlinearity: str) -> None:
+    layer = fusedrnn.IndRNN(I, H, 2, nonlinearity)
+    cell = fusedrnn.IndRNNCell(I, H, nonlinearity=nonlinearity)
+    shown = ", nonlinearity=tanh" if nonlinearity == "tanh" else ""
+    assert repr(layer) == f"IndRNN({I}, {H}, num_layers=2{shown})"
+    assert repr(cell) == f"IndRNNCell({I}, {H}{shown})"
+    for module in (layer, cell):
+        for other in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+            assert other.nonlinearity == nonlinearity
+        with pytest.raises(AttributeError):
+            module.nonlinearity = "tanh"
+
+
 @pytest.mark.parametrize("name", MAKERS)
 def test_copies_and_saved_states_compute_the_same(name: str) -> None:
     module, given = MAKERS[name](I, H, **OPTIONS), x()
@@ -286,7 +300,11 @@ def test_what_slstm_refuses() -> None:
         fusedrnn.SLSTMCell(I, H, num_heads=1.0)
     for zoneout in (0.1, (0.1, 0.1)):
         with pytest.raises(ValueError, match=r"zoneout must be \(p, 0.0\) for a cell of 4 states"):
-            fusedrnn.SLSTM(I, H, zoneout=zoneout)(torch.randn(T, B, I))
+            fusedrnn.SLSTM(I, H, zoneout=zoneout)
+        later = fusedrnn.SLSTM(I, H)
+        later.fused_options = fusedrnn.FusedOptions(zoneout=zoneout)
+        with pytest.raises(ValueError, match=r"zoneout must be \(p, 0.0\) for a cell of 4 states"):
+            later(torch.randn(T, B, I))
     module = fusedrnn.SLSTM(I, 6, num_heads=2)
     with pytest.raises(RuntimeError, match="slstm expects 4 hidden states"):
         module(torch.randn(T, B, I), (torch.zeros(1, B, 6),) * 2)
