@@ -66,7 +66,8 @@ def forget_bias_(module: _Module, value: float = 1.0) -> _Module:
 
     Raises:
         TypeError: ``module`` is not a recurrent layer or cell, ``value`` not a number.
-        ValueError: no gate keeps the state (RNN, ResidualRNN), no bias or a parametrized one, ``value`` is not finite.
+        ValueError: no gate keeps the state (RNN, ResidualRNN) or is known to (cells by fusedrnn.cell), no bias or a
+            parametrized one, ``value`` is not finite.
     """
     info, layers = _biases(module)
     value = _number("value", value)
@@ -88,7 +89,8 @@ def chrono_(module: _Module, T_max: float, T_min: float = 2.0, generator: Genera
 
     Raises:
         TypeError: ``module`` is not a recurrent layer or cell, ``T_max`` or ``T_min`` not a number.
-        ValueError: no gate keeps the state (RNN, ResidualRNN), no bias or a parametrized one; not 2 <= T_min < T_max.
+        ValueError: no gate keeps the state (RNN, ResidualRNN) or is known to (cells by fusedrnn.cell), no bias or a
+            parametrized one; not 2 <= T_min < T_max.
     """
     info, layers = _biases(module)
     T_max, T_min = _number("T_max", T_max), _number("T_min", T_min)
@@ -129,6 +131,11 @@ def _biases(module: nn.Module) -> tuple[CellInfo, list[dict[str, tuple[Tensor, T
     """The cell; for each layer and direction, by gate, the rows (H) of bias_ih and of bias_hh."""
     info = _info(module)
     gates = info.gates
+    if info.added:
+        raise ValueError(
+            f"{type(module).__name__}: a cell made by fusedrnn.cell does not say which of its gates keeps the state:"
+            " set the rows of its biases yourself, one block of H for each gate, in the order of gates"
+        )
     if info.keeps is None and info.takes is None:
         raise ValueError(f"{type(module).__name__} has no gate that keeps the state: expected an LSTM, GRU or cell")
     if not module.bias:

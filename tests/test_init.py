@@ -299,6 +299,22 @@ def test_gates_and_biases_that_are_not_there_are_refused(initialiser: str) -> No
             call(cls(3, 4, bias=False))
 
 
+@fusedrnn.cell(gates="i f g o", states="h c")
+def written(x, rec, h, c):
+    i, f, o = torch.sigmoid(x.i + rec.i), torch.sigmoid(x.f + rec.f), torch.sigmoid(x.o + rec.o)
+    c = f * c + i * torch.tanh(x.g + rec.g)
+    return o * torch.tanh(c), c
+
+
+@pytest.mark.parametrize("initialiser", ["forget_bias_", "chrono_"])
+def test_gates_of_a_users_cell_are_not_known(initialiser: str) -> None:
+    module = written.Module(3, 4, eager=True)
+    before = snapshot(module)
+    with pytest.raises(ValueError, match="made by fusedrnn.cell does not say which of its gates keeps the state"):
+        INITIALISERS[initialiser](module)
+    assert same(snapshot(module), before)
+
+
 def test_a_vector_has_no_orthogonal_block() -> None:
     module = fusedrnn.IndRNN(3, 4)
     before = snapshot(module)
