@@ -310,6 +310,18 @@ def test_nor_is_one_of_another_user(place: Path) -> None:
     assert "belongs to another user" in start(place).communicate(timeout=60)[1]
 
 
+def test_the_folder_may_be_below_a_home(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(place))
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("FUSEDRNN_CACHE", "~/mine")
+    out, error = start(place).communicate(timeout=60)
+    assert out.startswith(str(place / "mine")) and "not kept" not in error and not (place / "~").exists()
+    monkeypatch.setenv("FUSEDRNN_CACHE", "~nobody-of-this-name/mine")
+    out, error = start(place).communicate(timeout=60)
+    assert out != "" and "not kept: there is no home folder" in error
+    assert not list(place.glob("~*"))
+
+
 def test_without_a_home(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSEDRNN_CACHE", "/proc/nothing")
     out, error = start(place).communicate(timeout=60)

@@ -157,7 +157,10 @@ def _folder(name: str, by: str) -> Path | None:
         above = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:  # a user without a home
         above = None
-    folder = Path(named) if named else above and above / "fusedrnn"
+    try:
+        folder = Path(named).expanduser() if named else above and above / "fusedrnn"
+    except RuntimeError:  # of a user who is not known, or has no home
+        folder = None
     fault = "there is no home folder" if folder is None else _fault(folder.absolute())
     if not fault:
         try:
