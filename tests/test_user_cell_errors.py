@@ -61,7 +61,12 @@ WRONG: dict[str, tuple[dict[str, str], str, str]] = {
     ),
     "alpha": ({}, "return torch.add(x.f + rec.f, h, alpha=0.5)  # wrong", "alpha=0.5(.*\n)+Write a \\+ 0.5 \\* b"),
     "alpha of a method": ({}, "return (x.f + rec.f).add(h, alpha=2)  # wrong", "alpha=2(.*\n)+Write a \\+ 2 \\* b"),
-    "alpha of sub": ({}, "return torch.sub(x.f + rec.f, h, alpha=2)  # wrong", "alpha=2(.*\n)+Write a - 2 \\* b"),
+    "alpha of sub": ({}, "return torch.sub(x.f + rec.f, h, alpha=-2)  # wrong", "(.*\n)+Write a - \\(-2\\) \\* b"),
+    "alpha of rsub": ({}, "return torch.rsub(x.f + rec.f, h, alpha=2)  # wrong", "(.*\n)+Write b - 2 \\* a"),
+    "a value for alpha": ({}, "return (x.f + rec.f).add(h, alpha=h)  # wrong", "alpha of add(.*\n)+Write a \\+ alpha"),
+    "a value for beta": (
+        {}, "return torch.nn.functional.softplus(x.f + rec.f, beta=h)  # wrong", "Write softplus\\(beta \\* v"
+    ),
     "rounding": (
         {}, "return torch.div(x.f + rec.f, h, rounding_mode='floor')  # wrong", "rounding_mode(.*\n)+It is not support"
     ),

@@ -47,6 +47,7 @@ _REDUCTIONS = frozenset("sum mean max min prod norm var std amax amin softmax lo
 _READ = frozenset("item numpy tolist __array__".split())
 _STOPPED = frozenset("detach data requires_grad".split())
 _CONVERTED = frozenset("to type type_as float double half bfloat16 int long bool cpu cuda".split())
+_OPTIONS = frozenset("alpha beta threshold rounding_mode out".split())
 _OF_TENSORS = frozenset("shape dtype device layout grad grad_fn requires_grad is_cuda ndim T mT H".split())
 _INSTEAD = {
     "clamp": "Write minimum(maximum(v, low), high).",
@@ -169,10 +170,8 @@ class Value:
             _refuse_method(name)
         optional = {"relu": {"inplace": False}, "softplus": {"beta": 1, "threshold": 20}}.get(name, {})
         for key, value in (kwargs or {}).items():
-            if isinstance(value, (Value, Condition)):
-                refuse(f"torch.{name} with a traced value by keyword, {key}", "Give it by position.")
-            if key not in optional or value != optional[key]:
-                refuse(f"{key}={value!r} of torch.{name}", _without_option(name, key, value))
+            if isinstance(value, (Value, Condition)) or key not in optional or value != optional[key]:
+                _refuse_option(f"torch.{name}", name, key, value)
         if not given:
             refuse(f"torch.{name} with a traced value by keyword", "Give it by position.")
         return cls.operation(name, *args)
@@ -366,15 +365,23 @@ def _power(trace: Trace, base: object, exponent: object) -> Value:
     return Value(trace, result if exponent > 0 else make("div", trace.graph.number(1), result))
 
 
+def _refuse_option(called: str, name: str, key: str, value: object) -> NoReturn:
+    if not isinstance(value, (Value, Condition)):
+        refuse(f"{key}={value!r} of {called}", _without_option(name, key, value))
+    if key in _OPTIONS:
+        refuse(f"{key} of {called}", _without_option(name, key, value))
+    refuse(f"{called} with a traced value by keyword, {key}", "Give it by position.")
+
+
 def _without_option(name: str, key: str, value: object) -> str:
     """What to write in the place of an argument that an operation of a cell does not have."""
     if key == "inplace":
         return f"Write v = {name}(v): values do not change."
-    number = f"{value}" if isinstance(value, numbers.Real) and not isinstance(value, bool) else None
-    if key == "alpha" and number and name in ("add", "sub", "__rsub__"):
+    number = key if not isinstance(value, numbers.Real) else f"{value}" if value >= 0 else f"({value})"
+    if key == "alpha" and name in ("add", "sub", "__rsub__"):
         terms = {"add": f"a + {number} * b", "sub": f"a - {number} * b", "__rsub__": f"b - {number} * a"}
         return f"Write {terms[name]}."
-    if key == "beta" and number and name == "softplus":
+    if key == "beta" and name == "softplus":
         return f"Write softplus({number} * v) / {number}."
     if name == "softplus":
         return "It is not supported: softplus(v) is log(1 + e^v). With a factor beta write softplus(beta * v) / beta."
@@ -388,9 +395,7 @@ def _method(value: Value, name: str, args: tuple, options: dict) -> Value:
     if name not in _KNOWN:
         _refuse_method(name)
     for key, given in options.items():
-        if isinstance(given, (Value, Condition)):
-            refuse(f"{name} with a traced value by keyword, {key}", "Give it by position.")
-        refuse(f"{key}={given!r} of {name}", _without_option(name, key, given))
+        _refuse_option(name, name, key, given)
     return Value.operation(name, *((args[0], value, *args[1:]) if name == "where" and args else (value, *args)))
 
 
