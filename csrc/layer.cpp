@@ -210,7 +210,9 @@ Layer read_layer(const LayerArguments& given) {
   check_there(x, "input");
   Layer layer;
   layer.cell = find_cell(given.cell);
-  check(layer.cell >= 0, "unknown cell '", given.cell, "'");
+  check(layer.cell >= 0, "unknown cell '", given.cell,
+        "': if it is one of your own (fusedrnn.cell), import the module that ",
+        "makes it, and make one layer of it, before a program that has it runs");
   const int dtype = x.elements().kernel_dtype();
   check(dtype >= 0, "fusedrnn supports float32, float64, bfloat16 and float16, got ", x.elements());
   layer.dtype = static_cast<DType>(dtype);

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -223,11 +224,13 @@ def test_vmap_recording_and_export() -> None:
     close(*found)
 
 
-def test_a_cell_that_is_not_there_is_told_with_what_to_do() -> None:
-    """Where a program of another process is compiled again, say."""
-    with FakeTensorMode():
+@pytest.mark.parametrize("mode", [nullcontext, FakeTensorMode])
+def test_a_cell_that_is_not_there_is_told_with_what_to_do(mode: Callable) -> None:
+    """A program of another process runs, or is compiled again."""
+    with mode():
         x, weights = torch.randn(2, 1, 3), [torch.randn(8, 3), torch.randn(8, 4)]
-        with pytest.raises(ValueError, match="unknown cell 'mgu_0123': .* import the module .* one layer of it"):
+        told = "unknown cell 'mgu_0123': .* import the module .* one layer of it"
+        with pytest.raises((ValueError, RuntimeError), match=told):
             torch.ops.fusedrnn.layer_forward(x, None, None, None, weights, "mgu_0123", False, False)
 
 
