@@ -14,6 +14,7 @@ import torch
 from many_steps import STEP_BY_STEP
 
 import fusedrnn
+from fusedrnn.cells import CELLS
 
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=80, print_blob=True)
 hypothesis.settings.register_profile("explore", derandomize=False, deadline=None, max_examples=2000)
@@ -61,6 +62,28 @@ def threads() -> Iterator[Callable[[int], None]]:
 def _one_thread_fixed_seed(threads: Callable[[int], None]) -> None:
     threads(1)
     torch.manual_seed(0)
+
+
+_OF_THE_PACKAGE = frozenset(CELLS)
+
+
+def _forget_added_cells() -> None:
+    for name in CELLS.keys() - _OF_THE_PACKAGE:
+        del CELLS[name]
+
+
+@pytest.fixture
+def added_cells_go() -> Iterator[None]:
+    """The cells that a test adds go with it."""
+    yield
+    _forget_added_cells()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _added_cells_go_with_the_file() -> Iterator[None]:
+    """Tests of other files go through the registry."""
+    yield
+    _forget_added_cells()
 
 
 @pytest.fixture

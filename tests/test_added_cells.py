@@ -344,7 +344,6 @@ def own_lstm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         with pytest.raises(ValueError, match="there is a cell own_lstm already, which is another"):
             library.add(info, "OwnLstm", source + "struct More {};\n")
     yield "own_lstm"
-    del CELLS["own_lstm"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)

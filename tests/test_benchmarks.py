@@ -421,6 +421,7 @@ def test_cells_are_compared_before_they_are_timed(capsys, monkeypatch):
         list(single_steps.rows(0.01))
 
 
+@pytest.mark.usefixtures("added_cells_go")
 @pytest.mark.parametrize(
     ("commands", "names"), [(layer_norm, ["lstm", "gru"]), (own_cells, ["mgu"]), (slstm, ["slstm", "slstm_4_heads"])]
 )

@@ -38,13 +38,10 @@ pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """And afterwards the registry is as it was, for tests that go through it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FUSEDRNN_CXX_FLAGS", "-O0")
         patch.setenv("FUSEDRNN_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
-    for name in [name for name, info in CELLS.items() if info.added]:
-        del CELLS[name]
 
 
 def pair(cell: UserCell, *sizes: int, dtype: torch.dtype = torch.float64, **options) -> tuple[nn.Module, nn.Module]:
