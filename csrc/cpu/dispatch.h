@@ -75,8 +75,8 @@ struct CellConstants {
   int own_saved;          // of `saved`, what the cell gives; the rest the driver
   int first_argument;     // of `columns`, the gradient of the first gate's argument
 
-  // Never functions of an object file, which is of one instruction set perhaps. States besides h, blocks of H where it
-  // says c; gates of the second product of a step; columns of dG that products read.
+  // States besides h, blocks of H where it says c; gates of the second product of a step; columns of dG that products
+  // read. Always inlined: a copy compiled for one instruction set must serve no other.
   __attribute__((always_inline)) int beside() const { return states - 1; }
   __attribute__((always_inline)) int second_gates() const { return first > 0 ? gates - first : 0; }
   __attribute__((always_inline)) int factors() const { return gates + split; }
